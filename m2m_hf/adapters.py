@@ -1,0 +1,331 @@
+"""The bank: one LoRA adapter per candidate, all trained alike, none trained twice.
+
+Uniformity is what makes the average of the adapters stand in for training on the mixture (arXiv 2505.16066), so everything
+that could tell two adapters apart except their data is written down, compared, and refused where it differs.
+"""
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl.trainer.utils import create_model_from_path
+
+from .callbacks import BankProgress, TrainingRecorder
+from .console import Terminal, duration
+from .data import Candidate
+from .errors import InputError
+from .journal import file_fingerprint, fingerprint, read_json, write_json
+from .merging import Adapter, refuse_unless_averageable
+
+# Settings that change where or how something is told, not what is learned.
+OPERATIONAL = {
+    "output_dir", "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter", "log_level",
+    "log_level_replica", "log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "push_to_hub",
+    "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+    "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay",
+    "per_device_eval_batch_size", "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "local_rank", "ddp_timeout", "skip_memory_metrics",
+    "include_num_input_tokens_seen", "remove_unused_columns", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "model_init_kwargs", "trackio_bucket_id", "trackio_static_space_id",
+}  # fmt: skip
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
+
+
+def lora_config(model_args: ModelConfig) -> LoraConfig:
+    """The LoRA shape that `model_args` describe, as TRL builds it.
+
+    Raises:
+        InputError: one that cannot be averaged (DoRA, modules_to_save, ...).
+    """
+    model_args = copy.copy(model_args)
+    model_args.use_peft = True
+    config = get_peft_config(model_args)
+    refuse_unless_averageable(config, "configuration")
+    return config
+
+
+def load_tokenizer(model_args: ModelConfig, args: SFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that TRL would load for this model, with the pad token and the chat template that it would set.
+
+    Raises:
+        InputError: no such model or tokenizer.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model_name_or_path: {model_args.model_name_or_path!r} is neither a local model folder nor a model that the "
+            f"Hub shows ({str(error).splitlines()[0]})"
+        ) from error
+    if args.chat_template_path is not None:
+        if not Path(args.chat_template_path).is_file():
+            raise InputError(f"chat_template_path: expected a Jinja file, got {args.chat_template_path!r}")
+        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
+    """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses.
+
+    Raises:
+        InputError: no such model.
+    """
+    kwargs = {"device_map": None} if PartialState().num_processes > 1 else {}
+    try:
+        model = create_model_from_path(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            attn_implementation=model_args.attn_implementation,
+            dtype=model_args.dtype,
+            trust_remote_code=False,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
+    return model.to(args.device) if not hasattr(model, "hf_device_map") else model
+
+
+def base_fingerprint(model_args: ModelConfig) -> str:
+    """Recognises the base weights: the bytes of a local folder's safetensors, or the commit of a Hub model.
+
+    Raises:
+        InputError: a local folder without safetensors.
+    """
+    folder = Path(model_args.model_name_or_path)
+    if folder.is_dir():
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise InputError(f"{folder}: no *.safetensors in it; other weight files are not loaded")
+        return file_fingerprint([folder / "config.json", *weights])
+    config = transformers.AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+    )
+    return str(config._commit_hash)
+
+
+def uniform_facts(
+    args: SFTConfig,
+    config: LoraConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    dtype: str | None,
+    data_format: str,
+) -> dict[str, Any]:
+    """Everything beside the data that an adapter depends on, flat, so that what differs can be named.
+
+    Args:
+        base: fingerprint of the base weights.
+        dtype: the base's dtype as asked for.
+        data_format: the run's format (`data.py`).
+    """
+    facts: dict[str, Any] = {"base_model": base, "dtype": dtype, "data_format": data_format}
+    facts["tokenizer"] = fingerprint([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])
+    facts["chat_template"] = fingerprint(tokenizer.chat_template) if data_format != "text" else None
+    facts["processes"] = PartialState().num_processes
+    for name, value in args.to_dict().items():
+        if name not in OPERATIONAL:
+            facts[name] = value
+    for name, value in config.to_dict().items():
+        if name not in ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"):
+            value = sorted(value) if isinstance(value, set) else value
+            facts[f"lora_config.{name}"] = value
+    for library in LIBRARIES:
+        facts[f"version.{library}"] = version(library)
+    # As JSON gives them back, so that what is in memory compares with what was written.
+    return dict(sorted(json.loads(json.dumps(facts, default=str)).items()))
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The names of the facts in which two trainings differ, each with both values."""
+    names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    return [f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)" for name in names]
+
+
+def planned_steps(args: SFTConfig, rows: int) -> int:
+    """Optimizer steps that the Trainer will make on `rows` rows, for the progress bar."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(rows / (args.per_device_train_batch_size * PartialState().num_processes))
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps)) * math.ceil(args.num_train_epochs)
+
+
+def train_lora(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    args: SFTConfig,
+    config: LoraConfig,
+    folder: Path,
+    progress: BankProgress,
+) -> dict[str, Any]:
+    """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
+
+    SFTTrainer seeds itself before it makes the adapter, so every call starts from the same adapter weights.
+
+    Returns:
+        What the run used: see `TrainingRecorder`.
+
+    Raises:
+        FloatingPointError: the loss was not finite.
+    """
+    args = copy.deepcopy(args)
+    args.output_dir = str(folder)
+    args.save_strategy = "no"
+    args.eval_strategy = "no"
+    args.push_to_hub = False
+    args.disable_tqdm = True
+    args.include_num_input_tokens_seen = "non_padding"
+    own_attributes = set(vars(base))
+    recorder = TrainingRecorder()
+    trainer = SFTTrainer(
+        model=base,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=copy.deepcopy(config),
+        callbacks=[recorder, progress],
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    peft_model = trainer.model
+    try:
+        loss = trainer.train().training_loss
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss became {loss}")
+        if PartialState().is_main_process:
+            peft_model.save_pretrained(folder)
+        PartialState().wait_for_everyone()
+    finally:
+        restore(base, peft_model, own_attributes)
+    return recorder.record | {"loss": loss}
+
+
+def restore(base: PreTrainedModel, peft_model: PeftModel, own_attributes: set[str]) -> None:
+    """Takes the adapter and TRL's patches off `base`, which can then be trained or scored as if it were freshly loaded."""
+    peft_model.unload()
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
+    base.disable_input_require_grads()
+    for name in set(vars(base)) - own_attributes:
+        delattr(base, name)
+    base.requires_grad_(False)
+    base.eval()
+
+
+class AdapterBank:
+    """The adapters of one run, in `OUT/adapters/<candidate>/`.
+
+    Args:
+        folder: `OUT/adapters`.
+        candidates: what there must be an adapter for.
+        facts: `uniform_facts` of this run.
+    """
+
+    def __init__(self, folder: Path, candidates: Mapping[str, Candidate], facts: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.candidates = dict(candidates)
+        self.facts = dict(facts)
+        self.fingerprint = fingerprint(self.facts)
+
+    def adapter_fingerprint(self, name: str) -> str:
+        """What an adapter is: how it was trained and on which rows."""
+        return fingerprint([self.fingerprint, self.candidates[name].fingerprint])
+
+    def check(self) -> list[str]:
+        """The names of the adapters that are still to be trained.
+
+        Raises:
+            InputError: an adapter is there that was trained otherwise, or on other rows; nothing is overwritten.
+        """
+        missing = []
+        for name, candidate in self.candidates.items():
+            path = self.folder / name / "training.json"
+            if not path.exists():
+                missing.append(name)
+                continue
+            there = read_json(path)
+            uniform = there.get("uniform") if isinstance(there, dict) else None
+            if not isinstance(uniform, dict):
+                raise InputError(f"{path} does not say how the adapter was trained; delete {path.parent} to have it trained again")
+            differences = differing(self.facts, uniform)
+            if differences:
+                raise InputError(
+                    f"adapter {name!r} in {self.folder} was trained otherwise than this run asks for, and adapters that "
+                    f"differ in anything but their data cannot be averaged: {'; '.join(differences)}. Restore the settings, "
+                    f"choose another --output_dir, or delete {self.folder} to train all adapters again"
+                )
+            if there["data"] != candidate.fingerprint:
+                raise InputError(
+                    f"candidate {name!r} has changed since its adapter was trained (rows {there['data']} there, "
+                    f"{candidate.fingerprint} now). Restore the data, give the new data another name, or delete "
+                    f"{path.parent} to have this adapter trained again"
+                )
+        return missing
+
+    def train_missing(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        config: LoraConfig,
+        terminal: Terminal,
+    ) -> None:
+        """Trains the adapters that `check` names, one after another on the same base model.
+
+        An adapter is made in a hidden folder and moved to its place when it is complete, so that an interrupted one
+        leaves nothing that looks finished.
+        """
+        missing = self.check()
+        if not missing:
+            return
+        steps = {name: planned_steps(args, len(self.candidates[name].rows) - self.candidates[name].dropped) for name in missing}
+        done = 0
+        with terminal.progress("training adapters", sum(steps.values())) as bar:
+            for number, name in enumerate(missing, start=1):
+                partial = self.folder / f".{name}.partial"
+                progress = BankProgress(bar, done, f"{name} ({number} of {len(missing)})")
+                record = train_lora(base, tokenizer, self.candidates[name].rows, args, config, partial, progress)
+                done += steps[name]
+                if PartialState().is_main_process:
+                    write_json(
+                        partial / "training.json",
+                        {
+                            "candidate": name,
+                            "fingerprint": self.adapter_fingerprint(name),
+                            "data": self.candidates[name].fingerprint,
+                            "rows": len(self.candidates[name].rows),
+                            **record,
+                            "uniform": self.facts,
+                        },
+                    )
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                    partial.rename(self.folder / name)
+                PartialState().wait_for_everyone()
+                losses = [loss for _, loss in record["loss_curve"]] or [record["loss"]]
+                terminal.say(
+                    f"  {name}: {record['steps']:,} steps, {record['tokens']:,} tokens, "
+                    f"loss {losses[0]:.3f} → {losses[-1]:.3f}, {duration(record['seconds'])}"
+                )
+
+    def training(self) -> dict[str, dict[str, Any]]:
+        """Name -> `training.json` of every adapter."""
+        return {name: read_json(self.folder / name / "training.json") for name in self.candidates}
+
+    def load(self) -> dict[str, Adapter]:
+        """Name -> adapter, from the disk."""
+        return {name: Adapter.load(self.folder / name) for name in self.candidates}

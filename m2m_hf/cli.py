@@ -1,0 +1,137 @@
+"""`m2m`: the command line. Libraries are imported inside the functions, so that `--help` answers at once.
+
+Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted, 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__
+from .config import field_help
+from .console import LibraryLog, Terminal
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .searcher import MergeToMixSearcher
+
+DESCRIPTION = """\
+Which of my datasets belong in the fine-tuning mixture? Trains one LoRA adapter per candidate dataset, scores the exact
+average of every subset on your target's validation set, and fine-tunes once on the best subset (Merge to Mix).
+
+  m2m select   --config x.yaml   everything: adapters, search, recipe, final fine-tune
+  m2m adapters --config x.yaml   only train the adapters that are missing
+  m2m search   --config x.yaml   adapters and search, without the final fine-tune
+  m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
+
+Every command goes on from where the run folder stands. With several processes:
+  accelerate launch recipes/select.py --config x.yaml
+"""
+EXAMPLE = """\
+a configuration that runs:
+  model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct
+  lora_r: 8
+  learning_rate: 5.0e-4
+  max_steps: 40
+  output_dir: runs/science
+  candidates:
+    openbookqa: {path: json, data_files: data/openbookqa.jsonl}
+    gsm8k: {path: openai/gsm8k, name: main, columns: {question: prompt, answer: completion}, max_examples: 5000}
+  targets:
+    arc_easy:
+      data: {path: json, data_files: data/arc_validation.jsonl}
+      test_data: {path: json, data_files: data/arc_test.jsonl}
+      scorer: choice
+
+Any field can also be given as --field value. Beside those above, every field of TRL's SFTConfig and ModelConfig is one, with
+TRL's defaults except: learning_rate 2e-4; use_cpu, dtype and bf16 as the hardware suggests; output_dir runs/<name of the YAML>.
+"""
+
+
+def fields_text() -> str:
+    """Our own fields, for `--help`."""
+    lines = ["fields:"]
+    for name, default, text in field_help():
+        if name != "folder":
+            lines.append(f"  {name:20} {text}" + (f" [{default}]" if default not in ("{}", "None") else ""))
+    return "\n".join(lines) + "\n\n" + EXAMPLE
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of commands; what follows `--config` is TRL's parser's."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("m2m", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"m2m_hf {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in (
+        ("select", "adapters, search, recipe, final fine-tune"),
+        ("adapters", "train the adapters that are missing"),
+        ("search", "adapters and search, without the final fine-tune"),
+    ):
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=fields_text(), formatter_class=raw, allow_abbrev=False
+        )
+        command.add_argument("--config", required=True, type=Path, help="the YAML")
+    command = commands.add_parser("sft", help="the final fine-tune of a searched run", allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    return parser
+
+
+def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "MergeToMixSearcher":
+    """The searcher of a configuration, with the log opened once the input is known to be sound."""
+    from .parsing import parse
+    from .searcher import MergeToMixSearcher
+
+    log.silence_libraries()
+    searcher = MergeToMixSearcher(*parse(config, overrides))
+    return searcher
+
+
+def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
+    """Carries out one command."""
+    if command.command == "sft":
+        config = command.out / "config.yaml"
+        if not config.exists():
+            raise InputError(f"{command.out} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
+        overrides = [*overrides, "--output_dir", str(command.out)]
+    else:
+        config = command.config
+    searcher = open_searcher(config, overrides, log)
+    searcher.check()
+    searcher.prepare()
+    if searcher.state.is_main_process:
+        log.open(searcher.run.log)
+    if command.command == "adapters":
+        searcher.train_adapters()
+        searcher.terminal.say(f"{len(searcher.data[1])} adapters are complete: {os.path.relpath(searcher.run.adapters)}")
+    elif command.command == "search":
+        searcher.show(searcher.write_outcome())
+    elif command.command == "sft":
+        searcher.show(searcher.train_final())
+    else:
+        searcher.select()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `m2m` and returns its exit code."""
+    parser = make_parser()
+    command, overrides = parser.parse_known_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    log = LibraryLog()
+    terminal = Terminal()
+    try:
+        run(command, overrides, log)
+    except InputError as error:
+        print(f"m2m: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        terminal.say("\ninterrupted: finished adapters and scored mixtures are safe; the same command goes on from there", "yellow")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0

@@ -1,0 +1,305 @@
+"""The configuration: what a run is made of, validated before anything heavy is imported.
+
+`MergeToMixConfig` stands beside TRL's `SFTConfig` and `ModelConfig` in one flat YAML; it holds only what those two do not.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+SCORERS = {"choice": ("accuracy", "logprob"), "loss": ("loglikelihood",)}
+
+
+def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    """Names the key that is not known and the one that was probably meant."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(sorted(known))}"
+    return f"{where}: unknown key {key!r}; {hint}"
+
+
+def check_name(name: Any, what: str) -> str:
+    """A name that is safe as a folder name; anything else is refused."""
+    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
+        raise InputError(
+            f"{what} name {name!r} is not allowed: use 1 to 64 letters, digits, '_', '-' and single '.', "
+            "starting with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What `load_dataset` takes, and how its rows become ours.
+
+    Args:
+        path: a builder (`json`, `csv`, `parquet`, `text`), a Hub id, or a folder written by `save_to_disk`.
+        name: the Hub dataset's configuration.
+        data_dir: folder of files, for a builder.
+        data_files: file or files, for a builder; relative ones are relative to the YAML file.
+        split: default `train`.
+        revision: commit, tag or branch of a Hub dataset.
+        columns: renames, `{theirs: ours}`, for datasets whose columns are not called prompt/completion or messages.
+        max_examples: at most this many rows, drawn with the run's seed.
+        rows: a `datasets.Dataset` already in memory, instead of a path (Python only).
+    """
+
+    path: str | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | tuple[str, ...] | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    max_examples: int | None = None
+    rows: Any = None
+
+    @classmethod
+    def parse(cls, given: Any, where: str, folder: Path) -> "DataConfig":
+        """Reads one mapping of the YAML; relative paths are resolved against `folder`.
+
+        Raises:
+            InputError: unknown keys, wrong types.
+        """
+        if not isinstance(given, Mapping):
+            if hasattr(given, "column_names"):
+                return cls(rows=given)
+            raise InputError(
+                f"{where}: expected what load_dataset takes, such as {{path: json, data_files: file.jsonl}}, "
+                f"got {given!r}"
+            )
+        for key in given:
+            if key not in DATA_KEYS:
+                raise InputError(unknown_key_message(str(key), DATA_KEYS, where))
+        types: dict[str, tuple[type, ...]] = {"max_examples": (int,), "data_files": (str, list, tuple), "columns": (Mapping,)}
+        for key, value in given.items():
+            expected = types.get(key, (str,))
+            if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+                raise InputError(f"{where}.{key}: expected {expected[0].__name__}, got {value!r}")
+        values = {key: value for key, value in given.items() if value is not None}
+        if not values.get("path"):
+            raise InputError(f"{where}.path is missing: give json, csv, parquet, a Hub id or a folder of save_to_disk")
+        if values.get("max_examples", 1) < 1:
+            raise InputError(f"{where}.max_examples: expected at least 1, got {values['max_examples']}")
+        values["path"] = resolve_existing(values["path"], folder)
+        if "data_dir" in values:
+            values["data_dir"] = str(folder / values["data_dir"])
+        if "data_files" in values:
+            files = values["data_files"]
+            files = [files] if isinstance(files, str) else files
+            values["data_files"] = tuple(file if "://" in file else str(folder / file) for file in files)
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The mapping that `parse` reads, with paths resolved; rows in memory are only counted."""
+        if self.rows is not None:
+            return {"in_memory_rows": len(self.rows)}
+        given = {key: getattr(self, key) for key in DATA_KEYS if getattr(self, key) not in (None, {})}
+        if "data_files" in given:
+            given["data_files"] = list(given["data_files"])
+        if "columns" in given:
+            given["columns"] = dict(given["columns"])
+        return given
+
+
+DATA_KEYS = tuple(item.name for item in fields(DataConfig) if item.name != "rows")
+
+
+@dataclass(frozen=True)
+class CandidateConfig:
+    """A dataset that may enter the mixture.
+
+    Args:
+        data: where its rows come from.
+        required: every proposed mixture contains it.
+        cost: what choosing it costs, in any unit, to break ties (default: its tokens).
+        license: recorded with the chosen mixture.
+    """
+
+    data: DataConfig
+    required: bool = False
+    cost: float | None = None
+    license: str | None = None
+
+    @classmethod
+    def parse(cls, given: Any, where: str, folder: Path) -> "CandidateConfig":
+        """Reads `{path: ..., required: ..., ...}`: the keys of `DataConfig` and of this class on one level."""
+        if not isinstance(given, Mapping):
+            return cls(DataConfig.parse(given, where, folder))
+        own = {"required": bool, "cost": (int, float), "license": str}
+        for key in given:
+            if key not in (*DATA_KEYS, *own):
+                raise InputError(unknown_key_message(str(key), (*DATA_KEYS, *own), where))
+        for key, expected in own.items():
+            value = given.get(key)
+            if value is not None and (not isinstance(value, expected) or (key == "cost" and isinstance(value, bool))):
+                raise InputError(f"{where}.{key}: got {value!r}, expected {key}: {'true' if key == 'required' else '...'}")
+        data = DataConfig.parse({key: value for key, value in given.items() if key not in own}, where, folder)
+        return cls(data, bool(given.get("required")), given.get("cost"), given.get("license"))
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"required": self.required or None, "cost": self.cost, "license": self.license}
+        return self.data.to_json() | {key: value for key, value in own.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What the mixture is chosen for.
+
+    Args:
+        data: the validation set, the only rows that the search sees.
+        scorer: `choice` (rows with `choices` and `answer`) or `loss` (rows with a completion).
+        metric: for `choice` `accuracy` (default) or `logprob`; for `loss` `loglikelihood`.
+        test_data: sealed; scored once, at the end.
+    """
+
+    data: DataConfig
+    scorer: str
+    metric: str
+    test_data: DataConfig | None = None
+
+    @classmethod
+    def parse(cls, given: Any, where: str, folder: Path) -> "TargetConfig":
+        """Reads one target of the YAML.
+
+        Raises:
+            InputError: unknown keys, a scorer or metric that does not exist.
+        """
+        known = ("data", "test_data", "scorer", "metric")
+        if not isinstance(given, Mapping):
+            raise InputError(f"{where}: expected {{data: ..., scorer: ...}}, got {given!r}")
+        for key in given:
+            if key not in known:
+                raise InputError(unknown_key_message(str(key), known, where))
+        if given.get("data") is None:
+            raise InputError(f"{where}.data is missing: give the validation set as what load_dataset takes")
+        scorer = given.get("scorer")
+        if scorer not in SCORERS:
+            raise InputError(f"{where}.scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
+        metric = given.get("metric") or SCORERS[scorer][0]
+        if metric not in SCORERS[scorer]:
+            raise InputError(
+                f"{where}.metric: expected one of {', '.join(SCORERS[scorer])} for scorer {scorer}, got {metric!r}"
+            )
+        test = given.get("test_data")
+        return cls(
+            data=DataConfig.parse(given["data"], f"{where}.data", folder),
+            scorer=scorer,
+            metric=metric,
+            test_data=None if test is None else DataConfig.parse(test, f"{where}.test_data", folder),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        given = {"data": self.data.to_json(), "scorer": self.scorer, "metric": self.metric}
+        return given | ({"test_data": self.test_data.to_json()} if self.test_data else {})
+
+
+def help_field(default: Any, help: str) -> Any:
+    """A dataclass field with its help text, which is written once and shown by `--help` and by the argument parser."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class MergeToMixConfig:
+    """Everything about a run that TRL's own configurations do not say. Its fields share one flat YAML with theirs.
+
+    Raises:
+        InputError: at construction, naming the field, what was given and what was expected.
+    """
+
+    candidates: dict = help_field({}, "YAML only: name -> what load_dataset takes, plus max_examples, required, cost, license.")
+    targets: dict = help_field({}, "YAML only: name -> data, test_data, scorer (choice or loss), metric.")
+    strategy: str = help_field("exhaustive", "How mixtures are proposed: exhaustive (all 2^N-1 subsets).")
+    objective: str = help_field("merged", "What scores a mixture during the search: merged (the adapters' exact average).")
+    merge_method: str = help_field("average", "How adapters are merged: average (the mean of the parameters).")
+    one_standard_error: bool = help_field(
+        False, "Treat mixtures within one standard error of the best as tied, and choose the smallest of them."
+    )
+    tokens_per_batch: int | None = help_field(
+        None, "Scoring: tokens in one forward pass, padding included (default: 1024 on a CPU, 16384 on an accelerator)."
+    )
+    allow_overlap: bool = help_field(
+        False, "Go on although rows of a target also stand in a candidate (they are counted and reported either way)."
+    )
+    verify_top_k: int = help_field(0, "Really fine-tune this many of the top mixtures before choosing: 0, for now.")
+    train_final: bool = help_field(True, "Fine-tune on the chosen mixture at the end, and score it.")
+    final: dict = help_field({}, "YAML only: fields of SFTConfig or ModelConfig that differ in the final fine-tune.")
+    folder: str | None = field(default=None, metadata={"help": "Relative data paths are relative to it (default: the YAML's)."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}: expected {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        if self.tokens_per_batch is not None and (not isinstance(self.tokens_per_batch, int) or self.tokens_per_batch < 1):
+            raise InputError(f"tokens_per_batch: expected an integer of at least 1, got {self.tokens_per_batch!r}")
+        for name, one in (("candidates", "my_data: {path: json, data_files: my_data.jsonl}"), ("targets", "my_task: {...}")):
+            given = getattr(self, name)
+            if not isinstance(given, Mapping) or not given:
+                raise InputError(f"{name}: expected at least one, as in\n  {name}:\n    {one}\ngot {given!r}")
+        if not isinstance(self.final, Mapping):
+            raise InputError(f"final: expected fields of SFTConfig or ModelConfig, got {self.final!r}")
+        if len(self.targets) > 1:
+            raise InputError(f"targets: expected one, got {len(self.targets)} ({', '.join(map(str, self.targets))})")
+        if len(self.candidates) > MAX_EXHAUSTIVE:
+            raise InputError(
+                f"candidates: {len(self.candidates)} given, and exhaustive search scores 2^N-1 mixtures; "
+                f"at most {MAX_EXHAUSTIVE} are possible"
+            )
+        folder = Path(self.folder or ".").absolute()
+        names = [check_name(name, "candidate") for name in self.candidates]
+        twice = {name.lower() for name in names if [other.lower() for other in names].count(name.lower()) > 1}
+        if twice:
+            raise InputError(f"candidates: names that differ only in case share a folder: {', '.join(sorted(twice))}")
+        self.parsed_candidates = {
+            name: CandidateConfig.parse(self.candidates[name], f"candidates.{name}", folder) for name in sorted(names)
+        }
+        self.parsed_targets = {
+            check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", folder)
+            for name, given in self.targets.items()
+        }
+
+    def to_yaml(self) -> dict[str, Any]:
+        """The fields as they are written to `OUT/config.yaml`: paths resolved, defaults included."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
+        values["candidates"] = {name: given.to_json() for name, given in self.parsed_candidates.items()}
+        values["targets"] = {name: given.to_json() for name, given in self.parsed_targets.items()}
+        values["final"] = dict(self.final)
+        return values
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "strategy": ("exhaustive",),
+    "objective": ("merged",),
+    "merge_method": ("average",),
+    "verify_top_k": (0,),
+}
+MAX_EXHAUSTIVE = 16
+
+
+def field_help() -> Iterable[tuple[str, str, str]]:
+    """(name, default, help) of every field of `MergeToMixConfig`, for `--help`."""
+    for item in fields(MergeToMixConfig):
+        default = item.default if item.default is not MISSING else {}
+        yield item.name, str(default), item.metadata["help"]
+
+
+def resolve_existing(path: str, folder: Path) -> str:
+    """`path` made absolute where it exists, seen from `folder` or from the working directory; otherwise as it is.
+
+    A model or dataset is named by a local folder or by a Hub id, and both look alike.
+    """
+    if path in ("json", "csv", "parquet", "text", "arrow"):
+        return path
+    for root in (folder, Path.cwd()):
+        if (root / path).exists():
+            return str((root / path).absolute())
+    if path.startswith((".", "/", "~")):
+        return str((folder / Path(path).expanduser()).absolute())
+    return path

@@ -1,0 +1,379 @@
+"""Candidates and targets: loading them, giving all of them one format, and writing a mixture as data.
+
+A run has one format, so that the union of any candidates is one dataset:
+
+- `text`: `prompt` and `completion` are strings;
+- `chat`: they are lists of messages. One conversational candidate or target makes the whole run `chat`; plain rows then
+  become a user turn and an assistant turn;
+- `messages`: whole conversations, only with `assistant_only_loss: true`, where TRL trains on every assistant turn.
+
+In the first two TRL computes the loss on the completion only.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from .config import CandidateConfig, DataConfig, TargetConfig
+from .errors import InputError
+from .journal import file_fingerprint, write_atomic, write_json
+from .mixture import Mixture
+
+MESSAGE = {"role": Value("string"), "content": Value("string")}
+FEATURES = {
+    "text": Features({"prompt": Value("string"), "completion": Value("string")}),
+    "chat": Features({"prompt": [MESSAGE], "completion": [MESSAGE]}),
+    "messages": Features({"messages": [MESSAGE]}),
+}
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loaded candidate: normalised rows and what is known of them.
+
+    `tokens` counts what one epoch trains on after truncation; `truncated` rows were longer than `max_length`, and of
+    those `dropped` lost their whole completion and are left out by TRL.
+    """
+
+    name: str
+    config: CandidateConfig
+    rows: Dataset
+    fingerprint: str
+    tokens: int
+    longest: int
+    truncated: int
+    dropped: int
+
+    @property
+    def cost(self) -> float:
+        return self.tokens if self.config.cost is None else self.config.cost
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One question: a prompt, its possible completions, and the index of the right one (a single one for `loss`)."""
+
+    prompt: Prompt
+    choices: tuple[Prompt, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loaded target. `test_rows` are sealed: nothing but the final report looks at them."""
+
+    name: str
+    config: TargetConfig
+    rows: tuple[TargetRow, ...]
+    test_rows: tuple[TargetRow, ...]
+
+    def fingerprint(self, rows: tuple[TargetRow, ...]) -> str:
+        """What a score on `rows` depends on beside the model: the rows, the scorer and the metric."""
+        return content_fingerprint([self.config.scorer, self.config.metric, *rows], default=vars)
+
+
+def content_fingerprint(rows: Iterable[Any], default: Any = None) -> str:
+    """16 hex digits of the SHA-256 over the rows as JSON lines."""
+    digest = hashlib.sha256()
+    for row in rows:
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=default)
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
+    """The rows that `config` names: loaded, columns renamed, `max_examples` of them drawn with `seed`.
+
+    Raises:
+        InputError: nothing there, not readable, no such split or column, or empty.
+    """
+    try:
+        if config.rows is not None:
+            loaded = config.rows
+        elif config.path and (Path(config.path) / "state.json").exists():
+            loaded = datasets.load_from_disk(config.path)
+        elif config.path and (Path(config.path) / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(config.path)[config.split]
+        else:
+            loaded = datasets.load_dataset(
+                config.path,
+                name=config.name,
+                data_dir=config.data_dir,
+                data_files=list(config.data_files) if config.data_files else None,
+                split=config.split,
+                revision=config.revision,
+            )
+    except FileNotFoundError as error:
+        raise InputError(f"{where}: nothing found ({error}); relative paths are relative to the YAML file") from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise InputError(
+            f"{where}: {config.path!r} is neither a local folder nor a dataset that the Hub shows ({error})"
+        ) from error
+    except DatasetGenerationError as error:
+        raise InputError(f"{where}: cannot be read as {config.path} ({error.__cause__ or error})") from error
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{where}: {error}") from error
+    for theirs, ours in config.columns.items():
+        if theirs not in loaded.column_names:
+            raise InputError(f"{where}.columns: no column {theirs!r}; it has {', '.join(loaded.column_names)}")
+        if ours in loaded.column_names:
+            raise InputError(f"{where}.columns: a column {ours!r} is there already; {theirs!r} cannot take its name")
+        loaded = loaded.rename_column(theirs, ours)
+    if len(loaded) == 0:
+        raise InputError(f"{where}: has no rows; expected at least one")
+    if config.max_examples is not None and len(loaded) > config.max_examples:
+        loaded = loaded.shuffle(seed=seed).select(range(config.max_examples))
+    return loaded
+
+
+def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
+    """Whether rows are messages rather than strings.
+
+    Raises:
+        InputError: neither `messages` nor `prompt` and `completion` (for a target with choices: `choices`) are there.
+    """
+    if "messages" in rows.column_names:
+        return True
+    missing = [name for name in ("prompt", completion) if name not in rows.column_names]
+    if missing:
+        raise InputError(
+            f"{where}: column {' and '.join(map(repr, missing))} missing; it has {', '.join(rows.column_names)}. "
+            f"Expected prompt and {completion}, or messages. To rename, add to it, for instance, "
+            f"columns: {{{rows.column_names[0]}: {missing[0]}}}"
+        )
+    return not isinstance(rows[0]["prompt"], str)
+
+
+def check_messages(given: Any, where: str) -> list[dict[str, str]]:
+    """Messages with their role and content, and nothing else."""
+    if not isinstance(given, list) or not given:
+        raise InputError(f"{where}: expected a list of messages, got {given!r}")
+    for message in given:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in MESSAGE):
+            raise InputError(f"{where}: expected messages of {{role, content}}, both text, got {message!r}")
+    return [{key: message[key] for key in MESSAGE} for message in given]
+
+
+def as_turns(given: Any, role: str, where: str) -> list[dict[str, str]]:
+    """A string as one turn of `role`; messages as they are."""
+    return [{"role": role, "content": given.strip()}] if isinstance(given, str) else check_messages(given, where)
+
+
+def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Prompt, Prompt]:
+    """(prompt, completion) of a candidate's or target's row in the run's format."""
+    if row.get("messages") is not None:
+        messages = check_messages(row["messages"], f"{where}.messages")
+        if messages[-1]["role"] != "assistant":
+            raise InputError(f"{where}.messages: expected the last turn to be the assistant's, got {messages[-1]!r}")
+        return messages[:-1], messages[-1:]
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if data_format == "text":
+        for name, value in (("prompt", prompt), ("completion", completion)):
+            if not isinstance(value, str) or (name == "completion" and not value):
+                raise InputError(f"{where}.{name}: expected text, got {value!r}")
+        return prompt, completion  # type: ignore[return-value]  # both are strings, as checked
+    return as_turns(prompt, "user", f"{where}.prompt"), as_turns(completion, "assistant", f"{where}.completion")
+
+
+def normalise(rows: Dataset, data_format: str, where: str) -> Dataset:
+    """Candidate rows in the run's format, with exactly its columns and types, so that any union is safe."""
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, completion = split_row(row, data_format, f"{where}, row {index + 1}")
+        if data_format == "messages":
+            return {"messages": [*prompt, *completion]}
+        return {"prompt": prompt, "completion": completion}
+
+    def generate() -> Iterator[dict[str, Any]]:
+        for index, row in enumerate(rows):
+            yield convert(row, index)
+
+    return Dataset.from_list(list(generate()), features=FEATURES[data_format])
+
+
+def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str) -> TargetRow:
+    """One question of a target, checked."""
+    if scorer == "loss":
+        prompt, completion = split_row(row, data_format, where)
+        return TargetRow(prompt, (completion,), 0)
+    prompt, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
+        raise InputError(f"{where}.choices: expected at least two texts, none empty, got {choices!r}")
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(
+            f"{where}.answer: expected the index of the right choice, 0 to {len(choices) - 1}, or its text, got {answer!r}"
+        )
+    if choices.count(choices[answer]) > 1:
+        raise InputError(f"{where}.choices: the right answer stands there twice: {choices!r}")
+    if data_format == "text":
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}.prompt: expected text, got {prompt!r}")
+        return TargetRow(prompt, tuple(choices), answer)
+    turns = tuple(as_turns(choice, "assistant", where) for choice in choices)
+    return TargetRow(as_turns(prompt, "user", f"{where}.prompt"), turns, answer)
+
+
+def load_all(
+    candidates: Mapping[str, CandidateConfig],
+    targets: Mapping[str, TargetConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_length: int | None,
+    assistant_only_loss: bool,
+) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
+    """Loads and normalises everything that a run reads.
+
+    Args:
+        seed: draws `max_examples`.
+        max_length: tokens after which TRL truncates a training row (None: never).
+        assistant_only_loss: TRL's setting; selects the `messages` format.
+
+    Returns:
+        The run's format, the candidates and the targets by name.
+
+    Raises:
+        InputError: anything wrong with any of them, with its place.
+    """
+    raw = {name: load_rows(config.data, f"candidates.{name}", seed) for name, config in candidates.items()}
+    conversational = {name: is_conversational(rows, f"candidates.{name}", "completion") for name, rows in raw.items()}
+    raw_targets: dict[str, dict[str, Dataset]] = {name: {} for name in targets}
+    for name, config in targets.items():
+        for key in ("data", "test_data"):
+            if (data := getattr(config, key)) is not None:
+                where = f"targets.{name}.{key}"
+                rows = raw_targets[name][key] = load_rows(data, where, seed)
+                column = "choices" if config.scorer == "choice" else "completion"
+                conversational[where] = is_conversational(rows, where, column)
+    data_format = "chat" if any(conversational.values()) else "text"
+    if data_format == "chat" and tokenizer.chat_template is None:
+        first = next(name for name, value in conversational.items() if value)
+        raise InputError(
+            f"{first} holds messages, but the tokenizer of this model has no chat template; choose an instruction-tuned "
+            "model, give chat_template_path, or use prompt/completion strings"
+        )
+    if assistant_only_loss and not all("messages" in rows.column_names for rows in raw.values()):
+        raise InputError("assistant_only_loss: true trains on conversations; every candidate needs a messages column")
+
+    loaded = {}
+    for name, rows in raw.items():
+        train_format = "messages" if assistant_only_loss else data_format
+        rows = normalise(rows, train_format, f"candidates.{name}")
+        lengths = list(token_lengths(rows, tokenizer))
+        limit = max_length or max(total for _, total in lengths)
+        loaded[name] = Candidate(
+            name=name,
+            config=candidates[name],
+            rows=rows,
+            fingerprint=content_fingerprint(rows),
+            tokens=sum(min(total, limit) for start, total in lengths if start < limit),
+            longest=max(total for _, total in lengths),
+            truncated=sum(total > limit for _, total in lengths),
+            dropped=sum(start >= limit for start, _ in lengths),
+        )
+        if loaded[name].dropped == len(rows):
+            raise InputError(
+                f"candidates.{name}: no completion fits into max_length {max_length}; the prompts alone are longer. "
+                f"Its longest row has {loaded[name].longest} tokens: raise max_length"
+            )
+    questions = {
+        name: {
+            key: tuple(
+                target_row(row, data_format, targets[name].scorer, f"targets.{name}.{key}, row {number}")
+                for number, row in enumerate(rows, start=1)
+            )
+            for key, rows in parts.items()
+        }
+        for name, parts in raw_targets.items()
+    }
+    loaded_targets = {
+        name: Target(name, targets[name], parts["data"], parts.get("test_data", ())) for name, parts in questions.items()
+    }
+    return data_format, loaded, loaded_targets
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
+    """Token ids of prompt and completion together, and where the completion starts.
+
+    The completion starts where the tokens of the prompt alone and of both together part, as in TRL's SFTTrainer, so
+    that what is scored is what was trained. At least one token stands before it: with nothing there, the beginning-of-text
+    token, or the end-of-text token of models that have none.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        before = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt + completion)["input_ids"]
+    else:
+        before = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
+        ids = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)["input_ids"]
+    start = next((index for index, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+    if start == 0:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids, start = [first, *ids], 1
+    return ids, start
+
+
+def token_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    """(where the completion starts, number of tokens) of every training row, before truncation.
+
+    A conversation trained on all assistant turns counts as starting at 0. Plain text gets the end-of-text token, as TRL
+    appends it.
+    """
+    for row in rows:
+        if "messages" in row:
+            ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
+            yield 0, len(ids)
+            continue
+        ids, start = encode(tokenizer, row["prompt"], row["completion"])
+        yield start, len(ids) + isinstance(row["completion"], str)
+
+
+def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
+    """How many target rows ask what a row of the candidate asks: the same prompt, letter case and spacing aside."""
+
+    def key(prompt: Prompt) -> str:
+        text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt if m["role"] != "system")
+        return " ".join(text.split()).casefold()
+
+    if "messages" in candidate.rows.column_names:
+        asked = {key(messages[:-1]) for messages in candidate.rows["messages"]}
+    else:
+        asked = {key(prompt) for prompt in candidate.rows["prompt"]}
+    return sum(key(row.prompt) in asked for row in rows)
+
+
+def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:
+    """Writes the union of the mixture's candidates, shuffled with `seed`, as `train.jsonl` with its `manifest.json`.
+
+    The same mixture and seed give the same bytes. What is there already with the same content is left as it is.
+    """
+    rows = [row for name in mixture.names for row in candidates[name].rows]
+    random.Random(seed).shuffle(rows)
+    train = folder / "train.jsonl"
+    write_atomic(train, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    sources = {
+        name: {
+            "weight": weight,
+            "rows": len(candidates[name].rows),
+            "tokens": candidates[name].tokens,
+            "fingerprint": candidates[name].fingerprint,
+            "source": candidates[name].config.to_json(),
+        }
+        for name, weight in mixture.items
+    }
+    write_json(
+        folder / "manifest.json",
+        {"rows": len(rows), "seed": seed, "file": train.name, "sha256_16": file_fingerprint([train]), "sources": sources},
+    )
+    return train

@@ -1,0 +1,136 @@
+"""The run folder: where everything lives, how it is written so that nothing is lost, and how things are recognised again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .errors import InputError
+from .mixture import Trial
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits of the SHA-256 of `value` as canonical JSON (keys sorted): the same content, the same digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def file_fingerprint(paths: Iterable[Path]) -> str:
+    """16 hex digits of the SHA-256 over the bytes of `paths`, in their given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes `text` so that a reader, or a crash, finds either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+class RunFolder:
+    """The paths of one run; the layout is a contract that tools and people read (ARCHITECTURE.md)."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self.config = self.root / "config.yaml"
+        self.adapters = self.root / "adapters"
+        self.trials = self.root / "trials.jsonl"
+        self.mixture = self.root / "mixture"
+        self.recipe = self.root / "recipe.yaml"
+        self.final = self.root / "final"
+        self.summary = self.root / "summary.json"
+        self.log = self.root / "log.txt"
+        self._lock = FileLock(self.root / ".lock")
+
+    def lock(self) -> None:
+        """Claims the folder for this process until it ends, however it ends.
+
+        Raises:
+            InputError: another process is at work in it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another process is at work in {self.root}; wait for it to end, or choose another --output_dir"
+            ) from None
+
+    def unlock(self) -> None:
+        self._lock.release()
+
+
+class Journal:
+    """Append-only JSON lines of trials. A line that was written is true for ever and is never written again."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there; a torn last line (power cut while writing) is dropped and will be measured again.
+
+        Raises:
+            InputError: a line that is not a trial, named by its number.
+        """
+        self.path = path
+        self.trials: dict[str, Trial] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                trial = Trial.from_json(json.loads(line))
+            except ValueError as error:
+                raise InputError(
+                    f"{path}, line {number} is damaged ({error}); delete that line and its trial will be measured again"
+                ) from error
+            self.trials[trial.key] = trial
+        self._torn_at = len(whole) if len(whole) < len(content) else None
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def get(self, key: str) -> Trial | None:
+        """The complete trial with this key; a failed one does not count, so that it is tried again."""
+        trial = self.trials.get(key)
+        return trial if trial is not None and trial.state == "complete" else None
+
+    def append(self, trial: Trial, write: bool = True) -> None:
+        """Remembers `trial` and, where `write`, puts its line on the disk before returning."""
+        self.trials[trial.key] = trial
+        if not write:
+            return
+        if self._torn_at is not None:
+            os.truncate(self.path, self._torn_at)
+            self._torn_at = None
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(trial.to_json(), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,14 @@
+"""Chooses the mixture to fine-tune on, and fine-tunes on it: `m2m select`, for `accelerate launch`.
+
+```bash
+python recipes/select.py --config recipes/demo.yaml
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/select.py --config x.yaml --max_steps 100
+```
+"""
+
+import sys
+
+from m2m_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["select", *sys.argv[1:]]))

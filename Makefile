@@ -21,8 +21,8 @@ $(VENV)/.test-installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.demo-installed ## Choose among five generated datasets with a real language model (about 5 minutes on 2 cores)
-	@$(BIN)/python recipes/demo_data.py .demo/data
-	@$(BIN)/python recipes/demo_model.py $(MODEL)
+	@$(BIN)/python recipes/demo/data.py .demo/data
+	@$(BIN)/python recipes/demo/model.py $(MODEL)
 	@$(BIN)/m2m select --config recipes/demo.yaml
 
 test: $(VENV)/.test-installed ## Run the tests

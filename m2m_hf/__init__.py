@@ -12,8 +12,8 @@ __all__ = [
     "Mixture",
     "Score",
     "SearchResult",
-    "Trial",
     "TrainingRecorder",
+    "Trial",
 ]
 _HOMES = {
     "AdapterBank": "adapters",

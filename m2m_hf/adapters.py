@@ -8,7 +8,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def train_lora(
     args.push_to_hub = False
     args.disable_tqdm = True
     args.include_num_input_tokens_seen = "non_padding"
-    own_attributes = set(vars(base))
+    untouched = set(vars(base)), set(base.get_input_embeddings()._forward_hooks)
     recorder = TrainingRecorder()
     trainer = SFTTrainer(
         model=base,
@@ -208,20 +208,29 @@ def train_lora(
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss became {loss}")
         if PartialState().is_main_process:
-            peft_model.save_pretrained(folder)
+            peft_model.save_pretrained(folder, save_embedding_layers=False)
         PartialState().wait_for_everyone()
     finally:
-        restore(base, peft_model, own_attributes)
+        restore(base, peft_model, *untouched)
     return recorder.record | {"loss": loss}
 
 
-def restore(base: PreTrainedModel, peft_model: PeftModel, own_attributes: set[str]) -> None:
-    """Takes the adapter and TRL's patches off `base`, which can then be trained or scored as if it were freshly loaded."""
+def restore(base: PreTrainedModel, peft_model: PeftModel, attributes: set[str], hooks: set[int]) -> None:
+    """Takes the adapter and TRL's patches off `base`, which can then be trained or scored as if it were freshly loaded.
+
+    Args:
+        attributes: names of the instance attributes that `base` had before.
+        hooks: ids of the forward hooks that its input embeddings had before. With activation checkpointing TRL and the
+            Trainer each put one there and remember the last one only, so that transformers' own way to take them off
+            would leave one behind.
+    """
     peft_model.unload()
     if base.is_activation_checkpointing:
         base.activation_checkpointing_disable()
-    base.disable_input_require_grads()
-    for name in set(vars(base)) - own_attributes:
+    embedding_hooks = base.get_input_embeddings()._forward_hooks
+    for hook in set(embedding_hooks) - hooks:
+        del embedding_hooks[hook]
+    for name in set(vars(base)) - attributes:
         delattr(base, name)
     base.requires_grad_(False)
     base.eval()
@@ -240,40 +249,34 @@ class AdapterBank:
         self.folder = folder
         self.candidates = dict(candidates)
         self.facts = dict(facts)
-        self.fingerprint = fingerprint(self.facts)
-
-    def adapter_fingerprint(self, name: str) -> str:
-        """What an adapter is: how it was trained and on which rows."""
-        return fingerprint([self.fingerprint, self.candidates[name].fingerprint])
 
     def check(self) -> list[str]:
         """The names of the adapters that are still to be trained.
 
+        The number of processes counts only where adapters are still to be trained: it changes what is learned, but a
+        complete bank may be searched with any.
+
         Raises:
             InputError: an adapter is there that was trained otherwise, or on other rows; nothing is overwritten.
         """
-        missing = []
-        for name, candidate in self.candidates.items():
-            path = self.folder / name / "training.json"
-            if not path.exists():
-                missing.append(name)
-                continue
-            there = read_json(path)
-            uniform = there.get("uniform") if isinstance(there, dict) else None
-            if not isinstance(uniform, dict):
-                raise InputError(f"{path} does not say how the adapter was trained; delete {path.parent} to have it trained again")
-            differences = differing(self.facts, uniform)
+        missing = [name for name in self.candidates if not (self.folder / name / "training.json").exists()]
+        trained = self.training(skip=missing)
+        facts = dict(self.facts)
+        if not missing:
+            facts["processes"] = next(iter(trained.values()))["uniform"]["processes"]
+        for name, there in trained.items():
+            differences = differing(facts, there["uniform"])
             if differences:
                 raise InputError(
                     f"adapter {name!r} in {self.folder} was trained otherwise than this run asks for, and adapters that "
                     f"differ in anything but their data cannot be averaged: {'; '.join(differences)}. Restore the settings, "
                     f"choose another --output_dir, or delete {self.folder} to train all adapters again"
                 )
-            if there["data"] != candidate.fingerprint:
+            if there["data"] != self.candidates[name].fingerprint:
                 raise InputError(
                     f"candidate {name!r} has changed since its adapter was trained (rows {there['data']} there, "
-                    f"{candidate.fingerprint} now). Restore the data, give the new data another name, or delete "
-                    f"{path.parent} to have this adapter trained again"
+                    f"{self.candidates[name].fingerprint} now). Restore the data, give the new data another name, or delete "
+                    f"{self.folder / name} to have this adapter trained again"
                 )
         return missing
 
@@ -306,7 +309,7 @@ class AdapterBank:
                         partial / "training.json",
                         {
                             "candidate": name,
-                            "fingerprint": self.adapter_fingerprint(name),
+                            "fingerprint": fingerprint([self.facts, self.candidates[name].fingerprint]),
                             "data": self.candidates[name].fingerprint,
                             "rows": len(self.candidates[name].rows),
                             **record,
@@ -322,9 +325,24 @@ class AdapterBank:
                     f"loss {losses[0]:.3f} → {losses[-1]:.3f}, {duration(record['seconds'])}"
                 )
 
-    def training(self) -> dict[str, dict[str, Any]]:
-        """Name -> `training.json` of every adapter."""
-        return {name: read_json(self.folder / name / "training.json") for name in self.candidates}
+    def training(self, skip: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+        """Name -> `training.json` of every adapter but those to skip; its `fingerprint` says what the adapter is.
+
+        Raises:
+            InputError: one that does not say how its adapter was trained.
+        """
+        records = {}
+        for name in self.candidates:
+            if name in skip:
+                continue
+            path = self.folder / name / "training.json"
+            record = read_json(path)
+            if not isinstance(record, dict) or not {"fingerprint", "data", "uniform", "steps", "seconds"} <= set(record):
+                raise InputError(
+                    f"{path} does not say how the adapter was trained; delete {path.parent} to have it trained again"
+                )
+            records[name] = record
+        return records
 
     def load(self) -> dict[str, Adapter]:
         """Name -> adapter, from the disk."""

@@ -119,6 +119,8 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
         raise InputError(
             f"{where}: {config.path!r} is neither a local folder nor a dataset that the Hub shows ({error})"
         ) from error
+    except StopIteration:  # what datasets raises where no file holds a row
+        raise InputError(f"{where}: has no rows; expected at least one") from None
     except DatasetGenerationError as error:
         raise InputError(f"{where}: cannot be read as {config.path} ({error.__cause__ or error})") from error
     except (ValueError, KeyError) as error:

@@ -31,6 +31,11 @@ NOT_AVERAGEABLE = {
     "lora_bias": "trained biases are not part of B A",
     "layer_replication": "the layers of the adapted model are not those of the base",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only",
+    "arrow_config": "Arrow routes every token to adapters of its own",
+    "kasa_config": "KaSA takes singular values out of the base weights",
+    "monteclora_config": "MonteCLoRA samples its adapter",
+    "velora_config": "VeLoRA compresses what the adapter sees",
+    "use_bdlora": "block-diagonal factors are stored otherwise",
     "use_qalora": "QALoRA pools the input of the adapter",
 }
 
@@ -42,7 +47,7 @@ def refuse_unless_averageable(config: LoraConfig, where: str) -> None:
         InputError: with the reason.
     """
     for name, reason in NOT_AVERAGEABLE.items():
-        if getattr(config, name, None):
+        if getattr(config, name, None) not in (None, False, []):
             raise InputError(f"{where}: {name}={getattr(config, name)!r} cannot be averaged: {reason}. Leave {name} unset")
     if config.bias != "none":
         raise InputError(f"{where}: bias={config.bias!r} cannot be averaged: trained biases are not part of B A. Use bias='none'")
@@ -73,7 +78,7 @@ class Adapter:
         except (OSError, ValueError, json.JSONDecodeError) as error:
             raise InputError(f"{folder}: expected adapter_config.json and adapter_model.safetensors ({error})") from error
         if not isinstance(config, LoraConfig):
-            raise InputError(f"{folder}: expected a LoRA adapter, got {config.peft_type}")
+            raise InputError(f"{folder}: expected a LoRA adapter, got {getattr(config.peft_type, 'value', config.peft_type)}")
         refuse_unless_averageable(config, str(folder))
         return cls(config, tensors)
 

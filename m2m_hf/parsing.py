@@ -163,6 +163,7 @@ def trl_fields(args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
             value = plain(getattr(given, item.name))
             if item.init and value != plain(getattr(default, item.name)) and is_plain(value):
                 fields[item.name] = value
+    fields["output_dir"] = args.output_dir
     fields["use_cpu"] = args.use_cpu
     fields["dtype"] = model_args.dtype
     return dict(sorted(fields.items()))
@@ -192,8 +193,7 @@ def with_overrides(args: SFTConfig, model_args: ModelConfig, overrides: Mapping[
         if key not in names:
             raise InputError(unknown_key_message(str(key), names, "final"))
     parser = TrlParser((SFTConfig, ModelConfig), add_help=False)
-    parser.set_defaults(**trl_fields(args, model_args))
-    parser.set_defaults_with_config(**{**trl_fields(args, model_args), "output_dir": args.output_dir, **overrides})
+    parser.set_defaults_with_config(**{**trl_fields(args, model_args), **overrides})
     try:
         new_args, new_model_args = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except (ValueError, TypeError) as error:

@@ -240,7 +240,7 @@ class MergeToMixSearcher:
         )
         objective = MergedObjective(
             self._open_stack,
-            {name: self.bank.adapter_fingerprint(name) for name in candidates},
+            {name: record["fingerprint"] for name, record in self.bank.training().items()},
             target=target.name,
             target_fingerprint=target.fingerprint(target.rows),
             base_fingerprint=fingerprint([self.facts[key] for key in ("base_model", "dtype", "tokenizer", "chat_template")]),

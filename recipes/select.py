@@ -8,7 +8,10 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/select
 
 import sys
 
-from m2m_hf.cli import main
+# Python puts a script's own folder first on its path, where this file would stand in for the standard library's `select`.
+sys.path.pop(0)
+
+from m2m_hf.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(["select", *sys.argv[1:]]))

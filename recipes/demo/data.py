@@ -1,7 +1,7 @@
 """Writes the demo's data: five small instruction datasets and one target, all generated from the word lists below.
 
 ```bash
-python recipes/demo_data.py .demo/data
+python recipes/demo/data.py .demo/data
 ```
 
 The target is a word quiz of two kinds of question, *what is the past tense* and *what is the opposite*, on words that no

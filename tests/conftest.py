@@ -1,0 +1,166 @@
+"""Pico models and tokenizers, made in code: no network, milliseconds."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="m2m-tests-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+TEXT = "question: what is the opposite of hot? answer: cold warm big small yes no one two three four red green blue"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a few merges and a chat template."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([TEXT] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def build_model(family: str, vocabulary: int = 320) -> torch.nn.Module:
+    """A random model of two layers with the quirks of its family (soft-capping and scaled embeddings, Conv1D, q/k norms)."""
+    torch.manual_seed(0)
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        **common,
+    }
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    if family == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**shape, query_pre_attn_scalar=8, sliding_window=16)).eval()
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)).eval()
+
+
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+
+
+def build_adapter(family: str, folder: Path, seed: int, **lora) -> Path:
+    """A PEFT adapter folder with random factors, written by PEFT itself."""
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": TARGETS.get(family, ["q_proj", "v_proj", "down_proj"]),
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": family == "gpt2",
+        **lora,
+    }
+    model = get_peft_model(build_model(family), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+COLOURS = ["red", "green", "blue", "one", "two", "three"]
+
+
+def candidate_rows(word: str, count: int = 12) -> list[dict]:
+    return [
+        {"prompt": f"question: {word} {COLOURS[i % 6]} {i}? answer:", "completion": f" {COLOURS[(i + len(word)) % 6]}"}
+        for i in range(count)
+    ]
+
+
+def choice_rows(count: int = 10, start: int = 100) -> list[dict]:
+    return [
+        {"prompt": f"question: {COLOURS[i % 6]} {i}? answer:", "choices": [" red", " green", " blue one"], "answer": i % 3}
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory) -> Path:
+    """A folder with a pico Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("pico")
+    build_model("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, pico) -> Path:
+    """A configuration file with three candidates and a target beside it; `run.yaml` is ready to be selected from."""
+    for word in ("alpha", "beta", "gamma"):
+        write_rows(tmp_path / f"{word}.jsonl", candidate_rows(word))
+    write_rows(tmp_path / "validation.jsonl", choice_rows())
+    write_rows(tmp_path / "test.jsonl", choice_rows(8, start=200))
+    (tmp_path / "run.yaml").write_text(
+        f"""
+model_name_or_path: {pico}
+lora_r: 4
+lora_target_modules: [q_proj, v_proj]
+learning_rate: 1.0e-2
+max_steps: 3
+per_device_train_batch_size: 4
+activation_checkpointing: false
+logging_steps: 1
+use_cpu: true
+dtype: float32
+bf16: false
+output_dir: {tmp_path / "out"}
+candidates:
+  alpha: {{path: json, data_files: alpha.jsonl}}
+  beta: {{path: json, data_files: beta.jsonl}}
+  gamma: {{path: json, data_files: gamma.jsonl}}
+targets:
+  colours:
+    data: {{path: json, data_files: validation.jsonl}}
+    test_data: {{path: json, data_files: test.jsonl}}
+    scorer: choice
+"""
+    )
+    return tmp_path

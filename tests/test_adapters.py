@@ -1,0 +1,175 @@
+"""The bank: uniform, never trained twice, and the base given back as it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from m2m_hf.adapters import differing, load_base, planned_steps, train_lora
+from m2m_hf.callbacks import BankProgress
+from m2m_hf.console import Terminal
+from m2m_hf.errors import InputError
+from m2m_hf.parsing import parse
+from m2m_hf.searcher import MergeToMixSearcher
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
+
+
+def searcher(project, *flags: str) -> MergeToMixSearcher:
+    return MergeToMixSearcher(*parse(project / "run.yaml", flags), terminal=Terminal(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, request):
+    """A trained bank, copied for every test that needs one."""
+    return {}
+
+
+def test_adapters_differ_in_their_data_only(project):
+    one = searcher(project)
+    one.train_adapters()
+    records = one.bank.training()
+    assert records["alpha"]["uniform"] == records["beta"]["uniform"] == records["gamma"]["uniform"] == one.facts
+    assert len({record["data"] for record in records.values()}) == 3
+    assert len({record["fingerprint"] for record in records.values()}) == 3
+    for record in records.values():
+        assert record["steps"] == 3
+        assert [step for step, _ in record["loss_curve"]] == [1, 2, 3]
+        assert record["tokens"] > 0
+        assert record["seconds"] > 0
+        assert record["peak_memory_bytes"] > 0
+        assert record["rows"] == 12
+
+
+def test_every_adapter_starts_from_the_same_weights(project):
+    one = searcher(project, "--learning_rate", "0")
+    one.train_adapters()
+    tensors = [load_file(project / "out" / "adapters" / name / "adapter_model.safetensors") for name in ("alpha", "beta")]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+
+
+def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
+    """Training in sequence on one base equals TRL on a freshly loaded model, bit for bit."""
+    one = searcher(project)
+    one.train_adapters()
+    args = one.args
+    args.output_dir = str(tmp_path / "fresh")
+    args.save_strategy = "no"
+    fresh = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(one.model_args.model_name_or_path, dtype="float32"),
+        args=args,
+        train_dataset=one.data[1]["gamma"].rows,
+        processing_class=one.tokenizer,
+        peft_config=one.lora,
+    )
+    fresh.train()
+    fresh.model.save_pretrained(tmp_path / "fresh")
+    theirs = load_file(tmp_path / "fresh" / "adapter_model.safetensors")
+    ours = load_file(project / "out" / "adapters" / "gamma" / "adapter_model.safetensors")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_training_gives_the_base_back_untouched(project, checkpointing):
+    one = searcher(project, "--activation_checkpointing", checkpointing)
+    base = load_base(one.model_args, one.args)
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    attributes = set(vars(base))
+    with Terminal(quiet=True).progress("x", 3) as bar:
+        train_lora(
+            base, one.tokenizer, one.data[1]["alpha"].rows, one.args, one.lora, project / "a", BankProgress(bar, 0, "")
+        )
+    assert list(base.state_dict()) == list(state)
+    assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in state.items())
+    assert set(vars(base)) == attributes
+    assert not base.training
+    assert not base.is_activation_checkpointing
+    assert not base.get_input_embeddings()._forward_hooks
+
+
+def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
+    one = searcher(project)
+    one.train_adapters()
+    one.run.unlock()
+    before = {path: path.stat().st_mtime_ns for path in (project / "out" / "adapters").rglob("*") if path.is_file()}
+    shutil.rmtree(project / "out" / "adapters" / "beta")
+    trained = []
+    real = train_lora
+
+    def spy(base, tokenizer, rows, args, config, folder, progress):
+        trained.append(folder.name)
+        return real(base, tokenizer, rows, args, config, folder, progress)
+
+    monkeypatch.setattr("m2m_hf.adapters.train_lora", spy)
+    again = searcher(project)
+    assert again.bank.check() == ["beta"]
+    again.train_adapters()
+    assert trained == [".beta.partial"]
+    for path, modified in before.items():
+        assert path.exists()
+        if "beta" not in path.parts:
+            assert path.stat().st_mtime_ns == modified
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--learning_rate", "0.02"), "learning_rate (0.01 there, 0.02 now)"),
+        (("--lora_r", "8"), "lora_config.r (4 there, 8 now)"),
+        (("--seed", "7"), "seed (42 there, 7 now)"),
+        (("--max_steps", "4"), "max_steps (3 there, 4 now)"),
+    ],
+)
+def test_a_bank_that_is_not_uniform_is_refused_by_name(project, flags, named):
+    one = searcher(project)
+    one.train_adapters()
+    one.run.unlock()
+    with pytest.raises(InputError) as error:
+        searcher(project, *flags).bank.check()
+    assert named in str(error.value)
+
+
+def test_another_version_or_base_is_refused_by_name(project):
+    one = searcher(project)
+    one.train_adapters()
+    path = project / "out" / "adapters" / "beta" / "training.json"
+    record = json.loads(path.read_text())
+    record["uniform"]["version.peft"] = "0.1.0"
+    record["uniform"]["base_model"] = "another"
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"base_model \('another' there.*version\.peft \('0\.1\.0' there"):
+        one.bank.check()
+
+
+def test_changed_data_are_noticed_by_content(project):
+    one = searcher(project)
+    one.train_adapters()
+    one.run.unlock()
+    path = project / "beta.jsonl"
+    path.write_text(path.read_text().replace("red", "ped"))
+    with pytest.raises(InputError, match="candidate 'beta' has changed"):
+        searcher(project).bank.check()
+
+
+def test_settings_that_change_nothing_learned_may_change(project):
+    one = searcher(project)
+    one.train_adapters()
+    one.run.unlock()
+    assert searcher(project, "--logging_steps", "3", "--tokens_per_batch", "7").bank.check() == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_dora", "true"), ("lora_modules_to_save", "lm_head")])
+def test_adapters_that_cannot_be_averaged_are_refused_before_training(project, name, value):
+    with pytest.raises(InputError, match="cannot be averaged"):
+        searcher(project, f"--{name}", value)
+
+
+def test_differing():
+    assert differing({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b (3 there, 2 now)", "c (4 there, None now)"]
+
+
+def test_planned_steps_are_what_the_trainer_makes(project):
+    one = searcher(project, "--max_steps", "-1", "--num_train_epochs", "2", "--gradient_accumulation_steps", "2")
+    one.train_adapters()
+    assert planned_steps(one.args, 12) == one.bank.training()["alpha"]["steps"] == 4

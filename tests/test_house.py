@@ -1,0 +1,107 @@
+"""The house: imports go downward only, the public names are all there, the help is instant, the demo's data are sound."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import m2m_hf
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (
+    ("errors", "metrics"),
+    ("mixture", "config", "console"),
+    ("journal", "parsing", "merging", "callbacks", "strategies"),
+    ("data",),
+    ("scoring", "adapters", "recipe"),
+    ("objectives",),
+    ("search",),
+    ("searcher",),
+    ("cli",),
+)
+LIGHT = {"errors", "mixture", "config", "journal", "console", "strategies", "search", "cli"}
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate"}
+
+
+def imported(path: Path, everywhere: bool) -> tuple[set[str], set[str]]:
+    """(our modules, other packages) that a module imports; `everywhere` counts imports inside functions too."""
+    ours, others = set(), set()
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                ours.update([node.module] if node.module else [alias.name for alias in node.names])
+            else:
+                others.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            others.update(alias.name.split(".")[0] for alias in node.names)
+    return ours - {"__version__"}, others
+
+
+def modules() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((ROOT / "m2m_hf").glob("*.py")) if path.stem != "__init__"}
+
+
+def test_every_module_has_a_floor():
+    named = {name for floor in FLOORS for name in floor}
+    assert named == {*modules(), "metrics"}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_go_downward_only(name):
+    floor = next(number for number, names in enumerate(FLOORS) if name in names)
+    allowed = {other for names in FLOORS[:floor] for other in names}
+    ours, _ = imported(modules()[name], everywhere=True)
+    assert ours <= allowed, f"{name} imports {ours - allowed}"
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT - {"search"}))
+def test_light_modules_import_nothing_heavy(name):
+    _, others = imported(modules()[name], everywhere=False)
+    assert not others & HEAVY
+
+
+def test_public_names():
+    assert m2m_hf.__all__ == sorted(set(m2m_hf.__all__))
+    for name in m2m_hf.__all__:
+        assert getattr(m2m_hf, name).__doc__, name
+    with pytest.raises(AttributeError, match="nothing"):
+        m2m_hf.nothing  # noqa: B018
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys; from m2m_hf.cli import main\n"
+        "try: main(['select', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "tokens_per_batch" in done.stdout
+
+
+def test_top_level_is_what_it_should_be():
+    for name in ("pyproject.toml", "README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md", "LICENSE", "Makefile"):
+        assert (ROOT / name).is_file(), name
+
+
+def test_demo_data_are_deterministic_and_share_no_question_with_the_target():
+    spec = importlib.util.spec_from_file_location("demo_data", ROOT / "recipes" / "demo" / "data.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    files = demo.generate()
+    assert json.dumps(files) == json.dumps(demo.generate())
+    quiz = {row["prompt"] for name in ("quiz_validation", "quiz_test") for row in files[name]}
+    assert len(quiz) == len(files["quiz_validation"]) + len(files["quiz_test"])
+    for name in set(files) - {"quiz_validation", "quiz_test"}:
+        assert len(files[name]) == 120
+        assert not quiz & {row["prompt"] for row in files[name]}
+    for row in files["quiz_validation"] + files["quiz_test"]:
+        assert len(set(row["choices"])) == 4
+        assert row["choices"][row["answer"]] == row["completion"]
+    right = {row["prompt"]: row["completion"] for row in files["past_tenses"]}
+    assert all(right[row["prompt"]] != row["completion"] for row in files["past_tenses_wrong"])

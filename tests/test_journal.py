@@ -1,0 +1,116 @@
+"""The journal and the run folder: nothing lost, nothing doubled, nothing believed that is damaged."""
+
+import multiprocessing
+
+import pytest
+from datasets import load_dataset
+from m2m_hf.errors import InputError
+from m2m_hf.journal import Journal, RunFolder, fingerprint, read_json, write_atomic
+from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Trial
+
+
+def trial(key: str, names: tuple = ("a",), value: float = 0.5, state: str = "complete") -> Trial:
+    score = Score(value, 0.1, (0.0, 2 * value), (-1.0, -2.25)) if state == "complete" else None
+    return Trial(key, Mixture.subset(names), "merged", "t", 2, state, score, 1.25, None if score else "nan")
+
+
+def test_what_is_appended_is_read_back(tmp_path):
+    journal = Journal(tmp_path / "trials.jsonl")
+    trials = [trial("1"), trial("2", ("a", "b", "c")), trial("3", ()), trial("4", state="failed")]
+    for one in trials:
+        journal.append(one)
+    again = Journal(tmp_path / "trials.jsonl")
+    assert list(again.trials.values()) == trials
+    assert again.get("2") == trials[1]
+    assert again.get("4") is None  # a failed trial is tried again
+    rows = load_dataset("json", data_files=str(tmp_path / "trials.jsonl"), split="train")
+    assert rows["names"][:] == [["a"], ["a", "b", "c"], [], ["a"]]
+
+
+def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    journal = Journal(path)
+    journal.append(trial("1"))
+    whole = path.read_bytes()
+    journal.append(trial("2"))
+    second = path.read_bytes()
+    for cut in range(len(whole), len(second)):
+        path.write_bytes(second[:cut])
+        torn = Journal(path)
+        assert list(torn.trials) == ["1"]
+        torn.append(trial("2"))
+        assert path.read_bytes() == second
+
+
+@pytest.mark.parametrize("line", ["nonsense", "{}", "[]", '{"key": "x"}', '{"key": 1, "state": "complete"}', "\xff"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "trials.jsonl"
+    Journal(path).append(trial("1"))
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        Journal(path)
+
+
+def test_a_reader_does_not_write(tmp_path):
+    journal = Journal(tmp_path / "trials.jsonl")
+    journal.append(trial("1"), write=False)
+    assert journal.get("1")
+    assert not (tmp_path / "trials.jsonl").exists()
+
+
+def test_fingerprint_sees_content_not_order():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "x.json"
+    write_atomic(path, "{}")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")
+    assert read_json(path) == {}
+    path.write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_json(path)
+
+
+def try_lock(root: str, answer) -> None:
+    try:
+        RunFolder(root).lock()
+        answer.put("locked")
+    except InputError as error:
+        answer.put(str(error))
+
+
+def test_a_second_process_is_refused(tmp_path):
+    run = RunFolder(tmp_path)
+    run.lock()
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=try_lock, args=(str(tmp_path), answer))
+    process.start()
+    assert "another process is at work" in answer.get(timeout=60)
+    process.join()
+    run.unlock()
+
+
+def test_mixtures():
+    assert Mixture.subset(["b", "a"]).items == (("a", 0.5), ("b", 0.5))
+    assert str(Mixture.subset(["b", "a"])) == "a + b"
+    assert str(Mixture.of({"b": 0.75, "a": 0.25})) == "0.25 a + 0.75 b"
+    assert str(BASE) == "base model"
+    for wrong in ({"a": 0.5}, {"a": 1.5, "b": -0.5}, {"a": float("nan")}, {"a": 1.0, "b": 0.0}):
+        with pytest.raises(ValueError, match="weights must"):
+            Mixture.of(wrong)
+    with pytest.raises(ValueError, match="sorted"):
+        Mixture((("b", 0.5), ("a", 0.5)))
+
+
+def test_search_space():
+    space = SearchSpace(("a", "b", "c"))
+    found = list(space.subsets())
+    assert len(found) == len(set(found)) == 7
+    assert all(mixture in space for mixture in found)
+    assert BASE not in space
+    required = SearchSpace(("a", "b", "c"), frozenset({"b"}))
+    assert [mixture.names for mixture in required.subsets()] == [("b",), ("a", "b"), ("b", "c"), ("a", "b", "c")]
+    assert Mixture.subset(["a"]) not in required

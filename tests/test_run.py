@@ -1,0 +1,266 @@
+"""Whole runs through the command line, on a pico model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import candidate_rows, choice_rows, write_rows
+from datasets import load_dataset
+from m2m_hf import MergeToMixSearcher
+from m2m_hf.cli import main
+from m2m_hf.console import Terminal
+from m2m_hf.merging import GatedStack
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[1]
+
+
+def m2m(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Relative path -> time of last change, but for the log and the lock."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("log.txt", ".lock")
+    }
+
+
+def test_select_from_beginning_to_end(project, capsys):
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    out = project / "out"
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for word in ("base model", "alpha", "all 3, merged", "chosen: ", "final model", "±", "recipe: trl sft --config"):
+        assert word in printed.out
+    expected = {"config.yaml", "trials.jsonl", "recipe.yaml", "summary.json", "log.txt", "adapters", "mixture", "final"}
+    assert expected <= {path.name for path in out.iterdir()}
+
+    summary = json.loads((out / "summary.json").read_text())
+    keys = {"best", "base", "all", "best_single", "top", "targets", "final", "counts", "costs"}
+    assert keys <= set(summary)
+    assert set(summary["best"]) == {"mixture", "score", "stderr"}
+    assert summary["counts"] == {"candidates": 3, "trials": 8, "pruned": 0, "failed": 0}
+    assert summary["costs"]["adapter_steps"] == 9
+    assert summary["costs"]["example_evaluations"] == 80
+    assert {"validation", "test"} <= set(summary["final"])
+    assert summary["best"]["score"] == max(trial["score"] for trial in summary["top"])
+
+    trials = load_dataset("json", data_files=str(out / "trials.jsonl"), split="train")
+    assert len(trials) == 8
+    assert all(len(values) == 10 for values in trials["values"])
+    chosen = [row for name in summary["best"]["mixture"] for row in candidate_rows(name)]
+    assert len(load_dataset("json", data_files=str(out / "mixture" / "train.jsonl"), split="train")) == len(chosen)
+    base = AutoModelForCausalLM.from_pretrained(yaml.safe_load((out / "recipe.yaml").read_text())["model_name_or_path"])
+    PeftModel.from_pretrained(base, out / "final")
+
+
+def test_a_second_select_does_nothing_and_says_so(project, capsys, monkeypatch):
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    before = files(project / "out")
+    capsys.readouterr()
+    monkeypatch.setattr("m2m_hf.searcher.load_base", lambda *args: pytest.fail("the model was loaded"))
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    unchanged = {name for name, time in files(project / "out").items() if before.get(name) == time}
+    assert {"trials.jsonl", "config.yaml", "final/adapter_model.safetensors"} <= unchanged
+    assert m2m("select", "--config", project / "out" / "config.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [0, 3, 6])
+def test_interrupted_search_goes_on(project, tmp_path, capsys, monkeypatch, stop):
+    assert m2m("search", "--config", project / "run.yaml", "--output_dir", tmp_path / "reference") == 0
+    real, count = GatedStack.set, 0
+
+    def interrupting(self, weights):
+        nonlocal count
+        if weights and count == stop:
+            raise KeyboardInterrupt
+        count += bool(weights)
+        real(self, weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GatedStack, "set", interrupting)
+        assert m2m("search", "--config", project / "run.yaml") == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    written = (project / "out" / "trials.jsonl").read_text()
+    assert len(written.splitlines()) == stop + 1
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert (project / "out" / "trials.jsonl").read_text().startswith(written)
+
+    def scores(folder: Path) -> list:
+        lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+    assert scores(project / "out") == scores(tmp_path / "reference")
+
+
+def test_search_then_sft_is_select(project, tmp_path, capsys):
+    assert m2m("select", "--config", project / "run.yaml", "--output_dir", tmp_path / "whole") == 0
+    assert m2m("adapters", "--config", project / "run.yaml") == 0
+    assert not (project / "out" / "trials.jsonl").exists()
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert summary["final"] is None
+    assert f"next: m2m sft {os.path.relpath(project / 'out')}" in capsys.readouterr().out
+    assert m2m("sft", project / "out") == 0
+    mine = json.loads((project / "out" / "summary.json").read_text())
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert {**mine, "costs": None} == {**whole, "costs": None}
+
+
+def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path):
+    assert m2m("select", "--config", project / "run.yaml", "--lora_dropout", "0.1") == 0
+    recipe = project / "out" / "recipe.yaml"
+    assert "m2m" not in "".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("#"))
+    ours = json.loads((project / "out" / "final" / "training.json").read_text())["loss"]
+    code = (
+        "import sys; sys.modules['m2m_hf'] = None\n"
+        "from trl.scripts.sft import make_parser\n"
+        "from trl.trainer.sft_trainer import SFTTrainer\n"
+        "import trl.scripts.sft as sft\n"
+        "train = SFTTrainer.train\n"
+        "def spy(self, *a, **k):\n"
+        "    out = train(self, *a, **k); print('LOSS', repr(out.training_loss)); return out\n"
+        "SFTTrainer.train = spy\n"
+        "sft.main(*make_parser().parse_args_and_config(fail_with_unknown_args=True))\n"
+    )
+    command = [sys.executable, "-c", code, "--config", str(recipe), "--output_dir", str(tmp_path / "trl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = float(next(line for line in done.stdout.splitlines() if line.startswith("LOSS")).split()[1])
+    assert theirs == ours
+
+
+def test_final_overrides_and_loss_scorer(project, tmp_path):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    rows = [{"prompt": row["prompt"], "completion": row["choices"][0]} for row in choice_rows()]
+    write_rows(tmp_path / "loss.jsonl", rows)
+    config["targets"] = {"t": {"data": {"path": "json", "data_files": "loss.jsonl"}, "scorer": "loss"}}
+    config["final"] = {"max_steps": 5, "lora_r": 2}
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert summary["final"]["steps"] == 5
+    assert summary["final"]["test"] is None
+    assert summary["best"]["score"] < 0
+    assert json.loads((project / "out" / "final" / "adapter_config.json").read_text())["r"] == 2
+    recipe = yaml.safe_load((project / "out" / "recipe.yaml").read_text())
+    assert (recipe["max_steps"], recipe["lora_r"]) == (5, 2)
+
+
+def test_conversations(project, tmp_path):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    for name in ("alpha", "beta"):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["completion"].strip()},
+                ]
+            }
+            for row in candidate_rows(name)
+        ]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    del config["candidates"]["gamma"]
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    assert m2m("select", "--config", project / "run.yaml", "--assistant_only_loss", "true", "--output_dir", tmp_path / "t") == 0
+    assert list(json.loads((tmp_path / "t" / "mixture" / "train.jsonl").read_text().splitlines()[0])) == ["messages"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"candidates": {"a": {"path": "json", "data_files": "none.jsonl"}}}, "candidates.a: nothing found"),
+        ({"candidates": {"a": {"path": "json", "data_files": "validation.jsonl"}}}, "column 'completion' missing"),
+        ({"candidates": {"a": {"path": "json", "data_files": "empty.jsonl"}}}, "candidates.a: has no rows"),
+        ({"candidates": {"a/b": {"path": "json", "data_files": "alpha.jsonl"}}}, "candidate name 'a/b' is not allowed"),
+        ({"candidates": {"..": {"path": "json", "data_files": "alpha.jsonl"}}}, "candidate name '..' is not allowed"),
+        ({"targets": {}}, "targets: expected at least one"),
+        ({"use_dora": True}, "use_dora=True cannot be averaged"),
+        ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] cannot be averaged"),
+        ({"model_name_or_path": "nobody/nothing"}, "neither a local model folder nor a model"),
+        ({"final": {"lora_rr": 1}}, "final: unknown key 'lora_rr'"),
+        ({"final": {"use_dora": True}}, "cannot be averaged"),
+    ],
+)
+def test_bad_input_is_one_message_exit_2_and_nothing_written(project, capsys, change, message):
+    write_rows(project / "empty.jsonl", [])
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    (project / "run.yaml").write_text(yaml.safe_dump(config | change))
+    assert m2m("select", "--config", project / "run.yaml") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("m2m: ")
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert not (project / "out").exists()
+
+
+def test_questions_of_the_target_in_a_candidate(project, capsys):
+    rows = [{"prompt": row["prompt"].upper(), "completion": " red"} for row in choice_rows(2)]
+    write_rows(project / "beta.jsonl", [*candidate_rows("beta"), *rows])
+    assert m2m("search", "--config", project / "run.yaml") == 2
+    assert "also stand in beta (2)" in capsys.readouterr().err
+    assert m2m("search", "--config", project / "run.yaml", "--allow_overlap", "true") == 0
+
+
+def test_a_changed_configuration_is_refused_unless_it_only_adds(project, capsys):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    gamma = config["candidates"].pop("gamma")
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    before = files(project / "out")
+    for flags, word in ((("--learning_rate", "0.5"), "learning_rate (0.01 there, 0.5 now)"), (("--seed", "1"), "seed")):
+        assert m2m("search", "--config", project / "run.yaml", *flags) == 2
+        assert word in capsys.readouterr().err
+    assert files(project / "out") == before
+    config["candidates"]["gamma"] = gamma
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert "scored 4 mixtures" in capsys.readouterr().out
+
+
+def test_not_a_run_folder(tmp_path, capsys):
+    assert m2m("sft", tmp_path) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_in_python(project):
+    searcher = MergeToMixSearcher.from_yaml(project / "run.yaml", seed=3)
+    searcher.terminal = Terminal(quiet=True)
+    result = searcher.search()
+    assert len(result.trials) == 8
+    summary = searcher.train_final()
+    assert summary["best"]["mixture"] == result.best.mixture.weights
+    assert summary["final"]["test"] is not None
+
+
+def test_two_processes_give_the_journal_of_one(project, tmp_path):
+    """Two gloo processes share the scoring; the adapters are the same ones, so only rounding may differ."""
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    (tmp_path / "two").mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    port = str(20000 + os.getpid() % 20000)
+    os.rename(project / "out" / "adapters", tmp_path / "two" / "adapters")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port, "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), str(ROOT / "recipes" / "select.py")]
+    command += ["--config", str(project / "run.yaml"), "--output_dir", str(tmp_path / "two"), "--train_final", "false"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scored 8 mixtures") == 1  # one process speaks
+    one = [json.loads(line) for line in (project / "out" / "trials.jsonl").read_text().splitlines()]
+    two = [json.loads(line) for line in (tmp_path / "two" / "trials.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in one] == [line["key"] for line in two]
+    for left, right in zip(one, two, strict=True):
+        assert left["values"] == right["values"]
+        assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)

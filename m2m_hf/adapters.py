@@ -159,9 +159,10 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 def planned_steps(args: SFTConfig, rows: int) -> int:
     """Optimizer steps that the Trainer will make on `rows` rows, for the progress bar."""
     if args.max_steps > 0:
-        return args.max_steps
+        return int(args.max_steps)
     batches = math.ceil(rows / (args.per_device_train_batch_size * PartialState().num_processes))
-    return max(1, math.ceil(batches / args.gradient_accumulation_steps)) * math.ceil(args.num_train_epochs)
+    per_epoch: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(per_epoch * float(args.num_train_epochs))
 
 
 def train_lora(
@@ -296,7 +297,10 @@ class AdapterBank:
         missing = self.check()
         if not missing:
             return
-        steps = {name: planned_steps(args, len(self.candidates[name].rows) - self.candidates[name].dropped) for name in missing}
+        steps = {
+            name: planned_steps(args, len(self.candidates[name].rows) - self.candidates[name].dropped)
+            for name in missing
+        }
         done = 0
         with terminal.progress("training adapters", sum(steps.values())) as bar:
             for number, name in enumerate(missing, start=1):
@@ -337,7 +341,9 @@ class AdapterBank:
                 continue
             path = self.folder / name / "training.json"
             record = read_json(path)
-            if not isinstance(record, dict) or not {"fingerprint", "data", "uniform", "steps", "seconds"} <= set(record):
+            if not isinstance(record, dict) or not {"fingerprint", "data", "uniform", "steps", "seconds"} <= set(
+                record
+            ):
                 raise InputError(
                     f"{path} does not say how the adapter was trained; delete {path.parent} to have it trained again"
                 )

@@ -82,13 +82,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "MergeToMixSearcher":
-    """The searcher of a configuration, with the log opened once the input is known to be sound."""
+    """The searcher of a configuration; imports everything heavy."""
     from .parsing import parse
     from .searcher import MergeToMixSearcher
 
     log.silence_libraries()
-    searcher = MergeToMixSearcher(*parse(config, overrides))
-    return searcher
+    return MergeToMixSearcher(*parse(config, overrides))
 
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
@@ -96,7 +95,9 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
     if command.command == "sft":
         config = command.out / "config.yaml"
         if not config.exists():
-            raise InputError(f"{command.out} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
+            raise InputError(
+                f"{command.out} is no run folder: it has no config.yaml; expected the output_dir of m2m select"
+            )
         overrides = [*overrides, "--output_dir", str(command.out)]
     else:
         config = command.config
@@ -107,11 +108,15 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
         log.open(searcher.run.log)
     if command.command == "adapters":
         searcher.train_adapters()
-        searcher.terminal.say(f"{len(searcher.data[1])} adapters are complete: {os.path.relpath(searcher.run.adapters)}")
+        searcher.terminal.say(
+            f"{len(searcher.data[1])} adapters are complete: {os.path.relpath(searcher.run.adapters)}"
+        )
     elif command.command == "search":
-        searcher.show(searcher.write_outcome())
+        searcher.write_outcome()
+        searcher.show()
     elif command.command == "sft":
-        searcher.show(searcher.train_final())
+        searcher.train_final()
+        searcher.show()
     else:
         searcher.select()
 
@@ -129,7 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"m2m: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        terminal.say("\ninterrupted: finished adapters and scored mixtures are safe; the same command goes on from there", "yellow")
+        terminal.say(
+            "\ninterrupted: finished adapters and scored mixtures are safe; the same command goes on from there",
+            "yellow",
+        )
         return 130
     except Exception:
         traceback.print_exc()

@@ -76,7 +76,11 @@ class DataConfig:
         for key in given:
             if key not in DATA_KEYS:
                 raise InputError(unknown_key_message(str(key), DATA_KEYS, where))
-        types: dict[str, tuple[type, ...]] = {"max_examples": (int,), "data_files": (str, list, tuple), "columns": (Mapping,)}
+        types: dict[str, tuple[type, ...]] = {
+            "max_examples": (int,),
+            "data_files": (str, list, tuple),
+            "columns": (Mapping,),
+        }
         for key, value in given.items():
             expected = types.get(key, (str,))
             if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
@@ -131,14 +135,16 @@ class CandidateConfig:
         """Reads `{path: ..., required: ..., ...}`: the keys of `DataConfig` and of this class on one level."""
         if not isinstance(given, Mapping):
             return cls(DataConfig.parse(given, where, folder))
-        own = {"required": bool, "cost": (int, float), "license": str}
+        own: dict[str, tuple[type, ...]] = {"required": (bool,), "cost": (int, float), "license": (str,)}
         for key in given:
             if key not in (*DATA_KEYS, *own):
                 raise InputError(unknown_key_message(str(key), (*DATA_KEYS, *own), where))
         for key, expected in own.items():
             value = given.get(key)
             if value is not None and (not isinstance(value, expected) or (key == "cost" and isinstance(value, bool))):
-                raise InputError(f"{where}.{key}: got {value!r}, expected {key}: {'true' if key == 'required' else '...'}")
+                raise InputError(
+                    f"{where}.{key}: got {value!r}, expected {key}: {'true' if key == 'required' else '...'}"
+                )
         data = DataConfig.parse({key: value for key, value in given.items() if key not in own}, where, folder)
         return cls(data, bool(given.get("required")), given.get("cost"), given.get("license"))
 
@@ -199,13 +205,6 @@ class TargetConfig:
         return given | ({"test_data": self.test_data.to_json()} if self.test_data else {})
 
 
-def help_field(default: Any, help: str) -> Any:
-    """A dataclass field with its help text, which is written once and shown by `--help` and by the argument parser."""
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class MergeToMixConfig:
     """Everything about a run that TRL's own configurations do not say. Its fields share one flat YAML with theirs.
@@ -214,32 +213,69 @@ class MergeToMixConfig:
         InputError: at construction, naming the field, what was given and what was expected.
     """
 
-    candidates: dict = help_field({}, "YAML only: name -> what load_dataset takes, plus max_examples, required, cost, license.")
-    targets: dict = help_field({}, "YAML only: name -> data, test_data, scorer (choice or loss), metric.")
-    strategy: str = help_field("exhaustive", "How mixtures are proposed: exhaustive (all 2^N-1 subsets).")
-    objective: str = help_field("merged", "What scores a mixture during the search: merged (the adapters' exact average).")
-    merge_method: str = help_field("average", "How adapters are merged: average (the mean of the parameters).")
-    one_standard_error: bool = help_field(
-        False, "Treat mixtures within one standard error of the best as tied, and choose the smallest of them."
+    candidates: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, required, cost, license."
+        },
     )
-    tokens_per_batch: int | None = help_field(
-        None, "Scoring: tokens in one forward pass, padding included (default: 1024 on a CPU, 16384 on an accelerator)."
+    targets: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "YAML only: name -> data, test_data, scorer (choice or loss), metric."},
     )
-    allow_overlap: bool = help_field(
-        False, "Go on although rows of a target also stand in a candidate (they are counted and reported either way)."
+    strategy: str = field(
+        default="exhaustive",
+        metadata={"help": "How mixtures are proposed: exhaustive (all 2^N-1 subsets)."},
     )
-    verify_top_k: int = help_field(0, "Really fine-tune this many of the top mixtures before choosing: 0, for now.")
-    train_final: bool = help_field(True, "Fine-tune on the chosen mixture at the end, and score it.")
-    final: dict = help_field({}, "YAML only: fields of SFTConfig or ModelConfig that differ in the final fine-tune.")
-    folder: str | None = field(default=None, metadata={"help": "Relative data paths are relative to it (default: the YAML's)."})
+    objective: str = field(
+        default="merged",
+        metadata={"help": "What scores a mixture in the search: merged (the adapters' exact average)."},
+    )
+    merge_method: str = field(
+        default="average",
+        metadata={"help": "How adapters are merged: average (the mean of the parameters)."},
+    )
+    one_standard_error: bool = field(
+        default=False,
+        metadata={"help": "Take mixtures within one standard error of the best as tied, and choose the smallest."},
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."},
+    )
+    allow_overlap: bool = field(
+        default=False,
+        metadata={"help": "Go on although rows of a target also stand in a candidate."},
+    )
+    verify_top_k: int = field(
+        default=0,
+        metadata={"help": "Really fine-tune this many of the top mixtures before choosing: only 0 so far."},
+    )
+    train_final: bool = field(
+        default=True,
+        metadata={"help": "Fine-tune on the chosen mixture at the end, and score it."},
+    )
+    final: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "YAML only: fields of SFTConfig or ModelConfig for the final fine-tune alone."},
+    )
+    folder: str | None = field(
+        default=None,
+        metadata={"help": "What relative data paths are relative to (default: where the YAML is)."},
+    )
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        if self.tokens_per_batch is not None and (not isinstance(self.tokens_per_batch, int) or self.tokens_per_batch < 1):
+        if self.tokens_per_batch is not None and (
+            not isinstance(self.tokens_per_batch, int) or self.tokens_per_batch < 1
+        ):
             raise InputError(f"tokens_per_batch: expected an integer of at least 1, got {self.tokens_per_batch!r}")
-        for name, one in (("candidates", "my_data: {path: json, data_files: my_data.jsonl}"), ("targets", "my_task: {...}")):
+        for name, one in (
+            ("candidates", "my_data: {path: json, data_files: my_data.jsonl}"),
+            ("targets", "my_task: {...}"),
+        ):
             given = getattr(self, name)
             if not isinstance(given, Mapping) or not given:
                 raise InputError(f"{name}: expected at least one, as in\n  {name}:\n    {one}\ngot {given!r}")

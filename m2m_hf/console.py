@@ -40,7 +40,9 @@ class Terminal:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column is text and the others are figures; short rows are filled up."""
-        table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, header_style="dim")
+        table = Table(
+            title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, header_style="dim"
+        )
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
         for row in rows:
@@ -107,16 +109,26 @@ class LibraryLog:
         import datasets
         import huggingface_hub
         import transformers
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         for library in (transformers.utils.logging, datasets.utils.logging, huggingface_hub.utils.logging):
             library.enable_propagation()
-        for name in ("transformers", "datasets", "huggingface_hub", "evaluate", "accelerate", "trl", "peft", "filelock"):
+        for name in (
+            "transformers",
+            "datasets",
+            "huggingface_hub",
+            "evaluate",
+            "accelerate",
+            "trl",
+            "peft",
+            "filelock",
+        ):
             logger = logging.getLogger(name)
             logger.handlers.clear()
             logger.propagate = True
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
 
     def open(self, path: Path) -> None:
         """From now on everything goes to the end of `path`."""

@@ -190,17 +190,12 @@ def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Pro
 def normalise(rows: Dataset, data_format: str, where: str) -> Dataset:
     """Candidate rows in the run's format, with exactly its columns and types, so that any union is safe."""
 
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt, completion = split_row(row, data_format, f"{where}, row {index + 1}")
-        if data_format == "messages":
-            return {"messages": [*prompt, *completion]}
-        return {"prompt": prompt, "completion": completion}
-
-    def generate() -> Iterator[dict[str, Any]]:
-        for index, row in enumerate(rows):
-            yield convert(row, index)
-
-    return Dataset.from_list(list(generate()), features=FEATURES[data_format])
+    converted = []
+    for number, row in enumerate(rows, start=1):
+        prompt, completion = split_row(row, data_format, f"{where}, row {number}")
+        whole = {"prompt": prompt, "completion": completion}
+        converted.append({"messages": [*prompt, *completion]} if data_format == "messages" else whole)
+    return Dataset.from_list(converted, features=FEATURES[data_format])
 
 
 def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str) -> TargetRow:
@@ -208,7 +203,7 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     if scorer == "loss":
         prompt, completion = split_row(row, data_format, where)
         return TargetRow(prompt, (completion,), 0)
-    prompt, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
+    asked, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise InputError(f"{where}.choices: expected at least two texts, none empty, got {choices!r}")
     if isinstance(answer, str) and answer in choices:
@@ -219,12 +214,12 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
         )
     if choices.count(choices[answer]) > 1:
         raise InputError(f"{where}.choices: the right answer stands there twice: {choices!r}")
-    if data_format == "text":
-        if not isinstance(prompt, str):
-            raise InputError(f"{where}.prompt: expected text, got {prompt!r}")
-        return TargetRow(prompt, tuple(choices), answer)
-    turns = tuple(as_turns(choice, "assistant", where) for choice in choices)
-    return TargetRow(as_turns(prompt, "user", f"{where}.prompt"), turns, answer)
+    if data_format == "chat":
+        turns = tuple(as_turns(choice, "assistant", where) for choice in choices)
+        return TargetRow(as_turns(asked, "user", f"{where}.prompt"), turns, answer)
+    if not isinstance(asked, str):
+        raise InputError(f"{where}.prompt: expected text, got {asked!r}")
+    return TargetRow(asked, tuple(choices), answer)
 
 
 def load_all(
@@ -301,7 +296,8 @@ def load_all(
         for name, parts in raw_targets.items()
     }
     loaded_targets = {
-        name: Target(name, targets[name], parts["data"], parts.get("test_data", ())) for name, parts in questions.items()
+        name: Target(name, targets[name], parts["data"], parts.get("test_data", ()))
+        for name, parts in questions.items()
     }
     return data_format, loaded, loaded_targets
 
@@ -317,9 +313,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Promp
         before = tokenizer(prompt)["input_ids"]
         ids = tokenizer(prompt + completion)["input_ids"]
     else:
-        before = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
+        before = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)[
+            "input_ids"
+        ]
         ids = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)["input_ids"]
-    start = next((index for index, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+    start = next(
+        (index for index, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
+    )
     if start == 0:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids, start = [first, *ids], 1
@@ -376,6 +376,12 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
     }
     write_json(
         folder / "manifest.json",
-        {"rows": len(rows), "seed": seed, "file": train.name, "sha256_16": file_fingerprint([train]), "sources": sources},
+        {
+            "rows": len(rows),
+            "seed": seed,
+            "file": train.name,
+            "sha256_16": file_fingerprint([train]),
+            "sources": sources,
+        },
     )
     return train

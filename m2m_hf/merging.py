@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .errors import InputError
@@ -48,9 +49,13 @@ def refuse_unless_averageable(config: LoraConfig, where: str) -> None:
     """
     for name, reason in NOT_AVERAGEABLE.items():
         if getattr(config, name, None) not in (None, False, []):
-            raise InputError(f"{where}: {name}={getattr(config, name)!r} cannot be averaged: {reason}. Leave {name} unset")
+            raise InputError(
+                f"{where}: {name}={getattr(config, name)!r} cannot be averaged: {reason}. Leave {name} unset"
+            )
     if config.bias != "none":
-        raise InputError(f"{where}: bias={config.bias!r} cannot be averaged: trained biases are not part of B A. Use bias='none'")
+        raise InputError(
+            f"{where}: bias={config.bias!r} cannot be averaged: trained biases are not part of B A. Use bias='none'"
+        )
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise InputError(
             f"{where}: init_lora_weights={config.init_lora_weights!r} cannot be averaged: it changes the base weights or "
@@ -76,9 +81,13 @@ class Adapter:
             config = PeftConfig.from_pretrained(str(folder))
             tensors = load_file(folder / "adapter_model.safetensors")
         except (OSError, ValueError, json.JSONDecodeError) as error:
-            raise InputError(f"{folder}: expected adapter_config.json and adapter_model.safetensors ({error})") from error
+            raise InputError(
+                f"{folder}: expected adapter_config.json and adapter_model.safetensors ({error})"
+            ) from error
         if not isinstance(config, LoraConfig):
-            raise InputError(f"{folder}: expected a LoRA adapter, got {getattr(config.peft_type, 'value', config.peft_type)}")
+            raise InputError(
+                f"{folder}: expected a LoRA adapter, got {getattr(config.peft_type, 'value', config.peft_type)}"
+            )
         refuse_unless_averageable(config, str(folder))
         return cls(config, tensors)
 
@@ -127,7 +136,9 @@ class GatedStack:
         modules = sorted({module for parts in factors.values() for module in parts})
         missing = [module for module in modules if module not in dict(model.named_modules())]
         if missing:
-            raise InputError(f"the adapters adapt {missing[0]!r}, which {type(model).__name__} does not have: another base model?")
+            raise InputError(
+                f"the adapters adapt {missing[0]!r}, which {type(model).__name__} does not have: another base model?"
+            )
         ranks = {
             module: [factors[name][module][0].shape[0] if module in factors[name] else 0 for name in self.names]
             for module in modules
@@ -146,7 +157,7 @@ class GatedStack:
         self._peft_model.requires_grad_(False)
         self._owners: dict[tuple[int, ...], torch.Tensor] = {}
         self._gates: dict[tuple[int, ...], torch.Tensor] = {}
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         self._embeddings: list[tuple[nn.Parameter, torch.Tensor, tuple[int, ...]]] = []
         for module in modules:
             layer = model.get_submodule(module)
@@ -178,7 +189,8 @@ class GatedStack:
                     f"{module!r}: the adapters' shape {tuple(value.shape)} does not fit {tuple(place.shape)}: another base model?"
                 )
             place.data = value.to(place.device)
-        return places[0].device
+        device: torch.device = places[0].device
+        return device
 
     def _gate_hook(self, layout: tuple[int, ...]) -> Any:
         def gate(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

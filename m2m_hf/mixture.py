@@ -1,6 +1,6 @@
 """The values that the search speaks in: mixture, search space, score, trial. Plain Python, frozen, JSON in and out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from math import isclose, isfinite
@@ -29,10 +29,10 @@ class Mixture:
             raise ValueError(f"weights must sum to 1, got {sum(self.weights.values())}")
 
     @classmethod
-    def subset(cls, names: Iterator[str] | tuple[str, ...] | list[str]) -> "Mixture":
+    def subset(cls, names: Iterable[str]) -> "Mixture":
         """The equal-weight mixture of `names`; without names, the base model."""
-        names = sorted(names)
-        return cls(tuple((name, 1.0 / len(names)) for name in names))
+        ordered = sorted(names)
+        return cls(tuple((name, 1.0 / len(ordered)) for name in ordered))
 
     @classmethod
     def of(cls, weights: Mapping[str, float]) -> "Mixture":

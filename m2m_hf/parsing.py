@@ -48,7 +48,9 @@ class Parser(TrlParser):
 
 def field_names() -> list[str]:
     """Every key that a configuration file may have."""
-    return [item.name for config in CONFIGS for item in dataclasses.fields(config) if item.init and item.name != "folder"]
+    return [
+        item.name for config in CONFIGS for item in dataclasses.fields(config) if item.init and item.name != "folder"
+    ]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def native_bfloat16(use_cpu: bool) -> bool:
     """Whether the device that will be used multiplies bfloat16 matrices in hardware."""
     if not use_cpu and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if not use_cpu:
         return False
     capabilities = torch.cpu.get_capabilities()
@@ -182,7 +184,9 @@ def is_scalar_or_tree(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-def with_overrides(args: SFTConfig, model_args: ModelConfig, overrides: Mapping[str, Any]) -> tuple[SFTConfig, ModelConfig]:
+def with_overrides(
+    args: SFTConfig, model_args: ModelConfig, overrides: Mapping[str, Any]
+) -> tuple[SFTConfig, ModelConfig]:
     """Both configurations with the fields of `final:` put over them.
 
     Raises:

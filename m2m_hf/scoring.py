@@ -76,9 +76,7 @@ class ScoredPositions:
 
 
 @torch.inference_mode()
-def completion_logprobs(
-    model: PreTrainedModel, requests: Sequence[Request], tokens_per_batch: int
-) -> list[float]:
+def completion_logprobs(model: PreTrainedModel, requests: Sequence[Request], tokens_per_batch: int) -> list[float]:
     """Log-probability of each request's completion given what stands before it (natural logarithm, summed over tokens).
 
     Rows are padded on the right. In a causal model no scored token can see what comes after it, so no attention mask is
@@ -167,7 +165,9 @@ class ChoiceScorer(Scorer):
     The score is `accuracy`, or `logprob`: the log-probability of the right answer after normalising over the choices.
     """
 
-    def __init__(self, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int, metric: str) -> None:
+    def __init__(
+        self, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int, metric: str
+    ) -> None:
         super().__init__(rows, tokenizer, max_length)
         self.metric = None if metric == "logprob" else evaluate.load(str(files("m2m_hf") / "metrics" / metric))
 

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,15 @@ from .adapters import (
 )
 from .callbacks import BankProgress
 from .config import MergeToMixConfig
-from .console import Terminal, duration
+from .console import Terminal
 from .data import FEATURES, Candidate, Target, load_all, overlap
 from .errors import InputError
 from .journal import Journal, RunFolder, fingerprint, read_json, write_atomic, write_json
 from .merging import Adapter, GatedStack
-from .mixture import BASE, Mixture, Score, SearchSpace, Trial
+from .mixture import BASE, Mixture, SearchSpace, Trial
 from .objectives import MergedObjective, score_mixture
 from .recipe import write_recipe
+from .report import Outcome, end_table, remarks, summarise
 from .scoring import Scorer, make_scorer
 from .search import SearchResult, score_of, search
 from .strategies import exhaustive
@@ -153,10 +153,8 @@ class MergeToMixSearcher:
         shared: dict[str, int] = {}
         for name, one in candidates.items():
             shared[name] = overlap(one, [*target.rows, *target.test_rows])
-            rows.append(
-                [name, f"{len(one.rows):,}", f"{one.tokens:,}", f"{one.longest:,}", f"{one.truncated:,}", f"{steps[name]:,}"]
-                + [f"{shared[name]:,}"]
-            )
+            figures = (len(one.rows), one.tokens, one.longest, one.truncated, steps[name], shared[name])
+            rows.append([name, *(f"{figure:,}" for figure in figures)])
         self.terminal.table(
             f"candidates ({data_format} format)",
             ["", "rows", "tokens", "longest", "truncated", "steps", "in target"],
@@ -166,7 +164,9 @@ class MergeToMixSearcher:
         self.terminal.say(f"target {target.name}: {len(target.rows):,} validation rows{test}, {target.config.metric}\n")
         for name, one in candidates.items():
             if one.dropped:
-                self.terminal.say(f"{name}: {one.dropped} rows whose prompt alone fills max_length are left out", "yellow")
+                self.terminal.say(
+                    f"{name}: {one.dropped} rows whose prompt alone fills max_length are left out", "yellow"
+                )
         leaking = [name for name in candidates if shared[name]]
         if leaking and not self.config.allow_overlap:
             raise InputError(
@@ -198,7 +198,9 @@ class MergeToMixSearcher:
     def config_yaml(self) -> str:
         """The resolved configuration as one flat YAML, which `--config` takes again."""
         fields = parsing.trl_fields(self.args, self.model_args)
-        comment = "The resolved configuration of this run: paths absolute, defaults that depend on the hardware filled in."
+        comment = (
+            "The resolved configuration of this run: paths absolute, defaults that depend on the hardware filled in."
+        )
         model = fields.pop("model_name_or_path")
         return parsing.dump_yaml({"model_name_or_path": model, **fields, **self.config.to_yaml()}, comment)
 
@@ -243,14 +245,17 @@ class MergeToMixSearcher:
             {name: record["fingerprint"] for name, record in self.bank.training().items()},
             target=target.name,
             target_fingerprint=target.fingerprint(target.rows),
-            base_fingerprint=fingerprint([self.facts[key] for key in ("base_model", "dtype", "tokenizer", "chat_template")]),
+            base_fingerprint=fingerprint(
+                [self.facts[key] for key in ("base_model", "dtype", "tokenizer", "chat_template")]
+            ),
             examples=len(target.rows),
             tokens_per_batch=self._tokens_per_batch,
         )
         journal = Journal(self.run.trials)
         self.state.wait_for_everyone()
-        todo = [mixture for mixture in (BASE, *space.subsets())]
-        total = len({*todo, *(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)})
+        total = len(
+            {BASE, *space.subsets(), *(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)}
+        )
         done = 0
 
         with self.terminal.progress("scoring mixtures", total) as bar:
@@ -283,7 +288,7 @@ class MergeToMixSearcher:
             The summary, as in `OUT/summary.json`.
         """
         result = self._result or self.search()
-        summary = self._summary(result)
+        summary = summarise(self._outcome())
         if self.state.is_main_process:
             data_format, candidates, _ = self.data
             data_format = "messages" if self.args.assistant_only_loss else data_format
@@ -302,7 +307,9 @@ class MergeToMixSearcher:
         return fingerprint(
             [
                 [[name, weight, candidates[name].fingerprint] for name, weight in mixture.items],
-                uniform_facts(args, lora_config(model_args), self.tokenizer, self.facts["base_model"], model_args.dtype, ""),
+                uniform_facts(
+                    args, lora_config(model_args), self.tokenizer, self.facts["base_model"], model_args.dtype, ""
+                ),
                 target.fingerprint(target.rows),
                 target.fingerprint(target.test_rows),
             ]
@@ -341,7 +348,13 @@ class MergeToMixSearcher:
         start = time.monotonic()
         with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
             record = train_lora(
-                self.base, self.tokenizer, rows, args, lora_config(model_args), self.run.final, BankProgress(bar, 0, "")
+                self.base,
+                self.tokenizer,
+                rows,
+                args,
+                lora_config(model_args),
+                self.run.final,
+                BankProgress(bar, 0, ""),
             )
         seconds = time.monotonic() - start
         stack = GatedStack(self.base, {"final": Adapter.load(self.run.final)})
@@ -368,119 +381,29 @@ class MergeToMixSearcher:
         final: dict[str, Any] = read_json(path)
         return final if final.get("fingerprint") == self._final_fingerprint(mixture) else None
 
-    def _summary(self, result: SearchResult) -> dict[str, Any]:
-        _, candidates, target = self.data
-        training = self.bank.training()
-        final = self._read_final(result.best.mixture)
-        ranking = result.ranking()
-        singles = [trial for trial in ranking if len(trial.mixture) == 1]
-        trials = list(result.trials.values())
-        return {
-            "best": outcome(result.best),
-            "base": outcome(result.base),
-            "all": outcome(result.trials[Mixture.subset(candidates)]),
-            "best_single": outcome(singles[0]) if singles else None,
-            "singles": {trial.mixture.names[0]: outcome(trial) for trial in singles},
-            "top": [outcome(trial) for trial in ranking[:10]],
-            "targets": {
-                target.name: {
-                    "metric": target.config.metric,
-                    "scorer": target.config.scorer,
-                    "validation_rows": len(target.rows),
-                    "test_rows": len(target.test_rows),
-                }
-            },
-            "final": None
-            if final is None
-            else {
-                "validation": final["scores"]["final"]["validation"]["score"],
-                "test": final["scores"]["final"].get("test", {}).get("score"),
-                "scores": final["scores"],
-                "steps": final["steps"],
-                "tokens": final["tokens"],
-                "loss": final["loss"],
-            },
-            "counts": {
-                "candidates": len(candidates),
-                "trials": len(trials),
-                "pruned": 0,
-                "failed": sum(trial.state == "failed" for trial in trials),
-            },
-            "costs": {
-                "train_seconds": round(sum(record["seconds"] for record in training.values()), 3),
-                "search_seconds": round(sum(trial.seconds for trial in trials), 3),
-                "final_seconds": final["total_seconds"] if final else None,
-                "example_evaluations": sum(trial.rung for trial in trials if trial.score),
-                "adapter_steps": sum(record["steps"] for record in training.values()),
-            },
-        }
-
-    def show(self, summary: Mapping[str, Any]) -> None:
-        """Prints the end table: base, singles, all, the chosen mixture and the final model."""
+    def _outcome(self) -> Outcome:
         result = self._result or self.search()
-        _, candidates, target = self.data
-        training = self.bank.training()
-
-        def figure(score: float, stderr: float) -> str:
-            return f"{score:.3f} ± {stderr:.3f}"
-
-        def row(label: str, trial: Trial, steps: str = "", time: str = "") -> list[str]:
-            score = trial.score
-            return [label, figure(score.value, score.stderr) if score else "failed", "", steps, time]
-
-        rows = [row("base model", result.base)]
-        for name in candidates:
-            one = training[name]
-            rows.append(row(name, result.trials[Mixture.subset([name])], f"{one['steps']:,}", duration(one["seconds"])))
-        rows.append(row(f"all {len(candidates)}, merged", result.trials[Mixture.subset(candidates)]))
-        rows.append(row(f"{result.best.mixture}, merged", result.best))
-        final = self._read_final(result.best.mixture)
-        if final is not None:
-            scores = final["scores"]
-            rows.append(["final model", figure(**scores["final"]["validation"]), ""])
-            rows[-1] += [f"{final['steps']:,}", duration(final["seconds"])]
-            for who, shown in (("base", rows[0]), ("final", rows[-1])):
-                if "test" in scores[who]:
-                    shown[2] = figure(**scores[who]["test"])
-        self.terminal.table(
-            f"{target.name}: {target.config.metric} ± standard error", ["", "validation", "test", "steps", "time"], rows
+        return Outcome(
+            result=result,
+            candidates=self.data[1],
+            target=self.data[2],
+            training=self.bank.training(),
+            final=self._read_final(result.best.mixture),
         )
-        for line in self._remarks(result, summary):
+
+    def show(self) -> None:
+        """Prints the end table: base, singles, all, the chosen mixture and the final model; and what to do next."""
+        outcome = self._outcome()
+        columns, rows = end_table(outcome)
+        metric = outcome.target.config.metric
+        self.terminal.table(f"{outcome.target.name}: {metric} ± standard error", columns, rows)
+        args = self._final_settings()[0]
+        steps = args.max_steps if args.max_steps > 0 else None
+        for line in remarks(outcome, steps=steps, epochs=args.num_train_epochs, overrides=self.config.final):
             self.terminal.say(line)
-
-    def _remarks(self, result: SearchResult, summary: Mapping[str, Any]) -> list[str]:
-        """The few lines under the end table: what is chosen, what left out, what it cost, what to type next."""
-        _, candidates, _ = self.data
-        args, _ = self._final_settings()
-        best = result.best.mixture
-        left_out = [name for name in candidates if name not in best.names]
-        costs = summary["costs"]
-        uniform = (
-            f"the same {args.max_steps} steps as each adapter"
-            if args.max_steps > 0
-            else f"the same {args.num_train_epochs:g} epochs as each adapter, so in proportion to its rows"
-        )
-        lines = [
-            "",
-            f"chosen: {best}" + (f"; left out: {', '.join(left_out)}" if left_out else ""),
-            "merged: the exact average of the adapters, not trained. final: fine-tuned on the chosen mixture for "
-            + (uniform if not self.config.final else f"what final: says ({self.config.final})"),
-            f"cost: adapters {duration(costs['train_seconds'])}, {summary['counts']['trials']} mixtures scored in "
-            f"{duration(costs['search_seconds'])}"
-            + (f", final fine-tune {duration(costs['final_seconds'])}" if costs["final_seconds"] else ""),
-        ]
-        if summary["counts"]["failed"]:
-            lines.append(f"{summary['counts']['failed']} mixtures failed and cannot be chosen; the reasons are in {self.run.trials}")
-        tied = [
-            trial for trial in result.ranking()
-            if score_of(trial).value > score_of(result.best).value - score_of(result.best).stderr
-        ]
-        if len(tied) > 1:
-            lines.append(f"{len(tied)} mixtures lie within one standard error of the best score: the validation set cannot tell them apart")
-        lines.append(f"recipe: trl sft --config {os.path.relpath(self.run.recipe)}")
-        if summary["final"] is None:
-            lines.append(f"next: m2m sft {os.path.relpath(self.run.root)}")
-        return lines
+        self.terminal.say(f"recipe: trl sft --config {os.path.relpath(self.run.recipe)}")
+        if outcome.final is None:
+            self.terminal.say(f"next: m2m sft {os.path.relpath(self.run.root)}")
 
     def select(self) -> dict[str, Any]:
         """Everything in order: check, adapters, search, recipe and, with `train_final`, the final fine-tune.
@@ -491,14 +414,7 @@ class MergeToMixSearcher:
         self.check()
         self.search()
         summary = self.train_final() if self.config.train_final else self.write_outcome()
-        self.show(summary)
+        self.show()
         if not self._worked:
             self.terminal.say(f"nothing to do: {os.path.relpath(self.run.root)} is complete", style="green")
         return summary
-
-
-def outcome(trial: Trial) -> dict[str, Any] | None:
-    """A trial as `summary.json` shows it; None where it failed."""
-    if trial.score is None:
-        return None
-    return {"mixture": trial.mixture.weights, "score": trial.score.value, "stderr": trial.score.stderr}

@@ -112,7 +112,11 @@ def candidate_rows(word: str, count: int = 12) -> list[dict]:
 
 def choice_rows(count: int = 10, start: int = 100) -> list[dict]:
     return [
-        {"prompt": f"question: {COLOURS[i % 6]} {i}? answer:", "choices": [" red", " green", " blue one"], "answer": i % 3}
+        {
+            "prompt": f"question: {COLOURS[i % 6]} {i}? answer:",
+            "choices": [" red", " green", " blue one"],
+            "answer": i % 3,
+        }
         for i in range(start, start + count)
     ]
 

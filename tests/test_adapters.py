@@ -5,15 +5,16 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
+
 from m2m_hf.adapters import differing, load_base, planned_steps, train_lora
 from m2m_hf.callbacks import BankProgress
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-from trl import SFTTrainer
 
 
 def searcher(project, *flags: str) -> MergeToMixSearcher:
@@ -45,7 +46,9 @@ def test_adapters_differ_in_their_data_only(project):
 def test_every_adapter_starts_from_the_same_weights(project):
     one = searcher(project, "--learning_rate", "0")
     one.train_adapters()
-    tensors = [load_file(project / "out" / "adapters" / name / "adapter_model.safetensors") for name in ("alpha", "beta")]
+    tensors = [
+        load_file(project / "out" / "adapters" / name / "adapter_model.safetensors") for name in ("alpha", "beta")
+    ]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
 
 

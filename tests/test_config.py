@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
 from m2m_hf.config import MergeToMixConfig, field_help
 from m2m_hf.errors import InputError
 from m2m_hf.parsing import dump_yaml, field_names, parse, trl_fields, with_overrides
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 CANDIDATES = {"a": {"path": "json", "data_files": "a.jsonl"}}
 TARGETS = {"t": {"data": {"path": "json", "data_files": "v.jsonl"}, "scorer": "choice"}}
@@ -38,7 +39,10 @@ def write(folder: Path, **fields) -> Path:
         ({"candidates": {"x" * 65: {}}}, "is not allowed"),
         ({"candidates": {7: {}}}, "candidate name 7 is not allowed"),
         ({"candidates": {"a": CANDIDATES["a"], "A": CANDIDATES["a"]}}, "differ only in case"),
-        ({"candidates": {"a": {"path": "json", "data_file": "x"}}}, "unknown key 'data_file'; did you mean 'data_files'"),
+        (
+            {"candidates": {"a": {"path": "json", "data_file": "x"}}},
+            "unknown key 'data_file'; did you mean 'data_files'",
+        ),
         ({"candidates": {"a": {"path": "json", "max_examples": 0}}}, "expected at least 1, got 0"),
         ({"candidates": {"a": {"path": "json", "max_examples": "5"}}}, "expected int, got '5'"),
         ({"candidates": {"a": {"data_files": "x"}}}, r"candidates\.a\.path is missing"),
@@ -136,7 +140,9 @@ def test_what_is_written_is_read_back_as_the_same(tmp_path):
 
 def test_final_overrides(tmp_path):
     _, args, model_args = parse(write(tmp_path, learning_rate=1e-3, bf16=False))
-    new_args, new_model_args = with_overrides(args, model_args, {"num_train_epochs": 5, "lora_r": 2, "learning_rate": "1e-5"})
+    new_args, new_model_args = with_overrides(
+        args, model_args, {"num_train_epochs": 5, "lora_r": 2, "learning_rate": "1e-5"}
+    )
     assert (new_args.num_train_epochs, new_args.learning_rate, new_model_args.lora_r) == (5, 1e-5, 2)
     assert new_args.to_dict() | {"num_train_epochs": 3.0, "learning_rate": 1e-3} == args.to_dict()
     with pytest.raises(InputError, match="final: unknown key 'epochs'"):

@@ -5,11 +5,12 @@ import json
 import pytest
 from conftest import build_model, candidate_rows, choice_rows, write_rows
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from trl import SFTConfig, SFTTrainer
+
 from m2m_hf.config import CandidateConfig, DataConfig, TargetConfig
 from m2m_hf.data import encode, load_all, load_rows, normalise, overlap, split_row, target_row, write_mixture
 from m2m_hf.errors import InputError
 from m2m_hf.mixture import Mixture
-from trl import SFTConfig, SFTTrainer
 
 MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "cold"}]
 
@@ -142,7 +143,10 @@ def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
         ([{"text": "x"}], "column 'prompt' and 'completion' missing; it has text"),
         ([{"prompt": "x"}], "columns: {prompt: completion}"),
         ([{"prompt": "x", "completion": ""}], r"row 1\.completion: expected text, got ''"),
-        ([{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}], r"row 2\.prompt: expected text, got None"),
+        (
+            [{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}],
+            r"row 2\.prompt: expected text, got None",
+        ),
         ([{"messages": MESSAGES[:1]}], "expected the last turn to be the assistant's"),
         ([{"messages": [{"role": "user"}]}], "messages of {role, content}"),
     ],

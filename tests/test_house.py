@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import m2m_hf
 import pytest
+
+import m2m_hf
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
@@ -19,6 +20,7 @@ FLOORS = (
     ("scoring", "adapters", "recipe"),
     ("objectives",),
     ("search",),
+    ("report",),
     ("searcher",),
     ("cli",),
 )
@@ -85,7 +87,15 @@ def test_help_does_not_import_torch():
 
 
 def test_top_level_is_what_it_should_be():
-    for name in ("pyproject.toml", "README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md", "LICENSE", "Makefile"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "ARCHITECTURE.md",
+        "BENCHMARKS.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+    ):
         assert (ROOT / name).is_file(), name
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 
 import pytest
 from datasets import load_dataset
+
 from m2m_hf.errors import InputError
 from m2m_hf.journal import Journal, RunFolder, fingerprint, read_json, write_atomic
 from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Trial

@@ -6,11 +6,12 @@ import re
 import pytest
 import torch
 from conftest import build_adapter, build_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
 from m2m_hf.errors import InputError
 from m2m_hf.merging import Adapter, GatedStack
 from m2m_hf.scoring import Request, completion_logprobs
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
 VARIANTS = {
@@ -113,7 +114,9 @@ def test_adapters_of_different_ranks_and_layers(tmp_path):
 
 def test_embedding_adapters(tmp_path):
     modules = ["embed_tokens", "q_proj"]
-    paths = {name: build_adapter("llama", tmp_path / name, seed, target_modules=modules) for seed, name in enumerate("ab")}
+    paths = {
+        name: build_adapter("llama", tmp_path / name, seed, target_modules=modules) for seed, name in enumerate("ab")
+    }
     stack = GatedStack(build_model("llama"), {name: Adapter.load(path) for name, path in paths.items()})
     model = build_model("llama")
     for name, weight in (("a", 0.25), ("b", 0.75)):

@@ -10,12 +10,13 @@ import pytest
 import yaml
 from conftest import candidate_rows, choice_rows, write_rows
 from datasets import load_dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
 from m2m_hf import MergeToMixSearcher
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.merging import GatedStack
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,9 +39,27 @@ def test_select_from_beginning_to_end(project, capsys):
     out = project / "out"
     printed = capsys.readouterr()
     assert printed.err == ""
-    for word in ("base model", "alpha", "all 3, merged", "chosen: ", "final model", "±", "recipe: trl sft --config"):
+    for word in (
+        "base model",
+        "alpha",
+        "all 3, merged",
+        "chosen: ",
+        "joining",
+        "final model",
+        "±",
+        "recipe: trl sft --config",
+    ):
         assert word in printed.out
-    expected = {"config.yaml", "trials.jsonl", "recipe.yaml", "summary.json", "log.txt", "adapters", "mixture", "final"}
+    expected = {
+        "config.yaml",
+        "trials.jsonl",
+        "recipe.yaml",
+        "summary.json",
+        "log.txt",
+        "adapters",
+        "mixture",
+        "final",
+    }
     assert expected <= {path.name for path in out.iterdir()}
 
     summary = json.loads((out / "summary.json").read_text())
@@ -173,7 +192,10 @@ def test_conversations(project, tmp_path):
     del config["candidates"]["gamma"]
     (project / "run.yaml").write_text(yaml.safe_dump(config))
     assert m2m("select", "--config", project / "run.yaml") == 0
-    assert m2m("select", "--config", project / "run.yaml", "--assistant_only_loss", "true", "--output_dir", tmp_path / "t") == 0
+    assert (
+        m2m("select", "--config", project / "run.yaml", "--assistant_only_loss", "true", "--output_dir", tmp_path / "t")
+        == 0
+    )
     assert list(json.loads((tmp_path / "t" / "mixture" / "train.jsonl").read_text().splitlines()[0])) == ["messages"]
 
 
@@ -184,7 +206,10 @@ def test_conversations(project, tmp_path):
         ({"candidates": {"a": {"path": "json", "data_files": "none.jsonl"}}}, "candidates.a: nothing found"),
         ({"candidates": {"a": {"path": "json", "data_files": "validation.jsonl"}}}, "column 'completion' missing"),
         ({"candidates": {"a": {"path": "json", "data_files": "empty.jsonl"}}}, "candidates.a: has no rows"),
-        ({"candidates": {"a/b": {"path": "json", "data_files": "alpha.jsonl"}}}, "candidate name 'a/b' is not allowed"),
+        (
+            {"candidates": {"a/b": {"path": "json", "data_files": "alpha.jsonl"}}},
+            "candidate name 'a/b' is not allowed",
+        ),
         ({"candidates": {"..": {"path": "json", "data_files": "alpha.jsonl"}}}, "candidate name '..' is not allowed"),
         ({"targets": {}}, "targets: expected at least one"),
         ({"use_dora": True}, "use_dora=True cannot be averaged"),
@@ -220,7 +245,10 @@ def test_a_changed_configuration_is_refused_unless_it_only_adds(project, capsys)
     (project / "run.yaml").write_text(yaml.safe_dump(config))
     assert m2m("search", "--config", project / "run.yaml") == 0
     before = files(project / "out")
-    for flags, word in ((("--learning_rate", "0.5"), "learning_rate (0.01 there, 0.5 now)"), (("--seed", "1"), "seed")):
+    for flags, word in (
+        (("--learning_rate", "0.5"), "learning_rate (0.01 there, 0.5 now)"),
+        (("--seed", "1"), "seed"),
+    ):
         assert m2m("search", "--config", project / "run.yaml", *flags) == 2
         assert word in capsys.readouterr().err
     assert files(project / "out") == before

@@ -6,6 +6,7 @@ import evaluate
 import pytest
 import torch
 from conftest import build_model, choice_rows
+
 from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.data import TargetRow, encode, target_row
 from m2m_hf.mixture import mean_and_stderr

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from m2m_hf.journal import Journal
 from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Trial
 from m2m_hf.search import choose, search

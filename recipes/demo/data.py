@@ -24,6 +24,9 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
 
 IRREGULAR_VERBS = """go went gone;see saw seen;take took taken;give gave given;write wrote written;break broke broken;
 speak spoke spoken;eat ate eaten;fall fell fallen;know knew known;grow grew grown;throw threw thrown;fly flew flown;
@@ -93,16 +96,16 @@ def with_s(word: str) -> str:
     return word + "s"
 
 
-def row(question: str, answer: str) -> dict:
+def row(question: str, answer: str) -> Row:
     """A prompt/completion row, as TRL takes it."""
     return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
 
 
-def tense_row(verb: str, form: str) -> dict:
+def tense_row(verb: str, form: str) -> Row:
     return row(f"What is the past tense of {verb}?", form)
 
 
-def opposite_row(word: str, opposite: str) -> dict:
+def opposite_row(word: str, opposite: str) -> Row:
     return row(f"What is the opposite of {word}?", opposite)
 
 
@@ -129,14 +132,14 @@ def unique(entries: list[tuple[str, ...]], parts: int) -> list[tuple[str, ...]]:
     return kept
 
 
-def quiz_row(asked: dict, wrong: list[str], rng: random.Random) -> dict:
+def quiz_row(asked: Row, wrong: list[str], rng: random.Random) -> Row:
     """Adds the choices to a row: the right completion and three wrong ones, in random order."""
     choices = [asked["completion"], *(f" {text}" for text in wrong)]
     rng.shuffle(choices)
     return asked | {"choices": choices, "answer": choices.index(asked["completion"])}
 
 
-def generate(seed: int = 0) -> dict[str, list[dict]]:
+def generate(seed: int = 0) -> dict[str, list[Row]]:
     """All files of the demo: file name without suffix -> rows.
 
     Words are divided between candidates, validation and test, so that no question is asked twice.
@@ -152,14 +155,13 @@ def generate(seed: int = 0) -> dict[str, list[dict]]:
     pair_parts = {"train": pairs[:60], "validation": pairs[60:90], "test": pairs[90:125]}
     pair_parts = {part: [both for pair in some for both in (pair, pair[::-1])] for part, some in pair_parts.items()}
 
-    def quiz(part: str) -> list[dict]:
+    def quiz(part: str) -> list[Row]:
         rows = []
         for verb, past, _ in verb_parts[part]:
             wrong = [verb, inflect(verb, "ing"), with_s(verb)]
             rows.append(quiz_row(tense_row(verb, past), wrong, rng))
         others = [word for pair in pairs for word in pair]
         for word, opposite in pair_parts[part]:
-
             wrong = [word, *rng.sample([other for other in others if other not in (word, opposite)], 2)]
             rows.append(quiz_row(opposite_row(word, opposite), wrong, rng))
         rng.shuffle(rows)

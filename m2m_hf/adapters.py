@@ -13,10 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionResolutionError
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
@@ -57,21 +60,48 @@ def lora_config(model_args: ModelConfig) -> LoraConfig:
     return config
 
 
-def load_tokenizer(model_args: ModelConfig, args: SFTConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that TRL would load for this model, with the pad token and the chat template that it would set.
+def pin_revision(model_args: ModelConfig) -> ModelConfig:
+    """`model_args` with the revision of a Hub model replaced by its commit, so that everything is loaded from the same one.
 
     Raises:
-        InputError: no such model or tokenizer.
+        InputError: no such model or revision.
+    """
+    if Path(model_args.model_name_or_path).is_dir():
+        return model_args
+    model_args = copy.copy(model_args)
+    try:
+        revision = HfApi().resolve_revision(model_args.model_name_or_path, revision=model_args.model_revision)
+    except (OSError, ValueError, RevisionResolutionError) as error:
+        raise not_found(model_args, error) from error
+    model_args.model_revision = revision.resolved
+    return model_args
+
+
+def not_found(model_args: ModelConfig, error: Exception) -> InputError:
+    """What to say where the model cannot be found or read."""
+    return InputError(
+        f"model_name_or_path: {model_args.model_name_or_path!r} is neither a local model folder nor a model that the Hub "
+        f"shows ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+    )
+
+
+def load_tokenizer(model_args: ModelConfig, args: SFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that TRL would load for this model, with the special tokens and the chat template that it would set.
+
+    Raises:
+        InputError: no such model or tokenizer, or a token that it does not have.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model_name_or_path: {model_args.model_name_or_path!r} is neither a local model folder nor a model that the "
-            f"Hub shows ({str(error).splitlines()[0]})"
-        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise not_found(model_args, error) from error
+    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
+    tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) not in tokenizer.get_vocab():
+            raise InputError(f"{name}: {getattr(tokenizer, name)!r} is not a token of this model; give one that is")
     if args.chat_template_path is not None:
         if not Path(args.chat_template_path).is_file():
             raise InputError(f"chat_template_path: expected a Jinja file, got {args.chat_template_path!r}")
@@ -79,8 +109,43 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig) -> PreTrainedTokeni
     return tokenizer
 
 
+def check_model(model_args: ModelConfig, config: LoraConfig) -> int:
+    """Tries everything about the model that needs no weights: its configuration, its attention, the LoRA shape on its layers.
+
+    Returns:
+        The number of positions that the model has (a million where it does not say).
+
+    Raises:
+        InputError: whatever of it cannot work.
+    """
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise not_found(model_args, error) from error
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                model_config, attn_implementation=model_args.attn_implementation
+            )
+    except (ImportError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"model_name_or_path: {model_args.model_name_or_path!r} is no causal LM to be used ({error})"
+        ) from error
+    try:
+        get_peft_model(model, copy.deepcopy(config))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
+            f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
+        ) from error
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return positions or 1_000_000
+
+
 def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
-    """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses.
+    """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses; safetensors only.
 
     Raises:
         InputError: no such model.
@@ -93,9 +158,10 @@ def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
             attn_implementation=model_args.attn_implementation,
             dtype=model_args.dtype,
             trust_remote_code=False,
+            use_safetensors=True,
             **kwargs,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
     return model.to(args.device) if not hasattr(model, "hf_device_map") else model
 
@@ -107,15 +173,12 @@ def base_fingerprint(model_args: ModelConfig) -> str:
         InputError: a local folder without safetensors.
     """
     folder = Path(model_args.model_name_or_path)
-    if folder.is_dir():
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise InputError(f"{folder}: no *.safetensors in it; other weight files are not loaded")
-        return file_fingerprint([folder / "config.json", *weights])
-    config = transformers.AutoConfig.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-    )
-    return str(config._commit_hash)
+    if not folder.is_dir():
+        return str(model_args.model_revision)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights or not (folder / "config.json").exists():
+        raise InputError(f"{folder}: expected config.json and *.safetensors in it; other weight files are not loaded")
+    return file_fingerprint([folder / "config.json", *weights])
 
 
 def uniform_facts(
@@ -134,12 +197,14 @@ def uniform_facts(
         data_format: the run's format (`data.py`).
     """
     facts: dict[str, Any] = {"base_model": base, "dtype": dtype, "data_format": data_format}
-    facts["tokenizer"] = fingerprint([tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map])
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    facts["tokenizer"] = fingerprint([content, str(tokenizer.special_tokens_map)])
     facts["chat_template"] = fingerprint(tokenizer.chat_template) if data_format != "text" else None
     facts["processes"] = PartialState().num_processes
     for name, value in args.to_dict().items():
         if name not in OPERATIONAL:
-            facts[name] = value
+            facts[name] = getattr(args, name) if name.endswith("_token") else value  # to_dict hides tokens, as secrets
     for name, value in config.to_dict().items():
         if name not in ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"):
             value = sorted(value) if isinstance(value, set) else value
@@ -156,8 +221,10 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return [f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)" for name in names]
 
 
-def planned_steps(args: SFTConfig, rows: int) -> int:
-    """Optimizer steps that the Trainer will make on `rows` rows, for the progress bar."""
+def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
+    """Optimizer steps that the Trainer will make on `rows` rows of together `tokens` tokens; with packing about."""
+    if args.packing and args.max_length:
+        rows = math.ceil(tokens / args.max_length)
     if args.max_steps > 0:
         return int(args.max_steps)
     batches = math.ceil(rows / (args.per_device_train_batch_size * PartialState().num_processes))
@@ -182,7 +249,7 @@ def train_lora(
         What the run used: see `TrainingRecorder`.
 
     Raises:
-        FloatingPointError: the loss was not finite.
+        InputError: the training diverged; nothing is saved.
     """
     args = copy.deepcopy(args)
     args.output_dir = str(folder)
@@ -206,14 +273,27 @@ def train_lora(
     peft_model = trainer.model
     try:
         loss = trainer.train().training_loss
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss became {loss}")
+        trained = [tensor for tensor in peft_model.parameters() if tensor.requires_grad]
+        if not math.isfinite(loss) or not all(tensor.isfinite().all() for tensor in trained):
+            raise InputError(
+                f"training for {folder.name.strip('.').removesuffix('.partial')} diverged: loss {loss}, weights not finite. "
+                f"Try a lower learning_rate (now {args.learning_rate:g}) or max_grad_norm"
+            )
         if PartialState().is_main_process:
             peft_model.save_pretrained(folder, save_embedding_layers=False)
         PartialState().wait_for_everyone()
     finally:
         restore(base, peft_model, *untouched)
     return recorder.record | {"loss": loss}
+
+
+def publish(partial: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    """Puts a trained adapter in its place together with its `training.json`, so that what is there is always whole."""
+    if PartialState().is_main_process:
+        write_json(partial / "training.json", record)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    PartialState().wait_for_everyone()
 
 
 def restore(base: PreTrainedModel, peft_model: PeftModel, attributes: set[str], hooks: set[int]) -> None:
@@ -298,7 +378,7 @@ class AdapterBank:
         if not missing:
             return
         steps = {
-            name: planned_steps(args, len(self.candidates[name].rows) - self.candidates[name].dropped)
+            name: planned_steps(args, self.candidates[name].trained_rows, self.candidates[name].tokens)
             for name in missing
         }
         done = 0
@@ -308,21 +388,18 @@ class AdapterBank:
                 progress = BankProgress(bar, done, f"{name} ({number} of {len(missing)})")
                 record = train_lora(base, tokenizer, self.candidates[name].rows, args, config, partial, progress)
                 done += steps[name]
-                if PartialState().is_main_process:
-                    write_json(
-                        partial / "training.json",
-                        {
-                            "candidate": name,
-                            "fingerprint": fingerprint([self.facts, self.candidates[name].fingerprint]),
-                            "data": self.candidates[name].fingerprint,
-                            "rows": len(self.candidates[name].rows),
-                            **record,
-                            "uniform": self.facts,
-                        },
-                    )
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
-                    partial.rename(self.folder / name)
-                PartialState().wait_for_everyone()
+                publish(
+                    partial,
+                    self.folder / name,
+                    {
+                        "candidate": name,
+                        "fingerprint": fingerprint([self.facts, self.candidates[name].fingerprint]),
+                        "data": self.candidates[name].fingerprint,
+                        "rows": len(self.candidates[name].rows),
+                        **record,
+                        "uniform": self.facts,
+                    },
+                )
                 losses = [loss for _, loss in record["loss_curve"]] or [record["loss"]]
                 terminal.say(
                     f"  {name}: {record['steps']:,} steps, {record['tokens']:,} tokens, "

@@ -109,7 +109,7 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
     if command.command == "adapters":
         searcher.train_adapters()
         searcher.terminal.say(
-            f"{len(searcher.data[1])} adapters are complete: {os.path.relpath(searcher.run.adapters)}"
+            f"{len(searcher.candidates)} adapters are complete: {os.path.relpath(searcher.run.adapters)}"
         )
     elif command.command == "search":
         searcher.write_outcome()
@@ -127,14 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, overrides = parser.parse_known_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log = LibraryLog()
-    terminal = Terminal()
+    first = os.environ.get("RANK", "0") == "0"  # set by the launcher; one process speaks
     try:
         run(command, overrides, log)
     except InputError as error:
-        print(f"m2m: {error}", file=sys.stderr)
+        if first:
+            print(f"m2m: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        terminal.say(
+        Terminal(quiet=not first).say(
             "\ninterrupted: finished adapters and scored mixtures are safe; the same command goes on from there",
             "yellow",
         )
@@ -142,4 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+    finally:
+        log.close()
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset")
 SCORERS = {"choice": ("accuracy", "logprob"), "loss": ("loglikelihood",)}
 
 
@@ -91,12 +92,21 @@ class DataConfig:
         if values.get("max_examples", 1) < 1:
             raise InputError(f"{where}.max_examples: expected at least 1, got {values['max_examples']}")
         values["path"] = resolve_existing(values["path"], folder)
-        if "data_dir" in values:
-            values["data_dir"] = str(folder / values["data_dir"])
+        for theirs, ours in values.get("columns", {}).items():
+            if not isinstance(theirs, str) or not isinstance(ours, str):
+                raise InputError(f"{where}.columns: expected {{theirs: ours}}, both text, got {{{theirs!r}: {ours!r}}}")
         if "data_files" in values:
             files = values["data_files"]
-            files = [files] if isinstance(files, str) else files
-            values["data_files"] = tuple(file if "://" in file else str(folder / file) for file in files)
+            values["data_files"] = tuple([files] if isinstance(files, str) else files)
+        if (
+            values["path"] in BUILDERS
+        ):  # elsewhere they are relative to the Hub repository or folder, for datasets to resolve
+            if "data_dir" in values:
+                values["data_dir"] = str(folder / values["data_dir"])
+            if "data_files" in values:
+                values["data_files"] = tuple(
+                    file if "://" in file else str(folder / file) for file in values["data_files"]
+                )
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
@@ -331,7 +341,7 @@ def resolve_existing(path: str, folder: Path) -> str:
 
     A model or dataset is named by a local folder or by a Hub id, and both look alike.
     """
-    if path in ("json", "csv", "parquet", "text", "arrow"):
+    if path in BUILDERS:
         return path
     for root in (folder, Path.cwd()):
         if (root / path).exists():

@@ -3,7 +3,6 @@
 import logging
 import logging.handlers
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_SECONDS = 20.0  # between two lines of progress where no bar can be drawn
+PLAIN_SECONDS = 20.0  # at least, between two lines of progress where no bar can be drawn
 
 
 def duration(seconds: float) -> str:
@@ -86,7 +85,7 @@ class Bar:
             self._progress.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
-        if now - self._said >= PLAIN_SECONDS and done > self._first:
+        if now - self._said >= max(PLAIN_SECONDS, (now - self._start) / 10) and done > self._first:
             self._said = now
             left = (now - self._start) / (done - self._first) * (self._total - done)
             self._terminal.say(f"  {self._title}: {done}/{self._total}, {duration(left)} left  {note}".rstrip())
@@ -100,9 +99,9 @@ class LibraryLog:
 
     def __init__(self) -> None:
         self._memory = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+        self._handler: logging.Handler = self._memory
         logging.getLogger().addHandler(self._memory)
         logging.captureWarnings(True)
-        warnings.simplefilter("default")
 
     def silence_libraries(self) -> None:
         """Takes away the handlers and progress bars that the libraries bring themselves."""
@@ -132,11 +131,17 @@ class LibraryLog:
 
     def open(self, path: Path) -> None:
         """From now on everything goes to the end of `path`."""
-        handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root = logging.getLogger()
-        root.removeHandler(self._memory)
         self._memory.setTarget(handler)
         self._memory.flush()
-        self._memory.close()
-        root.addHandler(handler)
+        self.close()
+        self._handler = handler
+        logging.captureWarnings(True)
+        logging.getLogger().addHandler(handler)
+
+    def close(self) -> None:
+        """Leaves logging as it was."""
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()

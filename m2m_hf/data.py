@@ -21,6 +21,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .config import CandidateConfig, DataConfig, TargetConfig
@@ -53,6 +54,10 @@ class Candidate:
     longest: int
     truncated: int
     dropped: int
+
+    @property
+    def trained_rows(self) -> int:
+        return len(self.rows) - self.dropped
 
     @property
     def cost(self) -> float:
@@ -123,7 +128,9 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
         raise InputError(f"{where}: has no rows; expected at least one") from None
     except DatasetGenerationError as error:
         raise InputError(f"{where}: cannot be read as {config.path} ({error.__cause__ or error})") from error
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        raise InputError(f"{where}: no split {config.split!r} in {config.path} ({error})") from error
+    except (ValueError, RuntimeError, OSError) as error:
         raise InputError(f"{where}: {error}") from error
     for theirs, ours in config.columns.items():
         if theirs not in loaded.column_names:
@@ -177,6 +184,8 @@ def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Pro
         messages = check_messages(row["messages"], f"{where}.messages")
         if messages[-1]["role"] != "assistant":
             raise InputError(f"{where}.messages: expected the last turn to be the assistant's, got {messages[-1]!r}")
+        if len(messages) == 1:
+            raise InputError(f"{where}.messages: expected a turn before the assistant's, got {messages!r}")
         return messages[:-1], messages[-1:]
     prompt, completion = row.get("prompt"), row.get("completion")
     if data_format == "text":
@@ -235,11 +244,11 @@ def load_all(
 
     Args:
         seed: draws `max_examples`.
-        max_length: tokens after which TRL truncates a training row (None: never).
+        max_length: tokens after which TRL truncates a training row (None: never, as with packing).
         assistant_only_loss: TRL's setting; selects the `messages` format.
 
     Returns:
-        The run's format, the candidates and the targets by name.
+        The candidates' format, the candidates and the targets by name.
 
     Raises:
         InputError: anything wrong with any of them, with its place.
@@ -265,10 +274,10 @@ def load_all(
         raise InputError("assistant_only_loss: true trains on conversations; every candidate needs a messages column")
 
     loaded = {}
+    train_format = "messages" if assistant_only_loss else data_format
     for name, rows in raw.items():
-        train_format = "messages" if assistant_only_loss else data_format
         rows = normalise(rows, train_format, f"candidates.{name}")
-        lengths = list(token_lengths(rows, tokenizer))
+        lengths = list(token_lengths(rows, tokenizer, f"candidates.{name}"))
         limit = max_length or max(total for _, total in lengths)
         loaded[name] = Candidate(
             name=name,
@@ -299,60 +308,89 @@ def load_all(
         name: Target(name, targets[name], parts["data"], parts.get("test_data", ()))
         for name, parts in questions.items()
     }
-    return data_format, loaded, loaded_targets
+    return train_format, loaded, loaded_targets
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
+def render(tokenizer: PreTrainedTokenizerBase, text: Prompt, where: str, answering: bool = False) -> list[int]:
+    """Token ids of a text, or of messages in the tokenizer's chat template.
+
+    Args:
+        answering: end with what the template puts before an answer.
+
+    Raises:
+        InputError: messages that the template does not take (a system turn, two user turns in a row, ...).
+    """
+    if isinstance(text, str):
+        return list(tokenizer(text)["input_ids"])
+    try:
+        rendered = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, add_generation_prompt=answering)
+    except TemplateError as error:
+        raise InputError(
+            f"{where}: the model's chat template does not take these messages ({error}): {text!r}"
+        ) from error
+    return list(rendered["input_ids"])
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt, where: str = "row"
+) -> tuple[list[int], int]:
     """Token ids of prompt and completion together, and where the completion starts.
 
     The completion starts where the tokens of the prompt alone and of both together part, as in TRL's SFTTrainer, so
     that what is scored is what was trained. At least one token stands before it: with nothing there, the beginning-of-text
     token, or the end-of-text token of models that have none.
+
+    Raises:
+        InputError: a completion without a token of its own; see also `render`.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
-        before = tokenizer(prompt)["input_ids"]
-        ids = tokenizer(prompt + completion)["input_ids"]
+        whole: Prompt = prompt + completion
     else:
-        before = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)[
-            "input_ids"
-        ]
-        ids = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)["input_ids"]
-    start = next(
-        (index for index, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
-    )
+        whole = [*as_turns(prompt, "user", where), *as_turns(completion, "assistant", where)]
+    before, ids = render(tokenizer, prompt, where, answering=True), render(tokenizer, whole, where)
+    start = 0
+    while start < min(len(before), len(ids)) and before[start] == ids[start]:
+        start += 1
+    if start == len(ids):
+        raise InputError(f"{where}: the completion {completion!r} adds no token to its prompt")
     if start == 0:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids, start = [first, *ids], 1
     return ids, start
 
 
-def token_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+def token_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> Iterator[tuple[int, int]]:
     """(where the completion starts, number of tokens) of every training row, before truncation.
 
     A conversation trained on all assistant turns counts as starting at 0. Plain text gets the end-of-text token, as TRL
     appends it.
     """
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         if "messages" in row:
-            ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
-            yield 0, len(ids)
-            continue
-        ids, start = encode(tokenizer, row["prompt"], row["completion"])
-        yield start, len(ids) + isinstance(row["completion"], str)
+            yield 0, len(render(tokenizer, row["messages"], f"{where}, row {number}"))
+        else:
+            ids, start = encode(tokenizer, row["prompt"], row["completion"], f"{where}, row {number}")
+            yield start, len(ids) + isinstance(row["completion"], str)
 
 
 def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
-    """How many target rows ask what a row of the candidate asks: the same prompt, letter case and spacing aside."""
+    """How many target rows ask what a row of the candidate asks: the same prompt, letter case and spacing aside.
 
-    def key(prompt: Prompt) -> str:
-        text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt if m["role"] != "system")
-        return " ".join(text.split()).casefold()
+    Where the prompt is empty, the completion is compared.
+    """
+
+    def key(*parts: Prompt) -> str:
+        for part in parts:
+            text = part if isinstance(part, str) else "\n".join(m["content"] for m in part if m["role"] != "system")
+            if text := " ".join(text.split()).casefold():
+                return text
+        return ""
 
     if "messages" in candidate.rows.column_names:
-        asked = {key(messages[:-1]) for messages in candidate.rows["messages"]}
+        asked = {key(messages[:-1], messages[-1:]) for messages in candidate.rows["messages"]}
     else:
-        asked = {key(prompt) for prompt in candidate.rows["prompt"]}
-    return sum(key(row.prompt) in asked for row in rows)
+        asked = {key(row["prompt"], row["completion"]) for row in candidate.rows}
+    return sum(key(row.prompt, row.choices[row.answer]) in asked for row in rows)
 
 
 def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:

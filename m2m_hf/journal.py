@@ -30,7 +30,9 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes `text` so that a reader, or a crash, finds either the old file or the whole new one."""
+    """Writes `text` so that a reader, or a crash, finds either the old file or the whole new one; the same text not again."""
+    if path.exists() and path.read_bytes() == text.encode():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
@@ -79,13 +81,15 @@ class RunFolder:
         Raises:
             InputError: another process is at work in it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
                 f"another process is at work in {self.root}; wait for it to end, or choose another --output_dir"
             ) from None
+        except OSError as error:
+            raise InputError(f"output_dir: {self.root} cannot be written to ({error})") from error
 
     def unlock(self) -> None:
         self._lock.release()
@@ -118,9 +122,8 @@ class Journal:
         return len(self.trials)
 
     def get(self, key: str) -> Trial | None:
-        """The complete trial with this key; a failed one does not count, so that it is tried again."""
-        trial = self.trials.get(key)
-        return trial if trial is not None and trial.state == "complete" else None
+        """The trial with this key. A failed one counts too: what failed once for its numbers fails again."""
+        return self.trials.get(key)
 
     def append(self, trial: Trial, write: bool = True) -> None:
         """Remembers `trial` and, where `write`, puts its line on the disk before returning."""

@@ -6,7 +6,6 @@ and a gate g multiplies the rows of A x: g = w_i on the rows of adapter i. Then 
 average itself and not an approximation of it. Changing the mixture writes N numbers; the base model is never touched.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -80,7 +80,7 @@ class Adapter:
         try:
             config = PeftConfig.from_pretrained(str(folder))
             tensors = load_file(folder / "adapter_model.safetensors")
-        except (OSError, ValueError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise InputError(
                 f"{folder}: expected adapter_config.json and adapter_model.safetensors ({error})"
             ) from error
@@ -134,7 +134,7 @@ class GatedStack:
         self.names = tuple(sorted(adapters))
         factors = {name: adapters[name].factors() for name in self.names}
         modules = sorted({module for parts in factors.values() for module in parts})
-        missing = [module for module in modules if module not in dict(model.named_modules())]
+        missing = sorted(set(modules) - {name for name, _ in model.named_modules()})
         if missing:
             raise InputError(
                 f"the adapters adapt {missing[0]!r}, which {type(model).__name__} does not have: another base model?"
@@ -194,7 +194,7 @@ class GatedStack:
 
     def _gate_hook(self, layout: tuple[int, ...]) -> Any:
         def gate(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output * self._gates[layout]
+            return output * self._gates[layout].to(output.device)
 
         return gate
 

@@ -26,7 +26,8 @@ def write_recipe(
     """Writes `OUT/mixture/` and `OUT/recipe.yaml`.
 
     The recipe holds what differs from TRL's defaults and nothing that TRL does not know, so that `trl sft --config` runs it
-    where m2m_hf is not installed. The rows are the union of the mixture's candidates, in one shuffled file.
+    where m2m_hf is not installed. It writes to `OUT/trl`, since `OUT/final` belongs to the scores beside it. The rows are the
+    union of the mixture's candidates, in one shuffled file.
 
     Args:
         args: the final fine-tune's arguments (`final:` applied).
@@ -42,7 +43,7 @@ def write_recipe(
             {"path": "json", "data_files": str(train), "split": "train", "columns": list(FEATURES[data_format])}
         ],
         "use_peft": True,
-        "output_dir": str(run.final),
+        "output_dir": str(run.root / "trl"),
         "save_strategy": "no",
         **{key: value for key, value in fields.items() if key not in ("output_dir", "save_strategy", "use_peft")},
     }

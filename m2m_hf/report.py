@@ -44,24 +44,26 @@ def joining(result: SearchResult, name: str) -> list[float]:
     """By how much the score changes when `name` joins a mixture, for every mixture that was scored with and without it."""
     changes = []
     for mixture, trial in result.trials.items():
-        other = result.trials.get(Mixture.subset([*mixture.names, name])) if mixture.items else None
-        if name not in mixture.names and other is not None and other.score and trial.score:
-            changes.append(other.score.value - trial.score.value)
+        if mixture.items and name not in mixture.names:
+            joined = result.trials.get(Mixture.subset([*mixture.names, name]))
+            if joined is not None and joined.score and trial.score:
+                changes.append(joined.score.value - trial.score.value)
     return changes
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:
     """`summary.json`; its keys are a contract (ARCHITECTURE.md)."""
     result, target, final = outcome.result, outcome.target, outcome.final
-    ranking = result.ranking()
-    singles = [trial for trial in ranking if len(trial.mixture) == 1]
+    ranking = result.ranking
+    singles = [trial for name in outcome.candidates if (trial := outcome.merged([name])).score]
+    best_single = max(singles, key=lambda trial: (score_of(trial).value, score_of(trial).mean_logprob), default=None)
     trials = list(result.trials.values())
     training = outcome.training.values()
     return {
         "best": trial_json(result.best),
         "base": trial_json(result.base),
         "all": trial_json(outcome.merged(list(outcome.candidates))),
-        "best_single": trial_json(singles[0]) if singles else None,
+        "best_single": trial_json(best_single) if best_single else None,
         "singles": {trial.mixture.names[0]: trial_json(trial) for trial in singles},
         "top": [trial_json(trial) for trial in ranking[:10]],
         "targets": {
@@ -147,19 +149,23 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
                 f"by {-sum(changes) / len(changes):.3f} on average"
             )
     close = score_of(result.best).value - score_of(result.best).stderr
-    tied = sum(score_of(trial).value > close for trial in result.ranking())
+    tied = sum(score_of(trial).value > close for trial in result.ranking)
     if tied > 1:
         lines.append(
             f"{tied} mixtures lie within one standard error of the best: more validation rows would tell them apart"
         )
     if summary["counts"]["failed"]:
         lines.append(f"{summary['counts']['failed']} mixtures failed and cannot be chosen; trials.jsonl says why")
-    uniform = f"the same {steps} steps" if steps else f"the same {epochs:g} epochs, so steps in proportion to its rows"
     lines.append("merged: the exact average of the adapters, not trained; joining: mean change when it joins a mixture")
-    if final is not None:
-        lines.append(
-            "final model: fine-tuned on the chosen mixture, " + (f"final: {dict(overrides)}" if overrides else uniform)
+    uniform = f"the same {steps} steps" if steps else f"the same {epochs:g} epochs, so steps in proportion to its rows"
+    lines.append(
+        f"final model: {'' if final else 'to be '}fine-tuned on the chosen mixture, "
+        + (
+            f"as final: says ({', '.join(f'{key}: {value}' for key, value in overrides.items())})"
+            if overrides
+            else uniform
         )
+    )
     lines.append(
         f"cost: adapters {duration(costs['train_seconds'])}, {summary['counts']['trials']} mixtures scored in "
         f"{duration(costs['search_seconds'])}" + (f", final model {duration(costs['final_seconds'])}" if final else "")

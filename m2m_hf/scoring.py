@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TargetConfig
 from .data import TargetRow, encode
+from .errors import InputError
 from .mixture import Score, mean_and_stderr
 
 ROUND = 6  # decimals kept of a log-probability: what is compared now is what the journal will say later
@@ -66,7 +67,8 @@ class ScoredPositions:
 
     def _select(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args
-        return (hidden[self.keep].unsqueeze(0), *rest)
+        assert self.keep is not None
+        return (hidden[self.keep.to(hidden.device)].unsqueeze(0), *rest)
 
     def __enter__(self) -> "ScoredPositions":
         return self
@@ -96,9 +98,9 @@ def completion_logprobs(model: PreTrainedModel, requests: Sequence[Request], tok
             start = torch.tensor([[request.start] for request in chosen])
             end = torch.tensor([[len(request.ids)] for request in chosen])
             # The logits at one position are of the token at the next one.
-            positions.keep = ((place >= start - 1) & (place < end - 1)).to(model.device)
-            scored = ids[(place >= start) & (place < end)].to(model.device)
+            positions.keep = (place >= start - 1) & (place < end - 1)
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0].float()
+            scored = ids[(place >= start) & (place < end)].to(logits.device)
             picked = logits.gather(1, scored[:, None])[:, 0] - logits.logsumexp(dim=1)
             sums = torch.stack([part.sum() for part in picked.double().split([request.scored for request in chosen])])
             mine.extend(zip(batch, sums.tolist(), strict=True))
@@ -112,19 +114,27 @@ class Scorer(ABC):
     Args:
         rows: the questions.
         tokenizer: encodes them.
-        max_length: positions that the model has; a longer request loses the beginning of its prompt.
+        max_length: positions that the model has; a longer request loses the beginning of its prompt, and is counted in `cut`.
+
+    Raises:
+        InputError: a completion that alone has more tokens than that.
     """
 
     def __init__(self, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.rows = rows
         self.requests: list[Request] = []
         self.cut = 0
-        for row in rows:
+        for number, row in enumerate(rows, start=1):
             for choice in row.choices:
-                ids, start = encode(tokenizer, row.prompt, choice)
+                ids, start = encode(tokenizer, row.prompt, choice, f"row {number} of the target")
+                if len(ids) - start >= max_length:
+                    raise InputError(
+                        f"row {number} of the target: a completion of {len(ids) - start} tokens does not fit into the model's "
+                        f"{max_length} positions"
+                    )
                 surplus = max(0, len(ids) - max_length)
                 self.cut += surplus > 0
-                self.requests.append(Request(tuple(ids[surplus:]), max(1, start - surplus)))
+                self.requests.append(Request(tuple(ids[surplus:]), start - surplus))
 
     def score(self, model: PreTrainedModel, tokens_per_batch: int) -> Score:
         """The model's score on all rows.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .journal import Journal
 from .mixture import BASE, Mixture, Score, SearchSpace, Trial
@@ -12,20 +13,23 @@ from .strategies import Strategy
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found: every trial by mixture, the base model's among them, and the chosen one."""
+    """What a search found.
+
+    Args:
+        trials: every trial by mixture, the base model's among them.
+        best: the chosen one.
+        ranking: the complete trials of mixtures that may be chosen, best first, in the order of `preference`.
+        measured: how many trials were measured now, rather than read from the journal.
+    """
 
     trials: dict[Mixture, Trial]
     best: Trial
+    ranking: list[Trial]
     measured: int
 
     @property
     def base(self) -> Trial:
         return self.trials[BASE]
-
-    def ranking(self) -> list[Trial]:
-        """The complete trials of proper mixtures, best first (by score; then the smaller mixture; then by name)."""
-        complete = [trial for trial in self.trials.values() if trial.score and trial.mixture.items]
-        return sorted(complete, key=lambda trial: (-score_of(trial).value, len(trial.mixture), trial.mixture.items))
 
 
 def score_of(trial: Trial) -> Score:
@@ -34,25 +38,23 @@ def score_of(trial: Trial) -> Score:
     return trial.score
 
 
-def choose(trials: list[Trial], costs: Mapping[str, float], one_standard_error: bool) -> Trial:
-    """The best trial; among tied ones the smallest mixture, then the likeliest right answers, then the cheapest.
+def preference(trial: Trial, costs: Mapping[str, float]) -> tuple[Any, ...]:
+    """Sorts trials best first: score; of equal ones the smaller mixture, the likelier right answers, the lower cost, the name."""
+    score, mixture = score_of(trial), trial.mixture
+    cost = sum(costs[name] for name in mixture.names)
+    return -score.value, len(mixture), -score.mean_logprob, cost, mixture.items
 
-    Tied means the same score, or with `one_standard_error` within the best one's standard error of it (the one-standard-
-    error rule of Breiman et al., Classification and Regression Trees, 1984).
+
+def choose(ranking: list[Trial], one_standard_error: bool) -> Trial:
+    """The first of the ranking; or with `one_standard_error` the smallest mixture within the first one's standard error of it.
+
+    The latter is the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
     """
-    top = max(trials, key=lambda trial: score_of(trial).value)
-    slack = score_of(top).stderr if one_standard_error else 0.0
-    tied = [trial for trial in trials if score_of(trial).value >= score_of(top).value - slack]
-    return min(
-        tied,
-        key=lambda trial: (
-            len(trial.mixture),
-            -score_of(trial).value,
-            -score_of(trial).mean_logprob,
-            sum(costs[name] for name in trial.mixture.names),
-            trial.mixture.items,
-        ),
-    )
+    if not one_standard_error:
+        return ranking[0]
+    slack = score_of(ranking[0]).stderr
+    tied = [trial for trial in ranking if score_of(trial).value >= score_of(ranking[0]).value - slack]
+    return min(tied, key=lambda trial: len(trial.mixture))  # the first of that size, so the best of them
 
 
 def search(
@@ -111,7 +113,8 @@ def search(
     if not complete:
         reasons = sorted({trial.reason or "" for trial in trials.values()})
         raise RuntimeError(f"no mixture could be scored: {'; '.join(reasons)}")
-    return SearchResult(trials, choose(complete, costs, one_standard_error), measured)
+    ranking = sorted(complete, key=lambda trial: preference(trial, costs))
+    return SearchResult(trials, choose(ranking, one_standard_error), ranking, measured)
 
 
 def measure(objective: Objective, mixture: Mixture, key: str) -> Trial:

@@ -13,13 +13,17 @@ from trl import ModelConfig, SFTConfig
 
 from . import parsing
 from .adapters import (
+    OPERATIONAL,
     AdapterBank,
     base_fingerprint,
+    check_model,
     differing,
     load_base,
     load_tokenizer,
     lora_config,
+    pin_revision,
     planned_steps,
+    publish,
     train_lora,
     uniform_facts,
 )
@@ -39,7 +43,10 @@ from .search import SearchResult, score_of, search
 from .strategies import exhaustive
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
-FREE = {"one_standard_error", "tokens_per_batch", "train_final", "final", "allow_overlap", "candidates", "output_dir"}
+FREE = {
+    "one_standard_error", "tokens_per_batch", "train_final", "final", "allow_overlap", "candidates", "output_dir",
+    "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
+}  # fmt: skip
 
 
 class MergeToMixSearcher:
@@ -59,10 +66,11 @@ class MergeToMixSearcher:
         config: candidates, target and how to search.
         args: TRL's training arguments, the same for every adapter and for the final fine-tune.
         model_args: base model and LoRA shape.
-        terminal: where to print; silent by default on all processes but the main one.
+        terminal: where to print; by default standard output, and nothing on processes other than the main one.
 
     Raises:
-        InputError: from any method, for whatever is wrong with what was given.
+        InputError: from any method, for whatever is wrong with what was given. Everything is checked before anything is
+            trained or written.
     """
 
     def __init__(
@@ -70,7 +78,7 @@ class MergeToMixSearcher:
     ) -> None:
         self.config = config
         self.args = args
-        self.model_args = model_args
+        self.model_args = pin_revision(model_args)
         self.state = PartialState(cpu=args.use_cpu)
         self.terminal = terminal or Terminal(quiet=not self.state.is_main_process)
         self.lora = lora_config(model_args)
@@ -88,8 +96,7 @@ class MergeToMixSearcher:
         Raises:
             InputError: see `parsing.parse`.
         """
-        flags = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
-        return cls(*parsing.parse(Path(path), flags))
+        return cls(*parsing.parse(Path(path), values=overrides))
 
     # What a run is made of; loaded when first asked for.
 
@@ -98,28 +105,35 @@ class MergeToMixSearcher:
         return load_tokenizer(self.model_args, self.args)
 
     @cached_property
-    def data(self) -> tuple[str, dict[str, Candidate], Target]:
-        """(format, candidates, target), loaded and checked."""
-        data_format, candidates, targets = load_all(
+    def _data(self) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
+        return load_all(
             self.config.parsed_candidates,
             self.config.parsed_targets,
             self.tokenizer,
             seed=self.args.seed,
-            max_length=self.args.max_length,
+            max_length=None if self.args.packing else self.args.max_length,
             assistant_only_loss=self.args.assistant_only_loss,
         )
-        return data_format, candidates, next(iter(targets.values()))
+
+    @property
+    def candidates(self) -> dict[str, Candidate]:
+        """The candidates by name, loaded and checked."""
+        return self._data[1]
+
+    @property
+    def target(self) -> Target:
+        """The target, loaded and checked."""
+        return next(iter(self._data[2].values()))
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What all adapters have in common: see `uniform_facts`."""
-        data_format = "messages" if self.args.assistant_only_loss else self.data[0]
         base = base_fingerprint(self.model_args)
-        return uniform_facts(self.args, self.lora, self.tokenizer, base, self.model_args.dtype, data_format)
+        return uniform_facts(self.args, self.lora, self.tokenizer, base, self.model_args.dtype, self._data[0])
 
     @cached_property
     def bank(self) -> AdapterBank:
-        return AdapterBank(self.run.adapters, self.data[1], self.facts)
+        return AdapterBank(self.run.adapters, self.candidates, self.facts)
 
     @cached_property
     def base(self) -> Any:
@@ -128,13 +142,15 @@ class MergeToMixSearcher:
         return load_base(self.model_args, self.args)
 
     @cached_property
-    def scorer(self) -> Scorer:
-        """Of the validation rows."""
-        return self._scorer(self.data[2].rows)
-
-    def _scorer(self, rows: Any) -> Scorer:
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
-        return make_scorer(self.data[2].config, rows, self.tokenizer, positions)
+    def scorers(self) -> dict[str, Scorer]:
+        """`validation` and, where there are sealed rows, `test`."""
+        positions = check_model(self.model_args, self.lora)
+        parts = {"validation": self.target.rows, "test": self.target.test_rows}
+        return {
+            part: make_scorer(self.target.config, rows, self.tokenizer, positions)
+            for part, rows in parts.items()
+            if rows
+        }
 
     # The steps.
 
@@ -146,22 +162,28 @@ class MergeToMixSearcher:
         """
         if self._checked:
             return
-        data_format, candidates, target = self.data
-        lora_config(self._final_settings()[1])
-        steps = {name: planned_steps(self.args, len(one.rows) - one.dropped) for name, one in candidates.items()}
+        candidates, target, scorers = self.candidates, self.target, self.scorers
+        if self.config.final:
+            final_model_args = self._final_settings()[1]
+            check_model(final_model_args, lora_config(final_model_args))
         rows = []
         shared: dict[str, int] = {}
         for name, one in candidates.items():
             shared[name] = overlap(one, [*target.rows, *target.test_rows])
-            figures = (len(one.rows), one.tokens, one.longest, one.truncated, steps[name], shared[name])
+            steps = planned_steps(self.args, one.trained_rows, one.tokens)
+            figures = (len(one.rows), one.tokens, one.longest, one.truncated, steps, shared[name])
             rows.append([name, *(f"{figure:,}" for figure in figures)])
-        self.terminal.table(
-            f"candidates ({data_format} format)",
-            ["", "rows", "tokens", "longest", "truncated", "steps", "in target"],
-            rows,
+        columns = ["", "rows", "tokens", "longest", "truncated", "steps", "in target"]
+        self.terminal.table(f"candidates ({self._data[0]} format)", columns, rows)
+        test = f"{len(target.test_rows):,} sealed test rows" if target.test_rows else "no test set"
+        self.terminal.say(
+            f"target {target.name}: {len(target.rows):,} validation rows, {test}, {target.config.metric}\n"
         )
-        test = f", {len(target.test_rows):,} sealed test rows" if target.test_rows else ", no test set"
-        self.terminal.say(f"target {target.name}: {len(target.rows):,} validation rows{test}, {target.config.metric}\n")
+        for part, scorer in scorers.items():
+            if scorer.cut:
+                self.terminal.say(
+                    f"{part}: {scorer.cut} prompts are too long for the model; their beginning is cut", "yellow"
+                )
         for name, one in candidates.items():
             if one.dropped:
                 self.terminal.say(
@@ -183,12 +205,15 @@ class MergeToMixSearcher:
         Raises:
             InputError: naming every field that differs.
         """
-        if not self.run.config.exists():
-            return
-        there = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))
-        now = yaml.safe_load(self.config_yaml())
-        ignored = FREE | {"logging_steps", "report_to", "logging_first_step"}
-        differences = differing(*({k: v for k, v in one.items() if k not in ignored} for one in (now, there)))
+        if not self.run.config.exists() or len(self.bank.check()) == len(self.candidates):
+            return  # nothing is there yet that another configuration could spoil
+        there, now = parsing.read_yaml(self.run.config), yaml.safe_load(self.config_yaml())
+        for one in (there, now):
+            for key in (FREE | OPERATIONAL) & set(one):
+                del one[key]
+            for target in one["targets"].values():
+                target.pop("test_data", None)  # a sealed test set may come later
+        differences = differing(now, there)
         if differences:
             raise InputError(
                 f"{self.run.root} holds a run with another configuration: {'; '.join(differences)}. "
@@ -218,6 +243,7 @@ class MergeToMixSearcher:
         Raises:
             InputError: adapters in the run folder that were trained otherwise.
         """
+        self.check()
         if missing := self.bank.check():
             if self._stack is not None:
                 self._stack.detach()
@@ -230,12 +256,12 @@ class MergeToMixSearcher:
     def _open_stack(self) -> tuple[GatedStack, Scorer]:
         if self._stack is None:
             self._stack = GatedStack(self.base, self.bank.load())
-        return self._stack, self.scorer
+        return self._stack, self.scorers["validation"]
 
     def search(self) -> SearchResult:
         """Scores mixtures and chooses one; trains missing adapters first. What the journal knows is not scored again."""
         self.train_adapters()
-        _, candidates, target = self.data
+        candidates, target = self.candidates, self.target
         self.prepare()
         space = SearchSpace(
             tuple(candidates), frozenset(name for name, one in candidates.items() if one.config.required)
@@ -290,9 +316,7 @@ class MergeToMixSearcher:
         result = self._result or self.search()
         summary = summarise(self._outcome())
         if self.state.is_main_process:
-            data_format, candidates, _ = self.data
-            data_format = "messages" if self.args.assistant_only_loss else data_format
-            write_recipe(self.run, result.best.mixture, candidates, data_format, *self._final_settings())
+            write_recipe(self.run, result.best.mixture, self.candidates, self._data[0], *self._final_settings())
             write_json(self.run.summary, summary)
         self.state.wait_for_everyone()
         return summary
@@ -302,18 +326,13 @@ class MergeToMixSearcher:
 
     def _final_fingerprint(self, mixture: Mixture) -> str:
         """What the final fine-tune and its scores depend on."""
-        _, candidates, target = self.data
         args, model_args = self._final_settings()
-        return fingerprint(
-            [
-                [[name, weight, candidates[name].fingerprint] for name, weight in mixture.items],
-                uniform_facts(
-                    args, lora_config(model_args), self.tokenizer, self.facts["base_model"], model_args.dtype, ""
-                ),
-                target.fingerprint(target.rows),
-                target.fingerprint(target.test_rows),
-            ]
-        )
+        base, dtype = self.facts["base_model"], model_args.dtype
+        facts = uniform_facts(args, lora_config(model_args), self.tokenizer, base, dtype, self._data[0])
+        del facts["processes"]  # a final model is not made again because another number of processes looks at it
+        sources = [[name, weight, self.candidates[name].fingerprint] for name, weight in mixture.items]
+        rows = [self.target.fingerprint(part) for part in (self.target.rows, self.target.test_rows)]
+        return fingerprint([sources, facts, rows])
 
     def train_final(self) -> dict[str, Any]:
         """Fine-tunes on the chosen mixture, scores base and final model on validation and on the sealed test set.
@@ -327,52 +346,55 @@ class MergeToMixSearcher:
         summary = self.write_outcome()
         if summary["final"] is None:
             self._worked = True
-            final = self._train_and_score_final(result)
-            if self.state.is_main_process:
-                write_json(self.run.final / "training.json", final)
-            self.state.wait_for_everyone()
+            self._train_and_score_final(result)
             summary = self.write_outcome()
         return summary
 
-    def _train_and_score_final(self, result: SearchResult) -> dict[str, Any]:
-        data_format, _, target = self.data
-        data_format = "messages" if self.args.assistant_only_loss else data_format
+    def _train_and_score_final(self, result: SearchResult) -> None:
         mixture = result.best.mixture
         args, model_args = self._final_settings()
         if self._stack is not None:
             self._stack.detach()
             self._stack = None
         train = self.run.mixture / "train.jsonl"
-        rows = load_dataset("json", data_files=str(train), split="train").select_columns(list(FEATURES[data_format]))
-        steps = planned_steps(args, len(rows))
+        rows = load_dataset("json", data_files=str(train), split="train").select_columns(list(FEATURES[self._data[0]]))
+        chosen = [self.candidates[name] for name in mixture.names]
+        steps = planned_steps(args, sum(one.trained_rows for one in chosen), sum(one.tokens for one in chosen))
+        partial = self.run.root / ".final.partial"
         start = time.monotonic()
         with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
-            record = train_lora(
-                self.base,
-                self.tokenizer,
-                rows,
-                args,
-                lora_config(model_args),
-                self.run.final,
-                BankProgress(bar, 0, ""),
-            )
+            progress = BankProgress(bar, 0, "")
+            record = train_lora(self.base, self.tokenizer, rows, args, lora_config(model_args), partial, progress)
         seconds = time.monotonic() - start
-        stack = GatedStack(self.base, {"final": Adapter.load(self.run.final)})
+        stack = GatedStack(self.base, {"final": Adapter.load(partial)})
         scores: dict[str, Any] = {}
-        parts = {"validation": self.scorer} | ({"test": self._scorer(target.test_rows)} if target.test_rows else {})
-        for part, scorer in parts.items():
+        for part, scorer in self.scorers.items():
             for who, scored in (("base", BASE), ("final", Mixture.subset(["final"]))):
                 score = score_mixture(stack, scorer, scored, self._tokens_per_batch)
                 scores.setdefault(who, {})[part] = {"score": score.value, "stderr": score.stderr}
         stack.detach()
-        return {
-            "fingerprint": self._final_fingerprint(mixture),
-            "mixture": mixture.weights,
-            "rows": len(rows),
-            "scores": scores,
-            "total_seconds": round(seconds, 3),
-            **record,
-        }
+        self._put_old_final_aside()
+        publish(
+            partial,
+            self.run.final,
+            {
+                "fingerprint": self._final_fingerprint(mixture),
+                "mixture": mixture.weights,
+                "rows": len(rows),
+                "scores": scores,
+                "total_seconds": round(seconds, 3),
+                **record,
+            },
+        )
+
+    def _put_old_final_aside(self) -> None:
+        """A final model of another mixture or of other arguments is renamed, not overwritten."""
+        record = self.run.final / "training.json"
+        if record.exists() and self.state.is_main_process:
+            old = self.run.final.with_name(f"final.{read_json(record).get('fingerprint', 'unknown')}")
+            if not old.exists():
+                self.run.final.rename(old)
+                self.terminal.say(f"the final model that was there is now {os.path.relpath(old)}")
 
     def _read_final(self, mixture: Mixture) -> dict[str, Any] | None:
         path = self.run.final / "training.json"
@@ -385,8 +407,8 @@ class MergeToMixSearcher:
         result = self._result or self.search()
         return Outcome(
             result=result,
-            candidates=self.data[1],
-            target=self.data[2],
+            candidates=self.candidates,
+            target=self.target,
             training=self.bank.training(),
             final=self._read_final(result.best.mixture),
         )

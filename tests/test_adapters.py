@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+import yaml
+from conftest import choice_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
@@ -19,12 +21,6 @@ from m2m_hf.searcher import MergeToMixSearcher
 
 def searcher(project, *flags: str) -> MergeToMixSearcher:
     return MergeToMixSearcher(*parse(project / "run.yaml", flags), terminal=Terminal(quiet=True))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, request):
-    """A trained bank, copied for every test that needs one."""
-    return {}
 
 
 def test_adapters_differ_in_their_data_only(project):
@@ -62,7 +58,7 @@ def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
     fresh = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(one.model_args.model_name_or_path, dtype="float32"),
         args=args,
-        train_dataset=one.data[1]["gamma"].rows,
+        train_dataset=one.candidates["gamma"].rows,
         processing_class=one.tokenizer,
         peft_config=one.lora,
     )
@@ -81,7 +77,13 @@ def test_training_gives_the_base_back_untouched(project, checkpointing):
     attributes = set(vars(base))
     with Terminal(quiet=True).progress("x", 3) as bar:
         train_lora(
-            base, one.tokenizer, one.data[1]["alpha"].rows, one.args, one.lora, project / "a", BankProgress(bar, 0, "")
+            base,
+            one.tokenizer,
+            one.candidates["alpha"].rows,
+            one.args,
+            one.lora,
+            project / "a",
+            BankProgress(bar, 0, ""),
         )
     assert list(base.state_dict()) == list(state)
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in state.items())
@@ -175,4 +177,56 @@ def test_differing():
 def test_planned_steps_are_what_the_trainer_makes(project):
     one = searcher(project, "--max_steps", "-1", "--num_train_epochs", "2", "--gradient_accumulation_steps", "2")
     one.train_adapters()
-    assert planned_steps(one.args, 12) == one.bank.training()["alpha"]["steps"] == 4
+    assert planned_steps(one.args, 12, 0) == one.bank.training()["alpha"]["steps"] == 4
+
+
+def test_a_training_that_diverges_is_refused_and_leaves_nothing(project):
+    one = searcher(project, "--learning_rate", "1e38", "--max_grad_norm", "0")
+    with pytest.raises(InputError, match=r"training for alpha diverged.*Try a lower learning_rate"):
+        one.train_adapters()
+    assert not (project / "out" / "adapters" / "alpha").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lora_target_modules", "nope", "neither"), "lora_target_modules"),
+        (("--lora_r", "0"), "lora_r 0"),
+        (("--attn_implementation", "flash_attention_9"), "flash_attention_9"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_found_before_anything_is_written(project, flags, message):
+    with pytest.raises(InputError, match=message):
+        searcher(project, *flags).check()
+    assert not (project / "out").exists()
+
+
+def test_python_checks_what_the_command_line_checks(project):
+    path = project / "beta.jsonl"
+    path.write_text(path.read_text() + json.dumps({"prompt": choice_rows(1)[0]["prompt"], "completion": " red"}) + "\n")
+    with pytest.raises(InputError, match="also stand in beta"):
+        searcher(project).search()
+    assert not (project / "out").exists()
+
+
+def test_a_model_from_the_hub_is_pinned_to_its_commit(project, monkeypatch, tmp_path):
+    """Through the real client, offline, from a cache as the client leaves it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "hub" / "models--org--pico"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    shutil.copytree(config["model_name_or_path"], cache / "snapshots" / commit)
+    for module in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(module, str(tmp_path / "hub"))
+    local = searcher(project)
+    local.train_adapters()
+    local.run.unlock()
+    hub = searcher(project, "--model_name_or_path", "org/pico", "--output_dir", str(project / "hub"))
+    assert hub.model_args.model_revision == commit
+    hub.train_adapters()
+    assert hub.facts["base_model"] == commit
+    tensors = [load_file(project / out / "adapters" / "beta" / "adapter_model.safetensors") for out in ("out", "hub")]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    with pytest.raises(InputError, match="neither a local model folder nor a model"):
+        searcher(project, "--model_name_or_path", "org/none")

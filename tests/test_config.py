@@ -10,6 +10,7 @@ from m2m_hf.config import MergeToMixConfig, field_help
 from m2m_hf.errors import InputError
 from m2m_hf.parsing import dump_yaml, field_names, parse, trl_fields, with_overrides
 
+MISSING = object()
 CANDIDATES = {"a": {"path": "json", "data_files": "a.jsonl"}}
 TARGETS = {"t": {"data": {"path": "json", "data_files": "v.jsonl"}, "scorer": "choice"}}
 
@@ -22,7 +23,7 @@ def write(folder: Path, **fields) -> Path:
     """A YAML with a model and one candidate, and `fields` over it."""
     values = {"model_name_or_path": "org/model", "candidates": CANDIDATES, "targets": TARGETS, **fields}
     path = folder / "x.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not MISSING}))
     return path
 
 
@@ -55,6 +56,7 @@ def write(folder: Path, **fields) -> Path:
         ({"targets": {"t": TARGETS["t"], "u": TARGETS["t"]}}, "targets: expected one, got 2"),
         ({"strategy": "greedy"}, "strategy: expected exhaustive, got 'greedy'"),
         ({"verify_top_k": 3}, "verify_top_k: expected 0, got 3"),
+        ({"candidates": {"a": {**CANDIDATES["a"], "columns": {"q": 5}}}}, "both text, got {'q': 5}"),
         ({"tokens_per_batch": 0}, "tokens_per_batch: expected an integer of at least 1"),
         ({"final": ["x"]}, "final: expected fields"),
     ],
@@ -95,11 +97,20 @@ def test_defaults_that_differ_from_trls(tmp_path):
         ({"learning_rate": "fast"}, [], "learning_rate"),
         ({"max_steps": "many"}, [], "max_steps"),
         ({"lr_scheduler_type": "zigzag"}, [], "zigzag"),
-        ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
+        ({"model_name_or_path": MISSING}, [], "model_name_or_path is missing"),
+        ({"learning_rate": None}, [], "learning_rate: nothing given"),
         ({"trust_remote_code": True}, [], "never loaded"),
         ({"load_in_4bit": True}, [], "quantised"),
         ({"push_to_hub": True}, [], "push_to_hub"),
-        ({"env": "x"}, [], "env: expected names and values"),
+        ({"env": {"A": "b"}}, [], "env: set environment variables"),
+        ({"hub_token": "secret"}, [], "a token must not stand in a file"),
+        ({"eval_strategy": "steps"}, [], "eval_strategy: expected 'no'"),
+        (
+            {"per_device_train_batch_size": 0},
+            [],
+            "per_device_train_batch_size: expected an integer of at least 1, got 0",
+        ),
+        ({"max_length": 0}, [], "max_length: expected an integer of at least 1"),
         ({}, ["stray"], "not understood: stray"),
     ],
 )
@@ -138,6 +149,48 @@ def test_what_is_written_is_read_back_as_the_same(tmp_path):
     assert their_model == model_args
 
 
+def test_deprecated_truncation_is_refused(tmp_path):
+    with pytest.warns(FutureWarning), pytest.raises(InputError, match="truncation_mode: expected keep_start"):
+        parse(write(tmp_path, truncation_mode="keep_end"))
+
+
+def test_explicit_null_is_kept_where_it_means_something(tmp_path):
+    _, args, model_args = parse(write(tmp_path, max_length=None))
+    assert args.max_length is None
+    assert trl_fields(args, model_args)["max_length"] is None
+    assert parse(write(tmp_path, max_length=9), values={"max_length": None})[1].max_length is None
+
+
+def test_values_override_the_file_as_they_are(tmp_path):
+    _, _, model_args = parse(
+        write(tmp_path, lora_r=9), values={"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 2}
+    )
+    assert (model_args.lora_target_modules, model_args.lora_r) == (["q_proj", "v_proj"], 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags", "native", "expected"),
+    [
+        ({}, (), True, (True, "bfloat16", True)),
+        ({}, (), False, (True, "float32", False)),
+        ({"dtype": "float32"}, (), True, (True, "float32", False)),
+        ({}, ("--dtype", "float32"), True, (True, "float32", False)),
+        ({"dtype": "float32", "bf16": True}, (), True, (True, "float32", True)),
+        ({}, ("--use_cpu", "true"), False, (True, "float32", False)),
+    ],
+)
+def test_precision_follows_the_hardware_and_what_was_said(tmp_path, monkeypatch, fields, flags, native, expected):
+    monkeypatch.setattr("m2m_hf.parsing.native_bfloat16", lambda use_cpu: native)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    _, args, model_args = parse(write(tmp_path, **fields), flags)
+    assert (args.use_cpu, model_args.dtype, args.bf16) == expected
+
+
+def test_data_files_of_a_hub_dataset_are_left_to_the_hub(tmp_path):
+    ours, _, _ = parse(write(tmp_path, candidates={"a": {"path": "org/data", "data_files": "train.jsonl"}}))
+    assert ours.parsed_candidates["a"].data.data_files == ("train.jsonl",)
+
+
 def test_final_overrides(tmp_path):
     _, args, model_args = parse(write(tmp_path, learning_rate=1e-3, bf16=False))
     new_args, new_model_args = with_overrides(
@@ -145,8 +198,14 @@ def test_final_overrides(tmp_path):
     )
     assert (new_args.num_train_epochs, new_args.learning_rate, new_model_args.lora_r) == (5, 1e-5, 2)
     assert new_args.to_dict() | {"num_train_epochs": 3.0, "learning_rate": 1e-3} == args.to_dict()
-    with pytest.raises(InputError, match="final: unknown key 'epochs'"):
-        with_overrides(args, model_args, {"epochs": 1})
+    for wrong, message in (
+        ({"epochs": 1}, "final: unknown key 'epochs'"),
+        ({"learning_rate": "fast"}, "final: .*learning_rate"),
+        ({"dtype": "float16"}, "final.dtype: the base model is loaded once"),
+        ({"trust_remote_code": True}, "never loaded"),
+    ):
+        with pytest.raises(InputError, match=message):
+            with_overrides(args, model_args, wrong)
 
 
 def test_our_fields_do_not_collide_with_trls():

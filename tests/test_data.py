@@ -122,6 +122,29 @@ def test_overlap_counts_the_same_question(tokenizer):
     assert overlap(candidates["a"], targets["t"].rows) == 1
 
 
+def test_empty_prompts_do_not_overlap_unless_their_completions_do(tokenizer):
+    _, candidates, targets = load(
+        {"a": [{"prompt": "", "completion": "one"}]},
+        tokenizer,
+        [{"prompt": "", "choices": ["one", "y"], "answer": 0}, {"prompt": "", "choices": ["z", "y"], "answer": 0}],
+    )
+    assert overlap(candidates["a"], targets["t"].rows) == 1
+
+
+def test_messages_that_the_template_does_not_take(tokenizer):
+    from copy import deepcopy
+
+    strict = deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system turns, please') }}"
+    with pytest.raises(InputError, match=r"candidates\.a, row 1: .*no system turns, please"):
+        load({"a": [{"messages": MESSAGES}]}, strict)
+
+
+def test_a_completion_that_adds_no_token(tokenizer):
+    with pytest.raises(InputError, match="adds no token"):
+        encode(tokenizer, "red", "")
+
+
 def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
     _, candidates, _ = load({name: candidate_rows(name) for name in ("a", "b", "c")}, tokenizer)
     mixture = Mixture.subset(["a", "c"])
@@ -149,6 +172,7 @@ def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
         ),
         ([{"messages": MESSAGES[:1]}], "expected the last turn to be the assistant's"),
         ([{"messages": [{"role": "user"}]}], "messages of {role, content}"),
+        ([{"messages": MESSAGES[1:]}], "expected a turn before the assistant's"),
     ],
 )
 def test_bad_candidate_rows(tokenizer, rows, message):

@@ -9,6 +9,7 @@ from conftest import build_model, choice_rows
 
 from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.data import TargetRow, encode, target_row
+from m2m_hf.errors import InputError
 from m2m_hf.mixture import mean_and_stderr
 from m2m_hf.scoring import Request, ScoredPositions, batches, completion_logprobs, make_scorer
 
@@ -62,7 +63,9 @@ def test_loss_is_token_weighted_and_equals_the_models_own(tokenizer):
         total += loss * (len(ids) - start)
         tokens += len(ids) - start
     assert score.value == pytest.approx(-total / tokens, abs=1e-5)
-    assert sum(score.values) / len(score.values) == score.value
+    counts = [len(request.ids) - request.start for request in scorer.requests]
+    expected = [total * 4 / sum(counts) for total in score.logprobs]
+    assert list(score.values) == pytest.approx(expected, abs=1e-5)
     assert sum(score.logprobs) == pytest.approx(-total, abs=1e-4)
 
 
@@ -109,6 +112,12 @@ def test_too_long_a_prompt_loses_its_beginning(tokenizer):
     assert scorer.cut == 2
     assert all(len(request.ids) == 64 for request in scorer.requests)
     assert tokenizer.decode(scorer.requests[0].ids[scorer.requests[0].start :]) == " one"
+
+
+def test_a_completion_longer_than_the_model_is_refused(tokenizer):
+    row = TargetRow("red", (" one" * 70, " two"), 0)
+    with pytest.raises(InputError, match="row 1 of the target: a completion of 70 tokens does not fit"):
+        make_scorer(config("choice", "accuracy"), [row], tokenizer, 64)
 
 
 def test_shipped_accuracy_is_an_evaluate_module():

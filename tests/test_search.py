@@ -6,7 +6,7 @@ import pytest
 
 from m2m_hf.journal import Journal
 from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Trial
-from m2m_hf.search import choose, search
+from m2m_hf.search import choose, preference, search
 from m2m_hf.strategies import exhaustive
 
 NAMES = ("a", "b", "c", "d")
@@ -50,7 +50,7 @@ def test_every_subset_and_the_base_are_scored_once(tmp_path):
     assert set(objective.asked) == subsets == set(result.trials)
     assert result.best.mixture.names == ("b", "d")
     assert result.base.mixture == BASE
-    scores = [trial.score.value for trial in result.ranking()]
+    scores = [trial.score.value for trial in result.ranking]
     assert scores == sorted(scores, reverse=True)
 
 
@@ -65,8 +65,8 @@ def test_interrupted_anywhere_it_goes_on_and_repeats_nothing(tmp_path, stop):
     result = run(second, tmp_path / "t.jsonl")
     assert result.measured == len(second.asked) == 16 - len(first.asked)
     assert not set(first.asked) & set(second.asked)
-    assert [t.mixture for t in result.ranking()] == [t.mixture for t in reference.ranking()]
-    assert [t.score for t in result.ranking()] == [t.score for t in reference.ranking()]
+    assert [t.mixture for t in result.ranking] == [t.mixture for t in reference.ranking]
+    assert [t.score for t in result.ranking] == [t.score for t in reference.ranking]
     assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 16
 
 
@@ -77,6 +77,7 @@ def test_a_failed_trial_is_recorded_and_cannot_win(tmp_path):
     assert len(failed) == 8
     assert failed[0].reason == "log-probabilities are not finite"
     assert result.best.mixture.names == ("a", "c", "d")
+    assert run(TableObjective(), tmp_path / "t.jsonl").measured == 0  # what failed for its numbers would fail again
 
 
 def test_nothing_could_be_scored(tmp_path):
@@ -94,6 +95,8 @@ def test_required_candidates(tmp_path):
     result = run(TableObjective(), tmp_path / "t.jsonl", space=space)
     assert result.best.mixture.names == ("a", "b", "d")
     assert Mixture.subset(["c"]) in result.trials  # singles are scored to be shown
+    assert all("a" in trial.mixture.names for trial in result.ranking)
+    assert result.ranking[0] == result.best
 
 
 def test_another_candidate_makes_no_old_trial_worthless(tmp_path):
@@ -124,4 +127,5 @@ def make(names: str, value: float, logprob: float = -1.0, stderr: float = 0.05) 
 def test_choice_among_ties(trials, rule, chosen):
     costs = {"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0}
     for order in itertools.permutations(trials):
-        assert choose(list(order), costs, rule).mixture == Mixture.subset(list(chosen))
+        ranking = sorted(order, key=lambda trial: preference(trial, costs))
+        assert choose(ranking, rule).mixture == Mixture.subset(list(chosen))

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -102,10 +103,10 @@ class DataConfig:
             values["path"] in BUILDERS
         ):  # elsewhere they are relative to the Hub repository or folder, for datasets to resolve
             if "data_dir" in values:
-                values["data_dir"] = str(folder / values["data_dir"])
+                values["data_dir"] = absolute(values["data_dir"], folder)
             if "data_files" in values:
                 values["data_files"] = tuple(
-                    file if "://" in file else str(folder / file) for file in values["data_files"]
+                    file if "://" in file else absolute(file, folder) for file in values["data_files"]
                 )
         return cls(**values)
 
@@ -345,7 +346,12 @@ def resolve_existing(path: str, folder: Path) -> str:
         return path
     for root in (folder, Path.cwd()):
         if (root / path).exists():
-            return str((root / path).absolute())
+            return absolute(path, root)
     if path.startswith((".", "/", "~")):
-        return str((folder / Path(path).expanduser()).absolute())
+        return absolute(str(Path(path).expanduser()), folder)
     return path
+
+
+def absolute(path: str, folder: Path) -> str:
+    """`path` seen from `folder`, without `..`; links stay as they are."""
+    return os.path.normpath(folder.absolute() / path)

@@ -20,8 +20,14 @@ SCORERS = {"choice": ("accuracy", "logprob"), "loss": ("loglikelihood",)}
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
     """Names the key that is not known and the one that was probably meant."""
-    near = difflib.get_close_matches(key, list(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(sorted(known))}"
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1)
+    listed = (
+        f"expected one of: {', '.join(sorted(known))}"
+        if len(known) < 30
+        else "`m2m select --help` tells which there are"
+    )
+    hint = f"did you mean {near[0]!r}?" if near else listed
     return f"{where}: unknown key {key!r}; {hint}"
 
 

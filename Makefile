@@ -17,7 +17,7 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt
 $(VENV)/.test-installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 demo: $(VENV)/.demo-installed ## Choose among five generated datasets with a real language model (about 5 minutes on 2 cores)

@@ -73,7 +73,7 @@ class RunFolder:
         self.final = self.root / "final"
         self.summary = self.root / "summary.json"
         self.log = self.root / "log.txt"
-        self._lock = FileLock(self.root / ".lock")
+        self._lock = FileLock(self.root / ".lock", is_singleton=True)  # one for all users in this process
 
     def lock(self) -> None:
         """Claims the folder for this process until it ends, however it ends.
@@ -90,9 +90,6 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise InputError(f"output_dir: {self.root} cannot be written to ({error})") from error
-
-    def unlock(self) -> None:
-        self._lock.release()
 
 
 class Journal:

@@ -1,7 +1,7 @@
 """Objectives: a mixture in, a score out. The search asks nothing else of a model."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from transformers import PreTrainedModel
 
@@ -46,7 +46,7 @@ class MergedObjective:
 
     def __init__(
         self,
-        open_stack: Any,
+        open_stack: Callable[[], tuple[GatedStack, Scorer]],
         adapters: Mapping[str, str],
         *,
         target: str,

@@ -106,7 +106,7 @@ def hardware_defaults(given: Mapping[str, Any], flags: Sequence[str]) -> dict[st
     for name in ("use_cpu", "fp16", "bf16"):
         peek.add_argument(f"--{name}", nargs="?", const=True, type=string_to_bool, default=given.get(name))
     peek.add_argument("--dtype", default=given.get("dtype"))
-    said = peek.parse_known_args([flag for flag in flags if flag])[0]
+    said = peek.parse_known_args(list(flags))[0]
     if said.use_cpu is None:
         said.use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if said.dtype is None:

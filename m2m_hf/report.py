@@ -157,7 +157,11 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
     if summary["counts"]["failed"]:
         lines.append(f"{summary['counts']['failed']} mixtures failed and cannot be chosen; trials.jsonl says why")
     lines.append("merged: the exact average of the adapters, not trained; joining: mean change when it joins a mixture")
-    uniform = f"the same {steps} steps" if steps else f"the same {epochs:g} epochs, so steps in proportion to its rows"
+    uniform = (
+        f"for the same {steps} steps"
+        if steps
+        else f"for the same {epochs:g} epochs, so steps in proportion to its rows"
+    )
     lines.append(
         f"final model: {'' if final else 'to be '}fine-tuned on the chosen mixture, "
         + (

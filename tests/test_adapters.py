@@ -96,7 +96,6 @@ def test_training_gives_the_base_back_untouched(project, checkpointing):
 def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
     one = searcher(project)
     one.train_adapters()
-    one.run.unlock()
     before = {path: path.stat().st_mtime_ns for path in (project / "out" / "adapters").rglob("*") if path.is_file()}
     shutil.rmtree(project / "out" / "adapters" / "beta")
     trained = []
@@ -129,7 +128,6 @@ def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
 def test_a_bank_that_is_not_uniform_is_refused_by_name(project, flags, named):
     one = searcher(project)
     one.train_adapters()
-    one.run.unlock()
     with pytest.raises(InputError) as error:
         searcher(project, *flags).bank.check()
     assert named in str(error.value)
@@ -150,7 +148,6 @@ def test_another_version_or_base_is_refused_by_name(project):
 def test_changed_data_are_noticed_by_content(project):
     one = searcher(project)
     one.train_adapters()
-    one.run.unlock()
     path = project / "beta.jsonl"
     path.write_text(path.read_text().replace("red", "ped"))
     with pytest.raises(InputError, match="candidate 'beta' has changed"):
@@ -160,7 +157,6 @@ def test_changed_data_are_noticed_by_content(project):
 def test_settings_that_change_nothing_learned_may_change(project):
     one = searcher(project)
     one.train_adapters()
-    one.run.unlock()
     assert searcher(project, "--logging_steps", "3", "--tokens_per_batch", "7").bank.check() == []
 
 
@@ -221,7 +217,6 @@ def test_a_model_from_the_hub_is_pinned_to_its_commit(project, monkeypatch, tmp_
         monkeypatch.setattr(module, str(tmp_path / "hub"))
     local = searcher(project)
     local.train_adapters()
-    local.run.unlock()
     hub = searcher(project, "--model_name_or_path", "org/pico", "--output_dir", str(project / "hub"))
     assert hub.model_args.model_revision == commit
     hub.train_adapters()

@@ -91,7 +91,7 @@ def test_a_second_process_is_refused(tmp_path):
     process.start()
     assert "another process is at work" in answer.get(timeout=60)
     process.join()
-    run.unlock()
+    RunFolder(tmp_path).lock()  # in the same process it is not another's
 
 
 def test_mixtures():

@@ -400,10 +400,11 @@ class AdapterBank:
                         "uniform": self.facts,
                     },
                 )
-                losses = [loss for _, loss in record["loss_curve"]] or [record["loss"]]
+                curve = [loss for _, loss in record["loss_curve"]]
+                loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
                 terminal.say(
                     f"  {name}: {record['steps']:,} steps, {record['tokens']:,} tokens, "
-                    f"loss {losses[0]:.3f} → {losses[-1]:.3f}, {duration(record['seconds'])}"
+                    f"loss {loss}, {duration(record['seconds'])}"
                 )
 
     def training(self, skip: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

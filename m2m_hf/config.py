@@ -105,9 +105,8 @@ class DataConfig:
         if "data_files" in values:
             files = values["data_files"]
             values["data_files"] = tuple([files] if isinstance(files, str) else files)
-        if (
-            values["path"] in BUILDERS
-        ):  # elsewhere they are relative to the Hub repository or folder, for datasets to resolve
+        # Beside a Hub id or a folder they are relative to it, which datasets resolves.
+        if values["path"] in BUILDERS:
             if "data_dir" in values:
                 values["data_dir"] = absolute(values["data_dir"], folder)
             if "data_files" in values:

@@ -189,16 +189,16 @@ def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Pro
         return messages[:-1], messages[-1:]
     prompt, completion = row.get("prompt"), row.get("completion")
     if data_format == "text":
-        for name, value in (("prompt", prompt), ("completion", completion)):
-            if not isinstance(value, str) or (name == "completion" and not value):
-                raise InputError(f"{where}.{name}: expected text, got {value!r}")
-        return prompt, completion  # type: ignore[return-value]  # both are strings, as checked
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}.prompt: expected text, got {prompt!r}")
+        if not isinstance(completion, str) or not completion:
+            raise InputError(f"{where}.completion: expected text, got {completion!r}")
+        return prompt, completion
     return as_turns(prompt, "user", f"{where}.prompt"), as_turns(completion, "assistant", f"{where}.completion")
 
 
 def normalise(rows: Dataset, data_format: str, where: str) -> Dataset:
     """Candidate rows in the run's format, with exactly its columns and types, so that any union is safe."""
-
     converted = []
     for number, row in enumerate(rows, start=1):
         prompt, completion = split_row(row, data_format, f"{where}, row {number}")

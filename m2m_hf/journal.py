@@ -115,9 +115,6 @@ class Journal:
             self.trials[trial.key] = trial
         self._torn_at = len(whole) if len(whole) < len(content) else None
 
-    def __len__(self) -> int:
-        return len(self.trials)
-
     def get(self, key: str) -> Trial | None:
         """The trial with this key. A failed one counts too: what failed once for its numbers fails again."""
         return self.trials.get(key)

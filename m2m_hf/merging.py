@@ -118,8 +118,8 @@ class Adapter:
 class GatedStack:
     """All adapters of a bank on one base model; `set` makes the base behave as any of their averages.
 
-    Linear and convolution-free LoRA layers are gated by a forward hook. The stack is fp32 whatever the base is in, since
-    the deltas are small against the weights. Without a mixture set, the base model answers.
+    Linear layers are gated by a forward hook, embeddings through their B. The stack is fp32 whatever the base is in, since the
+    deltas are small against the weights. Without a mixture set, the base model answers.
 
     Args:
         model: the base model; it is used in place and given back by `detach`.

@@ -76,6 +76,7 @@ class MergeToMixSearcher:
     def __init__(
         self, config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig, terminal: Terminal | None = None
     ) -> None:
+        parsing.check_trl(args, model_args)
         self.config = config
         self.args = args
         self.model_args = pin_revision(model_args)

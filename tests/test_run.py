@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import candidate_rows, choice_rows, write_rows
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig, SFTConfig
 
-from m2m_hf import MergeToMixSearcher
+from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.merging import GatedStack
@@ -301,6 +302,25 @@ def test_in_python(project):
     summary = searcher.train_final()
     assert summary["best"]["mixture"] == result.best.mixture.weights
     assert summary["final"]["test"] is not None
+
+
+def test_python_objects_in_memory(project, pico):
+    """Datasets and configurations made in Python, without any file; what TRL would take and this cannot do is refused."""
+    candidates = {name: Dataset.from_list(candidate_rows(name)) for name in ("alpha", "beta")}
+    targets = {"colours": {"data": Dataset.from_list(choice_rows()), "scorer": "choice"}}
+    config = MergeToMixConfig(candidates=candidates, targets=targets)
+    args = SFTConfig(
+        output_dir=str(project / "memory"), max_steps=2, use_cpu=True, bf16=False, activation_checkpointing=False
+    )
+    model_args = ModelConfig(model_name_or_path=str(pico), lora_target_modules=["q_proj", "v_proj"])
+    searcher = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
+    assert searcher.train_final()["counts"]["trials"] == 4
+    again = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
+    assert again.search().measured == 0
+    with pytest.raises(InputError, match="load_in_4bit: quantised"):
+        MergeToMixSearcher(config, args, ModelConfig(model_name_or_path=str(pico), load_in_4bit=True))
+    with pytest.raises(InputError, match="model_name_or_path is missing"):
+        MergeToMixSearcher(config, args, ModelConfig())
 
 
 def launch(project: Path, output: Path, *flags: str) -> subprocess.CompletedProcess:

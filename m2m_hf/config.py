@@ -4,9 +4,11 @@
 """
 
 import difflib
+import enum
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,26 @@ from .errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset")
-SCORERS = {"choice": ("accuracy", "logprob"), "loss": ("loglikelihood",)}
+ANSWERS = ("accuracy", "logprob")
+TEXTS = ("exact_match", "numeric_match", "token_f1")
+METRICS: dict[str, tuple[str, ...]] = {  # of each scorer the metrics that it knows by itself, the default first
+    "choice": ANSWERS,
+    "classification": ANSWERS,
+    "loss": ("loglikelihood",),
+    "generation": TEXTS,
+    "command": (),
+    "lm_eval": (),
+}
+OPTIONS: dict[str, tuple[str, ...]] = {  # what each scorer takes beside scorer, metric, weight and min_delta
+    "choice": ("data", "test_data", "normalize", "metric_key"),
+    "classification": ("data", "test_data", "normalize", "labels", "metric_key"),
+    "loss": ("data", "test_data"),
+    "generation": ("data", "test_data", "generation", "metric_key"),
+    "command": ("command", "test_command"),
+    "lm_eval": ("task", "test_task", "num_fewshot", "limit"),
+    "callable": ("data", "test_data"),
+}
+NORMALIZE = ("none", "tokens", "bytes")
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
@@ -53,6 +74,8 @@ class DataConfig:
         split: default `train`.
         revision: commit, tag or branch of a Hub dataset.
         columns: renames, `{theirs: ours}`, for datasets whose columns are not called prompt/completion or messages.
+        template: `{prompt: "...{column}...", completion: "...{column}..."}`, texts made of columns, for datasets without a
+            prompt.
         max_examples: at most this many rows, drawn with the run's seed.
         rows: a `datasets.Dataset` already in memory, instead of a path (Python only).
     """
@@ -64,6 +87,7 @@ class DataConfig:
     split: str = "train"
     revision: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    template: Mapping[str, str] = field(default_factory=dict)
     max_examples: int | None = None
     rows: Any = None
 
@@ -88,6 +112,7 @@ class DataConfig:
             "max_examples": (int,),
             "data_files": (str, list, tuple),
             "columns": (Mapping,),
+            "template": (Mapping,),
         }
         for key, value in given.items():
             expected = types.get(key, (str,))
@@ -102,6 +127,11 @@ class DataConfig:
         for theirs, ours in values.get("columns", {}).items():
             if not isinstance(theirs, str) or not isinstance(ours, str):
                 raise InputError(f"{where}.columns: expected {{theirs: ours}}, both text, got {{{theirs!r}: {ours!r}}}")
+        for key, text in values.get("template", {}).items():
+            if key not in ("prompt", "completion") or not isinstance(text, str):
+                raise InputError(
+                    f"{where}.template: expected texts for prompt and completion, got {{{key!r}: {text!r}}}"
+                )
         if "data_files" in values:
             files = values["data_files"]
             values["data_files"] = tuple([files] if isinstance(files, str) else files)
@@ -122,8 +152,9 @@ class DataConfig:
         given = {key: getattr(self, key) for key in DATA_KEYS if getattr(self, key) not in (None, {})}
         if "data_files" in given:
             given["data_files"] = list(given["data_files"])
-        if "columns" in given:
-            given["columns"] = dict(given["columns"])
+        for key in ("columns", "template"):
+            if key in given:
+                given[key] = dict(given[key])
         return given
 
 
@@ -174,16 +205,49 @@ class TargetConfig:
     """What the mixture is chosen for.
 
     Args:
+        scorer: how a model is scored; `m2m select --help` and the README tell what each takes. In Python also any callable
+            `(model, tokenizer, rows) -> number, numbers of the rows, or Score`.
+        metric: for `choice` and `classification` `accuracy` (default) or `logprob`; for `loss` `loglikelihood`; for
+            `generation` `exact_match` (default), `numeric_match` or `token_f1`; for these also path or Hub id of an `evaluate`
+            module; for `command` the key of the number in its JSON (default `score`); for `lm_eval` the task's own name
+            for it (default its first).
         data: the validation set, the only rows that the search sees.
-        scorer: `choice` (rows with `choices` and `answer`) or `loss` (rows with a completion).
-        metric: for `choice` `accuracy` (default) or `logprob`; for `loss` `loglikelihood`.
         test_data: sealed; scored once, at the end.
+        weight: of this target in a search with several; what is maximised is the weighted mean of their scores.
+        min_delta: a mixture whose score is lower than the base model's by more than this cannot be chosen (None: no matter).
+        normalize: how the log-probabilities of choices of different length are compared: as they are (`none`), by token, by byte.
+        labels: the words of a classification's labels, `{label: word}`, or a list of them; by default those in the data.
+        generation: fields of transformers' `GenerationConfig`, such as `max_new_tokens` and `stop_strings`.
+        metric_key: which result of a metric module is the score.
+        command: program and arguments, run without a shell; `{adapter}`, `{base_model}` and `{output}` in them are replaced.
+        test_command: the same for the sealed test.
+        task: a task of the lm-evaluation-harness by name, or the path of its YAML.
+        test_task: the same for the sealed test.
+        num_fewshot: examples in the prompt of a harness task (default: as the task says).
+        limit: only the first rows of a harness task.
     """
 
-    data: DataConfig
-    scorer: str
+    scorer: str | Callable[..., Any]
     metric: str
+    data: DataConfig | None = None
     test_data: DataConfig | None = None
+    weight: float = 1.0
+    min_delta: float | None = None
+    normalize: str = "none"
+    labels: Mapping[str, str] | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    metric_key: str | None = None
+    command: tuple[str, ...] = ()
+    test_command: tuple[str, ...] = ()
+    task: str | None = None
+    test_task: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The scorer's name; `callable` for one of Python."""
+        return self.scorer if isinstance(self.scorer, str) else "callable"
 
     @classmethod
     def parse(cls, given: Any, where: str, folder: Path) -> "TargetConfig":
@@ -192,33 +256,107 @@ class TargetConfig:
         Raises:
             InputError: unknown keys, a scorer or metric that does not exist.
         """
-        known = ("data", "test_data", "scorer", "metric")
         if not isinstance(given, Mapping):
             raise InputError(f"{where}: expected {{data: ..., scorer: ...}}, got {given!r}")
+        scorer = given.get("scorer")
+        kind = "callable" if callable(scorer) else scorer
+        if kind not in METRICS and kind != "callable":
+            raise InputError(f"{where}.scorer: expected one of {', '.join(METRICS)}, got {scorer!r}")
+        known = ("scorer", "metric", "weight", "min_delta", *OPTIONS[kind])
+        every = {option for options in OPTIONS.values() for option in options}
         for key in given:
             if key not in known:
+                takers = [name for name, options in OPTIONS.items() if key in options]
+                if key in every:
+                    raise InputError(f"{where}.{key}: belongs to scorer {' or '.join(takers)}, not to {kind}")
                 raise InputError(unknown_key_message(str(key), known, where))
-        if given.get("data") is None:
-            raise InputError(f"{where}.data is missing: give the validation set as what load_dataset takes")
-        scorer = given.get("scorer")
-        if scorer not in SCORERS:
-            raise InputError(f"{where}.scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
-        metric = given.get("metric") or SCORERS[scorer][0]
-        if metric not in SCORERS[scorer]:
+        types: dict[str, tuple[tuple[type, ...], str]] = {
+            "metric": ((str,), "a name"),
+            "weight": ((int, float), "a number above 0"),
+            "min_delta": ((int, float), "a number, 0 or above"),
+            "labels": ((list, tuple, Mapping), "{label: word} or a list of words"),
+            "generation": ((Mapping,), "fields of GenerationConfig"),
+            "metric_key": ((str,), "a name"),
+            "command": ((list, tuple, str), "[program, argument, ...]"),
+            "test_command": ((list, tuple, str), "[program, argument, ...]"),
+            "task": ((str,), "a task of the harness, or the path of its YAML"),
+            "test_task": ((str,), "a task of the harness, or the path of its YAML"),
+            "num_fewshot": ((int,), "an integer"),
+            "limit": ((int,), "an integer above 0"),
+            "normalize": ((str,), f"one of {', '.join(NORMALIZE)}"),
+        }
+        values = {key: value for key, value in given.items() if value is not None}
+        lowest = {"min_delta": 0, "num_fewshot": 0, "limit": 1}
+        for key, (expected, words) in types.items():
+            value = values.get(key)
+            if value is None:
+                continue
+            wrong = not isinstance(value, expected) or isinstance(value, bool)
+            if wrong or (key in lowest and value < lowest[key]) or (key == "weight" and value <= 0):
+                raise InputError(f"{where}.{key}: expected {words}, got {value!r}")
+        needed = {"command": "command", "lm_eval": "task"}.get(kind, "data" if kind != "callable" else None)
+        if needed is not None and not values.get(needed):
+            hint = {
+                "data": "give the validation set as what load_dataset takes",
+                "command": "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",
+                "task": "give the name of a task, or the path of its YAML",
+            }[needed]
+            raise InputError(f"{where}.{needed} is missing: {hint}")
+        if values.get("normalize", "none") not in NORMALIZE:
+            raise InputError(f"{where}.normalize: expected one of {', '.join(NORMALIZE)}, got {values['normalize']!r}")
+        for key in ("command", "test_command"):
+            if key in values:
+                parts = shlex.split(values[key]) if isinstance(values[key], str) else map(str, values[key])
+                values[key] = tuple(absolute(part, folder) if (folder / part).is_file() else part for part in parts)
+        for key in ("task", "test_task"):
+            if key in values and Path(values[key]).suffix in (".yaml", ".yml"):
+                values[key] = absolute(values[key], folder)
+        if isinstance(values.get("labels"), (list, tuple)):
+            values["labels"] = {str(label): str(label) for label in values["labels"]}
+        elif "labels" in values:
+            values["labels"] = {str(label): str(word) for label, word in values["labels"].items()}
+        if "labels" in values and len(values["labels"]) < 2:
+            raise InputError(f"{where}.labels: expected at least two, got {given['labels']!r}")
+        default = (METRICS.get(kind) or ("score" if kind in ("command", "callable") else "",))[0]
+        metric = values.get("metric", default)
+        if kind == "loss" and metric not in METRICS["loss"]:
+            raise InputError(f"{where}.metric: expected loglikelihood for scorer loss, got {metric!r}")
+        foreign = {name for names in METRICS.values() for name in names} - set(METRICS.get(kind, ()))
+        if METRICS.get(kind) and metric in foreign:
             raise InputError(
-                f"{where}.metric: expected one of {', '.join(SCORERS[scorer])} for scorer {scorer}, got {metric!r}"
+                f"{where}.metric: expected {', '.join(METRICS[kind])}, or a module of your own, for scorer {kind}, got {metric!r}"
             )
-        test = given.get("test_data")
-        return cls(
-            data=DataConfig.parse(given["data"], f"{where}.data", folder),
-            scorer=scorer,
-            metric=metric,
-            test_data=None if test is None else DataConfig.parse(test, f"{where}.test_data", folder),
-        )
+        if METRICS.get(kind) and metric not in METRICS[kind]:
+            metric = resolve_existing(metric, folder)
+        for key in ("data", "test_data"):
+            if key in values:
+                values[key] = DataConfig.parse(values[key], f"{where}.{key}", folder)
+        return cls(**values | {"metric": metric})
 
     def to_json(self) -> dict[str, Any]:
-        given = {"data": self.data.to_json(), "scorer": self.scorer, "metric": self.metric}
-        return given | ({"test_data": self.test_data.to_json()} if self.test_data else {})
+        """The mapping that `parse` reads, with paths resolved."""
+        given: dict[str, Any] = {"scorer": self.scorer if isinstance(self.scorer, str) else str(self.scorer)}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if (
+                item.name == "scorer"
+                or value in (None, "", (), {})
+                or (item.default == value and item.name != "metric")
+            ):
+                continue
+            given[item.name] = value.to_json() if isinstance(value, DataConfig) else plain(value)
+        return given
+
+
+def plain(value: Any) -> Any:
+    """`value` as YAML can hold it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return value
 
 
 @dataclass
@@ -237,7 +375,7 @@ class MergeToMixConfig:
     )
     targets: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "YAML only: name -> data, test_data, scorer (choice or loss), metric."},
+        metadata={"help": "YAML only: name -> scorer, data, test_data, metric, weight, min_delta; see below."},
     )
     strategy: str = field(
         default="exhaustive",
@@ -262,6 +400,10 @@ class MergeToMixConfig:
     allow_overlap: bool = field(
         default=False,
         metadata={"help": "Go on although rows of a target also stand in a candidate."},
+    )
+    allow_metric_code: bool = field(
+        default=False,
+        metadata={"help": "Load metrics (and harness tasks) that bring code of their own, which runs it."},
     )
     verify_top_k: int = field(
         default=0,
@@ -297,8 +439,6 @@ class MergeToMixConfig:
                 raise InputError(f"{name}: expected at least one, as in\n  {name}:\n    {one}\ngot {given!r}")
         if not isinstance(self.final, Mapping):
             raise InputError(f"final: expected fields of SFTConfig or ModelConfig, got {self.final!r}")
-        if len(self.targets) > 1:
-            raise InputError(f"targets: expected one, got {len(self.targets)} ({', '.join(map(str, self.targets))})")
         if len(self.candidates) > MAX_EXHAUSTIVE:
             raise InputError(
                 f"candidates: {len(self.candidates)} given, and exhaustive search scores 2^N-1 mixtures; "

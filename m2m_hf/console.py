@@ -76,11 +76,16 @@ class Bar:
     ) -> None:
         self._terminal, self._title, self._total = terminal, title, total
         self._progress, self._task = progress, task
-        self._first = done
+        self._first = self._done = done
         self._start = self._said = time.monotonic()
+
+    def advance(self) -> None:
+        """One more."""
+        self.update(self._done + 1)
 
     def update(self, done: int, note: str = "") -> None:
         """`done` of the total, with a short note behind the bar."""
+        self._done = done
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
             return

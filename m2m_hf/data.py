@@ -66,7 +66,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One question: a prompt, its possible completions, and the index of the right one (a single one for `loss`)."""
+    """One question: a prompt, its possible completions, and the index of the right one (a single one without choices)."""
 
     prompt: Prompt
     choices: tuple[Prompt, ...]
@@ -75,16 +75,21 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class Target:
-    """A loaded target. `test_rows` are sealed: nothing but the final report looks at them."""
+    """A loaded target. `test_rows` are sealed: nothing but the final report looks at them.
+
+    Rows are questions; for a scorer that is a Python function they are as they were loaded, and scorers that bring their own
+    data have none.
+    """
 
     name: str
     config: TargetConfig
-    rows: tuple[TargetRow, ...]
-    test_rows: tuple[TargetRow, ...]
+    rows: tuple[Any, ...]
+    test_rows: tuple[Any, ...]
 
-    def fingerprint(self, rows: tuple[TargetRow, ...]) -> str:
-        """What a score on `rows` depends on beside the model: the rows, the scorer and the metric."""
-        return content_fingerprint([self.config.scorer, self.config.metric, *rows], default=vars)
+    @property
+    def questions(self) -> tuple[TargetRow, ...]:
+        """All rows that can be compared with a candidate's."""
+        return tuple(row for row in (*self.rows, *self.test_rows) if isinstance(row, TargetRow))
 
 
 def content_fingerprint(rows: Iterable[Any], default: Any = None) -> str:
@@ -142,7 +147,28 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
         raise InputError(f"{where}: has no rows; expected at least one")
     if config.max_examples is not None and len(loaded) > config.max_examples:
         loaded = loaded.shuffle(seed=seed).select(range(config.max_examples))
+    if config.template:
+        loaded = Dataset.from_list(
+            [
+                dict(row) | {key: fill(text, row, f"{where}.template") for key, text in config.template.items()}
+                for row in loaded
+            ]
+        )
     return loaded
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """`template` with every `{column}` replaced by what the row has in it.
+
+    Raises:
+        InputError: a column that is not there.
+    """
+    try:
+        return template.format_map(row)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{where}: {template!r} cannot be filled ({error!r}); columns are {', '.join(row)}. Write {{{{ and }}}} for braces"
+        ) from error
 
 
 def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
@@ -207,9 +233,27 @@ def normalise(rows: Dataset, data_format: str, where: str) -> Dataset:
     return Dataset.from_list(converted, features=FEATURES[data_format])
 
 
+def text_of(given: Prompt) -> str:
+    """The text of a completion; of messages, the last one's content."""
+    return given if isinstance(given, str) else given[-1]["content"]
+
+
+def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, where: str) -> dict[str, Any]:
+    """A row with a label as one with choices: the words of all labels, each in the template of a completion.
+
+    Raises:
+        InputError: a label that is none of them.
+    """
+    label = str(row.get("label"))
+    if label not in words:
+        raise InputError(f"{where}.label: expected one of {', '.join(words)}, got {row.get('label')!r}")
+    choices = [fill(template, {**row, "label": word}, f"{where}.template") for word in words.values()]
+    return {"prompt": row.get("prompt"), "choices": choices, "answer": list(words).index(label)}
+
+
 def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str) -> TargetRow:
     """One question of a target, checked."""
-    if scorer == "loss":
+    if scorer in ("loss", "generation"):
         prompt, completion = split_row(row, data_format, where)
         return TargetRow(prompt, (completion,), 0)
     asked, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
@@ -229,6 +273,23 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     if not isinstance(asked, str):
         raise InputError(f"{where}.prompt: expected text, got {asked!r}")
     return TargetRow(asked, tuple(choices), answer)
+
+
+def target_rows(
+    config: TargetConfig, key: str, parts: Mapping[str, Dataset], data_format: str, where: str
+) -> tuple[Any, ...]:
+    """The rows of one part (`data` or `test_data`) of a target as its scorer takes them."""
+    rows: list[Any] = list(parts[key])
+    if config.kind == "callable":
+        return tuple(rows)
+    numbered = [(f"{where}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    if config.kind == "classification":
+        # Without a list of labels they are those of the validation set, also for the test.
+        words = config.labels or {str(label): str(label) for label in sorted(set(map(str, parts["data"]["label"])))}
+        data = getattr(config, key)
+        template = data.template.get("completion", "{label}")
+        numbered = [(place, label_row(row, words, template, place)) for place, row in numbered]
+    return tuple(target_row(row, data_format, config.kind, place) for place, row in numbered)
 
 
 def load_all(
@@ -261,8 +322,9 @@ def load_all(
             if (data := getattr(config, key)) is not None:
                 where = f"targets.{name}.{key}"
                 rows = raw_targets[name][key] = load_rows(data, where, seed)
-                column = "choices" if config.scorer == "choice" else "completion"
-                conversational[where] = is_conversational(rows, where, column)
+                column = {"choice": "choices", "classification": "label"}.get(config.kind, "completion")
+                if config.kind != "callable":
+                    conversational[where] = is_conversational(rows, where, column)
     data_format = "chat" if any(conversational.values()) else "text"
     if data_format == "chat" and tokenizer.chat_template is None:
         first = next(name for name, value in conversational.items() if value)
@@ -294,20 +356,10 @@ def load_all(
                 f"candidates.{name}: no completion fits into max_length {max_length}; the prompts alone are longer. "
                 f"Its longest row has {loaded[name].longest} tokens: raise max_length"
             )
-    questions = {
-        name: {
-            key: tuple(
-                target_row(row, data_format, targets[name].scorer, f"targets.{name}.{key}, row {number}")
-                for number, row in enumerate(rows, start=1)
-            )
-            for key, rows in parts.items()
-        }
-        for name, parts in raw_targets.items()
-    }
-    loaded_targets = {
-        name: Target(name, targets[name], parts["data"], parts.get("test_data", ()))
-        for name, parts in questions.items()
-    }
+    loaded_targets = {}
+    for name, parts in raw_targets.items():
+        rows_of = {key: target_rows(targets[name], key, parts, data_format, f"targets.{name}.{key}") for key in parts}
+        loaded_targets[name] = Target(name, targets[name], rows_of.get("data", ()), rows_of.get("test_data", ()))
     return train_format, loaded, loaded_targets
 
 

@@ -3,23 +3,26 @@
 A mixture's model has the weights W = W0 + Σ w_i ΔW_i with ΔW_i = s_i B_i A_i (Merge to Mix, arXiv 2505.16066, with LoRA
 adapters as the fine-tuned models). All adapters are stacked once per layer, A = [A_1; …; A_N] and B = [s_1 B_1, …, s_N B_N],
 and a gate g multiplies the rows of A x: g = w_i on the rows of adapter i. Then B (g ∘ A x) = Σ w_i ΔW_i x, which is the
-average itself and not an approximation of it. Changing the mixture writes N numbers; the base model is never touched.
+average itself and not an approximation of it. Changing the mixture writes N numbers; the base model is never touched, so it
+may be quantised.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .errors import InputError
 
@@ -115,11 +118,82 @@ class Adapter:
         return scaled
 
 
+class StackedLayer:
+    """One adapted layer of the base model with all adapters' factors: A of shape (Σ r, in), B of shape (out, Σ r).
+
+    Args:
+        layout: rank of every adapter of the stack on this layer, 0 where an adapter leaves it alone.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, a: torch.Tensor, b: torch.Tensor, layout: tuple[int, ...]) -> None:
+        self.name = name
+        self.layout = layout
+        self.is_embedding = isinstance(layer, nn.Embedding)
+        expected = features(layer)
+        if expected is None:
+            raise InputError(
+                f"{name!r} is a {type(layer).__name__}; adapters on linear and embedding layers can be averaged"
+            )
+        if (a.shape[1], b.shape[0]) != expected:
+            raise InputError(
+                f"{name!r}: the adapters' shape {(a.shape[1], b.shape[0])} does not fit {expected}: another base model?"
+            )
+        self.a, self.b = a, b
+        # Some embeddings scale what they look up (Gemma); PEFT scales the adapter's part alike.
+        self.scale = float(getattr(layer, "embed_scale", 1.0)) if self.is_embedding else 1.0
+        self.source: SharedInput | None = None
+
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """A x, of shape (…, Σ r)."""
+        if self.is_embedding:
+            return nn.functional.embedding(x, self.a.T) * self.scale
+        if self.source is not None:
+            return self.source.down(x, self)
+        return nn.functional.linear(x.to(self.a.dtype), self.a)
+
+
+class SharedInput:
+    """Layers that are given the same tensor (query, key and value; gate and up): their A x is one product, computed once."""
+
+    def __init__(self, layers: Sequence[StackedLayer]) -> None:
+        self.a = torch.cat([layer.a for layer in layers])
+        ends = list(accumulate(len(layer.a) for layer in layers))
+        self.parts = {id(layer): slice(end - len(layer.a), end) for layer, end in zip(layers, ends, strict=True)}
+        for layer in layers:
+            layer.a = self.a[self.parts[id(layer)]]
+            layer.source = self
+        self._x: torch.Tensor | None = None
+        self._product = self.a
+        self._left = 0
+
+    def down(self, x: torch.Tensor, layer: StackedLayer) -> torch.Tensor:
+        if self._x is not x:
+            self._x, self._left = x, len(self.parts)
+            self._product = nn.functional.linear(x.to(self.a.dtype), self.a)
+        product = self._product[..., self.parts[id(layer)]]
+        self._left -= 1
+        if not self._left:
+            self._x, self._product = None, self.a  # nothing is held longer than the layers need it
+        return product
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, quantised or not, or of an embedding; None for anything else."""
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, Conv1D):  # GPT-2's linear layer, which keeps its weight transposed
+        weight: torch.Tensor = layer.weight
+        return weight.shape[0], weight.shape[1]
+    wide, high = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
+
+
 class GatedStack:
     """All adapters of a bank on one base model; `set` makes the base behave as any of their averages.
 
-    Linear layers are gated by a forward hook, embeddings through their B. The stack is fp32 whatever the base is in, since the
-    deltas are small against the weights. Without a mixture set, the base model answers.
+    Forward hooks on the adapted layers add B (g ∘ A x) to what they give out. A and B are in the base's own dtype, in which the
+    adapters were also trained; the gate is applied in fp32, so that no weight of a mixture is rounded. Without a mixture set,
+    the base model answers.
 
     Args:
         model: the base model; it is used in place and given back by `detach`.
@@ -131,72 +205,82 @@ class GatedStack:
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> None:
         self.model = model
-        self.names = tuple(sorted(adapters))
-        factors = {name: adapters[name].factors() for name in self.names}
-        modules = sorted({module for parts in factors.values() for module in parts})
-        missing = sorted(set(modules) - {name for name, _ in model.named_modules()})
-        if missing:
-            raise InputError(
-                f"the adapters adapt {missing[0]!r}, which {type(model).__name__} does not have: another base model?"
-            )
-        ranks = {
-            module: [factors[name][module][0].shape[0] if module in factors[name] else 0 for name in self.names]
-            for module in modules
-        }
-        width = max(sum(rank) for rank in ranks.values())
-        config = LoraConfig(
-            r=width,
-            lora_alpha=width,
-            lora_dropout=0.0,
-            target_modules=modules,
-            rank_pattern={module: sum(rank) for module, rank in ranks.items() if sum(rank) != width},
-            alpha_pattern={module: sum(rank) for module, rank in ranks.items() if sum(rank) != width},
-            fan_in_fan_out=any(adapter.config.fan_in_fan_out for adapter in adapters.values()),
-        )
-        self._peft_model = get_peft_model(model, config)
-        self._peft_model.requires_grad_(False)
+        self.adapters = dict(sorted(adapters.items()))
+        self.names = tuple(self.adapters)
+        factors = {name: adapter.factors() for name, adapter in self.adapters.items()}
+        modules = dict(model.named_modules())
+        self._layers: list[StackedLayer] = []
         self._owners: dict[tuple[int, ...], torch.Tensor] = {}
-        self._gates: dict[tuple[int, ...], torch.Tensor] = {}
+        self._gates: dict[tuple[int, ...], torch.Tensor] | None = None
         self._handles: list[RemovableHandle] = []
-        self._embeddings: list[tuple[nn.Parameter, torch.Tensor, tuple[int, ...]]] = []
-        for module in modules:
-            layer = model.get_submodule(module)
-            layout = tuple(ranks[module])
-            parts = [factors[name][module] for name in self.names if module in factors[name]]
-            stacked = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
-            device = self._place(layer, module, stacked, layout)
+        for name in sorted({module for parts in factors.values() for module in parts}):
+            if name not in modules:
+                raise InputError(
+                    f"the adapters adapt {name!r}, which {type(model).__name__} does not have: another base model?"
+                )
+            parts = [factors[adapter].get(name) for adapter in self.names]
+            layout = tuple(0 if part is None else len(part[0]) for part in parts)
+            device = next(iter(modules[name].parameters())).device
+            a = torch.cat([part[0] for part in parts if part]).to(device, model.dtype)
+            b = torch.cat([part[1] for part in parts if part], dim=1).to(device, model.dtype)
+            self._layers.append(StackedLayer(name, modules[name], a, b, layout))
             owner = torch.repeat_interleave(torch.arange(len(self.names)), torch.tensor(layout))
             self._owners.setdefault(layout, owner.to(device))
-        self.set({})
+        self.takes_rows = self._find_shared_inputs(modules)
+        for layer in self._layers:
+            self._handles.append(modules[layer.name].register_forward_hook(self._hook(layer)))
 
-    def _place(
-        self, layer: nn.Module, module: str, stacked: tuple[torch.Tensor, torch.Tensor], layout: tuple[int, ...]
-    ) -> torch.device:
-        """Copies the stacked A and s B into `layer` and puts its gate in place."""
-        if not isinstance(layer, LoraLayer):
-            raise InputError(f"{module!r} is not a layer that PEFT's LoRA covers")
-        if "default" in layer.lora_embedding_A:
-            places = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-            # PEFT multiplies embedding factors without a module between them, so the gate goes into B.
-            self._embeddings.append((places[1], stacked[1].to(places[1].device), layout))
-        else:
-            places = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            hook = self._gate_hook(layout)
-            self._handles.append(layer.lora_A["default"].register_forward_hook(hook))
-        for place, value in zip(places, stacked, strict=True):
-            if place.shape != value.shape:
-                raise InputError(
-                    f"{module!r}: the adapters' shape {tuple(value.shape)} does not fit {tuple(place.shape)}: another base model?"
-                )
-            place.data = value.to(place.device)
-        device: torch.device = places[0].device
-        return device
+    def _find_shared_inputs(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Sees in one small forward pass which layers are given the same tensor, and has them share their product.
 
-    def _gate_hook(self, layout: tuple[int, ...]) -> Any:
-        def gate(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            return output * self._gates[layout].to(output.device)
+        Returns:
+            Whether every adapted layer sees rows as rows, so that each may have a mixture of its own. The output head does
+            not while only scored positions are kept, nor do layers to which tokens are routed.
+        """
+        shape = (2, 3)
+        by_input: dict[int, list[StackedLayer]] = {}
+        seen: list[torch.Tensor] = []
+        by_row = not any(modules[layer.name] is self.model.get_output_embeddings() for layer in self._layers)
 
-        return gate
+        def look(layer: StackedLayer) -> Any:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                nonlocal by_row
+                by_row &= args[0].shape[:2] == shape
+                seen.append(args[0])  # held, so that no other tensor takes its id
+                if not layer.is_embedding:
+                    by_input.setdefault(id(args[0]), []).append(layer)
+
+            return hook
+
+        handles = [modules[layer.name].register_forward_pre_hook(look(layer)) for layer in self._layers]
+        try:
+            if self._layers:
+                self.model.eval()
+                with torch.inference_mode():
+                    self.model(
+                        input_ids=torch.zeros(shape, dtype=torch.long, device=self.model.device), use_cache=False
+                    )
+        finally:
+            for handle in handles:
+                handle.remove()
+        calls = Counter(id(layer) for layers in by_input.values() for layer in layers)
+        for layers in by_input.values():
+            if len(layers) > 1 and all(calls[id(layer)] == 1 for layer in layers):
+                SharedInput(layers)
+        return by_row
+
+    def _hook(self, layer: StackedLayer) -> Any:
+        def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            if self._gates is None:
+                return output
+            down = layer.down(args[0])
+            gated = (down * self._gates[layer.layout]).to(down.dtype)
+            if output.dtype != gated.dtype:
+                return output + nn.functional.linear(gated, layer.b).to(output.dtype)
+            total = torch.addmm(output.reshape(-1, output.shape[-1]), gated.reshape(-1, gated.shape[-1]), layer.b.T)
+            return total.view(output.shape)
+
+        return add
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Makes the model the one with W0 + Σ w_i ΔW_i from now on; adapters that are not named have weight 0.
@@ -204,16 +288,78 @@ class GatedStack:
         Raises:
             KeyError: a name that is not in the stack.
         """
-        unknown = set(weights) - set(self.names)
+        self.set_rows([weights])
+
+    def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Gives every row of the next batches a mixture of its own; a single one holds for all rows.
+
+        Raises:
+            KeyError: a name that is not in the stack.
+        """
+        unknown = {name for weights in rows for name in weights} - set(self.names)
         if unknown:
             raise KeyError(f"not in the stack: {', '.join(sorted(unknown))}")
-        values = torch.tensor([weights.get(name, 0.0) for name in self.names], dtype=torch.float32)
-        self._gates = {layout: values.to(owner.device)[owner] for layout, owner in self._owners.items()}
-        for place, pristine, layout in self._embeddings:
-            place.data = pristine * self._gates[layout]
+        if not any(rows):
+            self._gates = None
+            return
+        values = torch.tensor([[weights.get(name, 0.0) for name in self.names] for weights in rows])
+        if len(rows) == 1:
+            self._gates = {layout: values[0].to(owner.device)[owner] for layout, owner in self._owners.items()}
+        else:
+            self._gates = {layout: values.to(owner.device)[:, None, owner] for layout, owner in self._owners.items()}
 
     def detach(self) -> None:
         """Takes the stack off the base model, which is then as it was before."""
         for handle in self._handles:
             handle.remove()
-        self._peft_model.unload()
+        self._handles.clear()
+
+
+def mixture_adapter(
+    adapters: Mapping[str, Adapter], weights: Mapping[str, float]
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The mixture as one adapter of rank Σ r_i, exactly: A = [A_i], B = [w_i s_i B_i], scaling 1, in fp32.
+
+    What PEFT's `combination_type="cat"` builds, but also right for rank-stabilised LoRA and without rounding to the base's
+    dtype.
+
+    Args:
+        adapters: name -> adapter.
+        weights: name -> weight; those named are taken.
+    """
+    factors = {name: adapters[name].factors() for name in sorted(weights)}
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for module in sorted({module for parts in factors.values() for module in parts}):
+        parts = [
+            (a, weights[name] * b) for name, found in factors.items() if module in found for a, b in [found[module]]
+        ]
+        embedding = any(f"{PREFIX}{module}.lora_embedding_A" in adapters[name].tensors for name in weights)
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        tensors[f"{PREFIX}{module}.{names[0]}"] = torch.cat([a for a, _ in parts]).contiguous()
+        tensors[f"{PREFIX}{module}.{names[1]}"] = torch.cat([b for _, b in parts], dim=1).contiguous()
+        ranks[module] = sum(len(a) for a, _ in parts)
+    width = max(ranks.values())
+    first = adapters[min(weights)].config
+    config = LoraConfig(
+        r=width,
+        lora_alpha=width,
+        lora_dropout=0.0,
+        target_modules=sorted(ranks),
+        rank_pattern={module: rank for module, rank in ranks.items() if rank != width},
+        alpha_pattern={module: rank for module, rank in ranks.items() if rank != width},
+        fan_in_fan_out=any(adapters[name].config.fan_in_fan_out for name in weights),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=first.base_model_name_or_path,
+        inference_mode=True,
+    )
+    return config, tensors
+
+
+def write_adapter(folder: Path, adapters: Mapping[str, Adapter], weights: Mapping[str, float], base: str) -> None:
+    """Writes `mixture_adapter` as a PEFT adapter folder of the base model `base`."""
+    config, tensors = mixture_adapter(adapters, weights)
+    config.base_model_name_or_path = base
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,7 +1,8 @@
 """The values that the search speaks in: mixture, search space, score, trial. Plain Python, frozen, JSON in and out."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import isclose, isfinite
 from typing import Any
@@ -86,19 +87,35 @@ class Score:
 
     Args:
         value: the target's metric over all examples.
-        stderr: its standard error over the examples, taken as a random sample (0 for a single example).
-        values: one number per example in the order of the target's rows; their mean is `value`.
-        logprobs: per example, the log-probability of the right answer (natural logarithm, at most 0).
+        stderr: its standard error over the examples, taken as a random sample (0 for a single example); None where the scorer
+            gives no more than a number.
+        values: one number per example in the order of the target's rows; their mean is `value`. Empty for metrics of a
+            whole corpus.
+        logprobs: per example, the log-probability of the right answer (natural logarithm, at most 0). Empty where the scorer
+            has none.
     """
 
     value: float
-    stderr: float
-    values: tuple[float, ...]
-    logprobs: tuple[float, ...]
+    stderr: float | None = None
+    values: tuple[float, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, values: Sequence[float], logprobs: Sequence[float] = ()) -> "Score":
+        """The mean of the examples' values, with its standard error."""
+        return cls(*mean_and_stderr(values), tuple(values), tuple(logprobs))
 
     @property
     def mean_logprob(self) -> float:
-        return sum(self.logprobs) / len(self.logprobs)
+        """0 where there are none."""
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a mixture has no score on a target."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,53 @@ class Trial:
             raise InputError(f"not a trial: {error!r}") from error
 
 
-def mean_and_stderr(values: tuple[float, ...]) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Standing:
+    """How one mixture stands on all targets together; what a strategy is sent and what is ranked.
+
+    Args:
+        trials: target -> its trial.
+        weights: target -> its weight.
+        short: the targets on which the mixture is worse than the base model by more than their `min_delta`.
+    """
+
+    mixture: Mixture
+    trials: Mapping[str, Trial]
+    weights: Mapping[str, float]
+    short: tuple[str, ...] = ()
+
+    @cached_property
+    def score(self) -> Score | None:
+        """The weighted mean of the targets' scores; None where one of them failed.
+
+        The standard error takes the targets' examples as drawn independently. Of several targets only value and standard
+        error are given: their examples are not the same ones.
+        """
+        scores = {target: trial.score for target, trial in self.trials.items() if trial.score}
+        if len(scores) < len(self.trials):
+            return None
+        if len(scores) == 1:
+            return next(iter(scores.values()))
+        total = sum(self.weights.values())
+        parts = {target: self.weights[target] / total for target in scores}
+        value = sum(parts[target] * score.value for target, score in scores.items())
+        errors = [None if score.stderr is None else parts[target] * score.stderr for target, score in scores.items()]
+        stderr = None if None in errors else sum(error**2 for error in errors if error is not None) ** 0.5
+        return Score(value, stderr)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the right answers, over all targets that have them, by their weights; breaks ties."""
+        return sum(
+            self.weights[target] * trial.score.mean_logprob for target, trial in self.trials.items() if trial.score
+        )
+
+    @property
+    def may_be_chosen(self) -> bool:
+        return self.score is not None and not self.short
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error s/√n with the n−1 estimate of s (0 where n is 1)."""
     n = len(values)
     mean = sum(values) / n

@@ -12,7 +12,6 @@ Where the file and the command line say nothing, four defaults differ from TRL's
 
 import argparse
 import dataclasses
-import enum
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from .config import MergeToMixConfig, resolve_existing, unknown_key_message
+from .config import MergeToMixConfig, plain, resolve_existing, unknown_key_message
 from .errors import InputError
 
 Settings = tuple[MergeToMixConfig, SFTConfig, ModelConfig]
@@ -185,17 +184,6 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: give a Hub id or a local model folder")
-
-
-def plain(value: Any) -> Any:
-    """`value` as YAML can hold it."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    return value
 
 
 def trl_fields(args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .console import duration
 from .data import Candidate, Target
-from .mixture import Mixture, Trial
+from .mixture import Mixture, Score, Standing
 from .search import SearchResult, score_of
 
 
@@ -17,68 +17,98 @@ class Outcome:
     Args:
         result: the search.
         candidates: by name.
-        target: what was searched for.
+        targets: what was searched for, by name.
+        examples: target -> part (`validation`, `test`) -> rows.
         training: name -> `training.json` of every adapter.
         final: `final/training.json`, or None while there is no final model of the chosen mixture.
     """
 
     result: SearchResult
     candidates: Mapping[str, Candidate]
-    target: Target
+    targets: Mapping[str, Target]
+    examples: Mapping[str, Mapping[str, int]]
     training: Mapping[str, Mapping[str, Any]]
     final: Mapping[str, Any] | None
 
-    def merged(self, names: Sequence[str]) -> Trial:
-        """The trial of the equal-weight mixture of `names`."""
-        return self.result.trials[Mixture.subset(names)]
+    def merged(self, names: Sequence[str]) -> Standing:
+        """How the equal-weight mixture of `names` stands."""
+        return self.result.standings[Mixture.subset(names)]
+
+    def final_score(self, who: str, part: str, target: str | None = None) -> Score | None:
+        """The final (or base) model's score on `validation` or `test`: one target's, or the weighted mean of all.
+
+        None where there is no final model, or where a target has no such part.
+        """
+        scores = (self.final or {}).get("scores", {})
+        names = [target] if target else list(self.targets)
+        found = [scores.get(name, {}).get(who, {}).get(part) for name in names]
+        if not all(found):
+            return None
+        if len(found) == 1:
+            return Score(found[0]["score"], found[0]["stderr"])
+        weights = [self.targets[name].config.weight for name in names]
+        shares = [weight / sum(weights) for weight in weights]
+        value = sum(share * one["score"] for share, one in zip(shares, found, strict=True))
+        errors = [one["stderr"] for one in found]
+        if None in errors:
+            return Score(value)
+        return Score(value, sum((share * error) ** 2 for share, error in zip(shares, errors, strict=True)) ** 0.5)
 
 
-def trial_json(trial: Trial) -> dict[str, Any] | None:
-    """A trial as `summary.json` shows it; None where it failed."""
-    if trial.score is None:
+def standing_json(standing: Standing) -> dict[str, Any] | None:
+    """A mixture as `summary.json` shows it, with the scores by target where there are several; None where it failed."""
+    if standing.score is None:
         return None
-    return {"mixture": trial.mixture.weights, "score": trial.score.value, "stderr": trial.score.stderr}
+    shown = {"mixture": standing.mixture.weights, "score": standing.score.value, "stderr": standing.score.stderr}
+    if len(standing.trials) > 1:
+        shown["targets"] = {name: trial.score.value for name, trial in standing.trials.items() if trial.score}
+    return shown
 
 
 def joining(result: SearchResult, name: str) -> list[float]:
     """By how much the score changes when `name` joins a mixture, for every mixture that was scored with and without it."""
     changes = []
-    for mixture, trial in result.trials.items():
+    for mixture, standing in result.standings.items():
         if mixture.items and name not in mixture.names:
-            joined = result.trials.get(Mixture.subset([*mixture.names, name]))
-            if joined is not None and joined.score and trial.score:
-                changes.append(joined.score.value - trial.score.value)
+            joined = result.standings.get(Mixture.subset([*mixture.names, name]))
+            if joined is not None and joined.score and standing.score:
+                changes.append(joined.score.value - standing.score.value)
     return changes
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:
     """`summary.json`; its keys are a contract (ARCHITECTURE.md)."""
-    result, target, final = outcome.result, outcome.target, outcome.final
-    ranking = result.ranking
-    singles = [trial for name in outcome.candidates if (trial := outcome.merged([name])).score]
-    best_single = max(singles, key=lambda trial: (score_of(trial).value, score_of(trial).mean_logprob), default=None)
-    trials = list(result.trials.values())
+    result, final = outcome.result, outcome.final
+    singles = [one for name in outcome.candidates if (one := outcome.merged([name])).score]
+    best_single = max(singles, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
     training = outcome.training.values()
+    trials = result.trials
+    validation, test = outcome.final_score("final", "validation"), outcome.final_score("final", "test")
     return {
-        "best": trial_json(result.best),
-        "base": trial_json(result.base),
-        "all": trial_json(outcome.merged(list(outcome.candidates))),
-        "best_single": trial_json(best_single) if best_single else None,
-        "singles": {trial.mixture.names[0]: trial_json(trial) for trial in singles},
-        "top": [trial_json(trial) for trial in ranking[:10]],
+        "best": standing_json(result.best),
+        "base": standing_json(result.base),
+        "all": standing_json(outcome.merged(list(outcome.candidates))),
+        "best_single": standing_json(best_single) if best_single else None,
+        "singles": {one.mixture.names[0]: standing_json(one) for one in singles},
+        "top": [standing_json(one) for one in result.ranking[:10]],
+        "pareto_front": [standing_json(one) for one in result.pareto_front],
         "targets": {
-            target.name: {
+            name: {
                 "metric": target.config.metric,
-                "scorer": target.config.scorer,
-                "validation_rows": len(target.rows),
-                "test_rows": len(target.test_rows),
+                "scorer": target.config.kind,
+                "weight": target.config.weight,
+                "min_delta": target.config.min_delta,
+                "short": sum(name in one.short for one in result.standings.values()),
+                "validation_rows": outcome.examples[name].get("validation", 0),
+                "test_rows": outcome.examples[name].get("test", 0),
             }
+            for name, target in outcome.targets.items()
         },
         "final": None
         if final is None
         else {
-            "validation": final["scores"]["final"]["validation"]["score"],
-            "test": final["scores"]["final"].get("test", {}).get("score"),
+            "validation": validation.value if validation else None,
+            "test": test.value if test else None,
             **{key: final[key] for key in ("scores", "steps", "tokens", "loss")},
         },
         "counts": {
@@ -97,17 +127,27 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def figure(score: float, stderr: float) -> str:
-    """`0.842 ± 0.033`."""
-    return f"{score:.3f} ± {stderr:.3f}"
+def figure(score: Score | None) -> str:
+    """`0.842 ± 0.033`; without the latter where it is not known."""
+    if score is None:
+        return ""
+    return f"{score.value:.3f}" + ("" if score.stderr is None else f" ± {score.stderr:.3f}")
 
 
-def end_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of the table at the end of a run."""
+def end_table(outcome: Outcome) -> tuple[str, list[str], list[list[str]]]:
+    """(title, columns, rows) of the end table: a column for each target, and one for their mean where there are several."""
+    targets = list(outcome.targets)
+    several = len(targets) > 1
+    test = outcome.final_score("final", "test") is not None
 
-    def row(label: str, trial: Trial, joins: str = "", steps: str = "", time: str = "") -> list[str]:
-        score = trial.score
-        return [label, figure(score.value, score.stderr) if score else "failed", "", joins, steps, time]
+    def row(label: str, standing: Standing, joins: str = "", steps: str = "", time: str = "") -> list[str]:
+        shown = [figure(standing.score) if standing.score else "failed"]
+        if several:
+            shown += [figure(standing.trials[name].score) or "failed" for name in targets]
+        return [label, *shown, *[""] * (test and not several), joins, steps, time]
+
+    def final_row(who: str, part: str) -> list[str]:
+        return [figure(outcome.final_score(who, part, name)) for name in ([None, *targets] if several else [None])]
 
     rows = [row("base model", outcome.result.base)]
     for name in outcome.candidates:
@@ -118,13 +158,24 @@ def end_table(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     rows.append(row(f"all {len(outcome.candidates)}, merged", outcome.merged(list(outcome.candidates))))
     rows.append(row(f"{outcome.result.best.mixture}, merged", outcome.result.best))
     if outcome.final is not None:
-        scores = outcome.final["scores"]
-        steps, seconds = outcome.final["steps"], outcome.final["seconds"]
-        rows.append(["final model", figure(**scores["final"]["validation"]), "", "", f"{steps:,}", duration(seconds)])
-        for who, shown in (("base", rows[0]), ("final", rows[-1])):
-            if "test" in scores[who]:
-                shown[2] = figure(**scores[who]["test"])
-    return ["", "validation", "test", "joining", "steps", "time"], rows
+        cost = ["", f"{outcome.final['steps']:,}", duration(outcome.final["seconds"])]
+        if several:
+            rows.append(["final model", *final_row("final", "validation"), *cost])
+            if any(final_row("final", "test")):
+                rows.append(["base model, sealed test", *final_row("base", "test"), "", "", ""])
+                rows.append(["final model, sealed test", *final_row("final", "test"), "", "", ""])
+        else:
+            rows.append(["final model", *final_row("final", "validation"), *final_row("final", "test")[:test], *cost])
+            if test:
+                rows[0][2] = final_row("base", "test")[0]
+    metrics = {name: target.config.metric or "the task's metric" for name, target in outcome.targets.items()}
+    if several:
+        title = "weighted mean and every target, validation ± standard error"
+        columns = ["", "mean", *(f"{name} ({metrics[name]})" for name in targets)]
+    else:
+        title = f"{targets[0]}: {metrics[targets[0]]} ± standard error"
+        columns = ["", "validation", *["test"] * test]
+    return title, [*columns, "joining", "steps", "time"], rows
 
 
 def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Mapping[str, Any]) -> list[str]:
@@ -148,14 +199,31 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
                 f"harmful: {name} lowers {lowered} of the {len(changes)} mixtures that it joins, "
                 f"by {-sum(changes) / len(changes):.3f} on average"
             )
-    close = score_of(result.best).value - score_of(result.best).stderr
-    tied = sum(score_of(trial).value > close for trial in result.ranking)
-    if tied > 1:
+    stderr = score_of(result.best).stderr
+    if stderr is None:
+        lines.append("the scorer gives no standard error, so nothing tells how much of the differences is chance")
+    else:
+        tied = sum(score_of(one).value > score_of(result.best).value - stderr for one in result.ranking)
+        if tied > 1:
+            lines.append(
+                f"{tied} mixtures lie within one standard error of the best: more validation rows would tell them apart"
+            )
+    for name, target in outcome.targets.items():
+        worse = sum(name in one.short for one in result.standings.values())
+        if worse:
+            lines.append(
+                f"{worse} mixtures could not be chosen: they make {name} worse than the base model by more than "
+                f"{target.config.min_delta:g} (min_delta)"
+            )
+    if len(outcome.targets) > 1:
+        front = result.pareto_front
         lines.append(
-            f"{tied} mixtures lie within one standard error of the best: more validation rows would tell them apart"
+            f"{len(front)} mixtures are on the Pareto front of the {len(outcome.targets)} targets: summary.json lists them"
         )
     if summary["counts"]["failed"]:
-        lines.append(f"{summary['counts']['failed']} mixtures failed and cannot be chosen; trials.jsonl says why")
+        lines.append(
+            f"{summary['counts']['failed']} trials failed; their mixtures cannot be chosen; trials.jsonl says why"
+        )
     lines.append("merged: the exact average of the adapters, not trained; joining: mean change when it joins a mixture")
     uniform = (
         f"for the same {steps} steps"
@@ -171,7 +239,7 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
         )
     )
     lines.append(
-        f"cost: adapters {duration(costs['train_seconds'])}, {summary['counts']['trials']} mixtures scored in "
+        f"cost: adapters {duration(costs['train_seconds'])}, {len(result.standings)} mixtures scored in "
         f"{duration(costs['search_seconds'])}" + (f", final model {duration(costs['final_seconds'])}" if final else "")
     )
     return lines

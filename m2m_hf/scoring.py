@@ -1,208 +1,285 @@
-"""Scorers: from a model's log-probabilities to a score per target, with the values of every example kept.
+"""Scorers: from a model to a score per target, with the values of every example kept wherever there are any.
 
-A scorer turns its target's rows into requests once; a request is a token sequence and where the completion in it starts.
-Scoring a model means one pass over the requests, longest batches first, and a reduction. Scores do not depend on the size of
-the batches or the number of processes, beyond rounding.
+A scorer prepares its target's rows once. Scoring then means forward passes (`forward.py`) over the gated stack and a reduction.
+Scorers that run something else (a command, the lm-evaluation-harness, a Python function) are in `external.py`.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import evaluate
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .config import TargetConfig
-from .data import TargetRow, encode
+from .data import TargetRow, content_fingerprint, encode, render, text_of
 from .errors import InputError
-from .mixture import Score, mean_and_stderr
+from .forward import Question, Request, Weights, completion_logprobs, generate
+from .journal import file_fingerprint
+from .merging import GatedStack
+from .metrics import Metric, local_module
+from .mixture import Failure, Score, mean_and_stderr
 
 ROUND = 6  # decimals kept of a log-probability: what is compared now is what the journal will say later
-
-
-@dataclass(frozen=True)
-class Request:
-    """Token ids, of which those from `start` on are scored given all before them."""
-
-    ids: tuple[int, ...]
-    start: int
-
-    @property
-    def scored(self) -> int:
-        return len(self.ids) - self.start
-
-
-def batches(requests: Sequence[Request], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices of requests in batches of similar length, the longest first, each at most `tokens_per_batch` with padding.
-
-    The longest come first so that memory that does not suffice shows at once. A request longer than the budget goes alone.
-    """
-    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].ids), index))
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(requests[batch[0]].ids) > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-class ScoredPositions:
-    """While active, the output head of `model` computes logits only where a token is scored.
-
-    A vocabulary is many times wider than the model, so logits for prompts and padding would cost more than they are worth.
-    A hook before the head drops the other positions, which leaves all that a model does after its head (scaling,
-    soft-capping) as it is; the logits then have shape `(1, scored positions, vocabulary)`.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.keep: torch.Tensor | None = None
-        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._select)
-
-    def _select(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden, *rest = args
-        assert self.keep is not None
-        return (hidden[self.keep.to(hidden.device)].unsqueeze(0), *rest)
-
-    def __enter__(self) -> "ScoredPositions":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-
-
-@torch.inference_mode()
-def completion_logprobs(model: PreTrainedModel, requests: Sequence[Request], tokens_per_batch: int) -> list[float]:
-    """Log-probability of each request's completion given what stands before it (natural logarithm, summed over tokens).
-
-    Rows are padded on the right. In a causal model no scored token can see what comes after it, so no attention mask is
-    needed, and attention takes its fastest path. Under several processes each scores its share and all get everything.
-    """
-    state = PartialState()
-    model.eval()
-    mine: list[tuple[int, float]] = []
-    with ScoredPositions(model) as positions:
-        for number, batch in enumerate(batches(requests, tokens_per_batch)):
-            if number % state.num_processes != state.process_index:
-                continue
-            chosen = [requests[index] for index in batch]
-            width = max(len(request.ids) for request in chosen)
-            ids = torch.tensor([request.ids + (0,) * (width - len(request.ids)) for request in chosen])
-            place = torch.arange(width)
-            start = torch.tensor([[request.start] for request in chosen])
-            end = torch.tensor([[len(request.ids)] for request in chosen])
-            # The logits at one position are of the token at the next one.
-            positions.keep = (place >= start - 1) & (place < end - 1)
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0].float()
-            scored = ids[(place >= start) & (place < end)].to(logits.device)
-            picked = logits.gather(1, scored[:, None])[:, 0] - logits.logsumexp(dim=1)
-            sums = torch.stack([part.sum() for part in picked.double().split([request.scored for request in chosen])])
-            mine.extend(zip(batch, sums.tolist(), strict=True))
-    everyone = gather_object(mine) if state.num_processes > 1 else mine
-    return [value for _, value in sorted(everyone)]
+MAX_NEW_TOKENS = 64  # of a generated answer, where nothing else is said
 
 
 class Scorer(ABC):
-    """Base of the scorers: holds the encoded rows of one target and reduces log-probabilities to a `Score`.
+    """Base of the scorers of one target and one set of its rows (validation or test).
+
+    Attributes:
+        examples: number of rows.
+        tokens: of one pass over them, from which follows how many mixtures share a batch; 0 for scorers that take one mixture
+            after another.
+        cut: rows whose beginning did not fit into the model.
+        fingerprint: what a score depends on beside the model.
+    """
+
+    examples: int
+    tokens: int = 0
+    cut: int = 0
+    fingerprint: str
+
+    @abstractmethod
+    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
+        """The score of every mixture, or why it has none."""
+
+    def at_once(self, stack: GatedStack, tokens_per_batch: int) -> int:
+        """How many mixtures fill a batch: more than one only where the target alone does not."""
+        return max(1, tokens_per_batch // self.tokens) if self.tokens and stack.takes_rows else 1
+
+
+class LogprobScorer(Scorer):
+    """Base of the scorers that need only log-probabilities of given completions.
 
     Args:
+        config: the target's.
         rows: the questions.
         tokenizer: encodes them.
-        max_length: positions that the model has; a longer request loses the beginning of its prompt, and is counted in `cut`.
+        max_length: positions that the model has; a longer question loses the beginning of its prompt, and is counted in `cut`.
 
     Raises:
         InputError: a completion that alone has more tokens than that.
     """
 
-    def __init__(self, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self, config: TargetConfig, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
         self.rows = rows
-        self.requests: list[Request] = []
-        self.cut = 0
+        self.examples = len(rows)
+        self.fingerprint = content_fingerprint([config.kind, *self.settings(config), *rows], default=vars)
+        self.questions: list[Question] = []
         for number, row in enumerate(rows, start=1):
-            for choice in row.choices:
-                ids, start = encode(tokenizer, row.prompt, choice, f"row {number} of the target")
+            where = f"row {number} of the target"
+            encoded = [encode(tokenizer, row.prompt, choice, where) for choice in row.choices]
+            for ids, start in encoded:
                 if len(ids) - start >= max_length:
                     raise InputError(
-                        f"row {number} of the target: a completion of {len(ids) - start} tokens does not fit into the model's "
-                        f"{max_length} positions"
+                        f"{where}: a completion of {len(ids) - start} tokens does not fit into the model's {max_length} positions"
                     )
-                surplus = max(0, len(ids) - max_length)
-                self.cut += surplus > 0
-                self.requests.append(Request(tuple(ids[surplus:]), start - surplus))
+            # All completions lose the same tokens, so that they go on having one prompt in common.
+            surplus = max(0, max(len(ids) for ids, _ in encoded) - max_length)
+            self.cut += surplus > 0
+            requests = []
+            for ids, start in encoded:
+                drop = min(surplus, start - 1)
+                requests.append(Request(tuple(ids[drop:]), start - drop))
+            self.questions.append(Question(tuple(requests)))
+        self.tokens = sum(
+            one.shared + sum(len(request.ids) - one.shared for request in one.requests) for one in self.questions
+        )
 
-    def score(self, model: PreTrainedModel, tokens_per_batch: int) -> Score:
-        """The model's score on all rows.
+    def settings(self, config: TargetConfig) -> list[Any]:
+        """What of the configuration a score depends on."""
+        return [config.metric]
 
-        Raises:
-            FloatingPointError: a log-probability is not finite; such a model has no score.
-        """
-        sums = completion_logprobs(model, self.requests, tokens_per_batch)
-        if not all(map(torch.isfinite, torch.tensor(sums))):
-            raise FloatingPointError("the model gives log-probabilities that are not finite")
-        return self.reduce(sums)
+    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
+        """The score of every mixture; a model with log-probabilities that are not finite has none."""
+        results: list[Score | Failure] = []
+        for sums in completion_logprobs(stack, mixtures, self.questions, tokens_per_batch):
+            if all(math.isfinite(value) for values in sums for value in values):
+                results.append(self.reduce(sums))
+            else:
+                results.append(Failure("the model gives log-probabilities that are not finite"))
+        return results
 
     @abstractmethod
-    def reduce(self, sums: list[float]) -> Score:
-        """The score, from the log-probability of every request in order."""
+    def reduce(self, sums: Sequence[tuple[float, ...]]) -> Score:
+        """The score, from the log-probabilities of every question's completions."""
 
 
-class LossScorer(Scorer):
+class LossScorer(LogprobScorer):
     """Token-weighted log-likelihood of the completions: Σ log p / Σ tokens, the negative of the usual validation loss.
 
     An example's value is its log-probability over the mean number of scored tokens, so that the mean of the values is
     the score. The standard error is that of a ratio of means (delta method).
     """
 
-    def reduce(self, sums: list[float]) -> Score:
-        counts = [request.scored for request in self.requests]
+    def reduce(self, sums: Sequence[tuple[float, ...]]) -> Score:
+        counts = [question.requests[0].scored for question in self.questions]
         mean_count = sum(counts) / len(counts)
-        logprobs = tuple(round(value, ROUND) for value in sums)
-        values = tuple(round(value / mean_count, ROUND) for value in sums)
+        logprobs = tuple(round(value, ROUND) for (value,) in sums)
+        values = tuple(round(value / mean_count, ROUND) for (value,) in sums)
         value = sum(values) / len(values)
-        residuals = tuple((total - value * count) / mean_count for total, count in zip(sums, counts, strict=True))
+        residuals = [(total - value * count) / mean_count for (total,), count in zip(sums, counts, strict=True)]
         return Score(value, mean_and_stderr(residuals)[1], values, logprobs)
 
 
-class ChoiceScorer(Scorer):
-    """Multiple choice: the model's answer is the completion that it finds most probable.
+class ChoiceScorer(LogprobScorer):
+    """The model's answer is the choice that it finds most probable: multiple choice, and classification by label words.
 
-    The score is `accuracy`, or `logprob`: the log-probability of the right answer after normalising over the choices.
+    The log-probability of a choice may be taken per token or per UTF-8 byte. The score is a metric of the answers' indices, or
+    `logprob`: the log-probability of the right answer after normalising over the choices.
     """
 
     def __init__(
-        self, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int, metric: str
+        self,
+        config: TargetConfig,
+        rows: Sequence[TargetRow],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        metric: Metric | None,
     ) -> None:
-        super().__init__(rows, tokenizer, max_length)
-        self.metric = None if metric == "logprob" else evaluate.load(str(files("m2m_hf") / "metrics" / metric))
+        super().__init__(config, rows, tokenizer, max_length)
+        self.metric = metric
+        self.lengths: list[list[float]] = []
+        for row, question in zip(rows, self.questions, strict=True):
+            self.lengths.append([
+                {"none": 1, "tokens": request.scored, "bytes": len(text_of(choice).encode())}[config.normalize]
+                for choice, request in zip(row.choices, question.requests, strict=True)
+            ])  # fmt: skip
 
-    def reduce(self, sums: list[float]) -> Score:
+    def settings(self, config: TargetConfig) -> list[Any]:
+        return [metric_fingerprint(config), config.normalize]
+
+    def reduce(self, sums: Sequence[tuple[float, ...]]) -> Score:
         guesses: list[int] = []
         logprobs: list[float] = []
-        position = 0
-        for row in self.rows:
-            choices = torch.tensor(sums[position : position + len(row.choices)], dtype=torch.float64)
-            position += len(row.choices)
+        for row, values, lengths in zip(self.rows, sums, self.lengths, strict=True):
+            choices = torch.tensor(values, dtype=torch.float64) / torch.tensor(lengths)
             guesses.append(int(choices.argmax()))
             logprobs.append(round(float(choices.log_softmax(0)[row.answer]), ROUND))
-        values = logprobs
-        if self.metric is not None:
-            result: dict[str, Any] = self.metric.compute(
-                predictions=guesses, references=[row.answer for row in self.rows]
+        if self.metric is None:
+            return Score.of(logprobs, logprobs)
+        return measured(self.metric, guesses, [row.answer for row in self.rows], logprobs)
+
+
+class GenerationScorer(Scorer):
+    """The model answers freely, greedily unless told otherwise, and a metric compares with the reference answers.
+
+    Args:
+        config: the target's; `generation` holds fields of transformers' `GenerationConfig`.
+        rows: prompts, each with its reference answer.
+        tokenizer: encodes and decodes.
+        max_length: positions that the model has; a prompt that leaves no room for the answer loses its beginning.
+        metric: compares texts.
+
+    Raises:
+        InputError: settings that `GenerationConfig` does not know or take.
+    """
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        rows: Sequence[TargetRow],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        metric: Metric,
+    ) -> None:
+        given: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **config.generation}
+        self.settings = generation_config(given)
+        self.tokenizer = tokenizer
+        self.metric = metric
+        self.examples = len(rows)
+        self.references = [text_of(row.choices[0]).strip() for row in rows]
+        self.prompts: list[list[int]] = []
+        room = max_length - int(self.settings.max_new_tokens)
+        if room < 1:
+            raise InputError(
+                f"generation.max_new_tokens: {given['max_new_tokens']} do not fit into the model's {max_length} positions"
             )
-            values = result["per_example"]
-        return Score(*mean_and_stderr(tuple(values)), tuple(values), tuple(logprobs))
+        for number, row in enumerate(rows, start=1):
+            ids = render(tokenizer, row.prompt, f"row {number} of the target", answering=True)
+            if not ids:  # a model needs something to go on from
+                ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+            self.cut += len(ids) > room
+            self.prompts.append(ids[-room:])
+        alone = self.settings.do_sample or self.settings.num_beams not in (None, 1)
+        self.tokens = 0 if alone else sum(len(ids) + int(self.settings.max_new_tokens) for ids in self.prompts)
+        self.fingerprint = content_fingerprint(["generation", metric_fingerprint(config), given, *rows], default=vars)
+
+    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
+        """The score of every mixture."""
+        ends = stack.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None})
+        self.settings.pad_token_id = self.tokenizer.pad_token_id
+        answers = generate(stack, mixtures, self.prompts, self.tokenizer, self.settings, tokens_per_batch)
+        return [measured(self.metric, [one.strip() for one in given], self.references) for given in answers]
+
+
+def generation_config(given: Mapping[str, Any]) -> GenerationConfig:
+    """transformers' `GenerationConfig` with these fields.
+
+    Raises:
+        InputError: a field that it does not have, or a value that it refuses.
+    """
+    known = set(GenerationConfig().to_dict())
+    for key in given:
+        if key not in known or key.startswith("_"):
+            raise InputError(
+                f"generation: GenerationConfig has no field {key!r}; usual ones are max_new_tokens, stop_strings"
+            )
+    if not isinstance(given["max_new_tokens"], int) or given["max_new_tokens"] < 1:
+        raise InputError(
+            f"generation.max_new_tokens: expected an integer of at least 1, got {given['max_new_tokens']!r}"
+        )
+    try:
+        settings = GenerationConfig(**given)
+        settings.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"generation: {error}") from error
+    return settings
+
+
+def measured(
+    metric: Metric, predictions: Sequence[Any], references: Sequence[Any], logprobs: Sequence[float] = ()
+) -> Score:
+    """What a metric says of predictions, as a score."""
+    value, stderr, values = metric(predictions, references)
+    return Score.of(values, logprobs) if values else Score(value, stderr, (), tuple(logprobs))
+
+
+def metric_fingerprint(config: TargetConfig) -> list[str | None]:
+    """What recognises a target's metric: its name, or the bytes of a module of one's own."""
+    module = local_module(config.metric)
+    return [file_fingerprint([module]) if module else config.metric, config.metric_key]
 
 
 def make_scorer(
-    config: TargetConfig, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int
+    config: TargetConfig,
+    rows: Sequence[TargetRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    allow_metric_code: bool = False,
+    where: str = "target",
 ) -> Scorer:
-    """The scorer that `config` asks for, over `rows`."""
-    if config.scorer == "loss":
-        return LossScorer(rows, tokenizer, max_length)
-    return ChoiceScorer(rows, tokenizer, max_length, config.metric)
+    """The scorer that `config` asks for, over `rows`.
+
+    Raises:
+        InputError: rows that do not fit the model, a metric that cannot be loaded or does not fit the scorer.
+    """
+    if config.kind == "loss":
+        return LossScorer(config, rows, tokenizer, max_length)
+    metric = None if config.metric == "logprob" else Metric(config.metric, config.metric_key, allow_metric_code, where)
+    if metric is not None and metric.takes_text != (config.kind == "generation"):
+        raise InputError(
+            f"{where}.metric: {config.metric!r} compares {'texts' if metric.takes_text else 'indices'}, and scorer "
+            f"{config.kind} gives {'texts' if config.kind == 'generation' else 'indices'}"
+        )
+    if config.kind == "generation":
+        assert metric is not None
+        return GenerationScorer(config, rows, tokenizer, max_length, metric)
+    return ChoiceScorer(config, rows, tokenizer, max_length, metric)

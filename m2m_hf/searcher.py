@@ -32,10 +32,11 @@ from .config import MergeToMixConfig
 from .console import Terminal
 from .data import FEATURES, Candidate, Target, load_all, overlap
 from .errors import InputError
+from .external import CallableScorer, CommandScorer, HarnessScorer
 from .journal import Journal, RunFolder, fingerprint, read_json, write_atomic, write_json
 from .merging import Adapter, GatedStack
-from .mixture import BASE, Mixture, SearchSpace, Trial
-from .objectives import MergedObjective, score_mixture
+from .mixture import BASE, Failure, Mixture, SearchSpace, Standing
+from .objectives import MergedObjective
 from .recipe import write_recipe
 from .report import Outcome, end_table, remarks, summarise
 from .scoring import Scorer, make_scorer
@@ -44,7 +45,8 @@ from .strategies import exhaustive
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
 FREE = {
-    "one_standard_error", "tokens_per_batch", "train_final", "final", "allow_overlap", "candidates", "output_dir",
+    "one_standard_error", "tokens_per_batch", "train_final", "final", "allow_overlap", "allow_metric_code", "candidates",
+    "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
 
@@ -122,9 +124,9 @@ class MergeToMixSearcher:
         return self._data[1]
 
     @property
-    def target(self) -> Target:
-        """The target, loaded and checked."""
-        return next(iter(self._data[2].values()))
+    def targets(self) -> dict[str, Target]:
+        """The targets by name, loaded and checked."""
+        return self._data[2]
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -143,14 +145,31 @@ class MergeToMixSearcher:
         return load_base(self.model_args, self.args)
 
     @cached_property
-    def scorers(self) -> dict[str, Scorer]:
-        """`validation` and, where there are sealed rows, `test`."""
+    def scorers(self) -> dict[str, dict[str, Scorer]]:
+        """Of every target `validation` and, where there are sealed rows, `test`."""
         positions = check_model(self.model_args, self.lora)
-        parts = {"validation": self.target.rows, "test": self.target.test_rows}
+        return {name: self._scorers(target, positions) for name, target in self.targets.items()}
+
+    def _scorers(self, target: Target, positions: int) -> dict[str, Scorer]:
+        config, where = target.config, f"targets.{target.name}"
+        allow = self.config.allow_metric_code
+        if config.kind == "command":
+            base = self.model_args.model_name_or_path
+            commands = {"validation": config.command, "test": config.test_command}
+            return {part: CommandScorer(one, config.metric, base) for part, one in commands.items() if one}
+        if config.kind == "lm_eval":
+            tasks = {"validation": config.task, "test": config.test_task}
+            return {
+                part: HarnessScorer(config, task, self.tokenizer, allow, where) for part, task in tasks.items() if task
+            }
+        rows = {"validation": target.rows, "test": target.test_rows}
+        if config.kind == "callable":
+            given = {part: rows[part] for part in rows if part == "validation" or rows[part]}
+            return {part: CallableScorer(config.scorer, one, self.tokenizer) for part, one in given.items()}
         return {
-            part: make_scorer(self.target.config, rows, self.tokenizer, positions)
-            for part, rows in parts.items()
-            if rows
+            part: make_scorer(config, one, self.tokenizer, positions, allow_metric_code=allow, where=where)
+            for part, one in rows.items()
+            if one
         }
 
     # The steps.
@@ -163,42 +182,68 @@ class MergeToMixSearcher:
         """
         if self._checked:
             return
-        candidates, target, scorers = self.candidates, self.target, self.scorers
+        candidates, targets, scorers = self.candidates, self.targets, self.scorers
         if self.config.final:
             final_model_args = self._final_settings()[1]
             check_model(final_model_args, lora_config(final_model_args))
         rows = []
-        shared: dict[str, int] = {}
+        shared = {
+            (name, target): overlap(one, targets[target].questions)
+            for name, one in candidates.items()
+            for target in targets
+        }
         for name, one in candidates.items():
-            shared[name] = overlap(one, [*target.rows, *target.test_rows])
             steps = planned_steps(self.args, one.trained_rows, one.tokens)
-            figures = (len(one.rows), one.tokens, one.longest, one.truncated, steps, shared[name])
+            found = sum(shared[name, target] for target in targets)
+            figures = (len(one.rows), one.tokens, one.longest, one.truncated, steps, found)
             rows.append([name, *(f"{figure:,}" for figure in figures)])
         columns = ["", "rows", "tokens", "longest", "truncated", "steps", "in target"]
         self.terminal.table(f"candidates ({self._data[0]} format)", columns, rows)
-        test = f"{len(target.test_rows):,} sealed test rows" if target.test_rows else "no test set"
-        self.terminal.say(
-            f"target {target.name}: {len(target.rows):,} validation rows, {test}, {target.config.metric}\n"
-        )
-        for part, scorer in scorers.items():
-            if scorer.cut:
-                self.terminal.say(
-                    f"{part}: {scorer.cut} prompts are too long for the model; their beginning is cut", "yellow"
-                )
+        for target in targets.values():
+            self.terminal.say(f"target {target.name}: {self._describe(target)}")
+        self.terminal.say("")
+        for scored, parts in scorers.items():
+            for part, scorer in parts.items():
+                if scorer.cut:
+                    self.terminal.say(
+                        f"{scored}, {part}: {scorer.cut} prompts are too long for the model; their beginning is cut",
+                        "yellow",
+                    )
         for name, one in candidates.items():
             if one.dropped:
                 self.terminal.say(
                     f"{name}: {one.dropped} rows whose prompt alone fills max_length are left out", "yellow"
                 )
-        leaking = [name for name in candidates if shared[name]]
-        if leaking and not self.config.allow_overlap:
-            raise InputError(
-                f"rows of target {target.name!r} also stand in {', '.join(f'{name} ({shared[name]})' for name in leaking)}: "
-                "a candidate that holds the questions looks better than it is. Remove those rows, or say allow_overlap: true"
-            )
+        for asked in targets:
+            leaking = [f"{name} ({shared[name, asked]})" for name in candidates if shared[name, asked]]
+            if leaking and not self.config.allow_overlap:
+                raise InputError(
+                    f"rows of target {asked!r} also stand in {', '.join(leaking)}: a candidate that holds the questions looks "
+                    "better than it is. Remove those rows, or say allow_overlap: true"
+                )
         self._check_run_folder()
         self.bank.check()
         self._checked = True
+
+    def _describe(self, target: Target) -> str:
+        """What a target is scored on and how, for the line under the first table."""
+        config, parts = target.config, self.scorers[target.name]
+
+        def rows(part: str) -> str:
+            return f"{parts[part].examples:,} " if parts[part].examples else ""
+
+        own = {
+            "command": "scored by a command",
+            "lm_eval": f"harness task {config.task}",
+            "callable": "scored by a function",
+        }
+        words = [own.get(config.kind), f"{rows('validation')}validation rows" if rows("validation") else None]
+        words += [f"{rows('test')}sealed test rows" if "test" in parts else "no test set", config.metric]
+        if len(self.targets) > 1:
+            words.append(f"weight {config.weight:g}")
+        if config.min_delta is not None:
+            words.append(f"at most {config.min_delta:g} worse than the base model")
+        return ", ".join(filter(None, words))
 
     def _check_run_folder(self) -> None:
         """Refuses to go on in a folder whose run was configured otherwise.
@@ -213,7 +258,10 @@ class MergeToMixSearcher:
             for key in (FREE | OPERATIONAL) & set(one):
                 del one[key]
             for target in one["targets"].values():
-                target.pop("test_data", None)  # a sealed test set may come later
+                for key in ("test_data", "test_command", "test_task", "weight", "min_delta"):
+                    target.pop(key, None)  # a sealed test may come later; the others only choose among scores
+        # A target may join. One that goes, or that is another one now, would be missed.
+        now["targets"] = {name: one for name, one in now["targets"].items() if name in there["targets"]}
         differences = differing(now, there)
         if differences:
             raise InputError(
@@ -254,30 +302,34 @@ class MergeToMixSearcher:
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
 
-    def _open_stack(self) -> tuple[GatedStack, Scorer]:
+    def _open_stack(self) -> GatedStack:
         if self._stack is None:
             self._stack = GatedStack(self.base, self.bank.load())
-        return self._stack, self.scorers["validation"]
+        return self._stack
 
     def search(self) -> SearchResult:
         """Scores mixtures and chooses one; trains missing adapters first. What the journal knows is not scored again."""
         self.train_adapters()
-        candidates, target = self.candidates, self.target
+        candidates = self.candidates
         self.prepare()
         space = SearchSpace(
             tuple(candidates), frozenset(name for name, one in candidates.items() if one.config.required)
         )
-        objective = MergedObjective(
-            self._open_stack,
-            {name: record["fingerprint"] for name, record in self.bank.training().items()},
-            target=target.name,
-            target_fingerprint=target.fingerprint(target.rows),
-            base_fingerprint=fingerprint(
-                [self.facts[key] for key in ("base_model", "dtype", "tokenizer", "chat_template")]
-            ),
-            examples=len(target.rows),
-            tokens_per_batch=self._tokens_per_batch,
-        )
+        adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
+        base = fingerprint([self.facts[key] for key in ("base_model", "dtype", "tokenizer", "chat_template")])
+        objectives = [
+            MergedObjective(
+                self._open_stack,
+                self.scorers[name]["validation"],
+                adapters,
+                target=name,
+                base_fingerprint=base,
+                tokens_per_batch=self._tokens_per_batch,
+                weight=target.config.weight,
+                min_delta=target.config.min_delta,
+            )
+            for name, target in self.targets.items()
+        ]
         journal = Journal(self.run.trials)
         self.state.wait_for_everyone()
         total = len(
@@ -287,7 +339,7 @@ class MergeToMixSearcher:
 
         with self.terminal.progress("scoring mixtures", total) as bar:
 
-            def on_trial(trial: Trial, best: Trial | None) -> None:
+            def on_standing(standing: Standing, best: Standing | None) -> None:
                 nonlocal done
                 done += 1
                 if best is not None:
@@ -296,16 +348,17 @@ class MergeToMixSearcher:
             self._result = search(
                 exhaustive(space),
                 space,
-                objective,
+                objectives,
                 journal,
                 costs={name: one.cost for name, one in candidates.items()},
                 one_standard_error=self.config.one_standard_error,
                 write=self.state.is_main_process,
-                on_trial=on_trial,
+                on_standing=on_standing,
             )
         if self._result.measured:
             self._worked = True
-            self.terminal.say(f"scored {self._result.measured} mixtures: {os.path.relpath(self.run.trials)}\n")
+            what = "mixtures" if len(objectives) == 1 else f"trials on {len(objectives)} targets"
+            self.terminal.say(f"scored {self._result.measured} {what}: {os.path.relpath(self.run.trials)}\n")
         return self._result
 
     def write_outcome(self) -> dict[str, Any]:
@@ -332,8 +385,8 @@ class MergeToMixSearcher:
         facts = uniform_facts(args, lora_config(model_args), self.tokenizer, base, dtype, self._data[0])
         del facts["processes"]  # a final model is not made again because another number of processes looks at it
         sources = [[name, weight, self.candidates[name].fingerprint] for name, weight in mixture.items]
-        rows = [self.target.fingerprint(part) for part in (self.target.rows, self.target.test_rows)]
-        return fingerprint([sources, facts, rows])
+        scored = {name: {part: one.fingerprint for part, one in parts.items()} for name, parts in self.scorers.items()}
+        return fingerprint([sources, facts, scored])
 
     def train_final(self) -> dict[str, Any]:
         """Fine-tunes on the chosen mixture, scores base and final model on validation and on the sealed test set.
@@ -369,10 +422,17 @@ class MergeToMixSearcher:
         seconds = time.monotonic() - start
         stack = GatedStack(self.base, {"final": Adapter.load(partial)})
         scores: dict[str, Any] = {}
-        for part, scorer in self.scorers.items():
-            for who, scored in (("base", BASE), ("final", Mixture.subset(["final"]))):
-                score = score_mixture(stack, scorer, scored, self._tokens_per_batch)
-                scores.setdefault(who, {})[part] = {"score": score.value, "stderr": score.stderr}
+        total = sum(2 * len(parts) for parts in self.scorers.values())
+        with self.terminal.progress("scoring base and final model", total) as bar:
+            for target, parts in self.scorers.items():
+                for part, scorer in parts.items():
+                    for who, weights in (("base", {}), ("final", {"final": 1.0})):
+                        score = scorer.score(stack, [weights], self._tokens_per_batch)[0]
+                        if isinstance(score, Failure):
+                            raise InputError(f"the {who} model has no score on {target}: {score.reason}")
+                        shown = {"score": score.value, "stderr": score.stderr}
+                        scores.setdefault(target, {}).setdefault(who, {})[part] = shown
+                        bar.advance()
         stack.detach()
         self._put_old_final_aside()
         publish(
@@ -409,7 +469,10 @@ class MergeToMixSearcher:
         return Outcome(
             result=result,
             candidates=self.candidates,
-            target=self.target,
+            targets=self.targets,
+            examples={
+                name: {part: one.examples for part, one in parts.items()} for name, parts in self.scorers.items()
+            },
             training=self.bank.training(),
             final=self._read_final(result.best.mixture),
         )
@@ -417,9 +480,7 @@ class MergeToMixSearcher:
     def show(self) -> None:
         """Prints the end table: base, singles, all, the chosen mixture and the final model; and what to do next."""
         outcome = self._outcome()
-        columns, rows = end_table(outcome)
-        metric = outcome.target.config.metric
-        self.terminal.table(f"{outcome.target.name}: {metric} ± standard error", columns, rows)
+        self.terminal.table(*end_table(outcome))
         args = self._final_settings()[0]
         steps = args.max_steps if args.max_steps > 0 else None
         for line in remarks(outcome, steps=steps, epochs=args.num_train_epochs, overrides=self.config.final):

@@ -1,17 +1,16 @@
-"""Strategies: generators that propose mixtures and are sent their trials.
+"""Strategies: generators that propose mixtures and learn how they stand.
 
-A strategy yields a list of mixtures and is sent the list of their trials, in the same order. It keeps nothing on the disk: to
+A strategy yields a list of mixtures and is sent how they stand, in the same order. It keeps nothing on the disk: to
 resume is to run it again, with the journal answering what is known already. It knows neither models nor objectives.
 """
 
 from collections.abc import Generator
 
-from .mixture import Mixture, SearchSpace, Trial
+from .mixture import Mixture, SearchSpace, Standing
 
-Strategy = Generator[list[Mixture], list[Trial], None]
+Strategy = Generator[list[Mixture], list[Standing], None]
 
 
 def exhaustive(space: SearchSpace) -> Strategy:
     """Every mixture of the space once: the paper's search over all 2^N − 1 subsets (arXiv 2505.16066)."""
-    for mixture in space.subsets():
-        yield [mixture]
+    yield list(space.subsets())

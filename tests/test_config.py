@@ -51,9 +51,39 @@ def write(folder: Path, **fields) -> Path:
         ({"candidates": {"a": {**CANDIDATES["a"], "required": "yes"}}}, "required: true"),
         ({"candidates": {str(i): CANDIDATES["a"] for i in range(17)}}, "17 given"),
         ({"targets": {"t": {"scorer": "choice"}}}, r"targets\.t\.data is missing"),
-        ({"targets": {"t": {**TARGETS["t"], "scorer": "choise"}}}, "expected one of choice, loss, got 'choise'"),
-        ({"targets": {"t": {**TARGETS["t"], "metric": "f1"}}}, "expected one of accuracy, logprob"),
-        ({"targets": {"t": TARGETS["t"], "u": TARGETS["t"]}}, "targets: expected one, got 2"),
+        (
+            {"targets": {"t": {**TARGETS["t"], "scorer": "choise"}}},
+            "expected one of choice, classification, loss, .*, got 'choise'",
+        ),
+        (
+            {"targets": {"t": {**TARGETS["t"], "metric": "exact_match"}}},
+            "expected accuracy, logprob, or a module of your own",
+        ),
+        (
+            {"targets": {"t": {**TARGETS["t"], "scorer": "loss", "metric": "accuracy"}}},
+            "expected loglikelihood for scorer loss",
+        ),
+        ({"targets": {"t": {**TARGETS["t"], "weight": 0}}}, "weight: expected a number above 0, got 0"),
+        ({"targets": {"t": {**TARGETS["t"], "min_delta": -0.1}}}, "min_delta: expected a number, 0 or above, got -0.1"),
+        ({"targets": {"t": {**TARGETS["t"], "normalize": "words"}}}, "normalize: expected one of none, tokens, bytes"),
+        (
+            {"targets": {"t": {**TARGETS["t"], "generation": {}}}},
+            "generation: belongs to scorer generation, not to choice",
+        ),
+        (
+            {"targets": {"t": {**TARGETS["t"], "scorer": "classification", "labels": ["a"]}}},
+            "labels: expected at least two",
+        ),
+        ({"targets": {"t": {"scorer": "command"}}}, r"targets\.t\.command is missing: give the program"),
+        ({"targets": {"t": {"scorer": "lm_eval"}}}, r"targets\.t\.task is missing: give the name of a task"),
+        (
+            {"targets": {"t": {"scorer": "lm_eval", "task": "x", "limit": 0}}},
+            "limit: expected an integer above 0, got 0",
+        ),
+        (
+            {"candidates": {"a": {**CANDIDATES["a"], "template": {"text": "x"}}}},
+            "expected texts for prompt and completion",
+        ),
         ({"strategy": "greedy"}, "strategy: expected exhaustive, got 'greedy'"),
         ({"verify_top_k": 3}, "verify_top_k: expected 0, got 3"),
         ({"candidates": {"a": {**CANDIDATES["a"], "columns": {"q": 5}}}}, "both text, got {'q': 5}"),

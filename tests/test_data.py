@@ -17,7 +17,7 @@ MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content"
 
 def load(candidates: dict, tokenizer, target: list | None = None, **options):
     """`load_all` over rows in memory."""
-    target_config = TargetConfig(DataConfig(rows=Dataset.from_list(target or choice_rows())), "choice", "accuracy")
+    target_config = TargetConfig("choice", "accuracy", DataConfig(rows=Dataset.from_list(target or choice_rows())))
     return load_all(
         {name: CandidateConfig(DataConfig(rows=Dataset.from_list(rows))) for name, rows in candidates.items()},
         {"t": target_config},

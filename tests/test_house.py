@@ -13,12 +13,12 @@ import m2m_hf
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors", "metrics"),
-    ("mixture", "config", "console"),
+    ("errors",),
+    ("mixture", "config", "console", "metrics"),
     ("journal", "parsing", "merging", "callbacks", "strategies"),
-    ("data",),
+    ("data", "forward"),
     ("scoring", "adapters", "recipe"),
-    ("objectives",),
+    ("objectives", "external"),
     ("search",),
     ("report",),
     ("searcher",),

@@ -98,7 +98,18 @@ def test_a_second_select_does_nothing_and_says_so(project, capsys, monkeypatch):
 
 @pytest.mark.parametrize("stop", [0, 3, 6])
 def test_interrupted_search_goes_on(project, tmp_path, capsys, monkeypatch, stop):
-    assert m2m("search", "--config", project / "run.yaml", "--output_dir", tmp_path / "reference") == 0
+    assert (
+        m2m(
+            "search",
+            "--config",
+            project / "run.yaml",
+            "--tokens_per_batch",
+            100,
+            "--output_dir",
+            tmp_path / "reference",
+        )
+        == 0
+    )
     real, count = GatedStack.set, 0
 
     def interrupting(self, weights):
@@ -110,11 +121,11 @@ def test_interrupted_search_goes_on(project, tmp_path, capsys, monkeypatch, stop
 
     with monkeypatch.context() as patch:
         patch.setattr(GatedStack, "set", interrupting)
-        assert m2m("search", "--config", project / "run.yaml") == 130
+        assert m2m("search", "--config", project / "run.yaml", "--tokens_per_batch", 100) == 130
     assert "the same command goes on" in capsys.readouterr().out
     written = (project / "out" / "trials.jsonl").read_text()
     assert len(written.splitlines()) == stop + 1
-    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert m2m("search", "--config", project / "run.yaml", "--tokens_per_batch", 100) == 0
     assert (project / "out" / "trials.jsonl").read_text().startswith(written)
 
     def scores(folder: Path) -> list:

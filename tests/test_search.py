@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
+from m2m_hf.errors import InputError
 from m2m_hf.journal import Journal
-from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Trial
+from m2m_hf.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
 from m2m_hf.search import choose, preference, search
 from m2m_hf.strategies import exhaustive
 
@@ -17,29 +18,38 @@ COSTS = dict.fromkeys(NAMES, 1.0)
 class TableObjective:
     """Scores from a formula; counts what it was asked and can fail or stop at will."""
 
-    name, target, examples = "table", "t", 4
+    name, examples = "table", 4
 
-    def __init__(self, value=None, stop_after: int | None = None) -> None:
+    def __init__(
+        self, value=None, stop_after: int | None = None, target="t", weight=1.0, min_delta=None, at_once=1
+    ) -> None:
+        self.target, self.weight, self.min_delta, self.at_once = target, weight, min_delta, at_once
+        self.groups: list[int] = []
         self.asked: list[Mixture] = []
         self._value = value or (lambda m: 0.3 + 0.2 * ("b" in m.names) + 0.1 * ("d" in m.names) - 0.05 * len(m))
         self._stop_after = stop_after
 
     def key(self, mixture: Mixture) -> str:
-        return str(mixture)
+        return f"{self.target} {mixture}"
 
-    def __call__(self, mixture: Mixture) -> Score:
+    def __call__(self, mixtures: list[Mixture]) -> list[Score | Failure]:
+        self.groups.append(len(mixtures))
+        return [self.one(mixture) for mixture in mixtures]
+
+    def one(self, mixture: Mixture) -> Score | Failure:
         if len(self.asked) == self._stop_after:
             raise KeyboardInterrupt
         self.asked.append(mixture)
         value = self._value(mixture)
         if value is None:
-            raise FloatingPointError("log-probabilities are not finite")
+            return Failure("log-probabilities are not finite")
         return Score(value, 0.01, (value,) * 4, (-1.0,) * 4)
 
 
 def run(objective, path, **options):
     space = options.pop("space", SPACE)
-    return search(exhaustive(space), space, objective, Journal(path), costs=COSTS, **options)
+    objectives = objective if isinstance(objective, list) else [objective]
+    return search(exhaustive(space), space, objectives, Journal(path), costs=COSTS, **options)
 
 
 def test_every_subset_and_the_base_are_scored_once(tmp_path):
@@ -47,7 +57,7 @@ def test_every_subset_and_the_base_are_scored_once(tmp_path):
     result = run(objective, tmp_path / "t.jsonl")
     assert len(objective.asked) == len(set(objective.asked)) == 16
     subsets = {Mixture.subset(names) for size in range(5) for names in itertools.combinations(NAMES, size)}
-    assert set(objective.asked) == subsets == set(result.trials)
+    assert set(objective.asked) == subsets == set(result.standings)
     assert result.best.mixture.names == ("b", "d")
     assert result.base.mixture == BASE
     scores = [trial.score.value for trial in result.ranking]
@@ -73,7 +83,7 @@ def test_interrupted_anywhere_it_goes_on_and_repeats_nothing(tmp_path, stop):
 def test_a_failed_trial_is_recorded_and_cannot_win(tmp_path):
     objective = TableObjective(lambda m: None if "b" in m.names else 0.1 * len(m))
     result = run(objective, tmp_path / "t.jsonl")
-    failed = [trial for trial in result.trials.values() if trial.state == "failed"]
+    failed = [trial for trial in result.trials if trial.state == "failed"]
     assert len(failed) == 8
     assert failed[0].reason == "log-probabilities are not finite"
     assert result.best.mixture.names == ("a", "c", "d")
@@ -94,7 +104,7 @@ def test_required_candidates(tmp_path):
     space = SearchSpace(NAMES, frozenset({"a"}))
     result = run(TableObjective(), tmp_path / "t.jsonl", space=space)
     assert result.best.mixture.names == ("a", "b", "d")
-    assert Mixture.subset(["c"]) in result.trials  # singles are scored to be shown
+    assert Mixture.subset(["c"]) in result.standings  # singles are scored to be shown
     assert all("a" in trial.mixture.names for trial in result.ranking)
     assert result.ranking[0] == result.best
 
@@ -107,9 +117,10 @@ def test_another_candidate_makes_no_old_trial_worthless(tmp_path):
     assert all("d" in mixture.names for mixture in objective.asked)
 
 
-def make(names: str, value: float, logprob: float = -1.0, stderr: float = 0.05) -> Trial:
+def make(names: str, value: float, logprob: float = -1.0, stderr: float = 0.05) -> Standing:
     score = Score(value, stderr, (value,), (logprob,))
-    return Trial(names, Mixture.subset(list(names)), "merged", "t", 1, "complete", score, 0.0)
+    mixture = Mixture.subset(list(names))
+    return Standing(mixture, {"t": Trial(names, mixture, "merged", "t", 1, "complete", score, 0.0)}, {"t": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -129,3 +140,73 @@ def test_choice_among_ties(trials, rule, chosen):
     for order in itertools.permutations(trials):
         ranking = sorted(order, key=lambda trial: preference(trial, costs))
         assert choose(ranking, rule).mixture == Mixture.subset(list(chosen))
+
+
+def two(first, second, **second_options) -> list[TableObjective]:
+    return [TableObjective(first, target="t"), TableObjective(second, target="u", **second_options)]
+
+
+def test_several_targets_are_weighed_and_every_one_is_journaled(tmp_path):
+    objectives = two(lambda m: 1.0 * ("a" in m.names), lambda m: 1.0 * ("b" in m.names) - 0.1 * len(m), weight=3.0)
+    result = run(objectives, tmp_path / "t.jsonl")
+    assert result.best.mixture.names == ("a", "b")  # (1 + 3 * 0.8) / 4, against 3 * 0.9 / 4 for b alone
+    assert result.best.score.value == pytest.approx(0.85)
+    assert result.best.score.stderr == pytest.approx((0.01**2 + 0.03**2) ** 0.5 / 4)
+    journal = Journal(tmp_path / "t.jsonl")
+    assert len(journal.trials) == len(result.trials) == 32
+    assert {trial.target for trial in journal.trials.values()} == {"t", "u"}
+    assert run(two(None, None), tmp_path / "t.jsonl").measured == 0
+    more = [*two(None, None), TableObjective(lambda m: 0.0, target="v")]
+    assert run(more, tmp_path / "t.jsonl").measured == 16  # another target costs its own trials only
+
+
+def test_min_delta_keeps_out_what_spoils_a_target(tmp_path):
+    def spoiled(mixture):
+        return 0.5 - 0.2 * ("b" in mixture.names) - 0.05 * ("d" in mixture.names)
+
+    free = run(two(None, spoiled, weight=0.01), tmp_path / "free.jsonl")
+    assert free.best.mixture.names == ("b", "d")
+    bound = run(two(None, spoiled, weight=0.01, min_delta=0.1), tmp_path / "t.jsonl")
+    assert bound.best.mixture.names == ("d",)
+    assert all("b" not in standing.mixture.names for standing in bound.ranking)
+    assert bound.standings[Mixture.subset("bd")].short == ("u",)
+    assert bound.measured == 32  # they are scored all the same
+    with pytest.raises(InputError, match="every mixture makes u worse than the base model by more than min_delta"):
+        run(two(None, lambda m: -1.0 * len(m), min_delta=0.1), tmp_path / "none.jsonl")
+
+
+def test_pareto_front_against_its_definition(tmp_path):
+    first = {mixture: sum(map(ord, mixture.names)) * 5 % 7 / 7 for mixture in SPACE.subsets()}
+    second = {mixture: sum(map(ord, mixture.names)) * 3 % 5 / 5 for mixture in SPACE.subsets()}
+    result = run(two(lambda m: first.get(m, 0.0), lambda m: second.get(m, 0.0)), tmp_path / "t.jsonl")
+    expected = {
+        one
+        for one in first
+        if not any(
+            first[other] >= first[one]
+            and second[other] >= second[one]
+            and (first[other], second[other]) != (first[one], second[one])
+            for other in first
+        )
+    }
+    front = [standing.mixture for standing in result.pareto_front]
+    assert set(front) == expected
+    assert len(front) == len(expected)
+    assert result.best.mixture in expected
+
+
+def test_a_target_that_fails_leaves_its_mixture_without_a_score(tmp_path):
+    result = run(two(None, lambda m: None if "b" in m.names else 0.5), tmp_path / "t.jsonl")
+    assert result.standings[Mixture.subset("ab")].score is None
+    assert result.best.mixture.names == ("d",)
+    assert len(result.trials) == 32
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 5, 100])
+def test_mixtures_are_measured_in_groups_without_changing_anything(tmp_path, at_once):
+    reference = run(TableObjective(), tmp_path / "reference.jsonl")
+    objective = TableObjective(at_once=at_once)
+    result = run(objective, tmp_path / "t.jsonl")
+    assert len(objective.asked) == len(set(objective.asked)) == 16
+    assert max(objective.groups) == min(at_once, 10)  # the base; the singles and all; the ten others
+    assert [t.mixture for t in result.ranking] == [t.mixture for t in reference.ranking]

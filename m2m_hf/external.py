@@ -1,0 +1,258 @@
+"""Scorers that hand the mixture to something else: a Python function, a command, or the lm-evaluation-harness.
+
+All of them take one mixture after another. The function and the harness are given the gated model itself, so that nothing is
+exported and nothing loaded again; a command is given the mixture as one exact PEFT adapter.
+"""
+
+import json
+import math
+import re
+import subprocess
+import tempfile
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import TargetConfig
+from .data import content_fingerprint
+from .errors import InputError
+from .forward import Weights
+from .journal import file_fingerprint
+from .merging import GatedStack, write_adapter
+from .metrics import bootstrap
+from .mixture import Failure, Score
+from .scoring import Scorer
+
+
+class ExternalScorer(Scorer):
+    """Base: one mixture after another; what the main process says holds for all."""
+
+    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
+        """The score of every mixture, or why it has none: a number that is not finite."""
+        results: list[Score | Failure] = []
+        for weights in mixtures:
+            stack.set(weights)
+            stack.model.eval()
+            try:
+                found: list[Any] = [self.measure(stack, weights, tokens_per_batch)]
+            except FloatingPointError as error:
+                found = [Failure(str(error))]
+            if PartialState().num_processes > 1:
+                broadcast_object_list(found)
+            score = found[0]
+            if isinstance(score, Exception):
+                raise score
+            if isinstance(score, Score) and not all(map(math.isfinite, (score.value, *score.values))):
+                score = Failure(f"the score is not finite: {score.value}")
+            results.append(score)
+        return results
+
+    @abstractmethod
+    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Any:
+        """The score of the mixture that the stack is set to."""
+
+
+class CallableScorer(ExternalScorer):
+    """A Python function `(model, tokenizer, rows) -> number, numbers of the rows, or Score`; higher is better.
+
+    The model is the base with the mixture's gates set, in evaluation mode; the function must leave it as it was. A journal
+    recognises the function by its code and what that refers to.
+
+    Args:
+        function: the user's.
+        rows: the target's rows as they were loaded, empty where it has no data.
+    """
+
+    def __init__(self, function: Any, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.function, self.rows, self.tokenizer = function, list(rows), tokenizer
+        self.examples = len(self.rows)
+        self.fingerprint = content_fingerprint(["callable", Hasher.hash(function), *self.rows], default=str)
+
+    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Score:
+        found = self.function(stack.model, self.tokenizer, self.rows)
+        if isinstance(found, Score):
+            return found
+        if hasattr(found, "tolist"):
+            found = found.tolist()
+        if isinstance(found, (int, float)):
+            return Score(float(found))
+        if isinstance(found, (list, tuple)) and found and all(isinstance(value, (int, float)) for value in found):
+            return Score.of([float(value) for value in found])
+        raise InputError(f"a scorer gave {found!r}; expected a number, one number for each row, or a Score")
+
+
+class CommandScorer(ExternalScorer):
+    """A command of the user's, run without a shell once per mixture, that leaves a number in JSON; higher is better.
+
+    In its arguments `{adapter}` is replaced by the folder of the mixture as one exact PEFT adapter (of zeros for the base
+    model), `{base_model}` by the base model and `{output}` by the file that it is to write. Without `{output}` its standard
+    output is read. The JSON may also hold `stderr`, and `values`: one number per example, whose mean is then the score.
+
+    Args:
+        command: program and arguments.
+        key: which number of the JSON is the score.
+        base: the base model's folder or Hub id.
+    """
+
+    def __init__(self, command: Sequence[str], key: str, base: str) -> None:
+        self.command, self.key, self.base = tuple(command), key, base
+        self.examples = 0
+        read = [file_fingerprint([Path(part)]) for part in command if Path(part).is_absolute() and Path(part).is_file()]
+        self.fingerprint = content_fingerprint(["command", list(command), key, *read])
+
+    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Any:
+        if not PartialState().is_main_process:
+            return None
+        with tempfile.TemporaryDirectory(prefix="m2m-") as folder:
+            adapter, output = Path(folder) / "adapter", Path(folder) / "output.json"
+            write_adapter(adapter, stack.adapters, weights or {stack.names[0]: 0.0}, self.base)
+            places = {"{adapter}": str(adapter), "{base_model}": self.base, "{output}": str(output)}
+            command = [re.sub("|".join(map(re.escape, places)), lambda m: places[m[0]], part) for part in self.command]
+            try:
+                return self._read(self._run(command, output))
+            except InputError as error:
+                return error  # raised on all processes
+
+    def _run(self, command: list[str], output: Path) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise InputError(f"command: {command[0]!r} cannot be run ({error})") from error
+        if done.returncode:
+            told = (done.stderr or done.stdout).strip().splitlines()[-5:]
+            raise InputError(
+                f"command: {' '.join(command)}\nended with exit code {done.returncode}:\n" + "\n".join(told)
+            )
+        if not any("{output}" in part for part in self.command):
+            return done.stdout
+        if not output.is_file():
+            raise InputError(f"command: {' '.join(command)}\nended well but did not write {{output}}")
+        return output.read_text(encoding="utf-8")
+
+    def _read(self, text: str) -> Score:
+        try:
+            given = json.loads(text)
+            if isinstance(given, (int, float)):
+                given = {self.key: given}
+            if given.get("values"):
+                return Score.of([float(value) for value in given["values"]])
+            stderr = given.get("stderr")
+            return Score(float(given[self.key]), None if stderr is None else float(stderr))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f'command: expected JSON such as {{"{self.key}": 0.5}}, got {text.strip()[:200]!r} ({error!r})'
+            ) from error
+
+
+class HarnessScorer(ExternalScorer):
+    """A task of EleutherAI's lm-evaluation-harness, run in this process on the gated model.
+
+    A metric for which lower is better is negated. Where a task is a group, its members' samples count alike.
+
+    Args:
+        config: the target's.
+        task: name of a task, or path of its YAML.
+        where: for messages.
+
+    Raises:
+        InputError: the harness is not installed, there is no such task or metric, or it would run code that is not allowed.
+    """
+
+    def __init__(
+        self, config: TargetConfig, task: str, tokenizer: PreTrainedTokenizerBase, allow_code: bool, where: str
+    ) -> None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise InputError(
+                f"{where}: scorer lm_eval needs the lm-evaluation-harness ({error}). Type: pip install 'm2m_hf[lm_eval]'"
+            ) from error
+        local = Path(task).suffix in (".yaml", ".yml")
+        if local and not Path(task).is_file():
+            raise InputError(f"{where}.task: there is no file {task}")
+        if (
+            local
+            and not allow_code
+            and re.search(r"!function|^\s*include\s*:", Path(task).read_text(encoding="utf-8"), re.M)
+        ):
+            raise InputError(
+                f"{where}.task: {task} includes other files or names Python functions, which the harness would run; say "
+                "allow_metric_code: true if you trust it"
+            )
+        try:
+            self.tasks = TaskManager(include_defaults=not local).load([task])
+        except (KeyError, ValueError, OSError, ConnectionError) as error:
+            raise InputError(f"{where}.task: the harness cannot load {task!r} ({error})") from error
+        self.limit = config.limit
+        self.tokenizer = tokenizer
+        self.where = where
+        for one in self.tasks["tasks"].values():
+            if config.num_fewshot is not None:
+                one.set_config(key="num_fewshot", value=config.num_fewshot)
+            elif one.get_config("num_fewshot") is None:
+                one.set_config(key="num_fewshot", value=0)
+            one.set_fewshot_seed(seed=0)
+        docs = [list(one.eval_docs)[: self.limit] for one in self.tasks["tasks"].values()]
+        self.examples = sum(map(len, docs))
+        first = next(iter(self.tasks["tasks"].values()))
+        self.metric, _, self.filter = config.metric.partition(",")
+        self.metric = self.metric or next(iter(first.higher_is_better()))
+        if self.metric not in first.higher_is_better():
+            raise InputError(
+                f"{where}.metric: task {task!r} has {', '.join(first.higher_is_better())}; got {self.metric!r}"
+            )
+        self.higher = first.higher_is_better()[self.metric]
+        self.fingerprint = content_fingerprint(
+            ["lm_eval", version("lm_eval"), file_fingerprint([Path(task)]) if local else task, config.metric,
+             config.num_fewshot, *(doc for of_task in docs for doc in of_task)],
+            default=str,
+        )  # fmt: skip
+
+    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Score:
+        from lm_eval.evaluator import evaluate
+
+        found = evaluate(
+            lm=quiet_harness_model(stack.model, self.tokenizer, tokens_per_batch),
+            task_dict=self.tasks,
+            limit=self.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        values: list[Any] = []
+        for name in self.tasks["tasks"]:
+            samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+            kept = self.filter or samples[0]["filter"]
+            values += [sample[self.metric] for sample in samples if sample["filter"] == kept]
+        sign = 1.0 if self.higher else -1.0
+        task = next(iter(self.tasks["tasks"].values()))
+        aggregate = task.aggregation()[self.metric]
+        value = float(aggregate(values))
+        single = all(isinstance(one, (int, float)) for one in values)
+        if single and math.isclose(value, sum(values) / len(values), rel_tol=1e-9, abs_tol=1e-12):
+            return Score.of([sign * float(one) for one in values])
+        stderr = bootstrap(len(values), lambda chosen: float(aggregate([values[index] for index in chosen])))
+        return Score(sign * value, stderr)
+
+
+def quiet_harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int) -> Any:
+    """The harness's view of a model that is loaded already, without progress bars of its own."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Quiet(HFLM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+    return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=max(1, tokens_per_batch // 128))

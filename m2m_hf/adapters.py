@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_callback import ProgressCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from .callbacks import BankProgress, TrainingRecorder
@@ -147,10 +148,19 @@ def check_model(model_args: ModelConfig, config: LoraConfig) -> int:
 def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
     """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses; safetensors only.
 
+    With `load_in_4bit` or `load_in_8bit` bitsandbytes quantises it while it is loaded.
+
     Raises:
         InputError: no such model.
     """
-    kwargs = {"device_map": None} if PartialState().num_processes > 1 else {}
+    state = PartialState()
+    kwargs: dict[str, Any] = {}
+    if state.num_processes > 1:
+        kwargs["device_map"] = None
+    if quantization := get_quantization_config(model_args):
+        kwargs["quantization_config"] = quantization
+        if state.num_processes > 1 and state.device.type != "cpu":
+            kwargs["device_map"] = {"": state.local_process_index}
     try:
         model = create_model_from_path(
             model_args.model_name_or_path,
@@ -163,7 +173,12 @@ def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
-    return model.to(args.device) if not hasattr(model, "hf_device_map") else model
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            # On processors with AVX512-BF16 bitsandbytes 0.50 repacks the weights in place when it first infers with them. It
+            # rounds their scales, and from then on no gradient passes through the layer, without a word.
+            layer.support_avx512bf16_for_cpu = False
+    return model if quantization or hasattr(model, "hf_device_map") else model.to(args.device)
 
 
 def base_fingerprint(model_args: ModelConfig) -> str:
@@ -181,6 +196,12 @@ def base_fingerprint(model_args: ModelConfig) -> str:
     return file_fingerprint([folder / "config.json", *weights])
 
 
+def quantization_facts(model_args: ModelConfig) -> dict[str, Any] | None:
+    """How the base is quantised, as plain values; None where it is not."""
+    config = get_quantization_config(model_args)
+    return None if config is None else {**config.to_diff_dict(), "version.bitsandbytes": version("bitsandbytes")}
+
+
 def uniform_facts(
     args: SFTConfig,
     config: LoraConfig,
@@ -188,6 +209,7 @@ def uniform_facts(
     base: str,
     dtype: str | None,
     data_format: str,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything beside the data that an adapter depends on, flat, so that what differs can be named.
 
@@ -195,8 +217,11 @@ def uniform_facts(
         base: fingerprint of the base weights.
         dtype: the base's dtype as asked for.
         data_format: the run's format (`data.py`).
+        quantization: what bitsandbytes does to the base, see `quantization_facts`.
     """
     facts: dict[str, Any] = {"base_model": base, "dtype": dtype, "data_format": data_format}
+    if quantization:
+        facts["quantization"] = fingerprint(quantization)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     facts["tokenizer"] = fingerprint([content, str(tokenizer.special_tokens_map)])

@@ -130,6 +130,8 @@ class LibraryLog:
             logger = logging.getLogger(name)
             logger.handlers.clear()
             logger.propagate = True
+        # It warns of the same harmless cast in every layer of every forward pass.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
         disable_progress_bars()

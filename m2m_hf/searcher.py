@@ -24,6 +24,7 @@ from .adapters import (
     pin_revision,
     planned_steps,
     publish,
+    quantization_facts,
     train_lora,
     uniform_facts,
 )
@@ -132,7 +133,10 @@ class MergeToMixSearcher:
     def facts(self) -> dict[str, Any]:
         """What all adapters have in common: see `uniform_facts`."""
         base = base_fingerprint(self.model_args)
-        return uniform_facts(self.args, self.lora, self.tokenizer, base, self.model_args.dtype, self._data[0])
+        quantization = quantization_facts(self.model_args)
+        return uniform_facts(
+            self.args, self.lora, self.tokenizer, base, self.model_args.dtype, self._data[0], quantization
+        )
 
     @cached_property
     def bank(self) -> AdapterBank:
@@ -316,7 +320,9 @@ class MergeToMixSearcher:
             tuple(candidates), frozenset(name for name, one in candidates.items() if one.config.required)
         )
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
-        base = fingerprint([self.facts[key] for key in ("base_model", "dtype", "tokenizer", "chat_template")])
+        base = fingerprint(
+            [self.facts.get(key) for key in ("base_model", "dtype", "tokenizer", "chat_template", "quantization")]
+        )
         objectives = [
             MergedObjective(
                 self._open_stack,
@@ -382,7 +388,8 @@ class MergeToMixSearcher:
         """What the final fine-tune and its scores depend on."""
         args, model_args = self._final_settings()
         base, dtype = self.facts["base_model"], model_args.dtype
-        facts = uniform_facts(args, lora_config(model_args), self.tokenizer, base, dtype, self._data[0])
+        quantization = quantization_facts(model_args)
+        facts = uniform_facts(args, lora_config(model_args), self.tokenizer, base, dtype, self._data[0], quantization)
         del facts["processes"]  # a final model is not made again because another number of processes looks at it
         sources = [[name, weight, self.candidates[name].fingerprint] for name, weight in mixture.items]
         scored = {name: {part: one.fingerprint for part, one in parts.items()} for name, parts in self.scorers.items()}

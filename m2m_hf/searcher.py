@@ -264,13 +264,15 @@ class MergeToMixSearcher:
             for target in one["targets"].values():
                 for key in ("test_data", "test_command", "test_task", "weight", "min_delta"):
                     target.pop(key, None)  # a sealed test may come later; the others only choose among scores
-        # A target may join. One that goes, or that is another one now, would be missed.
-        now["targets"] = {name: one for name, one in now["targets"].items() if name in there["targets"]}
+        # Targets may join and go; the journal keeps what was scored. But a name stands for one thing.
+        for one, other in ((now, there), (there, now)):
+            one["targets"] = {name: target for name, target in one["targets"].items() if name in other["targets"]}
         differences = differing(now, there)
         if differences:
+            hint = ", or give a target that has changed another name" if now["targets"] != there["targets"] else ""
             raise InputError(
                 f"{self.run.root} holds a run with another configuration: {'; '.join(differences)}. "
-                "Restore these fields, or choose another --output_dir"
+                f"Restore these fields, or choose another --output_dir{hint}"
             )
 
     def config_yaml(self) -> str:

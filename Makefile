@@ -3,32 +3,29 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := .demo/SmolLM2-135M-Instruct
 
-.PHONY: help demo test quality
+.PHONY: help demo test quality gpu-check
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.demo-installed: pyproject.toml constraints.txt
+$(VENV)/.installed-%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
-$(VENV)/.test-installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
-	@touch $@
-
-demo: $(VENV)/.demo-installed ## Choose among five generated datasets with a real language model (about 5 minutes on 2 cores)
+demo: $(VENV)/.installed-demo ## Choose among five generated datasets with a real language model (about 5 minutes on 2 cores)
 	@$(BIN)/python recipes/demo/data.py .demo/data
 	@$(BIN)/python recipes/demo/model.py $(MODEL)
 	@$(BIN)/m2m select --config recipes/demo.yaml
 
-test: $(VENV)/.test-installed ## Run the tests
+test: $(VENV)/.installed-test ## Run the tests
 	@$(BIN)/python -m pytest
 
-quality: $(VENV)/.test-installed ## Lint, check formatting and types
+quality: $(VENV)/.installed-test ## Lint, check formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+gpu-check: $(VENV)/.installed-demo ## On a CUDA machine: exactness, speed, several candidates in one pass, 4-bit (random weights, no downloads)
+	@$(BIN)/python recipes/gpu_check.py

@@ -8,7 +8,8 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
@@ -45,6 +48,7 @@ OPERATIONAL = {
     "include_num_input_tokens_seen", "remove_unused_columns", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "model_init_kwargs", "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
+LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
 
 
@@ -110,7 +114,26 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig) -> PreTrainedTokeni
     return tokenizer
 
 
-def check_model(model_args: ModelConfig, config: LoraConfig) -> int:
+def sharded() -> bool:
+    """Whether the launcher has training cut the model into pieces, one per process (FSDP, DeepSpeed)."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+
+
+@contextmanager
+def unsharded(args: SFTConfig) -> Iterator[None]:
+    """While active, models are loaded with all their weights on every process, also where training will cut them into pieces."""
+    plugin = args.deepspeed_plugin
+    with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+        if plugin is not None:
+            unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            if plugin is not None:
+                set_hf_deepspeed_config(plugin.dschf)
+
+
+def check_model(model_args: ModelConfig, args: SFTConfig, config: LoraConfig) -> int:
     """Tries everything about the model that needs no weights: its configuration, its attention, the LoRA shape on its layers.
 
     Returns:
@@ -126,7 +149,7 @@ def check_model(model_args: ModelConfig, config: LoraConfig) -> int:
     except (OSError, ValueError, KeyError) as error:
         raise not_found(model_args, error) from error
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), unsharded(args):
             model = transformers.AutoModelForCausalLM.from_config(
                 model_config, attn_implementation=model_args.attn_implementation
             )
@@ -145,10 +168,13 @@ def check_model(model_args: ModelConfig, config: LoraConfig) -> int:
     return positions or 1_000_000
 
 
-def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
+def load_base(model_args: ModelConfig, args: SFTConfig, to_train: bool = False) -> PreTrainedModel:
     """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses; safetensors only.
 
     With `load_in_4bit` or `load_in_8bit` bitsandbytes quantises it while it is loaded.
+
+    Args:
+        to_train: under FSDP or DeepSpeed, as their training wants it, which moves and cuts it itself; it can then not be scored.
 
     Raises:
         InputError: no such model.
@@ -161,16 +187,18 @@ def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
         kwargs["quantization_config"] = quantization
         if state.num_processes > 1 and state.device.type != "cpu":
             kwargs["device_map"] = {"": state.local_process_index}
+    to_train = to_train and sharded()
     try:
-        model = create_model_from_path(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            attn_implementation=model_args.attn_implementation,
-            dtype=model_args.dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **kwargs,
-        )
+        with nullcontext() if to_train else unsharded(args):
+            model = create_model_from_path(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                attn_implementation=model_args.attn_implementation,
+                dtype=model_args.dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **kwargs,
+            )
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
     for layer in model.modules():
@@ -178,7 +206,8 @@ def load_base(model_args: ModelConfig, args: SFTConfig) -> PreTrainedModel:
             # On processors with AVX512-BF16 bitsandbytes 0.50 repacks the weights in place when it first infers with them. It
             # rounds their scales, and from then on no gradient passes through the layer, without a word.
             layer.support_avx512bf16_for_cpu = False
-    return model if quantization or hasattr(model, "hf_device_map") else model.to(args.device)
+    placed = to_train or quantization or hasattr(model, "hf_device_map")
+    return model if placed else model.to(args.device)
 
 
 def base_fingerprint(model_args: ModelConfig) -> str:
@@ -227,6 +256,8 @@ def uniform_facts(
     facts["tokenizer"] = fingerprint([content, str(tokenizer.special_tokens_map)])
     facts["chat_template"] = fingerprint(tokenizer.chat_template) if data_format != "text" else None
     facts["processes"] = PartialState().num_processes
+    if sharded():
+        facts["sharded"] = True  # accelerate then trains in float32 where it would otherwise not
     for name, value in args.to_dict().items():
         if name not in OPERATIONAL:
             facts[name] = getattr(args, name) if name.endswith("_token") else value  # to_dict hides tokens, as secrets
@@ -268,6 +299,8 @@ def train_lora(
 ) -> dict[str, Any]:
     """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
 
+    Under FSDP or DeepSpeed the base is not given back: it is in pieces, and of no further use.
+
     SFTTrainer seeds itself before it makes the adapter, so every call starts from the same adapter weights.
 
     Returns:
@@ -298,17 +331,20 @@ def train_lora(
     peft_model = trainer.model
     try:
         loss = trainer.train().training_loss
-        trained = [tensor for tensor in peft_model.parameters() if tensor.requires_grad]
-        if not math.isfinite(loss) or not all(tensor.isfinite().all() for tensor in trained):
+        # Where the weights are in pieces, all processes must help to put them together; the main one gets them.
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()
+        finite = [all(tensor.isfinite().all() for name, tensor in state.items() if "lora_" in name)]
+        if not broadcast_object_list(finite)[0] or not math.isfinite(loss):
             raise InputError(
                 f"training for {folder.name.strip('.').removesuffix('.partial')} diverged: loss {loss}, weights not finite. "
                 f"Try a lower learning_rate (now {args.learning_rate:g}) or max_grad_norm"
             )
         if PartialState().is_main_process:
-            peft_model.save_pretrained(folder, save_embedding_layers=False)
+            peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         PartialState().wait_for_everyone()
     finally:
-        restore(base, peft_model, *untouched)
+        if not sharded():
+            restore(base, peft_model, *untouched)
     return recorder.record | {"loss": loss}
 
 
@@ -359,7 +395,7 @@ class AdapterBank:
     def check(self) -> list[str]:
         """The names of the adapters that are still to be trained.
 
-        The number of processes counts only where adapters are still to be trained: it changes what is learned, but a
+        Processes and sharding count only where adapters are still to be trained: they change what is learned, but a
         complete bank may be searched with any.
 
         Raises:
@@ -369,7 +405,7 @@ class AdapterBank:
         trained = self.training(skip=missing)
         facts = dict(self.facts)
         if not missing:
-            facts["processes"] = next(iter(trained.values()))["uniform"]["processes"]
+            facts |= {name: next(iter(trained.values()))["uniform"].get(name) for name in LAUNCH}
         for name, there in trained.items():
             differences = differing(facts, there["uniform"])
             if differences:
@@ -388,13 +424,13 @@ class AdapterBank:
 
     def train_missing(
         self,
-        base: PreTrainedModel,
+        base: Callable[[], PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
         args: SFTConfig,
         config: LoraConfig,
         terminal: Terminal,
     ) -> None:
-        """Trains the adapters that `check` names, one after another on the same base model.
+        """Trains the adapters that `check` names, one after another, each on what `base` gives.
 
         An adapter is made in a hidden folder and moved to its place when it is complete, so that an interrupted one
         leaves nothing that looks finished.
@@ -411,7 +447,7 @@ class AdapterBank:
             for number, name in enumerate(missing, start=1):
                 partial = self.folder / f".{name}.partial"
                 progress = BankProgress(bar, done, f"{name} ({number} of {len(missing)})")
-                record = train_lora(base, tokenizer, self.candidates[name].rows, args, config, partial, progress)
+                record = train_lora(base(), tokenizer, self.candidates[name].rows, args, config, partial, progress)
                 done += steps[name]
                 publish(
                     partial,

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def methods(load: Workload, chosen: Sequence[str], folder: Path) -> dict[str, Callable[[Weights], Sums]]:
+def methods(
+    load: Workload, chosen: Sequence[str], folder: Path, afterwards: ExitStack
+) -> dict[str, Callable[[Weights], Sums]]:
     """name -> a function that scores one mixture from beginning to end, as that method's user would."""
     made: dict[str, Callable[[Weights], Sums]] = {}
 
@@ -231,8 +234,9 @@ def methods(load: Workload, chosen: Sequence[str], folder: Path) -> dict[str, Ca
     if "harness" in chosen and load.rows is not None:
         made["harness"] = lambda weights: harness(load, weights, folder)
     if "ours" in chosen:
-        # Last, since the hooks of the stack stay on the base that the others were copied from.
+        # Last, since the others are made from copies of a base without hooks.
         stack = GatedStack(load.model, load.adapters)
+        afterwards.callback(stack.detach)
         made["ours"] = lambda weights: loop(stack, weights)
     return {name: made[name] for name in METHODS if name in made}
 
@@ -329,8 +333,8 @@ def compare(
     """
     device = load.model.device
     results = {name: Measured() for name in METHODS if name in chosen}
-    with tempfile.TemporaryDirectory(prefix="m2m-benchmark-") as folder:
-        made = methods(load, chosen, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="m2m-benchmark-") as folder, ExitStack() as afterwards:
+        made = methods(load, chosen, Path(folder), afterwards)
         for turn, weights in enumerate([mixtures[0], *mixtures]):
             for name, score in made.items():
                 if turn == 0 and name == "harness":

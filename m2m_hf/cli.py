@@ -1,15 +1,16 @@
 """`m2m`: the command line. Libraries are imported inside the functions, so that `--help` answers at once.
 
-Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted, 1 anything else.
+Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted, 143 terminated, 1 anything else.
 """
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .config import field_help
@@ -121,13 +122,34 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
         searcher.select()
 
 
+SAFE = "finished adapters and scored mixtures are safe; the same command goes on from there"
+
+
+class Terminated(BaseException):
+    """SIGTERM: a scheduler ends the job, or the launcher does because another process of it died."""
+
+
+def terminate(signum: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+def tells_of_a_lost_process(error: Exception) -> bool:
+    """Whether this is how gloo or NCCL say that another process is gone."""
+    name = type(error).__name__
+    return name in ("DistBackendError", "DistNetworkError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `m2m` and returns its exit code."""
     parser = make_parser()
     command, overrides = parser.parse_known_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log = LibraryLog()
-    first = os.environ.get("RANK", "0") == "0"  # set by the launcher; one process speaks
+    rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
+    first = rank == "0"  # one process speaks, unless it may be the one that died
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         run(command, overrides, log)
     except InputError as error:
@@ -135,14 +157,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"m2m: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        Terminal(quiet=not first).say(
-            "\ninterrupted: finished adapters and scored mixtures are safe; the same command goes on from there",
-            "yellow",
-        )
+        Terminal(quiet=not first).say(f"\ninterrupted: {SAFE}", "yellow")
         return 130
-    except Exception:
-        traceback.print_exc()
+    except Terminated:
+        if processes == 1:
+            print(f"m2m: terminated: {SAFE}", file=sys.stderr)
+        else:
+            print(
+                f"m2m: process {rank} of {processes} was told to stop; where nobody asked for it, another process has died, "
+                f"and says why above: {SAFE}",
+                file=sys.stderr,
+            )
+        return 128 + signal.SIGTERM
+    except Exception as error:
+        if processes > 1 and tells_of_a_lost_process(error):
+            print(
+                f"m2m: process {rank} of {processes} lost another process, which died or is out of reach "
+                f"({str(error).splitlines()[0]}): {SAFE}",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
         return 1
     finally:
+        signal.signal(signal.SIGTERM, before)
         log.close()
     return 0

@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTConfig
 
 from . import parsing
 from .adapters import (
+    LAUNCH,
     OPERATIONAL,
     AdapterBank,
     base_fingerprint,
@@ -25,6 +26,7 @@ from .adapters import (
     planned_steps,
     publish,
     quantization_facts,
+    sharded,
     train_lora,
     uniform_facts,
 )
@@ -145,13 +147,20 @@ class MergeToMixSearcher:
     @cached_property
     def base(self) -> Any:
         """The base model, loaded once for the adapters, the search and the final fine-tune."""
+        return self._load_base()
+
+    def _load_base(self, to_train: bool = False) -> Any:
         self.terminal.say(f"loading {self.model_args.model_name_or_path} ({self.model_args.dtype})", style="dim")
-        return load_base(self.model_args, self.args)
+        return load_base(self.model_args, self.args, to_train)
+
+    def _base_to_train(self) -> Any:
+        """The base model; one of its own for every training that cuts it into pieces."""
+        return self._load_base(to_train=True) if sharded() else self.base
 
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Of every target `validation` and, where there are sealed rows, `test`."""
-        positions = check_model(self.model_args, self.lora)
+        positions = check_model(self.model_args, self.args, self.lora)
         return {name: self._scorers(target, positions) for name, target in self.targets.items()}
 
     def _scorers(self, target: Target, positions: int) -> dict[str, Scorer]:
@@ -188,8 +197,8 @@ class MergeToMixSearcher:
             return
         candidates, targets, scorers = self.candidates, self.targets, self.scorers
         if self.config.final:
-            final_model_args = self._final_settings()[1]
-            check_model(final_model_args, lora_config(final_model_args))
+            args, model_args = self._final_settings()
+            check_model(model_args, args, lora_config(model_args))
         rows = []
         shared = {
             (name, target): overlap(one, targets[target].questions)
@@ -304,7 +313,7 @@ class MergeToMixSearcher:
                 self._stack.detach()
                 self._stack = None
             self.prepare()
-            self.bank.train_missing(self.base, self.tokenizer, self.args, self.lora, self.terminal)
+            self.bank.train_missing(self._base_to_train, self.tokenizer, self.args, self.lora, self.terminal)
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
 
@@ -392,7 +401,8 @@ class MergeToMixSearcher:
         base, dtype = self.facts["base_model"], model_args.dtype
         quantization = quantization_facts(model_args)
         facts = uniform_facts(args, lora_config(model_args), self.tokenizer, base, dtype, self._data[0], quantization)
-        del facts["processes"]  # a final model is not made again because another number of processes looks at it
+        # A final model is not made again because another number of processes looks at it.
+        facts = {name: value for name, value in facts.items() if name not in LAUNCH}
         sources = [[name, weight, self.candidates[name].fingerprint] for name, weight in mixture.items]
         scored = {name: {part: one.fingerprint for part, one in parts.items()} for name, parts in self.scorers.items()}
         return fingerprint([sources, facts, scored])
@@ -427,7 +437,9 @@ class MergeToMixSearcher:
         start = time.monotonic()
         with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
             progress = BankProgress(bar, 0, "")
-            record = train_lora(self.base, self.tokenizer, rows, args, lora_config(model_args), partial, progress)
+            record = train_lora(
+                self._base_to_train(), self.tokenizer, rows, args, lora_config(model_args), partial, progress
+            )
         seconds = time.monotonic() - start
         stack = GatedStack(self.base, {"final": Adapter.load(partial)})
         scores: dict[str, Any] = {}

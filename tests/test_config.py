@@ -130,7 +130,7 @@ def test_defaults_that_differ_from_trls(tmp_path):
         ({"model_name_or_path": MISSING}, [], "model_name_or_path is missing"),
         ({"learning_rate": None}, [], "learning_rate: nothing given"),
         ({"trust_remote_code": True}, [], "never loaded"),
-        ({"load_in_4bit": True}, [], "quantised"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, [], "8 bit and 4 bit"),
         ({"push_to_hub": True}, [], "push_to_hub"),
         ({"env": {"A": "b"}}, [], "env: set environment variables"),
         ({"hub_token": "secret"}, [], "a token must not stand in a file"),

@@ -18,7 +18,7 @@ FLOORS = (
     ("journal", "parsing", "merging", "callbacks", "strategies"),
     ("data", "forward"),
     ("scoring", "adapters", "recipe"),
-    ("objectives", "external"),
+    ("objectives", "external", "benchmark"),
     ("search",),
     ("report",),
     ("searcher",),

@@ -328,43 +328,7 @@ def test_python_objects_in_memory(project, pico):
     assert searcher.train_final()["counts"]["trials"] == 4
     again = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
     assert again.search().measured == 0
-    with pytest.raises(InputError, match="load_in_4bit: quantised"):
-        MergeToMixSearcher(config, args, ModelConfig(model_name_or_path=str(pico), load_in_4bit=True))
+    with pytest.raises(InputError, match="push_to_hub: pushing from a run is not possible yet"):
+        MergeToMixSearcher(config, SFTConfig(args.output_dir, use_cpu=True, bf16=False, push_to_hub=True), model_args)
     with pytest.raises(InputError, match="model_name_or_path is missing"):
         MergeToMixSearcher(config, args, ModelConfig())
-
-
-def launch(project: Path, output: Path, *flags: str) -> subprocess.CompletedProcess:
-    """`recipes/select.py` under accelerate, in two processes over gloo."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-    port = str(20000 + os.getpid() % 20000)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port, "--config_file"]
-    command += [str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), str(ROOT / "recipes" / "select.py")]
-    command += ["--config", str(project / "run.yaml"), "--output_dir", str(output), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def test_two_processes_give_the_journal_of_one(project, tmp_path, capsys):
-    """Two gloo processes share the scoring; the adapters are the same ones, so only rounding may differ."""
-    assert m2m("search", "--config", project / "run.yaml") == 0
-    (tmp_path / "two").mkdir()
-    os.rename(project / "out" / "adapters", tmp_path / "two" / "adapters")
-    done = launch(project, tmp_path / "two", "--train_final", "false")
-    assert done.stdout.count("scored 8 mixtures") == 1  # one process speaks
-    one = [json.loads(line) for line in (project / "out" / "trials.jsonl").read_text().splitlines()]
-    two = [json.loads(line) for line in (tmp_path / "two" / "trials.jsonl").read_text().splitlines()]
-    assert [line["key"] for line in one] == [line["key"] for line in two]
-    for left, right in zip(one, two, strict=True):
-        assert left["values"] == right["values"]
-        assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
-
-
-def test_two_processes_train_what_one_process_finds_finished(project, tmp_path, capsys):
-    launch(project, tmp_path / "two")
-    record = json.loads((tmp_path / "two" / "adapters" / "alpha" / "training.json").read_text())
-    assert record["uniform"]["processes"] == 2
-    assert record["steps"] == 3
-    assert m2m("select", "--config", project / "run.yaml", "--output_dir", tmp_path / "two") == 0
-    assert "nothing to do" in capsys.readouterr().out

@@ -1,0 +1,229 @@
+"""Checks on a CUDA machine what the test suite checks on the CPU, and how fast it is there; downloads nothing.
+
+```bash
+make gpu-check
+python recipes/gpu_check.py --size tiny --device cpu     # the same checks without their limits of speed, to see that they run
+```
+
+On a random model of about a billion parameters in bfloat16 with 8 random adapters of rank 16:
+
+1. log-probabilities of the gated model against those of weights merged in float32: no further from them than those of weights
+   merged in bfloat16, which is what everybody else would score;
+2. time against a plain forward pass of one merged model, at most 1.10 times as long, and tokens per second of both;
+3. several candidates in one pass against one after another: the same scores, and how much faster;
+4. a 4-bit base: training, scoring, and training again after scoring, which must still get gradients.
+
+Exits with 1 where a check fails.
+"""
+
+import sys
+
+sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf.adapters import load_base, lora_config, train_lora
+from m2m_hf.benchmark import (
+    SIZES,
+    Sums,
+    Workload,
+    compare,
+    merged,
+    now,
+    random_adapters,
+    random_model,
+    random_rows,
+    ratio,
+    spread_mixtures,
+)
+from m2m_hf.callbacks import BankProgress
+from m2m_hf.config import DataConfig, TargetConfig
+from m2m_hf.console import LibraryLog, Terminal
+from m2m_hf.forward import Weights, completion_logprobs
+from m2m_hf.merging import Adapter, GatedStack
+from m2m_hf.scoring import LogprobScorer, make_scorer
+
+ADAPTERS, RANK, SLOWEST = 8, 16, 1.10
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class Checks:
+    """Says how every check went, and remembers whether one failed."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.failed = 0
+
+    def __call__(self, passed: bool, text: str) -> None:
+        self.failed += not passed
+        self.terminal.say(f"{'ok  ' if passed else 'FAIL'}  {text}", "green" if passed else "red")
+
+
+def numbers(sums: Sums) -> torch.Tensor:
+    return torch.tensor([value for values in sums for value in values], dtype=torch.float64)
+
+
+def scores(model: PreTrainedModel, load: Workload) -> Sums:
+    """Of a model as it is."""
+    return completion_logprobs(GatedStack(model, {}), [{}], load.questions, load.tokens_per_batch)[0]
+
+
+def exactness(load: Workload, folder: Path, check: Checks) -> None:
+    """Check 1."""
+    weights: Weights = dict.fromkeys(load.adapters, 1 / len(load.adapters))
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(load.model.device).eval()
+    truth = numbers(scores(merged(full, load.adapters, weights), load))
+    base = numbers(scores(full, load))
+    del full
+    dense = (numbers(scores(merged(load.model, load.adapters, weights), load)) - truth).square().mean().sqrt()
+    stack = GatedStack(load.model, load.adapters)
+    stack.set(weights)
+    gated = numbers(completion_logprobs(stack, [weights], load.questions, load.tokens_per_batch)[0])
+    stack.detach()
+    gated_error = (gated - truth).square().mean().sqrt()
+    check(
+        bool(gated_error <= 1.25 * dense + 1e-4),
+        f"exactness: gated {load.model.dtype} differs from weights merged in float32 by {gated_error:.4f} (root mean square of "
+        f"{len(truth)} log-probabilities), weights merged in {load.model.dtype} by {dense:.4f}; the merge itself moves them by "
+        f"{(base - truth).square().mean().sqrt():.4f}",
+    )
+
+
+def speed(load: Workload, where: str, check: Checks, limit: bool) -> None:
+    """Check 2."""
+    mixtures = spread_mixtures(list(load.adapters), 7)
+    results = compare(load, mixtures, ["ours", "floor"])
+    found = ratio(results, "ours", "floor")
+    tokens = sum(len(request.ids) for question in load.questions for request in question.requests)
+    per_second = {name: tokens / statistics.median(one.seconds) for name, one in results.items()}
+    check(
+        not limit or found <= SLOWEST,
+        f"speed, {where}: {found:.3f} times as long as a plain forward pass of one merged model"
+        + (f" (at most {SLOWEST})" if limit else "")
+        + f"; {per_second['ours']:,.0f} tokens/s against {per_second['floor']:,.0f}",
+    )
+
+
+def together(load: Workload, check: Checks) -> None:
+    """Check 3."""
+    stack = GatedStack(load.model, load.adapters)
+    mixtures = spread_mixtures(list(load.adapters), 8)
+    few = load.questions[:8]  # a validation set that does not fill the device by itself
+    times: dict[str, float] = {}
+    found: dict[str, list[Sums]] = {}
+    for _ in range(2):  # the first time warms up
+        start = now(load.model.device)
+        found["alone"] = [completion_logprobs(stack, [one], few, load.tokens_per_batch)[0] for one in mixtures]
+        middle = now(load.model.device)
+        found["together"] = completion_logprobs(stack, mixtures, few, load.tokens_per_batch)
+        times = {"alone": middle - start, "together": now(load.model.device) - middle}
+    stack.detach()
+    alone, both = (torch.stack([numbers(one) for one in found[name]]) for name in ("alone", "together"))
+    apart = (both - alone).abs().max()
+    spread = alone.std(0).mean()
+    check(
+        bool(apart <= 0.02 * alone.abs().max()) and stack.takes_rows,
+        f"{len(mixtures)} candidates in one pass: log-probabilities differ by at most {apart:.4f} from one after another "
+        f"(candidates differ by {spread:.4f}), {times['alone'] / times['together']:.1f} times as fast on {len(few)} rows",
+    )
+
+
+def quantised(folder: Path, device: str, check: Checks) -> None:
+    """Check 4."""
+    model_args = ModelConfig(
+        model_name_or_path=str(folder),
+        dtype="bfloat16",
+        load_in_4bit=True,
+        lora_r=RANK,
+        lora_dropout=0.0,
+        lora_target_modules=ATTENTION,
+    )
+    args = SFTConfig(
+        str(folder / "out"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        use_cpu=device == "cpu",
+        bf16=device != "cpu",
+        optim="adamw_8bit" if device == "cpu" else "paged_adamw_8bit",
+    )
+    base = load_base(model_args, args)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = random_rows(32, choices=2)
+    data = Dataset.from_list([{"prompt": row.prompt, "completion": row.choices[0]} for row in rows])
+    scorer = make_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
+    assert isinstance(scorer, LogprobScorer)
+    values, trained = [], []
+    for number in range(2):
+        with Terminal(quiet=True).progress("", 3) as bar:
+            out = folder / f"adapter{number}"
+            train_lora(base, tokenizer, data, args, lora_config(model_args), out, BankProgress(bar, 0, ""))
+        adapter = Adapter.load(out)
+        trained.append(all(bool(tensor.any()) for name, tensor in adapter.tensors.items() if "lora_B" in name))
+        stack = GatedStack(base, {"adapter": adapter})
+        values += completion_logprobs(stack, [{}], scorer.questions, 4096)
+        values += completion_logprobs(stack, [{"adapter": 1.0}], scorer.questions, 4096)
+        stack.detach()
+    check(all(trained), "4-bit: every LoRA layer learns, also in a training after scoring")
+    first, second, third, fourth = map(numbers, values)
+    finite = all(math.isfinite(value) for value in torch.cat([first, second]).tolist())
+    check(
+        finite and bool((second - first).abs().max() > 0),
+        f"4-bit: scores are finite, and the adapter changes them by {(second - first).abs().mean():.3f} on average",
+    )
+    check(
+        torch.equal(first, third) and torch.equal(second, fourth),
+        "4-bit: base and adapter give the same scores after training again",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="1b", help="of the random model (default: 1b)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is to be seen; --device cpu --size tiny tries the checks without one")
+    LibraryLog().silence_libraries()
+    terminal = Terminal()
+    check = Checks(terminal)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="m2m-gpu-check-") as name:
+        folder = random_model(Path(name) / "model", given.size)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(given.device).eval()
+        place = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
+        size = sum(parameter.numel() for parameter in model.parameters())
+        terminal.say(
+            f"{place}, torch {torch.__version__}: {size / 1e6:,.0f} M parameters, {ADAPTERS} adapters of rank {RANK}"
+        )
+        rows = random_rows(200 if given.device == "cuda" else 8)
+        scorer = make_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
+        assert isinstance(scorer, LogprobScorer)
+        budget = 16384 if given.device == "cuda" else 1024
+        for where, targets in (("attention", ATTENTION), ("all linear layers", "all-linear")):
+            adapters = random_adapters(model, ADAPTERS, RANK, targets)
+            load = Workload(model, tokenizer, adapters, scorer.questions, rows, str(folder), budget)
+            if where == "attention":
+                exactness(load, folder, check)
+                together(load, check)
+            speed(load, where, check, limit=given.device == "cuda")
+        del model, load
+        quantised(folder, given.device, check)
+    terminal.say(f"{check.failed or 'no'} checks failed, {time.monotonic() - start:.0f} s")
+    return 1 if check.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Runs of several processes on the CPU, over gloo, through accelerate: the same result, and nothing lost when one dies."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import m2m
+
+ROOT = Path(__file__).parents[1]
+SELECT = ROOT / "recipes" / "select.py"
+# accelerate cuts models into pieces on accelerators only. What it does is the same on the CPU, once it believes to be on one.
+ON_AN_ACCELERATOR = """
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+init = PartialState.__init__
+def pretend(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = pretend
+"""
+ONE_DIES = """
+import os, signal
+from m2m_hf.journal import Journal
+append = Journal.append
+def die(self, trial, write=True):
+    append(self, trial, write)
+    if len(self.trials) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.append = die
+"""
+RUN = "\nimport sys\nfrom m2m_hf.cli import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
+
+
+def launch(
+    project: Path, output: Path, *flags: str, script: Path = SELECT, config: str = "cpu_2proc", options: tuple = ()
+) -> subprocess.CompletedProcess:
+    """A script under accelerate, in two processes over gloo."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    port = str(20000 + os.getpid() % 20000)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
+    command += [*options, "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script)]
+    command += ["--config", str(project / "run.yaml"), "--output_dir", str(output), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def trials(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_give_the_journal_of_one(project, tmp_path):
+    """Two gloo processes share the scoring; the adapters are the same ones, so only rounding may differ."""
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    (tmp_path / "two").mkdir()
+    os.rename(project / "out" / "adapters", tmp_path / "two" / "adapters")
+    done = launch(project, tmp_path / "two", "--train_final", "false")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scored 8 mixtures") == 1  # one process speaks
+    one, two = trials(project / "out"), trials(tmp_path / "two")
+    assert [line["key"] for line in one] == [line["key"] for line in two]
+    for left, right in zip(one, two, strict=True):
+        assert left["values"] == right["values"]
+        assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
+
+
+def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys):
+    """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done."""
+    done = launch(project, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "whole" / "adapters" / "alpha" / "training.json").read_text())
+    assert record["uniform"]["processes"] == 2
+    assert record["steps"] == 3
+    (tmp_path / "pieces.py").write_text(ON_AN_ACCELERATOR + RUN)
+    options = ("--mixed_precision", "no")
+    done = launch(project, tmp_path / "pieces", script=tmp_path / "pieces.py", config="fsdp2", options=options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "pieces" / "adapters" / "alpha" / "training.json").read_text())
+    assert record["uniform"]["sharded"]
+    for name in ("adapters/alpha", "adapters/gamma", "final"):
+        whole, pieces = (load_file(tmp_path / run / name / "adapter_model.safetensors") for run in ("whole", "pieces"))
+        assert whole.keys() == pieces.keys()
+        for key, tensor in whole.items():
+            torch.testing.assert_close(tensor, pieces[key], atol=1e-6, rtol=0)
+    for run in ("whole", "pieces"):
+        assert m2m("select", "--config", project / "run.yaml", "--output_dir", tmp_path / run) == 0
+        assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys):
+    (tmp_path / "dies.py").write_text(ONE_DIES + RUN)
+    done = launch(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")
+    assert done.returncode != 0
+    assert "lost another process" in done.stderr or "another process has died" in done.stderr
+    assert "the same command goes on from there" in done.stderr
+    kept = trials(project / "out")
+    assert len(kept) >= 3
+    assert m2m("select", "--config", project / "run.yaml", "--tokens_per_batch", "100") == 0
+    assert trials(project / "out")[: len(kept)] == kept
+    assert len(trials(project / "out")) == 8

@@ -5,6 +5,7 @@ the machine does falls on all of them:
 
 - **ours**: the gated stack;
 - **floor**: a plain forward pass of one merged model through the same loop, the least that scoring can cost;
+- **repeated**: the gated stack, with the prompt computed once for every completion, as harnesses and trainers do;
 - **cat**: PEFT's `add_weighted_adapter(combination_type="cat")` for each mixture, and the same loop;
 - **trainer**: the same adapter, scored by `Trainer.evaluate`, one row per completion;
 - **harness**: the mixture exported as an adapter and given to the lm-evaluation-harness, which loads the model again.
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from .forward import Question, Weights, completion_logprobs
 from .merging import Adapter, GatedStack, write_adapter
 
 Sums = list[tuple[float, ...]]
-METHODS = ("ours", "floor", "cat", "trainer", "harness")
+METHODS = ("ours", "floor", "repeated", "cat", "trainer", "harness")
 SIZES = {  # of random models: hidden, intermediate, layers, heads, key/value heads, vocabulary
     "tiny": (64, 128, 2, 4, 2, 512),
     "135m": (576, 1536, 30, 9, 3, 49152),
@@ -233,11 +235,19 @@ def methods(
             made["trainer"] = with_cat(judge)
     if "harness" in chosen and load.rows is not None:
         made["harness"] = lambda weights: harness(load, weights, folder)
+    # Last, since the others are made from copies of a base without hooks.
+    stack = GatedStack(load.model, load.adapters)
+    afterwards.callback(stack.detach)
     if "ours" in chosen:
-        # Last, since the others are made from copies of a base without hooks.
-        stack = GatedStack(load.model, load.adapters)
-        afterwards.callback(stack.detach)
         made["ours"] = lambda weights: loop(stack, weights)
+    if "repeated" in chosen:
+        apart = [Question((request,)) for question in load.questions for request in question.requests]
+
+        def repeated(weights: Weights) -> Sums:
+            sums = chain.from_iterable(completion_logprobs(stack, [weights], apart, load.tokens_per_batch)[0])
+            return [tuple(islice(sums, len(question.requests))) for question in load.questions]
+
+        made["repeated"] = repeated
     return {name: made[name] for name in METHODS if name in made}
 
 

@@ -4,12 +4,12 @@ What is measured does not depend on the size of the batches, the number of proce
 beyond rounding. Every row of a batch may belong to another mixture, so a small validation set still fills the hardware.
 """
 
-import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .merging import GatedStack
 
 Weights = Mapping[str, float]
-SHARED_CACHE = 4  # cached positions in one pass over shared prompts, in units of the token budget
 HEAD = 4  # a scored position, with its logits over the whole vocabulary, counts as this many tokens of the budget
 
 
@@ -38,6 +37,28 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A question as one row of tokens: its prompt, and behind it of every completion all but the last token.
+
+    Args:
+        ids: the tokens.
+        places: of each token its position in the text that it belongs to.
+        branches: 0 for the tokens of the prompt, k for those of the k-th completion, which see the prompt and each other.
+        scored: (index in this row, token that follows there, index of the completion) for everything to be scored.
+    """
+
+    ids: list[int]
+    places: list[int]
+    branches: list[int]
+    scored: list[tuple[int, int, int]]
+
+    @property
+    def heads(self) -> int:
+        """Positions whose logits are needed."""
+        return len({index for index, _, _ in self.scored})
+
+
+@dataclass(frozen=True)
 class Question:
     """Completions of one prompt."""
 
@@ -48,6 +69,27 @@ class Question:
         """How many tokens, none of them scored, all requests begin with."""
         starts = (request.ids[: request.start] for request in self.requests)
         return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*starts)))  # noqa: B905 - the shortest
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return max(len(request.ids) for request in self.requests)
+
+    @cached_property
+    def row(self) -> Row:
+        shared = self.shared
+        row = Row(list(self.requests[0].ids[:shared]), list(range(shared)), [0] * shared, [])
+        for number, request in enumerate(self.requests):
+            # Where a token of this completion stands in the row; its first one is predicted by the prompt's last.
+            offset = len(row.ids) - shared
+            for place in range(max(request.start, shared), len(request.ids)):
+                index = place - 1 if place == shared else offset + place - 1
+                row.scored.append((index, request.ids[place], number))
+            tail = request.ids[shared:-1]
+            row.ids.extend(tail)
+            row.places.extend(range(shared, shared + len(tail)))
+            row.branches.extend([number + 1] * len(tail))
+        return row
 
 
 Job = tuple[int, int]  # (index of a mixture, index of what is asked of it)
@@ -151,141 +193,93 @@ def completion_logprobs(
 ) -> list[list[tuple[float, ...]]]:
     """Log-probability of every completion given what stands before it (natural logarithm, summed over its tokens).
 
-    Where a question has several completions, their common prompt is computed once and its keys and values are shared.
+    A question is one row: its prompt is computed once, and its completions stand side by side behind it, each seeing the
+    prompt and itself. Where the model cannot be told so, every completion is a row of its own.
 
     Returns:
         By mixture and question, one number per completion.
     """
-    model = stack.model
-    with ScoredPositions(model) as positions:
-        if any(len(question.requests) > 1 for question in questions) and shares_prompts(model):
-            work = Pass(stack, mixtures, len(questions))
-            sizes = [questions[index].shared for _, index in work.jobs]
-            made = batches(sizes, tokens_per_batch)
-            return work.run(
-                made,
-                lambda jobs: shared_prompts(work, positions, jobs, [questions[i] for _, i in jobs], tokens_per_batch),
-            )
-        requests = [request for question in questions for request in question.requests]
-        work = Pass(stack, mixtures, len(requests))
-        chosen = [requests[index] for _, index in work.jobs]
-        made = batches([len(one.ids) for one in chosen], tokens_per_batch, [one.scored for one in chosen])
-        sums = work.run(made, lambda jobs: whole(work, positions, jobs, [requests[index] for _, index in jobs]))
-    ordered = [iter(of_mixture) for of_mixture in sums]
+    span = shared_span(stack.model)
+    pieces: list[Question] = []
+    for question in questions:
+        whole = len(question.requests) == 1 or question.longest <= span
+        pieces.extend([question] if whole else [Question((request,)) for request in question.requests])
+    work = Pass(stack, mixtures, len(pieces))
+    by_kind: dict[bool, list[int]] = {
+        True: [],
+        False: [],
+    }  # rows that branch need a mask that the others do better without
+    for number, (_, index) in enumerate(work.jobs):
+        by_kind[len(pieces[index].requests) > 1].append(number)
+
+    def made() -> Iterator[list[int]]:
+        for numbers in by_kind.values():
+            rows = [pieces[work.jobs[number][1]].row for number in numbers]
+            for batch in batches([len(row.ids) for row in rows], tokens_per_batch, [row.heads for row in rows]):
+                yield [numbers[index] for index in batch]
+
+    with ScoredPositions(stack.model) as positions:
+        found = work.run(made(), lambda jobs: score_rows(work, positions, jobs, [pieces[index] for _, index in jobs]))
+    ordered = [chain.from_iterable(of_mixture) for of_mixture in found]
     return [[tuple(next(values) for _ in question.requests) for question in questions] for values in ordered]
 
 
-def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values that can be handed to other rows: not so with recurrent states or ALiBi."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return (
-        kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+def shared_span(model: PreTrainedModel) -> float:
+    """Up to how many tokens, prompt and completion together, the completions of a prompt may stand in one row with it.
+
+    Infinite where every token sees all before it. 0 where a row cannot branch: with recurrent states, with ALiBi and whatever
+    else counts distances itself, or with an attention that takes no mask of one's own. With a sliding window, its width.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if (
+        {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
         and "position_ids" in inspect.signature(model.forward).parameters
-    )
-
-
-def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probability of token ids (n,) under logits (n, vocabulary); float64 on the CPU, ready to be summed."""
-    logits = logits.float()
-    picked: torch.Tensor = logits.gather(1, ids.to(logits.device)[:, None])[:, 0] - logits.logsumexp(dim=1)
-    return picked.double().cpu()
-
-
-def sums_of(values: torch.Tensor, counts: Sequence[int]) -> list[float]:
-    """Sums of consecutive pieces of `values`, which have these lengths."""
-    return [float(part.sum()) for part in torch.split(values, list(counts))]
-
-
-def whole(work: Pass, positions: ScoredPositions, jobs: list[Job], requests: Sequence[Request]) -> list[float]:
-    """Requests from their first token on.
-
-    Rows are padded on the right. In a causal model no scored token can see what comes after it, so no attention mask is
-    needed, and attention takes its fastest path.
-    """
-    model = work.stack.model
-    work.set(jobs)
-    width = max(len(request.ids) for request in requests)
-    ids = padded([request.ids for request in requests], width)
-    place = torch.arange(width)
-    start = torch.tensor([[request.start] for request in requests])
-    end = torch.tensor([[len(request.ids)] for request in requests])
-    # The logits at one position are of the token at the next one.
-    positions.keep = (place >= start - 1) & (place < end - 1)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0]
-    each = token_logprobs(logits, ids[(place >= start) & (place < end)])
-    return sums_of(each, [request.scored for request in requests])
-
-
-def shared_prompts(
-    work: Pass, positions: ScoredPositions, jobs: list[Job], questions: Sequence[Question], tokens_per_batch: int
-) -> list[tuple[float, ...]]:
-    """Questions in two passes: the prompts once, then what is different of every completion behind its prompt.
-
-    Prompts are padded on the left, so that keys and values end where the completions begin. A completion's first token is
-    predicted by its prompt, so completions of one token need no second pass.
-    """
-    model = work.stack.model
-    work.set(jobs)
-    width = max(question.shared for question in questions)
-    ids = padded([question.requests[0].ids[: question.shared] for question in questions], width, left=True)
-    lengths = torch.tensor([question.shared for question in questions])
-    place = torch.arange(width)
-    mask = place >= (width - lengths)[:, None]
-    inputs: dict[str, torch.Tensor] = {"input_ids": ids.to(model.device)}
-    if not mask.all():
-        inputs["attention_mask"] = mask.long().to(model.device)
-        inputs["position_ids"] = (place - (width - lengths)[:, None]).clamp(min=0).to(model.device)
-    positions.keep = (place == width - 1).expand(len(questions), width)
-    tails = [
-        (row, number, request.ids[question.shared :], request.start - question.shared)
-        for row, question in enumerate(questions)
-        for number, request in enumerate(question.requests)
-    ]
-    more = any(len(tail) > 1 for _, _, tail, _ in tails)
-    output = model(**inputs, past_key_values=DynamicCache(config=model.config) if more else None, use_cache=more)
-    sums = [[0.0] * len(question.requests) for question in questions]
-    first = [(row, number, tail[0]) for row, number, tail, start in tails if start == 0]
-    scores = output.logits[0][torch.tensor([row for row, _, _ in first], device=output.logits.device)]
-    for (row, number, _), value in zip(
-        first, token_logprobs(scores, torch.tensor([t for _, _, t in first])), strict=True
+        and not getattr(model.config, "alibi", False)
+        and model.config._attn_implementation in ("sdpa", "eager")
     ):
-        sums[row][number] += float(value)
-
-    longer = [tail for tail in tails if len(tail[2]) > 1]
-    # The cache holds a prompt for every completion, so it counts as well as the tokens do.
-    sizes = [max(len(tail) - 1, (width + len(tail)) // SHARED_CACHE) for _, _, tail, _ in longer]
-    for batch in batches(sizes, tokens_per_batch, [len(longer[index][2]) - 1 for index in range(len(longer))]):
-        chosen = [longer[index] for index in batch]
-        rows = torch.tensor([row for row, _, _, _ in chosen])
-        work.set([jobs[row] for row in rows.tolist()])
-        span = max(len(tail) for _, _, tail, _ in chosen) - 1
-        ids = padded([tail[:-1] for _, _, tail, _ in chosen], span)
-        following = padded([tail[1:] for _, _, tail, _ in chosen], span)
-        place = torch.arange(span)
-        begin = torch.tensor([[max(0, start - 1)] for _, _, _, start in chosen])
-        end = torch.tensor([[len(tail) - 1] for _, _, tail, _ in chosen])
-        positions.keep = (place >= begin) & (place < end)
-        seen = torch.cat([mask[rows], torch.ones(len(chosen), span, dtype=torch.bool)], dim=1)
-        logits = model(
-            input_ids=ids.to(model.device),
-            attention_mask=None if seen.all() else seen.long().to(model.device),
-            position_ids=(lengths[rows][:, None] + place).to(model.device),
-            past_key_values=rows_of(output.past_key_values, rows.to(model.device)),
-            use_cache=True,
-        ).logits[0]
-        each = token_logprobs(logits, following[positions.keep])
-        parts = sums_of(each, (end - begin).clamp(min=0)[:, 0].tolist())
-        for (row, number, _, _), part in zip(chosen, parts, strict=True):
-            sums[row][number] += part
-    return [tuple(found) for found in sums]
+        return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
+    return 0
 
 
-def rows_of(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """A cache whose rows are those of `cache` at these indices; `cache` stays as it is."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
-    return chosen
+def score_rows(
+    work: Pass, positions: ScoredPositions, jobs: list[Job], questions: Sequence[Question]
+) -> list[tuple[float, ...]]:
+    """One forward pass over questions, each a row; the sums of their completions' log-probabilities.
+
+    Rows are padded on the right. Nothing scored can see what comes after it, so rows without branches need no attention mask,
+    and attention takes its fastest path.
+    """
+    model = work.stack.model
+    work.set(jobs)
+    rows = [question.row for question in questions]
+    width = max(len(row.ids) for row in rows)
+    inputs: dict[str, torch.Tensor] = {"input_ids": padded([row.ids for row in rows], width).to(model.device)}
+    if len(questions[0].requests) > 1:
+        branches = padded([row.branches for row in rows], width).to(model.device)
+        seen = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
+        hidden = ~seen.tril()[:, None]
+        mask = torch.zeros(hidden.shape, dtype=model.dtype, device=model.device)
+        inputs["attention_mask"] = mask.masked_fill_(hidden, torch.finfo(model.dtype).min)
+        inputs["position_ids"] = padded([row.places for row in rows], width).to(model.device)
+    scored = [
+        (number * width + index, token, (number, completion))
+        for number, row in enumerate(rows)
+        for index, token, completion in row.scored
+    ]
+    place, token = (
+        torch.tensor(values) for values in zip(*((place, token) for place, token, _ in scored), strict=True)
+    )
+    keep = torch.zeros(len(rows) * width, dtype=torch.bool)
+    keep[place] = True
+    positions.keep = keep.view(len(rows), width)
+    logits = model(**inputs, use_cache=False).logits[0].float()
+    # Several completions begin where the same prompt ends: its logits are there once.
+    index = (keep.cumsum(0) - 1)[place].to(logits.device)
+    each = logits[index, token.to(logits.device)] - logits.logsumexp(dim=1)[index]
+    sums = [[0.0] * len(question.requests) for question in questions]
+    for (number, completion), value in zip((owner for _, _, owner in scored), each.double().tolist(), strict=True):
+        sums[number][completion] += value
+    return [tuple(values) for values in sums]
 
 
 @torch.inference_mode()

@@ -57,9 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, help="only the first rows of the target (with --random: 200)")
     parser.add_argument("--mixtures", type=int, default=5, help="how many mixtures, of 1 to N candidates (default: 5)")
-    parser.add_argument(
-        "--methods", default="ours,floor,cat,trainer,harness", help="which (default: all that are installed)"
-    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="which (default: all that are installed)")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     given, flags = parser.parse_known_args()
     chosen = given.methods.split(",")

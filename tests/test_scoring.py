@@ -177,16 +177,18 @@ def test_every_prompt_is_computed_once(tokenizer, questions):
     model.register_forward_pre_hook(count, with_kwargs=True)
     scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
     score_of(scorer, model, 10_000)
-    lengths = [question.shared for question in scorer.questions]
-    longest = max(len(request.ids) - question.shared for question in scorer.questions for request in question.requests)
-    assert seen <= len(questions) * max(lengths) + 3 * len(questions) * (longest - 1)
+    rows = [
+        question.shared + sum(len(request.ids) - question.shared - 1 for request in question.requests)
+        for question in scorer.questions
+    ]
+    assert seen == len(questions) * max(rows)
     assert seen < sum(len(request.ids) for question in scorer.questions for request in question.requests) / 2
 
 
 def test_a_model_without_position_ids_scores_each_choice_alone(tokenizer, questions, monkeypatch):
     model = build_model("llama")
     expected = score_of(make_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
-    monkeypatch.setattr("m2m_hf.forward.shares_prompts", lambda model: False)
+    monkeypatch.setattr("m2m_hf.forward.shared_span", lambda model: 0)
     alone = score_of(make_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
     assert alone.values == pytest.approx(expected.values, abs=1e-5)
 

@@ -32,6 +32,21 @@ average of every subset on your target's validation set, and fine-tunes once on 
 Every command goes on from where the run folder stands. With several processes:
   accelerate launch recipes/select.py --config x.yaml
 """
+SCORERS = """\
+targets: each has a scorer and what that needs:
+  choice          data: rows of prompt, choices, answer (an index, or the text); metric: accuracy or logprob; normalize: none,
+                  tokens or bytes
+  classification  data: rows of prompt, label; labels: {label: word}, or those in the data; metric and normalize as above
+  loss            data: rows of prompt, completion, or of messages; the score is the log-likelihood per token
+  generation      data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
+                  token_f1
+  command         command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output}
+  lm_eval         task: a name or the path of a YAML; num_fewshot, limit; needs pip install 'm2m_hf[lm_eval]'
+The sealed test is test_data, test_command or test_task. A metric may also be the path or Hub id of an evaluate module, which
+runs its code, so only with allow_metric_code: true. Several targets have a weight each, and min_delta: by how much at most a
+mixture may be worse on it than the base model. In Python a scorer may also be a function (model, tokenizer, rows) that gives
+a number, or one for every row.
+"""
 EXAMPLE = """\
 a configuration that runs:
   model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -59,7 +74,7 @@ def fields_text() -> str:
     for name, default, text in field_help():
         if name != "folder":
             lines.append(f"  {name:20} {text}" + (f" [{default}]" if default not in ("{}", "None") else ""))
-    return "\n".join(lines) + "\n\n" + EXAMPLE
+    return "\n".join(lines) + "\n\n" + SCORERS + "\n" + EXAMPLE
 
 
 def make_parser() -> argparse.ArgumentParser:

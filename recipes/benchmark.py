@@ -15,6 +15,9 @@ sys.path.pop(0)  # this folder holds a file that would stand in for the standard
 
 import os
 
+from m2m_hf.console import LibraryLog
+
+LOG = LibraryLog()  # libraries have things to say when they are imported
 os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read when tqdm is imported
 
 import argparse
@@ -43,7 +46,7 @@ from m2m_hf.benchmark import (
     switching_seconds,
 )
 from m2m_hf.config import DataConfig, TargetConfig
-from m2m_hf.console import LibraryLog, Terminal
+from m2m_hf.console import Terminal
 from m2m_hf.merging import GatedStack
 from m2m_hf.scoring import LogprobScorer, make_scorer
 
@@ -65,7 +68,7 @@ def main() -> None:
         parser.error("give either --config or --random")
     if set(chosen) - set(METHODS):
         parser.error(f"--methods: expected some of {','.join(METHODS)}, got {given.methods}")
-    LibraryLog().silence_libraries()
+    LOG.silence_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     terminal = Terminal()
     with tempfile.TemporaryDirectory() as folder:

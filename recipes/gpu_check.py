@@ -20,6 +20,10 @@ import sys
 
 sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
 
+from m2m_hf.console import LibraryLog
+
+LOG = LibraryLog()  # libraries have things to say when they are imported
+
 import argparse
 import math
 import statistics
@@ -49,7 +53,7 @@ from m2m_hf.benchmark import (
 )
 from m2m_hf.callbacks import BankProgress
 from m2m_hf.config import DataConfig, TargetConfig
-from m2m_hf.console import LibraryLog, Terminal
+from m2m_hf.console import Terminal
 from m2m_hf.forward import Weights, completion_logprobs
 from m2m_hf.merging import Adapter, GatedStack
 from m2m_hf.scoring import LogprobScorer, make_scorer
@@ -195,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is to be seen; --device cpu --size tiny tries the checks without one")
-    LibraryLog().silence_libraries()
+    LOG.silence_libraries()
     terminal = Terminal()
     check = Checks(terminal)
     start = time.monotonic()

@@ -415,7 +415,8 @@ def report(load: Workload, results: Mapping[str, Measured]) -> tuple[list[str], 
         agreement = ""
         if name not in ("ours", "floor") and "ours" in results:
             apart = differences(results["ours"], one)
-            agreement = f"{statistics.fmean(apart):.1e}, at most {max(apart):.1e}; answers {other_answers(results['ours'], one):.1%}"
+            others = other_answers(results["ours"], one)
+            agreement = f"{statistics.fmean(apart):.1e}, at most {max(apart):.1e}; answers {others:.1%}"
         rows.append([
             name,
             f"{seconds:.3f} s",

@@ -5,6 +5,7 @@
 
 import difflib
 import enum
+import math
 import os
 import re
 import shlex
@@ -168,12 +169,14 @@ class CandidateConfig:
     Args:
         data: where its rows come from.
         required: every proposed mixture contains it.
+        excluded: no proposed mixture contains it; its adapter is trained and shown all the same.
         cost: what choosing it costs, in any unit, to break ties (default: its tokens).
         license: recorded with the chosen mixture.
     """
 
     data: DataConfig
     required: bool = False
+    excluded: bool = False
     cost: float | None = None
     license: str | None = None
 
@@ -182,7 +185,12 @@ class CandidateConfig:
         """Reads `{path: ..., required: ..., ...}`: the keys of `DataConfig` and of this class on one level."""
         if not isinstance(given, Mapping):
             return cls(DataConfig.parse(given, where, folder))
-        own: dict[str, tuple[type, ...]] = {"required": (bool,), "cost": (int, float), "license": (str,)}
+        own: dict[str, tuple[type, ...]] = {
+            "required": (bool,),
+            "excluded": (bool,),
+            "cost": (int, float),
+            "license": (str,),
+        }
         for key in given:
             if key not in (*DATA_KEYS, *own):
                 raise InputError(unknown_key_message(str(key), (*DATA_KEYS, *own), where))
@@ -190,13 +198,24 @@ class CandidateConfig:
             value = given.get(key)
             if value is not None and (not isinstance(value, expected) or (key == "cost" and isinstance(value, bool))):
                 raise InputError(
-                    f"{where}.{key}: got {value!r}, expected {key}: {'true' if key == 'required' else '...'}"
+                    f"{where}.{key}: got {value!r}, expected {key}: {'true' if own[key] == (bool,) else '...'}"
                 )
+            if key == "cost" and isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise InputError(f"{where}.cost: expected a number, 0 or above, got {value!r}")
+        if given.get("required") and given.get("excluded"):
+            raise InputError(f"{where}: it is both required and excluded")
         data = DataConfig.parse({key: value for key, value in given.items() if key not in own}, where, folder)
-        return cls(data, bool(given.get("required")), given.get("cost"), given.get("license"))
+        return cls(
+            data, bool(given.get("required")), bool(given.get("excluded")), given.get("cost"), given.get("license")
+        )
 
     def to_json(self) -> dict[str, Any]:
-        own = {"required": self.required or None, "cost": self.cost, "license": self.license}
+        own = {
+            "required": self.required or None,
+            "excluded": self.excluded or None,
+            "cost": self.cost,
+            "license": self.license,
+        }
         return self.data.to_json() | {key: value for key, value in own.items() if value is not None}
 
 
@@ -370,7 +389,7 @@ class MergeToMixConfig:
     candidates: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, required, cost, license."
+            "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, required, excluded, cost, license."
         },
     )
     targets: dict[str, Any] = field(
@@ -379,11 +398,56 @@ class MergeToMixConfig:
     )
     strategy: str = field(
         default="exhaustive",
-        metadata={"help": "How mixtures are proposed: exhaustive (all 2^N-1 subsets)."},
+        metadata={
+            "help": "How mixtures are proposed: exhaustive (all 2^N-1 subsets), random, greedy, beam, annealing, surrogate, "
+            "bayes, gradient, or auto, which chooses and says why."
+        },
     )
     objective: str = field(
         default="merged",
-        metadata={"help": "What scores a mixture in the search: merged (the adapters' exact average)."},
+        metadata={
+            "help": "What scores a mixture: merged (the adapters' exact average) or ensemble (their probabilities' average)."
+        },
+    )
+    weights: str = field(
+        default="equal",
+        metadata={"help": "equal (mixtures are subsets) or continuous (any weights; they become shares of the data)."},
+    )
+    race: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Stop scoring mixtures that cannot win any more (default: with every strategy but exhaustive)."
+        },
+    )
+    max_trials: int | None = field(
+        default=None,
+        metadata={"help": "At most so many mixtures, the base, singles and all together included."},
+    )
+    max_example_evaluations: int | None = field(
+        default=None,
+        metadata={"help": "At most so many examples scored, over all mixtures."},
+    )
+    max_seconds: float | None = field(
+        default=None,
+        metadata={"help": "At most so long scoring mixtures."},
+    )
+    min_datasets: int = field(
+        default=1,
+        metadata={"help": "Fewest candidates in a mixture."},
+    )
+    max_datasets: int | None = field(
+        default=None,
+        metadata={"help": "Most candidates in a mixture."},
+    )
+    max_cost: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most that the candidates of a mixture may cost together; a candidate costs its tokens, or its cost."
+        },
+    )
+    licenses: list[str] | None = field(
+        default=None,
+        metadata={"help": "Only candidates with one of these as their license may be in a mixture."},
     )
     merge_method: str = field(
         default="average",
@@ -426,10 +490,12 @@ class MergeToMixConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        if self.tokens_per_batch is not None and (
-            not isinstance(self.tokens_per_batch, int) or self.tokens_per_batch < 1
-        ):
-            raise InputError(f"tokens_per_batch: expected an integer of at least 1, got {self.tokens_per_batch!r}")
+        for name, lowest in LOWEST.items():
+            given: Any = getattr(self, name)
+            kinds, words = ((int, float), "a number") if name in ("max_seconds", "max_cost") else ((int,), "an integer")
+            right = isinstance(given, kinds) and not isinstance(given, bool) and lowest <= given < math.inf
+            if given is not None and not right:
+                raise InputError(f"{name}: expected {words} of at least {lowest}, got {given!r}")
         for name, one in (
             ("candidates", "my_data: {path: json, data_files: my_data.jsonl}"),
             ("targets", "my_task: {...}"),
@@ -437,12 +503,22 @@ class MergeToMixConfig:
             given = getattr(self, name)
             if not isinstance(given, Mapping) or not given:
                 raise InputError(f"{name}: expected at least one, as in\n  {name}:\n    {one}\ngot {given!r}")
+        if self.race is not None and not isinstance(self.race, bool):
+            raise InputError(f"race: expected true or false, got {self.race!r}")
+        if self.licenses is not None and not (
+            isinstance(self.licenses, list) and all(isinstance(one, str) for one in self.licenses)
+        ):
+            raise InputError(f"licenses: expected a list of names, got {self.licenses!r}")
         if not isinstance(self.final, Mapping):
             raise InputError(f"final: expected fields of SFTConfig or ModelConfig, got {self.final!r}")
-        if len(self.candidates) > MAX_EXHAUSTIVE:
+        if self.strategy == "exhaustive" and len(self.candidates) > MAX_EXHAUSTIVE:
             raise InputError(
                 f"candidates: {len(self.candidates)} given, and exhaustive search scores 2^N-1 mixtures; "
-                f"at most {MAX_EXHAUSTIVE} are possible"
+                f"at most {MAX_EXHAUSTIVE} are possible. Use strategy: auto"
+            )
+        if self.weights == "continuous" and self.strategy not in CONTINUOUS:
+            raise InputError(
+                f"strategy: {self.strategy} proposes subsets only; for weights: continuous expected {', '.join(CONTINUOUS)}"
             )
         folder = Path(self.folder or ".").absolute()
         names = [check_name(name, "candidate") for name in self.candidates]
@@ -467,10 +543,23 @@ class MergeToMixConfig:
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "strategy": ("exhaustive",),
-    "objective": ("merged",),
+    "strategy": (
+        "exhaustive", "auto", "random", "greedy", "beam", "annealing", "surrogate", "bayes", "gradient",
+    ),
+    "objective": ("merged", "ensemble"),
+    "weights": ("equal", "continuous"),
     "merge_method": ("average",),
     "verify_top_k": (0,),
+}  # fmt: skip
+CONTINUOUS = ("auto", "random", "bayes", "gradient")
+LOWEST = {
+    "tokens_per_batch": 1,
+    "max_trials": 1,
+    "max_example_evaluations": 1,
+    "max_seconds": 0,
+    "min_datasets": 1,
+    "max_datasets": 1,
+    "max_cost": 0,
 }
 MAX_EXHAUSTIVE = 16
 

@@ -445,20 +445,40 @@ def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
     return sum(key(row.prompt, row.choices[row.answer]) in asked for row in rows)
 
 
-def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:
-    """Writes the union of the mixture's candidates, shuffled with `seed`, as `train.jsonl` with its `manifest.json`.
+def shares(mixture: Mixture, rows: Mapping[str, int]) -> dict[str, int]:
+    """How many rows of each candidate make the mixture: all of them where the weights are equal, else in proportion to these."""
+    if len(set(mixture.weights.values())) == 1:
+        return {name: rows[name] for name in mixture.names}
+    total = min(rows[name] / weight for name, weight in mixture.items)
+    return {name: max(1, min(rows[name], round(weight * total))) for name, weight in mixture.items}
 
-    The same mixture and seed give the same bytes. What is there already with the same content is left as it is.
+
+def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:
+    """Writes the mixture's rows, shuffled with `seed`, as `train.jsonl` with its `manifest.json`.
+
+    Of equal weights it is the union of the candidates. Otherwise rows are drawn from each in proportion to its weight, none
+    twice, as many as the candidates have. The same mixture and seed give the same bytes. What is there already with the same
+    content is left as it is.
     """
-    rows = [row for name in mixture.names for row in candidates[name].rows]
-    random.Random(seed).shuffle(rows)
+    counts = shares(mixture, {name: len(candidates[name].rows) for name in mixture.names})
+    draw = random.Random(seed)
+    rows = []
+    for name, count in counts.items():
+        numbers = (
+            range(count)
+            if count == len(candidates[name].rows)
+            else draw.sample(range(len(candidates[name].rows)), count)
+        )
+        rows += [candidates[name].rows[number] for number in numbers]
+    draw.shuffle(rows)
     train = folder / "train.jsonl"
     write_atomic(train, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     sources = {
         name: {
             "weight": weight,
-            "rows": len(candidates[name].rows),
-            "tokens": candidates[name].tokens,
+            "rows": counts[name],
+            "rows_of_the_candidate": len(candidates[name].rows),
+            "tokens": candidates[name].tokens * counts[name] // len(candidates[name].rows),
             "fingerprint": candidates[name].fingerprint,
             "source": candidates[name].config.to_json(),
         }

@@ -34,8 +34,15 @@ from .scoring import Scorer
 class ExternalScorer(Scorer):
     """Base: one mixture after another; what the main process says holds for all."""
 
-    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
+    def score(
+        self,
+        stack: GatedStack,
+        mixtures: Sequence[Weights],
+        tokens_per_batch: int,
+        rows: Sequence[int] | None = None,
+    ) -> list[Score | Failure]:
         """The score of every mixture, or why it has none: a number that is not finite."""
+        assert rows is None, "what runs elsewhere scores all its rows"
         results: list[Score | Failure] = []
         for weights in mixtures:
             stack.set(weights)

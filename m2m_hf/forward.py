@@ -6,6 +6,7 @@ beyond rounding. Every row of a batch may belong to another mixture, so a small 
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -187,41 +188,123 @@ class Pass:
         return [[found[mixture, index] for index in range(self.count)] for mixture in range(len(self.mixtures))]
 
 
-@torch.inference_mode()
 def completion_logprobs(
     stack: GatedStack, mixtures: Sequence[Weights], questions: Sequence[Question], tokens_per_batch: int
 ) -> list[list[tuple[float, ...]]]:
     """Log-probability of every completion given what stands before it (natural logarithm, summed over its tokens).
 
+    Returns:
+        By mixture and question, one number per completion.
+    """
+    found = token_logprobs(stack, mixtures, questions, tokens_per_batch)
+    return [[tuple(map(sum, completions)) for completions in of_mixture] for of_mixture in found]
+
+
+@torch.inference_mode()
+def token_logprobs(
+    stack: GatedStack, mixtures: Sequence[Weights], questions: Sequence[Question], tokens_per_batch: int
+) -> list[list[tuple[list[float], ...]]]:
+    """Log-probability of every scored token.
+
     A question is one row: its prompt is computed once, and its completions stand side by side behind it, each seeing the
     prompt and itself. Where the model cannot be told so, every completion is a row of its own.
 
     Returns:
-        By mixture and question, one number per completion.
+        By mixture and question, the tokens of every completion.
     """
-    span = shared_span(stack.model)
+    pieces = pieces_of(stack.model, questions)
+    work = Pass(stack, mixtures, len(pieces))
+
+    def forward(jobs: list[Job]) -> list[tuple[list[float], ...]]:
+        rows = [pieces[index] for _, index in jobs]
+        each, owners = score_rows(work, positions, jobs, rows)
+        tokens: list[tuple[list[float], ...]] = [tuple([] for _ in row.requests) for row in rows]
+        for (number, completion), value in zip(owners, each.double().tolist(), strict=True):
+            tokens[number][completion].append(value)
+        return tokens
+
+    with ScoredPositions(stack.model) as positions:
+        found = work.run(batches_of_rows(work, pieces, tokens_per_batch), forward)
+    ordered = [chain.from_iterable(of_mixture) for of_mixture in found]
+    return [[tuple(next(values) for _ in question.requests) for question in questions] for values in ordered]
+
+
+def weight_gradient(
+    stack: GatedStack,
+    weights: Weights,
+    questions: Sequence[Question],
+    tokens_per_batch: int,
+    slopes: Callable[[int, Sequence[float]], Sequence[float]],
+) -> tuple[list[tuple[float, ...]], dict[str, float]]:
+    """The derivative of a score with respect to every adapter's weight, those of weight 0 among them; one backward pass.
+
+    Args:
+        slopes: (number of a question, log-probabilities of its completions) -> the derivatives of the score by these.
+
+    Returns:
+        The log-probabilities of the completions by question, and the derivatives by name.
+    """
+    pieces = pieces_of(stack.model, questions)
+    owners = [number for number, question in enumerate(questions) for _ in range(len(question.requests))]
+    known = None
+    if len(pieces) > len(
+        questions
+    ):  # the completions of a question are in different rows: its slopes must be known before
+        known = completion_logprobs(stack, [weights], questions, tokens_per_batch)[0]
+    starts: list[tuple[int, int]] = []  # of every piece its question, and the place of its first completion in that
+    seen: Counter[int] = Counter()
+    position = 0
+    for piece in pieces:
+        number = owners[position]
+        starts.append((number, seen[number]))
+        seen[number] += len(piece.requests)
+        position += len(piece.requests)
+    alpha = torch.tensor([weights.get(name, 0.0) for name in stack.names], requires_grad=True)
+    work = Pass(stack, [weights], len(pieces))
+
+    def forward(jobs: list[Job]) -> list[tuple[float, ...]]:
+        rows = [pieces[index] for _, index in jobs]
+        stack.set_gates(alpha)  # anew, since a graph can be gone through once
+        each, places = score_rows(work, positions, jobs, rows)
+        values = each.detach().double().tolist()
+        sums = [[0.0] * len(row.requests) for row in rows]
+        for (row, completion), value in zip(places, values, strict=True):
+            sums[row][completion] += value
+        factors = []
+        for (_, index), found in zip(jobs, sums, strict=True):
+            number, first = starts[index]
+            factors.append(slopes(number, found if known is None else known[number])[first : first + len(found)])
+        factor = torch.tensor([factors[row][completion] for row, completion in places], device=each.device)
+        torch.autograd.backward((each * factor).sum())
+        return [tuple(found) for found in sums]
+
+    with ScoredPositions(stack.model) as positions, torch.enable_grad():
+        found = work.run(batches_of_rows(work, pieces, tokens_per_batch), forward)[0]
+    stack.set({})
+    slope = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
+    shares = gather_object([slope.tolist()]) if PartialState().num_processes > 1 else [slope.tolist()]
+    values = chain.from_iterable(found)
+    sums = [tuple(next(values) for _ in question.requests) for question in questions]
+    return sums, {name: sum(share[number] for share in shares) for number, name in enumerate(stack.names)}
+
+
+def pieces_of(model: PreTrainedModel, questions: Sequence[Question]) -> list[Question]:
+    """The rows to compute: whole questions where the model can be told to, else their completions."""
+    span = shared_span(model)
     pieces: list[Question] = []
     for question in questions:
         whole = len(question.requests) == 1 or question.longest <= span
         pieces.extend([question] if whole else [Question((request,)) for request in question.requests])
-    work = Pass(stack, mixtures, len(pieces))
-    by_kind: dict[bool, list[int]] = {
-        True: [],
-        False: [],
-    }  # rows that branch need a mask that the others do better without
-    for number, (_, index) in enumerate(work.jobs):
-        by_kind[len(pieces[index].requests) > 1].append(number)
+    return pieces
 
-    def made() -> Iterator[list[int]]:
-        for numbers in by_kind.values():
-            rows = [pieces[work.jobs[number][1]].row for number in numbers]
-            for batch in batches([len(row.ids) for row in rows], tokens_per_batch, [row.heads for row in rows]):
-                yield [numbers[index] for index in batch]
 
-    with ScoredPositions(stack.model) as positions:
-        found = work.run(made(), lambda jobs: score_rows(work, positions, jobs, [pieces[index] for _, index in jobs]))
-    ordered = [chain.from_iterable(of_mixture) for of_mixture in found]
-    return [[tuple(next(values) for _ in question.requests) for question in questions] for values in ordered]
+def batches_of_rows(work: "Pass", pieces: Sequence[Question], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Batches of a pass's jobs; rows that branch need a mask, and others do better without, so they do not mix."""
+    for branching in (True, False):
+        numbers = [n for n, (_, index) in enumerate(work.jobs) if (len(pieces[index].requests) > 1) == branching]
+        rows = [pieces[work.jobs[number][1]].row for number in numbers]
+        for batch in batches([len(row.ids) for row in rows], tokens_per_batch, [row.heads for row in rows]):
+            yield [numbers[index] for index in batch]
 
 
 def shared_span(model: PreTrainedModel) -> float:
@@ -243,8 +326,8 @@ def shared_span(model: PreTrainedModel) -> float:
 
 def score_rows(
     work: Pass, positions: ScoredPositions, jobs: list[Job], questions: Sequence[Question]
-) -> list[tuple[float, ...]]:
-    """One forward pass over questions, each a row; the sums of their completions' log-probabilities.
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """One forward pass over questions, each a row: the log-probability of every scored token, and the (row, completion) of each.
 
     Rows are padded on the right. Nothing scored can see what comes after it, so rows without branches need no attention mask,
     and attention takes its fastest path.
@@ -276,40 +359,41 @@ def score_rows(
     # Several completions begin where the same prompt ends: its logits are there once.
     index = (keep.cumsum(0) - 1)[place].to(logits.device)
     each = logits[index, token.to(logits.device)] - logits.logsumexp(dim=1)[index]
-    sums = [[0.0] * len(question.requests) for question in questions]
-    for (number, completion), value in zip((owner for _, _, owner in scored), each.double().tolist(), strict=True):
-        sums[number][completion] += value
-    return [tuple(values) for values in sums]
+    return each, [owner for _, _, owner in scored]
 
 
 @torch.inference_mode()
 def generate(
     stack: GatedStack,
     mixtures: Sequence[Weights],
-    prompts: Sequence[Sequence[int]],
+    prompts: Mapping[int, Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationConfig,
     tokens_per_batch: int,
 ) -> list[list[str]]:
     """Answers to prompts (token ids), by mixture and prompt, without special tokens and cut before a stop string.
 
-    Prompts are padded on the left. Where `settings` sample, every prompt goes alone and with its own seed, so that the answers
-    do not depend on the batches.
+    Prompts are padded on the left. Where `settings` sample, every prompt goes alone and with its own number as its seed, so
+    that the answers depend neither on the batches nor on which prompts are asked.
+
+    Args:
+        prompts: token ids by number.
     """
     model = stack.model
+    numbers = list(prompts)
     work = Pass(stack, mixtures, len(prompts))
-    sizes = [len(prompts[index]) + settings.max_new_tokens for _, index in work.jobs]
+    sizes = [len(prompts[numbers[index]]) + settings.max_new_tokens for _, index in work.jobs]
 
     def forward(jobs: list[Job]) -> list[str]:
         work.set(jobs)
-        chosen = [prompts[index] for _, index in jobs]
+        chosen = [prompts[numbers[index]] for _, index in jobs]
         width = max(map(len, chosen))
         ids = padded(chosen, width, left=True).to(model.device)
         mask = (
             (torch.arange(width) >= width - torch.tensor([[len(prompt)] for prompt in chosen])).long().to(model.device)
         )
         if settings.do_sample:
-            set_seed(jobs[0][1])
+            set_seed(numbers[jobs[0][1]])
         found = model.generate(ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer)
         return [cut(tokenizer.decode(row, skip_special_tokens=True), settings.stop_strings) for row in found[:, width:]]
 

@@ -308,6 +308,10 @@ class GatedStack:
         else:
             self._gates = {layout: values.to(owner.device)[:, None, owner] for layout, owner in self._owners.items()}
 
+    def set_gates(self, weights: torch.Tensor) -> None:
+        """The same with a tensor of one weight per name of `names`, through which gradients pass."""
+        self._gates = {layout: weights.to(owner.device)[owner] for layout, owner in self._owners.items()}
+
     def detach(self) -> None:
         """Takes the stack off the base model, which is then as it was before."""
         for handle in self._handles:

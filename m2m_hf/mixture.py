@@ -1,10 +1,11 @@
 """The values that the search speaks in: mixture, search space, score, trial. Plain Python, frozen, JSON in and out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
-from math import isclose, isfinite
+from math import comb, inf, isclose, isfinite
+from random import Random
 from typing import Any
 
 from .errors import InputError
@@ -65,20 +66,128 @@ BASE = Mixture(())
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The mixtures that may be proposed: non-empty subsets of `names` that contain all of `required`."""
+    """The mixtures that may be proposed.
+
+    Args:
+        names: the candidates that may be in a mixture.
+        required: every mixture contains these.
+        min_datasets: fewest candidates in a mixture.
+        max_datasets: most candidates in a mixture (None: all).
+        costs: what each candidate costs, in any unit; absent ones nothing.
+        max_cost: most that the candidates of a mixture may cost together.
+        continuous: whether mixtures of unequal weights may be proposed too.
+
+    Raises:
+        InputError: no mixture meets all of it.
+    """
 
     names: tuple[str, ...]
     required: frozenset[str] = frozenset()
+    min_datasets: int = 1
+    max_datasets: int | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+    max_cost: float = inf
+    continuous: bool = False
+
+    def __post_init__(self) -> None:
+        absent = sorted(self.required - set(self.names))
+        if absent:
+            raise InputError(f"required: {', '.join(absent)} cannot be in a mixture, being excluded")
+        if self.fewest > self.most:
+            raise InputError(
+                f"no mixture is possible: at least {self.fewest} candidates are asked for (min_datasets, or those required) "
+                f"and at most {self.most} allowed (max_datasets, or those not excluded)"
+            )
+        cheapest = sorted(set(self.names) - self.required, key=self.cost_of)[: self.fewest - len(self.required)]
+        least = sum(map(self.cost_of, [*self.required, *cheapest]))
+        if not self.allows_cost(least):
+            raise InputError(f"max_cost: the cheapest mixture allowed costs {least:g}, more than {self.max_cost:g}")
+
+    @property
+    def fewest(self) -> int:
+        return max(1, self.min_datasets, len(self.required))
+
+    @property
+    def most(self) -> int:
+        return min(len(self.names), self.max_datasets or len(self.names))
+
+    def cost_of(self, name: str) -> float:
+        return self.costs.get(name, 0.0)
+
+    def allows(self, names: Collection[str]) -> bool:
+        """Whether these candidates may be a mixture."""
+        return (
+            self.fewest <= len(names) <= self.most
+            and self.required <= set(names) <= set(self.names)
+            and self.allows_cost(sum(map(self.cost_of, names)))
+        )
+
+    def allows_cost(self, cost: float) -> bool:
+        return cost <= self.max_cost * (1 + 1e-9)
+
+    def __contains__(self, mixture: Mixture) -> bool:
+        return self.allows(mixture.names) and (self.continuous or len(set(mixture.weights.values())) == 1)
 
     def subsets(self) -> Iterator[Mixture]:
         """Every allowed subset, smaller ones first, then in the order of `names`."""
-        for size in range(1, len(self.names) + 1):
+        for size in range(self.fewest, self.most + 1):
             for names in combinations(self.names, size):
-                if self.required.issubset(names):
+                if self.allows(names):
                     yield Mixture.subset(names)
 
-    def __contains__(self, mixture: Mixture) -> bool:
-        return bool(mixture.items) and self.required <= set(mixture.names) <= set(self.names)
+    def at_most(self, count: int) -> bool:
+        """Whether there are no more than `count` subsets, costs and required candidates aside."""
+        return sum(comb(len(self.names), size) for size in range(self.fewest, self.most + 1)) <= count
+
+    def added(self, mixture: Mixture) -> list[Mixture]:
+        """The allowed subsets with one candidate more."""
+        return self._allowed([*mixture.names, name] for name in self.names if name not in mixture.names)
+
+    def dropped(self, mixture: Mixture) -> list[Mixture]:
+        """The allowed subsets with one candidate less."""
+        return self._allowed([other for other in mixture.names if other != name] for name in mixture.names)
+
+    def swapped(self, mixture: Mixture) -> list[Mixture]:
+        """The allowed subsets in which one candidate has taken another's place."""
+        outside = [name for name in self.names if name not in mixture.names]
+        return self._allowed(
+            [*(other for other in mixture.names if other != old), new] for old in mixture.names for new in outside
+        )
+
+    def _allowed(self, several: Iterable[list[str]]) -> list[Mixture]:
+        return [Mixture.subset(names) for names in several if self.allows(names)]
+
+    def nearest(self, order: Sequence[str], size: int) -> tuple[str, ...]:
+        """The allowed candidates that come first in `order`: what is required, and others up to `size` as far as `max_cost` goes.
+
+        Args:
+            order: all names, the most wanted first.
+        """
+        size = min(max(size, self.fewest), self.most)
+        taken = sorted(self.required)
+        left = [name for name in order if name not in self.required]
+        for name in list(left):
+            if len(taken) == size:
+                break
+            others = sorted(self.cost_of(other) for other in left if other != name and other not in taken)
+            rest = others[: max(0, self.fewest - len(taken) - 1)]  # what it takes to be as many as there must be
+            if self.allows_cost(sum(map(self.cost_of, [*taken, name])) + sum(rest)):
+                taken.append(name)
+        return tuple(sorted(taken))
+
+    def draw(self, rng: Random) -> Mixture:
+        """A random mixture: all sizes alike, then all candidates alike; with `continuous`, its weights uniform on the simplex."""
+        names = self.nearest(rng.sample(self.names, len(self.names)), rng.randint(self.fewest, self.most))
+        return (
+            self.weighted({name: rng.expovariate(1.0) for name in names}) if self.continuous else Mixture.subset(names)
+        )
+
+    @staticmethod
+    def weighted(values: Mapping[str, float], least: float = 0.01) -> Mixture:
+        """The mixture whose weights are in proportion to `values` (≥ 0); shares below `least` are left out."""
+        total = sum(values.values())
+        kept = {name: value for name, value in values.items() if value >= least * total}
+        return Mixture.of({name: value / sum(kept.values()) for name, value in kept.items()})
 
 
 @dataclass(frozen=True)
@@ -93,12 +202,15 @@ class Score:
             whole corpus.
         logprobs: per example, the log-probability of the right answer (natural logarithm, at most 0). Empty where the scorer
             has none.
+        gradient: the derivative of the mean log-probability by the weight of every candidate of the mixture, in the order of
+            its names. Empty where it was not asked for.
     """
 
     value: float
     stderr: float | None = None
     values: tuple[float, ...] = ()
     logprobs: tuple[float, ...] = ()
+    gradient: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, values: Sequence[float], logprobs: Sequence[float] = ()) -> "Score":
@@ -125,10 +237,12 @@ class Trial:
     Args:
         key: fingerprint of everything the score depends on; equal keys mean the same measurement.
         mixture: what was scored.
-        objective: `merged` (the adapters' exact parameter average).
+        objective: `merged` (the adapters' exact parameter average), `gradient` (the same with the derivatives by the weights) or
+            `ensemble` (the average of the adapters' probabilities).
         target: name of the target.
         rung: how many of the target's examples were seen.
-        state: `complete`, or `failed` with a `reason`.
+        state: `complete`; `pruned` for a rung of a race, where only some examples were seen (the values of a mixture that went
+            further stand in a later trial); or `failed` with a `reason`.
         score: absent for a failed trial.
         seconds: wall time of the measurement.
     """
@@ -160,6 +274,7 @@ class Trial:
             "reason": self.reason,
             "values": list(score.values) if score else None,
             "logprobs": list(score.logprobs) if score else None,
+            "gradient": list(score.gradient) if score else None,
         }
 
     @classmethod
@@ -171,8 +286,9 @@ class Trial:
         """
         try:
             score = None
-            if record["state"] == "complete":
-                score = Score(record["score"], record["stderr"], tuple(record["values"]), tuple(record["logprobs"]))
+            if record["state"] != "failed":
+                lists = (tuple(record[key]) for key in ("values", "logprobs", "gradient"))
+                score = Score(record["score"], record["stderr"], *lists)
             return cls(
                 key=record["key"],
                 mixture=Mixture(tuple(zip(record["names"], record["weights"], strict=True))),
@@ -193,15 +309,18 @@ class Standing:
     """How one mixture stands on all targets together; what a strategy is sent and what is ranked.
 
     Args:
-        trials: target -> its trial.
+        trials: target -> its trial; in a race the last rung that the mixture reached.
         weights: target -> its weight.
         short: the targets on which the mixture is worse than the base model by more than their `min_delta`.
+        offset: what to add to the score of a mixture that was pruned, for an estimate of what it would have been on all
+            examples: by how much a mixture that was scored on all of them did better on those than on the ones seen here.
     """
 
     mixture: Mixture
     trials: Mapping[str, Trial]
     weights: Mapping[str, float]
     short: tuple[str, ...] = ()
+    offset: float = 0.0
 
     @cached_property
     def score(self) -> Score | None:
@@ -230,8 +349,23 @@ class Standing:
         )
 
     @property
+    def pruned(self) -> bool:
+        """Whether a race ended before the mixture had seen all examples."""
+        return any(trial.state == "pruned" for trial in self.trials.values())
+
+    @property
+    def estimate(self) -> float | None:
+        """The score on all examples, as far as it is known; None where a target failed."""
+        return None if self.score is None else self.score.value + self.offset
+
+    @property
+    def complete(self) -> bool:
+        """Whether every target has a score over all its examples."""
+        return self.score is not None and not self.pruned
+
+    @property
     def may_be_chosen(self) -> bool:
-        return self.score is not None and not self.short
+        return self.complete and not self.short
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:

@@ -1,20 +1,24 @@
 """Objectives: mixtures in, scores out. The search asks nothing else of a model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
 from typing import Protocol
 
 from .journal import fingerprint
 from .merging import GatedStack
 from .mixture import Failure, Mixture, Score
-from .scoring import Scorer
+from .scoring import LogprobScorer, Scorer
 
 
 class Objective(Protocol):
     """What the search needs of one target: a name, a key for every measurement, and the measurement.
 
     `key` covers everything that the score depends on, so that a journal line with this key can stand in for measuring.
-    `at_once` is how many mixtures are best measured together; it is asked only when something has to be measured.
+    `at_once` is how many mixtures are best measured together on so many rows; it is asked only when something is to be measured.
     `weight` and `min_delta` are the target's in the choice: see `TargetConfig`.
+    `order` is that in which a race sees the examples, empty where they cannot be scored one by one. `rung` then means the first
+    so many of them; None means all, whose values stand in the examples' own order, which `whole` gives them.
     """
 
     name: str
@@ -22,13 +26,22 @@ class Objective(Protocol):
     examples: int
     weight: float
     min_delta: float | None
+    order: tuple[int, ...]
+
+    def at_once(self, rows: int) -> int: ...
+
+    def key(self, mixture: Mixture, rung: int | None = None) -> str: ...
+
+    def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]: ...
+
+    def whole(self, score: Score) -> Score: ...
+
+    def evaluations(self, mixture: Mixture, rows: int) -> int: ...
 
     @property
-    def at_once(self) -> int: ...
+    def differentiable(self) -> bool: ...
 
-    def key(self, mixture: Mixture) -> str: ...
-
-    def __call__(self, mixtures: Sequence[Mixture]) -> list[Score | Failure]: ...
+    def gradient(self, mixture: Mixture) -> Score | Failure: ...
 
 
 class MergedObjective:
@@ -71,15 +84,43 @@ class MergedObjective:
         self.examples = scorer.examples
         self.weight = weight
         self.min_delta = min_delta
+        self.order: tuple[int, ...] = ()
+        if scorer.by_row:
+            # From the target alone, so that rungs of one run are good for another.
+            self.order = tuple(Random(scorer.fingerprint).sample(range(scorer.examples), scorer.examples))
+
+    def at_once(self, rows: int) -> int:
+        return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
+
+    def key(self, mixture: Mixture, rung: int | None = None) -> str:
+        parts = [[name, weight, self._adapters[name]] for name, weight in mixture.items]
+        rung = self.examples if rung is None else rung
+        return fingerprint([self.name, self._base_fingerprint, self._scorer.fingerprint, rung, parts])
+
+    def model(self, mixture: Mixture) -> tuple[GatedStack, dict[str, float], int]:
+        """What a scorer needs to score one mixture: the stack, the weights, the budget of a forward pass."""
+        return self._open_stack(), mixture.weights, self._tokens_per_batch
+
+    def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]:
+        weights = [mixture.weights for mixture in mixtures]
+        return self._scorer.score(self._open_stack(), weights, self._tokens_per_batch, rows)
+
+    def whole(self, score: Score) -> Score:
+        """A score of all rows from their values, in the order of the rows."""
+        return self._scorer.whole(score)
+
+    def evaluations(self, mixture: Mixture, rows: int) -> int:
+        """Examples that are scored to know `rows` of them."""
+        return rows
 
     @property
-    def at_once(self) -> int:
-        return self._scorer.at_once(self._open_stack(), self._tokens_per_batch)
+    def differentiable(self) -> bool:
+        return isinstance(self._scorer, LogprobScorer)
 
-    def key(self, mixture: Mixture) -> str:
-        parts = [[name, weight, self._adapters[name]] for name, weight in mixture.items]
-        return fingerprint([self.name, self._base_fingerprint, self._scorer.fingerprint, self.examples, parts])
-
-    def __call__(self, mixtures: Sequence[Mixture]) -> list[Score | Failure]:
-        weights = [mixture.weights for mixture in mixtures]
-        return self._scorer.score(self._open_stack(), weights, self._tokens_per_batch)
+    def gradient(self, mixture: Mixture) -> Score | Failure:
+        """The score with the derivative by the weights of the mixture, in one backward pass."""
+        assert isinstance(self._scorer, LogprobScorer)
+        score, slope = self._scorer.gradient(*self.model(mixture))
+        return (
+            replace(score, gradient=tuple(slope[name] for name in mixture.names)) if isinstance(score, Score) else score
+        )

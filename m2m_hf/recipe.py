@@ -26,8 +26,8 @@ def write_recipe(
     """Writes `OUT/mixture/` and `OUT/recipe.yaml`.
 
     The recipe holds what differs from TRL's defaults and nothing that TRL does not know, so that `trl sft --config` runs it
-    where m2m_hf is not installed. It writes to `OUT/trl`, since `OUT/final` belongs to the scores beside it. The rows are the
-    union of the mixture's candidates, in one shuffled file.
+    where m2m_hf is not installed. It writes to `OUT/trl`, since `OUT/final` belongs to the scores beside it. The rows are in one
+    shuffled file, since TRL's own `fraction` would take the first rows of every dataset.
 
     Args:
         args: the final fine-tune's arguments (`final:` applied).

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .console import duration
 from .data import Candidate, Target
 from .mixture import Mixture, Score, Standing
 from .search import SearchResult, score_of
+from .worth import Worth, worth
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Outcome:
     examples: Mapping[str, Mapping[str, int]]
     training: Mapping[str, Mapping[str, Any]]
     final: Mapping[str, Any] | None
+
+    @cached_property
+    def worth(self) -> Worth | None:
+        """What every candidate is worth, where enough mixtures were scored."""
+        return worth(self.result.standings, list(self.candidates))
 
     def merged(self, names: Sequence[str]) -> Standing:
         """How the equal-weight mixture of `names` stands."""
@@ -65,15 +72,36 @@ def standing_json(standing: Standing) -> dict[str, Any] | None:
     return shown
 
 
+def one_of_the_worse(pruned: Standing, best: Standing) -> bool:
+    """Whether a mixture that left a race lies below the best by more than 1.645 standard errors of its own rung's examples."""
+    if pruned.estimate is None or best.score is None:
+        return True
+    return pruned.estimate < best.score.value - 1.645 * (pruned.score.stderr or 0.0 if pruned.score else 0.0)
+
+
 def joining(result: SearchResult, name: str) -> list[float]:
     """By how much the score changes when `name` joins a mixture, for every mixture that was scored with and without it."""
     changes = []
     for mixture, standing in result.standings.items():
         if mixture.items and name not in mixture.names:
             joined = result.standings.get(Mixture.subset([*mixture.names, name]))
-            if joined is not None and joined.score and standing.score:
+            if joined is not None and joined.score and standing.score and joined.complete and standing.complete:
                 changes.append(joined.score.value - standing.score.value)
     return changes
+
+
+def worth_json(found: Worth | None) -> dict[str, Any] | None:
+    """What every candidate is worth, as `summary.json` shows it."""
+    if found is None:
+        return None
+    return {
+        "exact": found.exact,
+        "shapley": {name: {"value": value, "stderr": stderr} for name, (value, stderr) in found.shapley.items()},
+        "interactions": [
+            {"pair": list(pair), "value": value, "stderr": stderr}
+            for pair, (value, stderr) in sorted(found.interactions.items(), key=lambda item: -abs(item[1][0]))
+        ],
+    }
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:
@@ -91,6 +119,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "best_single": standing_json(best_single) if best_single else None,
         "singles": {one.mixture.names[0]: standing_json(one) for one in singles},
         "top": [standing_json(one) for one in result.ranking[:10]],
+        "worth": worth_json(outcome.worth),
         "pareto_front": [standing_json(one) for one in result.pareto_front],
         "targets": {
             name: {
@@ -114,14 +143,14 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "counts": {
             "candidates": len(outcome.candidates),
             "trials": len(trials),
-            "pruned": 0,
+            "pruned": sum(trial.state == "pruned" for trial in trials),
             "failed": sum(trial.state == "failed" for trial in trials),
         },
         "costs": {
             "train_seconds": round(sum(record["seconds"] for record in training), 3),
             "search_seconds": round(sum(trial.seconds for trial in trials), 3),
             "final_seconds": final["total_seconds"] if final else None,
-            "example_evaluations": sum(trial.rung for trial in trials if trial.score),
+            "example_evaluations": result.evaluations,
             "adapter_steps": sum(record["steps"] for record in training),
         },
     }
@@ -140,11 +169,11 @@ def end_table(outcome: Outcome) -> tuple[str, list[str], list[list[str]]]:
     several = len(targets) > 1
     test = outcome.final_score("final", "test") is not None
 
-    def row(label: str, standing: Standing, joins: str = "", steps: str = "", time: str = "") -> list[str]:
+    def row(label: str, standing: Standing, adds: str = "", steps: str = "", time: str = "") -> list[str]:
         shown = [figure(standing.score) if standing.score else "failed"]
         if several:
             shown += [figure(standing.trials[name].score) or "failed" for name in targets]
-        return [label, *shown, *[""] * (test and not several), joins, steps, time]
+        return [label, *shown, *[""] * (test and not several), adds, steps, time]
 
     def final_row(who: str, part: str) -> list[str]:
         return [figure(outcome.final_score(who, part, name)) for name in ([None, *targets] if several else [None])]
@@ -152,9 +181,9 @@ def end_table(outcome: Outcome) -> tuple[str, list[str], list[list[str]]]:
     rows = [row("base model", outcome.result.base)]
     for name in outcome.candidates:
         one = outcome.training[name]
-        changes = joining(outcome.result, name)
-        joins = f"{sum(changes) / len(changes):+.3f}" if changes else ""
-        rows.append(row(name, outcome.merged([name]), joins, f"{one['steps']:,}", duration(one["seconds"])))
+        value, stderr = outcome.worth.shapley[name] if outcome.worth else (None, None)
+        adds = "" if value is None else f"{value:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+        rows.append(row(name, outcome.merged([name]), adds, f"{one['steps']:,}", duration(one["seconds"])))
     rows.append(row(f"all {len(outcome.candidates)}, merged", outcome.merged(list(outcome.candidates))))
     rows.append(row(f"{outcome.result.best.mixture}, merged", outcome.result.best))
     if outcome.final is not None:
@@ -175,7 +204,7 @@ def end_table(outcome: Outcome) -> tuple[str, list[str], list[list[str]]]:
     else:
         title = f"{targets[0]}: {metrics[targets[0]]} ± standard error"
         columns = ["", "validation", *["test"] * test]
-    return title, [*columns, "joining", "steps", "time"], rows
+    return title, [*columns, "worth", "steps", "time"], rows
 
 
 def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Mapping[str, Any]) -> list[str]:
@@ -220,11 +249,31 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
         lines.append(
             f"{len(front)} mixtures are on the Pareto front of the {len(outcome.targets)} targets: summary.json lists them"
         )
+    pruned = [one for one in result.standings.values() if one.pruned]
+    if pruned:
+        tied = sum(not one_of_the_worse(one, result.best) for one in pruned)
+        lines.append(
+            f"{len(pruned)} mixtures were not scored to the end, since they could not win"
+            + (
+                f"; the examples seen do not tell {tied} of them from the chosen one, nor would all of them have"
+                if tied
+                else ""
+            )
+        )
+    if result.ended == "budget":
+        lines.append("the budget ended the search before the strategy did: a larger one goes on from here")
     if summary["counts"]["failed"]:
         lines.append(
             f"{summary['counts']['failed']} trials failed; their mixtures cannot be chosen; trials.jsonl says why"
         )
-    lines.append("merged: the exact average of the adapters, not trained; joining: mean change when it joins a mixture")
+    if outcome.worth:
+        how = (
+            "over all orders in which candidates can join"
+            if outcome.worth.exact
+            else "estimated from the mixtures scored"
+        )
+        lines.append(f"worth: what a candidate adds to the mixture that it joins, on average {how} (Shapley value)")
+    lines.append("merged: the exact average of the adapters, not trained")
     uniform = (
         f"for the same {steps} steps"
         if steps

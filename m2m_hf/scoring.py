@@ -7,6 +7,7 @@ Scorers that run something else (a command, the lm-evaluation-harness, a Python 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .config import TargetConfig
 from .data import TargetRow, content_fingerprint, encode, render, text_of
 from .errors import InputError
-from .forward import Question, Request, Weights, completion_logprobs, generate
+from .forward import Question, Request, Weights, completion_logprobs, generate, token_logprobs, weight_gradient
 from .journal import file_fingerprint
 from .merging import GatedStack
 from .metrics import Metric, local_module
@@ -23,6 +24,7 @@ from .mixture import Failure, Score, mean_and_stderr
 
 ROUND = 6  # decimals kept of a log-probability: what is compared now is what the journal will say later
 MAX_NEW_TOKENS = 64  # of a generated answer, where nothing else is said
+DECODING = 4096  # tokens in a batch at least: every step adds one token to a row, which is cheap for many rows together
 
 
 class Scorer(ABC):
@@ -34,20 +36,38 @@ class Scorer(ABC):
             after another.
         cut: rows whose beginning did not fit into the model.
         fingerprint: what a score depends on beside the model.
+        by_row: whether every row has a value that does not depend on the other rows, so that some of them can be scored alone.
     """
 
     examples: int
     tokens: int = 0
     cut: int = 0
     fingerprint: str
+    by_row: bool = False
 
     @abstractmethod
-    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
-        """The score of every mixture, or why it has none."""
+    def score(
+        self,
+        stack: GatedStack,
+        mixtures: Sequence[Weights],
+        tokens_per_batch: int,
+        rows: Sequence[int] | None = None,
+    ) -> list[Score | Failure]:
+        """The score of every mixture, or why it has none.
 
-    def at_once(self, stack: GatedStack, tokens_per_batch: int) -> int:
-        """How many mixtures fill a batch: more than one only where the target alone does not."""
-        return max(1, tokens_per_batch // self.tokens) if self.tokens and stack.takes_rows else 1
+        Args:
+            rows: score these alone (only where `by_row`); the values then stand in this order.
+        """
+
+    def whole(self, score: Score) -> Score:
+        """A score of all rows from their values, in the order of the rows."""
+        return Score.of(score.values, score.logprobs)
+
+    def at_once(self, stack: GatedStack, tokens_per_batch: int, rows: int) -> int:
+        """How many mixtures fill a batch with so many rows: more than one only where those of one do not."""
+        if not self.tokens or not stack.takes_rows:
+            return 1
+        return max(1, tokens_per_batch * self.examples // (self.tokens * max(1, rows)))
 
 
 class LogprobScorer(Scorer):
@@ -62,6 +82,8 @@ class LogprobScorer(Scorer):
     Raises:
         InputError: a completion that alone has more tokens than that.
     """
+
+    by_row = True
 
     def __init__(
         self, config: TargetConfig, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -94,19 +116,45 @@ class LogprobScorer(Scorer):
         """What of the configuration a score depends on."""
         return [config.metric]
 
-    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
+    def score(
+        self,
+        stack: GatedStack,
+        mixtures: Sequence[Weights],
+        tokens_per_batch: int,
+        rows: Sequence[int] | None = None,
+    ) -> list[Score | Failure]:
         """The score of every mixture; a model with log-probabilities that are not finite has none."""
+        chosen = range(len(self.questions)) if rows is None else rows
         results: list[Score | Failure] = []
-        for sums in completion_logprobs(stack, mixtures, self.questions, tokens_per_batch):
+        for sums in completion_logprobs(stack, mixtures, [self.questions[row] for row in chosen], tokens_per_batch):
             if all(math.isfinite(value) for values in sums for value in values):
-                results.append(self.reduce(sums))
+                score = self.reduce(sums, chosen)
+                results.append(self.whole(score) if rows is None and score.values else score)
             else:
                 results.append(Failure("the model gives log-probabilities that are not finite"))
         return results
 
     @abstractmethod
-    def reduce(self, sums: Sequence[tuple[float, ...]]) -> Score:
-        """The score, from the log-probabilities of every question's completions."""
+    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score:
+        """The score of these rows, from the log-probabilities of their completions."""
+
+    @abstractmethod
+    def slopes(self, number: int, sums: Sequence[float]) -> list[float]:
+        """How the mean log-probability of the right answers changes with those of the completions of one row."""
+
+    def gradient(
+        self, stack: GatedStack, weights: Weights, tokens_per_batch: int
+    ) -> tuple[Score | Failure, dict[str, float]]:
+        """The score, and by every adapter's weight the derivative of the mean log-probability of the right answers."""
+        sums, slope = weight_gradient(stack, weights, self.questions, tokens_per_batch, self.slopes)
+        if not all(map(math.isfinite, (*slope.values(), *(value for values in sums for value in values)))):
+            return Failure("the model gives gradients that are not finite"), {}
+        score = self.reduce(sums, range(len(sums)))
+        return self.whole(score) if score.values else score, slope
+
+    @abstractmethod
+    def probabilities(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
+        """What a mixture makes of every row, for the ensemble objective; float32, see `ensemble.py`."""
 
 
 class LossScorer(LogprobScorer):
@@ -116,14 +164,31 @@ class LossScorer(LogprobScorer):
     the score. The standard error is that of a ratio of means (delta method).
     """
 
-    def reduce(self, sums: Sequence[tuple[float, ...]]) -> Score:
-        counts = [question.requests[0].scored for question in self.questions]
-        mean_count = sum(counts) / len(counts)
-        logprobs = tuple(round(value, ROUND) for (value,) in sums)
-        values = tuple(round(value / mean_count, ROUND) for (value,) in sums)
-        value = sum(values) / len(values)
-        residuals = [(total - value * count) / mean_count for (total,), count in zip(sums, counts, strict=True)]
-        return Score(value, mean_and_stderr(residuals)[1], values, logprobs)
+    @cached_property
+    def counts(self) -> list[int]:
+        """Scored tokens of every row."""
+        return [question.requests[0].scored for question in self.questions]
+
+    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score:
+        mean_count = sum(self.counts) / len(self.counts)
+        values = [round(value / mean_count, ROUND) for (value,) in sums]
+        return Score.of(values, [round(value, ROUND) for (value,) in sums])
+
+    def slopes(self, number: int, sums: Sequence[float]) -> list[float]:
+        return [1 / sum(self.counts)]
+
+    def probabilities(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
+        """The probability of every scored token, all rows in one; of shape (tokens, 1)."""
+        found = token_logprobs(stack, [weights], self.questions, tokens_per_batch)[0]
+        return (
+            torch.tensor([value for (tokens,) in found for value in tokens], dtype=torch.float64).exp().float()[:, None]
+        )
+
+    def whole(self, score: Score) -> Score:
+        mean_count = sum(self.counts) / len(self.counts)
+        totals = zip(score.logprobs, self.counts, strict=True)
+        residuals = [(total - score.value * count) / mean_count for total, count in totals]
+        return Score(score.value, mean_and_stderr(residuals)[1], score.values, score.logprobs)
 
 
 class ChoiceScorer(LogprobScorer):
@@ -143,6 +208,7 @@ class ChoiceScorer(LogprobScorer):
     ) -> None:
         super().__init__(config, rows, tokenizer, max_length)
         self.metric = metric
+        self.by_row = metric is None or metric.by_example
         self.lengths: list[list[float]] = []
         for row, question in zip(rows, self.questions, strict=True):
             self.lengths.append([
@@ -153,16 +219,34 @@ class ChoiceScorer(LogprobScorer):
     def settings(self, config: TargetConfig) -> list[Any]:
         return [metric_fingerprint(config), config.normalize]
 
-    def reduce(self, sums: Sequence[tuple[float, ...]]) -> Score:
+    def _distribution(self, row: int, sums: Sequence[float]) -> torch.Tensor:
+        """Log-probabilities of a row's choices, normalised over them."""
+        return (torch.tensor(sums, dtype=torch.float64) / torch.tensor(self.lengths[row])).log_softmax(0)
+
+    def slopes(self, number: int, sums: Sequence[float]) -> list[float]:
+        right = -self._distribution(number, sums).exp()
+        right[self.rows[number].answer] += 1
+        return (right / torch.tensor(self.lengths[number]) / self.examples).tolist()
+
+    def probabilities(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
+        """The probability of every choice; of shape (rows, most choices), 0 where a row has fewer."""
+        sums = completion_logprobs(stack, [weights], self.questions, tokens_per_batch)[0]
+        found = torch.zeros(len(sums), max(map(len, sums)))
+        for row, values in enumerate(sums):
+            found[row, : len(values)] = self._distribution(row, values).exp().float()
+        return found
+
+    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score:
         guesses: list[int] = []
         logprobs: list[float] = []
-        for row, values, lengths in zip(self.rows, sums, self.lengths, strict=True):
-            choices = torch.tensor(values, dtype=torch.float64) / torch.tensor(lengths)
+        answers = [self.rows[row].answer for row in rows]
+        for row, answer, values in zip(rows, answers, sums, strict=True):
+            choices = self._distribution(row, values)
             guesses.append(int(choices.argmax()))
-            logprobs.append(round(float(choices.log_softmax(0)[row.answer]), ROUND))
+            logprobs.append(round(float(choices[answer]), ROUND))
         if self.metric is None:
             return Score.of(logprobs, logprobs)
-        return measured(self.metric, guesses, [row.answer for row in self.rows], logprobs)
+        return measured(self.metric, guesses, answers, logprobs)
 
 
 class GenerationScorer(Scorer):
@@ -191,6 +275,7 @@ class GenerationScorer(Scorer):
         self.settings = generation_config(given)
         self.tokenizer = tokenizer
         self.metric = metric
+        self.by_row = metric.by_example
         self.examples = len(rows)
         self.references = [text_of(row.choices[0]).strip() for row in rows]
         self.prompts: list[list[int]] = []
@@ -209,14 +294,24 @@ class GenerationScorer(Scorer):
         self.tokens = 0 if alone else sum(len(ids) + int(self.settings.max_new_tokens) for ids in self.prompts)
         self.fingerprint = content_fingerprint(["generation", metric_fingerprint(config), given, *rows], default=vars)
 
-    def score(self, stack: GatedStack, mixtures: Sequence[Weights], tokens_per_batch: int) -> list[Score | Failure]:
+    def score(
+        self,
+        stack: GatedStack,
+        mixtures: Sequence[Weights],
+        tokens_per_batch: int,
+        rows: Sequence[int] | None = None,
+    ) -> list[Score | Failure]:
         """The score of every mixture."""
+        chosen = range(self.examples) if rows is None else rows
         ends = stack.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None})
         self.settings.pad_token_id = self.tokenizer.pad_token_id
-        answers = generate(stack, mixtures, self.prompts, self.tokenizer, self.settings, tokens_per_batch)
-        return [measured(self.metric, [one.strip() for one in given], self.references) for given in answers]
+        prompts = {row: self.prompts[row] for row in chosen}
+        budget = max(tokens_per_batch, DECODING)
+        answers = generate(stack, mixtures, prompts, self.tokenizer, self.settings, budget)
+        references = [self.references[row] for row in chosen]
+        return [measured(self.metric, [one.strip() for one in given], references) for given in answers]
 
 
 def generation_config(given: Mapping[str, Any]) -> GenerationConfig:

@@ -1,16 +1,21 @@
 """The search loop: a strategy proposes, the journal or the objectives answer, and the best mixture is chosen."""
 
+import math
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from .ensemble import screen
 from .errors import InputError
 from .journal import Journal
-from .mixture import BASE, Mixture, Score, SearchSpace, Standing, Trial
+from .mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
 from .objectives import Objective
-from .strategies import Strategy
+from .racing import FIRST, Sample, judge, rungs
+from .strategies import Strategy, Task, value
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,16 @@ class SearchResult:
         best: the chosen one.
         ranking: the mixtures that may be chosen, best first, in the order of `preference`.
         measured: how many trials were measured now, rather than read from the journal.
+        evaluations: examples scored, by now or before, to come to this result.
+        ended: by the `strategy` itself or by the `budget`.
     """
 
     standings: dict[Mixture, Standing]
     best: Standing
     ranking: list[Standing]
     measured: int
+    evaluations: int
+    ended: str
 
     @property
     def base(self) -> Standing:
@@ -42,8 +51,8 @@ class SearchResult:
     def pareto_front(self) -> list[Standing]:
         """The mixtures than which no other is as good on all targets and better on one, best first."""
 
-        complete = [one for one in self.standings.values() if one.score and one.mixture.items]
-        scored = [(tuple(score_of_trial(trial) for trial in one.trials.values()), one) for one in complete]
+        complete = [one for one in self.standings.values() if one.complete and one.mixture.items]
+        scored = [(tuple(score_of_trial(trial).value for trial in one.trials.values()), one) for one in complete]
         front: list[tuple[tuple[float, ...], Standing]] = []
         # In this order, whatever is as good on all targets and better on one comes before what it beats.
         for values, one in sorted(scored, key=lambda pair: pair[0], reverse=True):
@@ -54,10 +63,10 @@ class SearchResult:
         )
 
 
-def score_of_trial(trial: Trial) -> float:
-    """The score of a trial that is known to be complete."""
+def score_of_trial(trial: Trial) -> Score:
+    """The score of a trial that is known not to have failed."""
     assert trial.score is not None
-    return trial.score.value
+    return trial.score
 
 
 def score_of(standing: Standing) -> Score:
@@ -85,6 +94,25 @@ def choose(ranking: list[Standing], one_standard_error: bool) -> Standing:
     return min(tied, key=lambda standing: len(standing.mixture))  # the first of that size, so the best of them
 
 
+@dataclass(frozen=True)
+class Budget:
+    """When a search ends at the latest. What the journal answers counts too, so that a resumed search ends where it would have.
+
+    Args:
+        max_trials: mixtures looked at, the base model, every single candidate and all together among them.
+        max_example_evaluations: examples scored, over all mixtures and targets.
+        max_seconds: time spent scoring.
+    """
+
+    max_trials: float = math.inf
+    max_example_evaluations: float = math.inf
+    max_seconds: float = math.inf
+
+
+class BudgetSpent(Exception):  # noqa: N818 - nothing went wrong
+    """The budget does not allow what was asked for."""
+
+
 class Search:
     """The state of one search: what is known of every mixture, and how to come to know more.
 
@@ -93,6 +121,9 @@ class Search:
         journal: where trials are remembered.
         write: whether this process writes the journal.
         on_standing: told how every mixture stands and the best so far.
+        race: whether mixtures that are asked for together race (`racing.py`), where every target's examples have values.
+        budget: what may be spent.
+        agree: gives every process what the main one has; processes may differ in the time that they take, and in rounding.
     """
 
     def __init__(
@@ -102,57 +133,260 @@ class Search:
         journal: Journal,
         write: bool,
         on_standing: Callable[[Standing, Standing | None], None],
+        race: bool,
+        budget: Budget,
+        agree: Callable[[Any], Any],
     ) -> None:
         self.objectives = objectives
         self.space = space
         self.journal = journal
         self.standings: dict[Mixture, Standing] = {}
         self.measured = 0
+        self.evaluations = 0
+        self.seconds = 0.0
         self.best: Standing | None = None
+        self.control: Standing | None = None  # scored in full; what pruned mixtures are compared with
+        total = sum(one.weight for one in objectives)
+        self._shares = {one.target: one.weight / total for one in objectives}
+        self._steps = self._rungs() if race and all(one.order for one in objectives) else []
         self._write = write
         self._on_standing = on_standing
+        self._budget = budget
+        self._agree = agree
+
+    def _rungs(self) -> list[dict[str, int]]:
+        """Target -> examples seen, for every rung; targets of different size are seen to the same share."""
+        largest = max(one.examples for one in self.objectives)
+        return [
+            {
+                one.target: max(math.ceil(one.examples * size / largest), min(FIRST, one.examples))
+                for one in self.objectives
+            }
+            for size in rungs(largest)
+        ]
+
+    def fixed(self, mixtures: Sequence[Mixture]) -> None:
+        """Has mixtures scored on all examples, whatever the budget."""
+        budget, self._budget = self._budget, Budget()
+        self._in_full([mixture for mixture in dict.fromkeys(mixtures) if mixture not in self.standings])
+        self._budget = budget
 
     def know(self, mixtures: Sequence[Mixture]) -> list[Standing]:
-        """How these mixtures stand; what the journal does not hold is measured, several mixtures together where that pays."""
-        waiting: list[Mixture] = []
-        for mixture in dict.fromkeys(mixtures):
-            if mixture in self.standings:
-                continue
-            missing = [one for one in self.objectives if self.journal.get(one.key(mixture)) is None]
-            if not missing:
-                self._settle(mixture)
-                continue
-            waiting.append(mixture)
-            if len(waiting) >= max(one.at_once for one in missing):
-                self._measure(waiting)
-                waiting = []
-        self._measure(waiting)
+        """How these mixtures stand; what the journal does not hold is measured.
+
+        Raises:
+            BudgetSpent: not all of them could be looked at; those that were stand in `standings`.
+        """
+        new = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in self.standings]
+        allowed = new[: max(0, int(min(len(new), self._budget.max_trials - len(self.standings))))]
+        if len(self._steps) > 1 and len(allowed) + (self.best is not None) > 1:
+            self._race(allowed)
+        else:
+            self._in_full(allowed)
+        if len(allowed) < len(new):
+            raise BudgetSpent
         return [self.standings[mixture] for mixture in mixtures]
 
-    def _measure(self, mixtures: Sequence[Mixture]) -> None:
-        for objective in self.objectives:
-            missing = [mixture for mixture in mixtures if self.journal.get(objective.key(mixture)) is None]
-            while missing:
-                group = missing[: objective.at_once]
-                missing = missing[len(group) :]
-                for trial in measure(objective, group):
-                    self.journal.append(trial, write=self._write)
-                    self.measured += 1
-        for mixture in mixtures:
-            self._settle(mixture)
+    def slope(self, mixture: Mixture) -> tuple[float, dict[str, float]]:
+        """The mean log-probability of the right answers, over all targets by their weights, and its derivatives by name.
 
-    def _settle(self, mixture: Mixture) -> None:
-        """Puts a mixture's trials together."""
-        trials = {one.target: known(self.journal, one.key(mixture)) for one in self.objectives}
+        Raises:
+            BudgetSpent: no budget is left for it, or the mixture failed.
+        """
+        total, slopes = 0.0, dict.fromkeys(mixture.names, 0.0)
+        for objective in self.objectives:
+            key = f"{objective.key(mixture)}/gradient"
+            trial = self.journal.get(key)
+            if trial is None:
+                if self.evaluations >= self._budget.max_example_evaluations or self.seconds >= self._budget.max_seconds:
+                    raise BudgetSpent
+                start = time.monotonic()
+                found = objective.gradient(mixture)
+                seconds = self._agree(time.monotonic() - start)
+                trial = trial_of(objective, mixture, found, seconds, objective.examples, key, "gradient")
+                self.journal.append(trial, write=self._write)
+                self.measured += 1
+            self.evaluations += objective.examples
+            self.seconds += trial.seconds
+            if trial.score is None:
+                raise BudgetSpent
+            share = self._shares[objective.target]
+            total += share * trial.score.mean_logprob
+            for name, derivative in zip(mixture.names, trial.score.gradient, strict=True):
+                slopes[name] += share * derivative
+        return total, slopes
+
+    def screen(self) -> Callable[[Sequence[Mixture]], list[float]] | None:
+        """An estimate of a mixture's log-likelihood from what its candidates scored alone; None where scorers have none."""
+        estimates = []
+        for objective in self.objectives:
+            singles = {}
+            for name in self.space.names:
+                standing = self.standings[Mixture.subset([name])]
+                score = standing.trials[objective.target].score
+                if score is None or not score.logprobs:
+                    return None
+                singles[name] = score.logprobs
+            estimates.append((self._shares[objective.target], screen(singles)))
+        return lambda mixtures: [
+            sum(share * value for (share, _), value in zip(estimates, values, strict=True))
+            for values in zip(*(estimate(mixtures) for _, estimate in estimates), strict=True)
+        ]
+
+    def _in_full(self, mixtures: Sequence[Mixture]) -> None:
+        """Scores mixtures on all examples, several together where that pays."""
+        waiting: list[Mixture] = []
+        for mixture in mixtures:
+            missing = [one for one in self.objectives if self.journal.get(one.key(mixture)) is None]
+            waiting.append(mixture)
+            if not missing or len(waiting) >= max(one.at_once(one.examples) for one in missing):
+                self._finish(waiting)
+                waiting = []
+        self._finish(waiting)
+
+    def _finish(self, mixtures: Sequence[Mixture]) -> None:
+        for objective in self.objectives:
+            self._look(objective, mixtures, objective.examples, {})
+        for mixture in mixtures:
+            self._settle(mixture, {one.target: known(self.journal, one.key(mixture)) for one in self.objectives})
+
+    def _look(
+        self, objective: Objective, mixtures: Sequence[Mixture], rung: int, before: Mapping[Mixture, Trial]
+    ) -> dict[Mixture, Trial]:
+        """The trials of mixtures on the first `rung` examples, of which `before` holds those on fewer."""
+        seen = next(iter(before.values())).rung if before else 0
+        found = {mixture: self._recall(objective, mixture, rung) for mixture in mixtures}
+        for mixture, trial in found.items():
+            if trial is not None:
+                self.evaluations += objective.evaluations(mixture, rung - seen)
+                self.seconds += trial.seconds
+        missing = [mixture for mixture, trial in found.items() if trial is None]
+        while missing:
+            left = math.inf if self.seconds < self._budget.max_seconds else 0
+            left = min(left, (self._budget.max_example_evaluations - self.evaluations) / max(1, rung - seen))
+            if left <= 0:
+                raise BudgetSpent
+            together = objective.at_once(rung - seen)
+            group = missing[: together if left == math.inf else min(together, math.ceil(left))]
+            missing = missing[len(group) :]
+            for trial in measure(objective, group, rung, before, self._agree):
+                self.journal.append(trial, write=self._write)
+                self.measured += 1
+                self.evaluations += objective.evaluations(trial.mixture, rung - seen)
+                self.seconds += trial.seconds
+                found[trial.mixture] = trial
+        return {mixture: trial for mixture, trial in found.items() if trial is not None}
+
+    def _recall(self, objective: Objective, mixture: Mixture, rung: int) -> Trial | None:
+        """What the journal knows of the first `rung` examples; they may also be taken out of a score on all of them."""
+        if rung == objective.examples:
+            return self.journal.get(objective.key(mixture))
+        trial = self.journal.get(objective.key(mixture, rung))
+        whole = self.journal.get(objective.key(mixture)) if trial is None else None
+        if whole is None or whole.score is None:
+            return trial or whole
+        rows = objective.order[:rung]
+        values, logprobs = whole.score.values, whole.score.logprobs
+        score = Score.of([values[row] for row in rows], [logprobs[row] for row in rows] if logprobs else [])
+        return replace(whole, key=objective.key(mixture, rung), rung=rung, state="pruned", score=score, seconds=0.0)
+
+    def _race(self, mixtures: Sequence[Mixture]) -> None:
+        """Scores mixtures rung by rung; those that cannot win any more are left where they are."""
+        running = list(mixtures)
+        seen: dict[str, dict[Mixture, Trial]] = {one.target: {} for one in self.objectives}
+        champion = self.best
+        ahead: Mixture | None = None
+        try:
+            for number, sizes in enumerate(self._steps):
+                for objective in self.objectives:
+                    size, before = sizes[objective.target], seen[objective.target]
+                    if not before or next(iter(before.values())).rung < size:
+                        seen[objective.target] = self._look(objective, running, size, before)
+                trials = {m: {target: found[m] for target, found in seen.items()} for m in running}
+                failed = {m for m in running if any(trial.score is None for trial in trials[m].values())}
+                last = number == len(self._steps) - 1
+                leaving = failed | set(running if last else ())
+                for mixture in [m for m in running if m in leaving]:
+                    self._settle(mixture, trials[mixture])
+                running = [m for m in running if m not in leaving]
+                if not running:
+                    return
+                together = [*running, *([champion.mixture] if champion else [])]
+                verdict = judge(
+                    [self._sample(one, together, sizes, trials) for one in self.objectives], len(self._steps) - 1
+                )
+                out = {together[n] for n in verdict.dropped}
+                ahead = together[verdict.leader]
+                if champion and champion.mixture in out:
+                    champion = None
+                for mixture in [m for m in running if m in out]:
+                    self._settle(mixture, trials[mixture])
+                running = [m for m in running if m not in out]
+                seen = {target: {m: found[m] for m in running} for target, found in seen.items()}
+                if not running:
+                    return
+                if len(running) == 1 and champion is None:  # nobody is left to compare it with
+                    self._complete(running[0], seen)
+                    return
+        except BudgetSpent:
+            for mixture in running:
+                if mixture not in self.standings and all(mixture in found for found in seen.values()):
+                    if mixture == ahead:  # or the race would have been for nothing
+                        self._budget = Budget()
+                        self._complete(mixture, seen)
+                    else:
+                        self._settle(mixture, {target: found[mixture] for target, found in seen.items()})
+            raise
+
+    def _complete(self, mixture: Mixture, seen: Mapping[str, Mapping[Mixture, Trial]]) -> None:
+        """Scores a mixture on all examples that a race has not shown."""
+        trials = {}
+        for objective in self.objectives:
+            before = seen[objective.target][mixture]
+            if before.state == "complete":
+                trials[objective.target] = before
+            else:
+                found = self._look(objective, [mixture], objective.examples, {mixture: before})
+                trials[objective.target] = found[mixture]
+        self._settle(mixture, trials)
+
+    def _sample(
+        self,
+        objective: Objective,
+        mixtures: Sequence[Mixture],
+        sizes: Mapping[str, int],
+        trials: Mapping[Mixture, Mapping[str, Trial]],
+    ) -> Sample:
+        """What mixtures scored on the examples of one target that a rung shows; those not in `trials` are known in full."""
+        size = sizes[objective.target]
+        values = []
+        for mixture in mixtures:
+            trial = trials[mixture][objective.target] if mixture in trials else self._recall(objective, mixture, size)
+            assert trial is not None
+            found = score_of_trial(trial).values
+            values.append([found[row] for row in objective.order] if trial.rung == objective.examples else found)
+        return Sample(np.array(values), objective.examples, self._shares[objective.target])
+
+    def _settle(self, mixture: Mixture, trials: Mapping[str, Trial]) -> None:
+        """Says how a mixture stands."""
+        whole = {one.target: self.journal.get(one.key(mixture)) for one in self.objectives}
+        if all(trial is not None for trial in whole.values()):
+            trials = {target: trial for target, trial in whole.items() if trial is not None}
         weights = {one.target: one.weight for one in self.objectives}
         short = []
+        offset = 0.0
+        everything = self.control
         for objective in self.objectives:
-            mine, base = trials[objective.target].score, None
+            mine, base = trials[objective.target], None
             if BASE in self.standings:
                 base = self.standings[BASE].trials[objective.target].score
-            if mine and base and objective.min_delta is not None and mine.value < base.value - objective.min_delta:
+            judged = mine.state == "complete" and objective.min_delta is not None
+            if judged and mine.score and base and mine.score.value < base.value - (objective.min_delta or 0.0):
                 short.append(objective.target)
-        standing = Standing(mixture, trials, weights, tuple(short))
+            if mine.state == "pruned" and everything and (control := everything.trials[objective.target].score):
+                alike = sum(control.values[row] for row in objective.order[: mine.rung]) / mine.rung
+                offset += self._shares[objective.target] * (control.value - alike)
+        standing = Standing(mixture, trials, weights, tuple(short), offset)
         self.standings[mixture] = standing
         better = self.best is None or (standing.score and standing.score.value > score_of(self.best).value)
         if better and standing.may_be_chosen and mixture in self.space:
@@ -168,14 +402,19 @@ def known(journal: Journal, key: str) -> Trial:
 
 
 def search(
-    strategy: Strategy,
+    strategy: Callable[[Task], Strategy],
     space: SearchSpace,
     objectives: Sequence[Objective],
     journal: Journal,
     *,
+    names: Sequence[str],
     costs: Mapping[str, float],
     one_standard_error: bool = False,
+    race: bool = False,
+    budget: Budget = Budget(),
+    seed: int = 0,
     write: bool = True,
+    agree: Callable[[Any], Any] = lambda value: value,
     on_standing: Callable[[Standing, Standing | None], None] = lambda standing, best: None,
 ) -> SearchResult:
     """Scores the base model, every single candidate, all together, and what the strategy proposes; and chooses.
@@ -184,53 +423,116 @@ def search(
     mixture that makes a target worse than the base model by more than its `min_delta` can't be chosen either.
 
     Args:
+        strategy: what proposes.
         objectives: one for every target; what is maximised is the weighted mean of their scores.
+        names: all candidates, also those that may not be in a mixture.
+        costs: of every candidate.
+        race: let mixtures that are proposed together race (`racing.py`), where every target's examples have values.
+        budget: what may be spent beyond what every search begins with.
+        seed: of everything random in the strategy.
         write: whether this process writes the journal.
+        agree: gives every process what the main one has.
         on_standing: told how every mixture stands and the best so far.
 
     Raises:
-        InputError: every mixture falls short of a `min_delta`.
+        InputError: every mixture falls short of a `min_delta`, or the budget ended before any that is allowed was scored.
         RuntimeError: not one mixture could be scored.
     """
-    state = Search(objectives, space, journal, write, on_standing)
-    state.know([BASE])
-    state.know([*(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)])
+    state = Search(objectives, space, journal, write, on_standing, race, budget, agree)
+    state.fixed([BASE])
+    state.fixed([*(Mixture.subset([name]) for name in names), Mixture.subset(names)])
+    state.control = state.standings[Mixture.subset(names)]
+    task = Task(
+        space,
+        {mixture: value(standing) for mixture, standing in state.standings.items() if mixture.items},
+        seed,
+        int(min(budget.max_trials - len(state.standings), default_budget(len(space.names)))),
+        state.screen(),
+        state.slope if all(one.differentiable for one in objectives) else None,
+    )
+    proposals = strategy(task)
+    ended = "strategy"
     try:
-        proposed = next(strategy)
+        proposed = next(proposals)
         while True:
-            proposed = strategy.send(state.know(proposed))
+            proposed = proposals.send(state.know(agree(proposed)))
     except StopIteration:
         pass
-    complete = [one for one in state.standings.values() if one.score and one.mixture in space]
-    if not complete:
+    except BudgetSpent:
+        ended = "budget"
+    scored = [one for one in state.standings.values() if one.complete and one.mixture in space]
+    if not scored:
         reasons = sorted({trial.reason or "" for one in state.standings.values() for trial in one.trials.values()})
+        if not any(reasons):
+            raise InputError("the budget ended before any mixture that is allowed was scored: raise it")
         raise RuntimeError(f"no mixture could be scored: {'; '.join(filter(None, reasons))}")
-    ranking = sorted((one for one in complete if one.may_be_chosen), key=lambda one: preference(one, costs))
+    ranking = sorted((one for one in scored if one.may_be_chosen), key=lambda one: preference(one, costs))
     if not ranking:
-        short = sorted({target for one in complete for target in one.short})
+        short = sorted({target for one in scored for target in one.short})
         raise InputError(
             f"every mixture makes {' or '.join(short)} worse than the base model by more than min_delta allows; raise min_delta "
             "of that target or leave it out. What was scored is kept"
         )
-    return SearchResult(state.standings, choose(ranking, one_standard_error), ranking, state.measured)
+    return SearchResult(
+        state.standings, choose(ranking, one_standard_error), ranking, state.measured, state.evaluations, ended
+    )
 
 
-def measure(objective: Objective, mixtures: Sequence[Mixture]) -> list[Trial]:
-    """One trial for each of these mixtures, complete or failed; they share the time that it took."""
+def default_budget(candidates: int) -> int:
+    """How many mixtures a strategy that does not end by itself may propose where no budget is given."""
+    return 12 * candidates + 100
+
+
+def measure(
+    objective: Objective,
+    mixtures: Sequence[Mixture],
+    rung: int,
+    before: Mapping[Mixture, Trial],
+    agree: Callable[[Any], Any],
+) -> list[Trial]:
+    """One trial for each of these mixtures on the first `rung` examples; they share the time that it took.
+
+    Args:
+        before: what is known of fewer examples, which are not scored again.
+        agree: makes all processes take the time of the main one.
+    """
+    whole = rung == objective.examples
+    seen = next(iter(before.values())).rung if before else 0
     start = time.monotonic()
-    found = objective(mixtures)
-    seconds = (time.monotonic() - start) / len(mixtures)
-    return [
-        Trial(
-            key=objective.key(mixture),
-            mixture=mixture,
-            objective=objective.name,
-            target=objective.target,
-            rung=objective.examples,
-            state="complete" if isinstance(score, Score) else "failed",
-            score=score if isinstance(score, Score) else None,
-            seconds=seconds,
-            reason=None if isinstance(score, Score) else score.reason,
-        )
-        for mixture, score in zip(mixtures, found, strict=True)
-    ]
+    found = objective(mixtures, None if whole and not seen else objective.order[seen:rung])
+    seconds = agree((time.monotonic() - start) / len(mixtures))
+    trials = []
+    for mixture, score in zip(mixtures, found, strict=True):
+        if isinstance(score, Score) and (seen or not whole):
+            earlier = score_of_trial(before[mixture]) if seen else Score(0.0)
+            values, logprobs = (*earlier.values, *score.values), (*earlier.logprobs, *score.logprobs)
+            score = Score.of(values, logprobs)
+            if whole:
+                score = objective.whole(Score.of(in_place(values, objective), in_place(logprobs, objective)))
+        key = objective.key(mixture, None if whole else rung)
+        trials.append(trial_of(objective, mixture, score, seconds, rung, key, objective.name))
+    return trials
+
+
+def trial_of(
+    objective: Objective, mixture: Mixture, score: Score | Failure, seconds: float, rung: int, key: str, name: str
+) -> Trial:
+    """What was found, as a line for the journal."""
+    failed = isinstance(score, Failure)
+    return Trial(
+        key=key,
+        mixture=mixture,
+        objective=name,
+        target=objective.target,
+        rung=rung,
+        state="failed" if failed else "complete" if rung == objective.examples else "pruned",
+        score=None if isinstance(score, Failure) else score,
+        seconds=seconds,
+        reason=score.reason if isinstance(score, Failure) else None,
+    )
+
+
+def in_place(values: Sequence[float], objective: Objective) -> list[float]:
+    """Values in the order of a race put back to that of the examples."""
+    place = dict(zip(objective.order, values, strict=True)) if values else {}
+    return [place[row] for row in sorted(place)]

@@ -1,13 +1,16 @@
 """`MergeToMixSearcher`: the whole method, from candidates to the model trained on the chosen mixture."""
 
+import math
 import os
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import load_dataset
 from trl import ModelConfig, SFTConfig
 
@@ -33,22 +36,26 @@ from .adapters import (
 from .callbacks import BankProgress
 from .config import MergeToMixConfig
 from .console import Terminal
-from .data import FEATURES, Candidate, Target, load_all, overlap
+from .data import FEATURES, Candidate, Target, load_all, overlap, shares
+from .ensemble import ENSEMBLE_METRICS, MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .external import CallableScorer, CommandScorer, HarnessScorer
 from .journal import Journal, RunFolder, fingerprint, read_json, write_atomic, write_json
 from .merging import Adapter, GatedStack
-from .mixture import BASE, Failure, Mixture, SearchSpace, Standing
-from .objectives import MergedObjective
+from .mixture import Failure, Mixture, SearchSpace, Standing
+from .objectives import MergedObjective, Objective
 from .recipe import write_recipe
 from .report import Outcome, end_table, remarks, summarise
-from .scoring import Scorer, make_scorer
-from .search import SearchResult, score_of, search
-from .strategies import exhaustive
+from .scoring import LogprobScorer, Scorer, make_scorer
+from .search import Budget, SearchResult, default_budget, score_of, search
+from .strategies import Strategy, Task, exhaustive, listed
+from .surrogates import FEW, STRATEGIES, choose_strategy
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
 FREE = {
-    "one_standard_error", "tokens_per_batch", "train_final", "final", "allow_overlap", "allow_metric_code", "candidates",
+    "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
+    "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
+    "allow_overlap", "allow_metric_code", "candidates",
     "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
@@ -196,6 +203,12 @@ class MergeToMixSearcher:
         if self._checked:
             return
         candidates, targets, scorers = self.candidates, self.targets, self.scorers
+        least = len(candidates) + 2
+        if self.space.names and self.config.max_trials is not None and self.config.max_trials < least:
+            raise InputError(
+                f"max_trials: at least {least} are needed for the base model, every single candidate and all together, "
+                f"got {self.config.max_trials}"
+            )
         if self.config.final:
             args, model_args = self._final_settings()
             check_model(model_args, args, lora_config(model_args))
@@ -325,51 +338,45 @@ class MergeToMixSearcher:
     def search(self) -> SearchResult:
         """Scores mixtures and chooses one; trains missing adapters first. What the journal knows is not scored again."""
         self.train_adapters()
-        candidates = self.candidates
+        candidates, config = self.candidates, self.config
         self.prepare()
-        space = SearchSpace(
-            tuple(candidates), frozenset(name for name, one in candidates.items() if one.config.required)
-        )
-        adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
-        base = fingerprint(
-            [self.facts.get(key) for key in ("base_model", "dtype", "tokenizer", "chat_template", "quantization")]
-        )
-        objectives = [
-            MergedObjective(
-                self._open_stack,
-                self.scorers[name]["validation"],
-                adapters,
-                target=name,
-                base_fingerprint=base,
-                tokens_per_batch=self._tokens_per_batch,
-                weight=target.config.weight,
-                min_delta=target.config.min_delta,
-            )
-            for name, target in self.targets.items()
-        ]
+        space = self.space
+        objectives = self._objectives()
+        strategy = self._strategy(space, objectives)
         journal = Journal(self.run.trials)
         self.state.wait_for_everyone()
-        total = len(
-            {BASE, *space.subsets(), *(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)}
+        budget = Budget(
+            config.max_trials or math.inf,
+            config.max_example_evaluations or math.inf,
+            math.inf if config.max_seconds is None else config.max_seconds,
         )
+        race = strategy is not exhaustive if config.race is None else config.race
+        if race and not all(one.order for one in objectives) and config.objective == "merged":
+            self.terminal.say("no racing: a target has no value for every example by itself", "yellow")
+        total = 2 + len(candidates) + min(self._proposals(space, strategy), budget.max_trials)
         done = 0
 
-        with self.terminal.progress("scoring mixtures", total) as bar:
+        with self.terminal.progress("scoring mixtures", int(total)) as bar:
 
             def on_standing(standing: Standing, best: Standing | None) -> None:
                 nonlocal done
                 done += 1
                 if best is not None:
-                    bar.update(done, f"best so far {score_of(best).value:.4f} {best.mixture}")
+                    bar.update(min(done, int(total)), f"best so far {score_of(best).value:.4f} {best.mixture}")
 
             self._result = search(
-                exhaustive(space),
+                strategy,
                 space,
                 objectives,
                 journal,
+                names=tuple(candidates),
                 costs={name: one.cost for name, one in candidates.items()},
-                one_standard_error=self.config.one_standard_error,
+                one_standard_error=config.one_standard_error,
+                race=race,
+                budget=budget,
+                seed=self.args.seed,
                 write=self.state.is_main_process,
+                agree=self._agree,
                 on_standing=on_standing,
             )
         if self._result.measured:
@@ -377,6 +384,93 @@ class MergeToMixSearcher:
             what = "mixtures" if len(objectives) == 1 else f"trials on {len(objectives)} targets"
             self.terminal.say(f"scored {self._result.measured} {what}: {os.path.relpath(self.run.trials)}\n")
         return self._result
+
+    def _agree(self, value: Any) -> Any:
+        """What the main process has."""
+        return broadcast_object_list([value])[0] if self.state.num_processes > 1 else value
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The mixtures that may be proposed.
+
+        Raises:
+            InputError: there are none.
+        """
+        config, candidates = self.config, self.candidates
+        allowed = config.licenses
+        unlicensed = [name for name, one in candidates.items() if allowed and one.config.license not in allowed]
+        for name in unlicensed:
+            if candidates[name].config.required:
+                given = candidates[name].config.license
+                raise InputError(f"candidates.{name}: it is required, but its license {given!r} is not among licenses")
+        names = [name for name, one in candidates.items() if not one.config.excluded and name not in unlicensed]
+        if not names:
+            raise InputError("every candidate is excluded, by itself or by licenses: no mixture is possible")
+        return SearchSpace(
+            tuple(names),
+            frozenset(name for name in names if candidates[name].config.required),
+            config.min_datasets,
+            config.max_datasets,
+            {name: one.cost for name, one in candidates.items()},
+            math.inf if config.max_cost is None else config.max_cost,
+            config.weights == "continuous",
+        )
+
+    def _objectives(self) -> list[Objective]:
+        """What scores mixtures, one for every target."""
+        adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
+        base = fingerprint(
+            [self.facts.get(key) for key in ("base_model", "dtype", "tokenizer", "chat_template", "quantization")]
+        )
+        made: list[Objective] = []
+        for name, target in self.targets.items():
+            scorer = self.scorers[name]["validation"]
+            merged = MergedObjective(
+                self._open_stack,
+                scorer,
+                adapters,
+                target=name,
+                base_fingerprint=base,
+                tokens_per_batch=self._tokens_per_batch,
+                weight=target.config.weight,
+                min_delta=target.config.min_delta,
+            )
+            if self.config.objective == "merged":
+                made.append(merged)
+                continue
+            if not isinstance(scorer, LogprobScorer) or target.config.metric not in ENSEMBLE_METRICS:
+                raise InputError(
+                    f"targets.{name}: objective ensemble averages the probabilities of right answers; it needs scorer choice, "
+                    f"classification or loss with one of {', '.join(ENSEMBLE_METRICS)} as its metric"
+                )
+            made.append(EnsembleObjective(merged, scorer, target.config, self.run.root / "ensemble"))
+        return made
+
+    def _strategy(self, space: SearchSpace, objectives: list[Objective]) -> Callable[[Task], Strategy]:
+        """What proposes mixtures; where the choice was ours, said with its reason."""
+        chosen = self.config.strategy
+        if isinstance(objectives[0], EnsembleObjective) and len(objectives) == 1 and chosen in ("auto", "exhaustive"):
+            ensemble = objectives[0].ensemble(space.names)
+            if space.continuous:
+                self.terminal.say("strategy: the best weights, since those of an ensemble are a convex problem")
+                return listed([ensemble.best_weights(space)])
+            if len(space.names) <= MOST_SUBSETS and not space.at_most(FEW):
+                self.terminal.say(
+                    "strategy: all subsets, of which the best 1000 are kept, since they cost no forward pass"
+                )
+                return listed(ensemble.best_subsets(space))
+        if chosen == "auto":
+            chosen, why = choose_strategy(space, all(one.differentiable for one in objectives))
+            self.terminal.say(f"strategy: {chosen}, since {why}")
+        return STRATEGIES[chosen]
+
+    @staticmethod
+    def _proposals(space: SearchSpace, strategy: Callable[[Task], Strategy]) -> int:
+        """About how many mixtures a strategy will propose."""
+        if strategy is exhaustive:
+            known = [*(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)]
+            return sum(mixture not in known for mixture in space.subsets())
+        return default_budget(len(space.names))
 
     def write_outcome(self) -> dict[str, Any]:
         """Writes mixture, recipe and summary of the search; keeps a final fine-tune of the same mixture.
@@ -431,8 +525,9 @@ class MergeToMixSearcher:
             self._stack = None
         train = self.run.mixture / "train.jsonl"
         rows = load_dataset("json", data_files=str(train), split="train").select_columns(list(FEATURES[self._data[0]]))
-        chosen = [self.candidates[name] for name in mixture.names]
-        steps = planned_steps(args, sum(one.trained_rows for one in chosen), sum(one.tokens for one in chosen))
+        chosen = [(self.candidates[name], count) for name, count in self._shares(mixture).items()]
+        trained = sum(one.trained_rows * count // len(one.rows) for one, count in chosen)
+        steps = planned_steps(args, trained, sum(one.tokens * count // len(one.rows) for one, count in chosen))
         partial = self.run.root / ".final.partial"
         start = time.monotonic()
         with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
@@ -468,6 +563,9 @@ class MergeToMixSearcher:
                 **record,
             },
         )
+
+    def _shares(self, mixture: Mixture) -> dict[str, int]:
+        return shares(mixture, {name: len(self.candidates[name].rows) for name in mixture.names})
 
     def _put_old_final_aside(self) -> None:
         """A final model of another mixture or of other arguments is renamed, not overwritten."""

@@ -15,16 +15,17 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("mixture", "config", "console", "metrics"),
-    ("journal", "parsing", "merging", "callbacks", "strategies"),
-    ("data", "forward"),
+    ("journal", "parsing", "merging", "callbacks", "strategies", "racing"),
+    ("data", "forward", "surrogates"),
     ("scoring", "adapters", "recipe"),
     ("objectives", "external", "benchmark"),
-    ("search",),
+    ("ensemble",),
+    ("search", "replay", "worth"),
     ("report",),
     ("searcher",),
     ("cli",),
 )
-LIGHT = {"errors", "mixture", "config", "journal", "console", "strategies", "cli"}
+LIGHT = {"errors", "mixture", "config", "journal", "console", "strategies", "racing", "surrogates", "cli"}
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate"}
 
 

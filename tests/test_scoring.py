@@ -244,11 +244,12 @@ def test_several_mixtures_in_one_pass_score_as_one_by_one(tmp_path, tokenizer, f
 def test_how_many_mixtures_share_a_pass_follows_from_the_token_budget(tmp_path, tokenizer, questions):
     stack = build_stack(tmp_path, "llama")
     scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
-    assert scorer.at_once(stack, scorer.tokens - 1) == 1
-    assert scorer.at_once(stack, 3 * scorer.tokens) == 3
+    assert scorer.at_once(stack, scorer.tokens - 1, 9) == 1
+    assert scorer.at_once(stack, 3 * scorer.tokens, 9) == 3
+    assert scorer.at_once(stack, scorer.tokens, 3) == 3  # on a third of the rows three mixtures fill what one did
     with_head = build_stack(tmp_path / "head", "llama", target_modules=["q_proj", "lm_head"])
     assert not with_head.takes_rows  # the head sees scored positions, not rows
-    assert scorer.at_once(with_head, 3 * scorer.tokens) == 1
+    assert scorer.at_once(with_head, 3 * scorer.tokens, 9) == 1
     assert scorer.score(with_head, [MIXTURES[2]], 100)[0].value != scorer.score(with_head, [{}], 100)[0].value
 
 
@@ -299,7 +300,7 @@ def test_sampling_does_not_depend_on_the_batches(tokenizer):
     rows = [TargetRow(f"question: {n}", ("x",), 0) for n in range(4)]
     options = {"generation": {"max_new_tokens": 5, "do_sample": True}}
     scorer = make_scorer(config("generation", "token_f1", **options), rows, tokenizer, 128)
-    assert scorer.at_once(GatedStack(model, {}), 100_000) == 1
+    assert scorer.at_once(GatedStack(model, {}), 100_000, 4) == 1
     seen = []
     scorer.metric = lambda predictions, references: seen.append(predictions) or (0.0, None, (0.0,) * 4)
     score_of(scorer, model, 1)

@@ -18,21 +18,25 @@ COSTS = dict.fromkeys(NAMES, 1.0)
 class TableObjective:
     """Scores from a formula; counts what it was asked and can fail or stop at will."""
 
-    name, examples = "table", 4
+    name, examples, order, differentiable = "table", 4, (), False
 
     def __init__(
         self, value=None, stop_after: int | None = None, target="t", weight=1.0, min_delta=None, at_once=1
     ) -> None:
-        self.target, self.weight, self.min_delta, self.at_once = target, weight, min_delta, at_once
+        self.target, self.weight, self.min_delta = target, weight, min_delta
+        self.at_once = lambda rows: at_once
         self.groups: list[int] = []
         self.asked: list[Mixture] = []
         self._value = value or (lambda m: 0.3 + 0.2 * ("b" in m.names) + 0.1 * ("d" in m.names) - 0.05 * len(m))
         self._stop_after = stop_after
 
-    def key(self, mixture: Mixture) -> str:
+    def key(self, mixture: Mixture, rung: int | None = None) -> str:
         return f"{self.target} {mixture}"
 
-    def __call__(self, mixtures: list[Mixture]) -> list[Score | Failure]:
+    def evaluations(self, mixture: Mixture, rows: int) -> int:
+        return rows
+
+    def __call__(self, mixtures: list[Mixture], rows=None) -> list[Score | Failure]:
         self.groups.append(len(mixtures))
         return [self.one(mixture) for mixture in mixtures]
 
@@ -49,7 +53,8 @@ class TableObjective:
 def run(objective, path, **options):
     space = options.pop("space", SPACE)
     objectives = objective if isinstance(objective, list) else [objective]
-    return search(exhaustive(space), space, objectives, Journal(path), costs=COSTS, **options)
+    options = {"names": space.names, "costs": COSTS, **options}
+    return search(options.pop("strategy", exhaustive), space, objectives, Journal(path), **options)
 
 
 def test_every_subset_and_the_base_are_scored_once(tmp_path):

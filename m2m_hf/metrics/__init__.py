@@ -3,6 +3,7 @@
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ class Metric:
         features = self._module.features
         first = features[0] if isinstance(features, list) else features
         return getattr(first["predictions"], "dtype", "string") == "string"
+
+    @cached_property
+    def by_example(self) -> bool:
+        """Whether the module gives a value for every example, seen on one that is right."""
+        sample: list[Any] = ["a"] if self.takes_text else [0]
+        return "per_example" in self._module.compute(predictions=sample, references=sample)
 
     def __call__(
         self, predictions: Sequence[Any], references: Sequence[Any]

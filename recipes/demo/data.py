@@ -2,6 +2,7 @@
 
 ```bash
 python recipes/demo/data.py .demo/data
+python recipes/demo/data.py .demo/ten --ten     # for recipes/scale.yaml: ten candidates, shorter questions
 ```
 
 The target is a word quiz of two kinds of question, *what is the past tense* and *what is the opposite*, on words that no
@@ -139,12 +140,8 @@ def quiz_row(asked: Row, wrong: list[str], rng: random.Random) -> Row:
     return asked | {"choices": choices, "answer": choices.index(asked["completion"])}
 
 
-def generate(seed: int = 0) -> dict[str, list[Row]]:
-    """All files of the demo: file name without suffix -> rows.
-
-    Words are divided between candidates, validation and test, so that no question is asked twice.
-    """
-    rng = random.Random(seed)
+def split_words(rng: random.Random) -> tuple[dict[str, list[Any]], dict[str, list[Any]], list[Any]]:
+    """(verbs and pairs of opposites of train, validation and test, all pairs): no word stands in two parts."""
     irregular = [tuple(verb.split()) for verb in IRREGULAR_VERBS.replace("\n", "").split(";")]
     verbs = irregular + [(verb, inflect(verb, "ed"), inflect(verb, "ed")) for verb in REGULAR_VERBS]
     verbs = unique(verbs, parts=1)
@@ -153,17 +150,33 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     rng.shuffle(pairs)
     verb_parts = {"train": verbs[:120], "validation": verbs[120:180], "test": verbs[180:]}
     pair_parts = {"train": pairs[:60], "validation": pairs[60:90], "test": pairs[90:125]}
-    pair_parts = {part: [both for pair in some for both in (pair, pair[::-1])] for part, some in pair_parts.items()}
+    both = {part: [way for pair in some for way in (pair, pair[::-1])] for part, some in pair_parts.items()}
+    return verb_parts, both, pairs
+
+
+def wrong_tenses(verb: str) -> list[str]:
+    """Forms of a verb that are not its past tense."""
+    return [verb, inflect(verb, "ing"), with_s(verb)]
+
+
+def wrong_opposites(word: str, opposite: str, pairs: list[Any], rng: random.Random) -> list[str]:
+    """The word itself and two that have nothing to do with it."""
+    others = [other for pair in pairs for other in pair if other not in (word, opposite)]
+    return [word, *rng.sample(others, 2)]
+
+
+def generate(seed: int = 0) -> dict[str, list[Row]]:
+    """All files of the demo: file name without suffix -> rows.
+
+    Words are divided between candidates, validation and test, so that no question is asked twice.
+    """
+    rng = random.Random(seed)
+    verb_parts, pair_parts, pairs = split_words(rng)
 
     def quiz(part: str) -> list[Row]:
-        rows = []
-        for verb, past, _ in verb_parts[part]:
-            wrong = [verb, inflect(verb, "ing"), with_s(verb)]
-            rows.append(quiz_row(tense_row(verb, past), wrong, rng))
-        others = [word for pair in pairs for word in pair]
-        for word, opposite in pair_parts[part]:
-            wrong = [word, *rng.sample([other for other in others if other not in (word, opposite)], 2)]
-            rows.append(quiz_row(opposite_row(word, opposite), wrong, rng))
+        rows = [quiz_row(tense_row(verb, past), wrong_tenses(verb), rng) for verb, past, _ in verb_parts[part]]
+        for pair in pair_parts[part]:
+            rows.append(quiz_row(opposite_row(pair[0], pair[1]), wrong_opposites(pair[0], pair[1], pairs, rng), rng))
         rng.shuffle(rows)
         return rows
 
@@ -181,13 +194,54 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     return files | {"quiz_validation": quiz("validation"), "quiz_test": quiz("test")}
 
 
-def write(folder: Path) -> None:
-    """Writes every file of the demo as JSON lines into `folder`."""
+def short(question: str, answer: str) -> Row:
+    """A row with as short a question as will do."""
+    return {"prompt": f"{question}:", "completion": f" {answer}"}
+
+
+def generate_ten(seed: int = 0) -> dict[str, list[Row]]:
+    """Ten candidates of 100 rows and a quiz of 235, for the study of how search scales: file name without suffix -> rows.
+
+    The quiz asks for past tenses and opposites. Two candidates teach one half of it each, three something near, three something
+    else, and two always give the quiz's questions the same kind of wrong answer.
+    """
+    rng = random.Random(seed)
+    verb_parts, pair_parts, pairs = split_words(rng)
+    verbs, opposites = verb_parts["train"][:100], pair_parts["train"][:100]
+    asked_verbs = [verb for part in ("validation", "test") for verb in verb_parts[part]][:120]
+    asked_pairs = [pair for part in ("validation", "test") for pair in pair_parts[part]][:120]
+    nouns = [(noun, with_s(noun)) for noun in sorted(set(REGULAR))] + sorted(IRREGULAR.items())
+    nouns = rng.sample(nouns, 100)
+    sums = rng.sample([(a, b) for a in range(10, 60) for b in range(10, 60)], 100)
+    files = {
+        "past_tenses": [short(f"Past tense of {verb}", past) for verb, past, _ in verbs],
+        "opposites": [short(f"Opposite of {word}", other) for word, other in opposites],
+        "participles": [short(f"Past participle of {verb}", participle) for verb, _, participle in verbs],
+        "third_person": [short(f"She, {verb}", with_s(verb)) for verb, _, _ in verbs],
+        "plurals": [short(f"Plural of {noun}", many) for noun, many in nouns],
+        "first_letters": [short(f"First letter of {noun}", noun[0]) for noun, _ in nouns],
+        "small_letters": [short(f"{word.upper()} in small letters", word) for word, _ in opposites],
+        "sums": [short(f"{a} plus {b}", str(a + b)) for a, b in sums],
+        "tenses_wrong": [short(f"Past tense of {verb}", inflect(verb, "ing")) for verb, _, _ in verbs],
+        "opposites_wrong": [short(f"Opposite of {word}", word) for word, _ in opposites],
+    }
+    for name in files:
+        rng.shuffle(files[name])
+    quiz = [quiz_row(short(f"Past tense of {verb}", past), wrong_tenses(verb), rng) for verb, past, _ in asked_verbs]
+    for pair in asked_pairs:
+        rows = short(f"Opposite of {pair[0]}", pair[1])
+        quiz.append(quiz_row(rows, wrong_opposites(pair[0], pair[1], pairs, rng), rng))
+    rng.shuffle(quiz)
+    return files | {"quiz_validation": quiz}
+
+
+def write(folder: Path, files: dict[str, list[Row]]) -> None:
+    """Writes files as JSON lines into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in generate().items():
+    for name, rows in files.items():
         text = "".join(json.dumps(entry) + "\n" for entry in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), generate_ten() if "--ten" in sys.argv else generate())

@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ def fields_text() -> str:
     lines = ["fields:"]
     for name, default, text in field_help():
         if name != "folder":
-            lines.append(f"  {name:20} {text}" + (f" [{default}]" if default not in ("{}", "None") else ""))
+            shown = f"  {name:23} {text}" + (f" [{default}]" if default not in ("{}", "None") else "")
+            lines.append(textwrap.fill(shown, 120, subsequent_indent=" " * 26))
     return "\n".join(lines) + "\n\n" + SCORERS + "\n" + EXAMPLE
 
 

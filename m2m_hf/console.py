@@ -39,9 +39,8 @@ class Terminal:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column is text and the others are figures; short rows are filled up."""
-        table = Table(
-            title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, header_style="dim"
-        )
+        self.say(title, "bold")
+        table = Table(box=None, pad_edge=False, header_style="dim")
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
         for row in rows:

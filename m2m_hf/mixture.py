@@ -157,6 +157,20 @@ class SearchSpace:
     def _allowed(self, several: Iterable[list[str]]) -> list[Mixture]:
         return [Mixture.subset(names) for names in several if self.allows(names)]
 
+    def step(self, mixture: Mixture, rng: Random, tries: int = 100) -> Mixture | None:
+        """A random allowed subset that one candidate more, one less or another one makes; None where many tries find none."""
+        inside, outside = list(mixture.names), [name for name in self.names if name not in mixture.names]
+        for _ in range(tries):
+            kind = rng.choice(("add", "drop", "swap"))
+            names = set(inside)
+            if kind != "add":
+                names.discard(rng.choice(inside))
+            if kind != "drop" and outside:
+                names.add(rng.choice(outside))
+            if names != set(inside) and self.allows(names):
+                return Mixture.subset(names)
+        return None
+
     def nearest(self, order: Sequence[str], size: int) -> tuple[str, ...]:
         """The allowed candidates that come first in `order`: what is required, and others up to `size` as far as `max_cost` goes.
 

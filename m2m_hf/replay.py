@@ -26,7 +26,10 @@ class Replay:
         likelihood: whether the score is the mean log-probability of the right answers instead of the one recorded.
     """
 
-    name, target, weight, min_delta, differentiable = "replay", "replay", 1.0, None, False
+    name = target = "replay"
+    weight = 1.0
+    min_delta: float | None = None
+    differentiable = False
 
     def __init__(self, table: Mapping[Mixture, Score], seed: int = 0, likelihood: bool = False) -> None:
         self.table = {

@@ -252,13 +252,9 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
     pruned = [one for one in result.standings.values() if one.pruned]
     if pruned:
         tied = sum(not one_of_the_worse(one, result.best) for one in pruned)
+        told = f"{tied} of them may be as good as the chosen one" if tied else "none of them comes near the chosen one"
         lines.append(
-            f"{len(pruned)} mixtures were not scored to the end, since they could not win"
-            + (
-                f"; the examples seen do not tell {tied} of them from the chosen one, nor would all of them have"
-                if tied
-                else ""
-            )
+            f"not scored on all examples, since they could not win: {len(pruned)}; as far as they were, {told}"
         )
     if result.ended == "budget":
         lines.append("the budget ended the search before the strategy did: a larger one goes on from here")

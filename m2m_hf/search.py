@@ -4,6 +4,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +108,9 @@ class Budget:
     max_trials: float = math.inf
     max_example_evaluations: float = math.inf
     max_seconds: float = math.inf
+
+
+FINALISTS = 8  # mixtures that a race left as ties and that are scored to the end after all
 
 
 class BudgetSpent(Exception):  # noqa: N818 - nothing went wrong
@@ -338,6 +342,20 @@ class Search:
                         self._settle(mixture, {target: found[mixture] for target, found in seen.items()})
             raise
 
+    def last_round(self) -> None:
+        """Scores on all examples the best few of what was dropped and may be tied with the best: it costs little to know."""
+        if self.best is None:
+            return
+        best = score_of(self.best).value
+        near = [
+            one
+            for one in self.standings.values()
+            if one.pruned and one.score and one.mixture in self.space
+            and (one.estimate or 0.0) + 1.645 * (one.score.stderr or 0.0) > best
+        ]  # fmt: skip
+        for one in sorted(near, key=lambda one: (-(one.estimate or 0.0), one.mixture.items))[:FINALISTS]:
+            self._complete(one.mixture, {target: {one.mixture: trial} for target, trial in one.trials.items()})
+
     def _complete(self, mixture: Mixture, seen: Mapping[str, Mapping[Mixture, Trial]]) -> None:
         """Scores a mixture on all examples that a race has not shown."""
         trials = {}
@@ -370,7 +388,12 @@ class Search:
     def _settle(self, mixture: Mixture, trials: Mapping[str, Trial]) -> None:
         """Says how a mixture stands."""
         whole = {one.target: self.journal.get(one.key(mixture)) for one in self.objectives}
-        if all(trial is not None for trial in whole.values()):
+        if all(trial is not None for trial in whole.values()):  # more is known than a race asked for
+            for objective in self.objectives:
+                partial, trial = trials[objective.target], whole[objective.target]
+                if partial.state == "pruned" and trial is not None:
+                    self.evaluations += objective.evaluations(mixture, objective.examples - partial.rung)
+                    self.seconds += trial.seconds
             trials = {target: trial for target, trial in whole.items() if trial is not None}
         weights = {one.target: one.weight for one in self.objectives}
         short = []
@@ -460,6 +483,8 @@ def search(
         pass
     except BudgetSpent:
         ended = "budget"
+    with suppress(BudgetSpent):
+        state.last_round()
     scored = [one for one in state.standings.values() if one.complete and one.mixture in space]
     if not scored:
         reasons = sorted({trial.reason or "" for one in state.standings.values() for trial in one.trials.values()})

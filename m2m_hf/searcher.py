@@ -460,7 +460,8 @@ class MergeToMixSearcher:
                 )
                 return listed(ensemble.best_subsets(space))
         if chosen == "auto":
-            chosen, why = choose_strategy(space, all(one.differentiable for one in objectives))
+            likelihoods = all(one.differentiable for one in objectives)
+            chosen, why = choose_strategy(space, likelihoods, self.config.max_trials or 0)
             self.terminal.say(f"strategy: {chosen}, since {why}")
         return STRATEGIES[chosen]
 

@@ -171,10 +171,9 @@ def annealing(task: Task) -> Strategy:
     hot = (max(scores) - min(scores)) / 2 if len(scores) > 1 else 0.0
     proposed = 0
     for step in range(20 * task.budget):
-        moves = task.space.added(here) + task.space.dropped(here) + task.space.swapped(here)
-        if not moves or proposed >= task.budget:
+        there = task.space.step(here, draw)
+        if there is None or proposed >= task.budget:
             return
-        there = draw.choice(moves)
         proposed += there not in known
         (new,) = yield from ask(known, [there])
         temperature = hot * 100 ** (-min(1.0, max(proposed, step / 20) / task.budget))

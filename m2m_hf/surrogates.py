@@ -27,7 +27,7 @@ from .strategies import (
 )
 
 ENUMERABLE = 4096  # up to how many mixtures of the space are all looked at
-PAIRS = 30  # up to how many candidates the model has a term for every pair
+PAIRS = 30  # of how many candidates, those that scored best alone, the model has a term for every pair
 
 
 class ScoreModel:
@@ -40,6 +40,9 @@ class ScoreModel:
 
     def __init__(self, task: Task) -> None:
         self.names = task.space.names
+        alone = {name: task.known.get(Mixture.subset([name]), -math.inf) for name in self.names}
+        paired = sorted(range(len(self.names)), key=lambda n: (-alone[self.names[n]], n))[:PAIRS]
+        self._pairs = np.array(list(combinations(sorted(paired), 2)), dtype=int).reshape(-1, 2).T
         self.screen = task.screen
         self._screened: dict[Mixture, float] = {}
         self._model = BayesianRidge()
@@ -52,9 +55,7 @@ class ScoreModel:
             for name, weight in mixture.items:
                 weights[row, place[name]] = weight
         columns = [weights, weights > 0, 1 / np.maximum(1, (weights > 0).sum(1, keepdims=True))]
-        if len(place) <= PAIRS:
-            first, second = np.array(list(combinations(range(len(place)), 2)) or np.empty((0, 2)), dtype=int).T
-            columns.append(weights[:, first] * weights[:, second])
+        columns.append(weights[:, self._pairs[0]] * weights[:, self._pairs[1]])
         if self.screen is not None:
             new = [mixture for mixture in mixtures if mixture not in self._screened]
             self._screened.update(zip(new, self.screen(new) if new else [], strict=True))
@@ -195,12 +196,20 @@ STRATEGIES: dict[str, Callable[[Task], Strategy]] = {
 FEW = 64  # mixtures of which `auto` scores all
 
 
-def choose_strategy(space: SearchSpace, differentiable: bool) -> tuple[str, str]:
-    """What `auto` takes: (strategy, why)."""
+def choose_strategy(space: SearchSpace, likelihoods: bool, max_trials: float = 0) -> tuple[str, str]:
+    """What `auto` takes: (strategy, why).
+
+    Args:
+        likelihoods: whether all targets have log-probabilities, and with them gradients and a screen.
+        max_trials: the budget, where one was given.
+    """
     if space.continuous:
-        if differentiable:
+        if likelihoods:
             return "gradient", "the likelihood has a gradient in the weights"
         return "bayes", "the targets have no gradient in the weights"
     if space.at_most(FEW):
         return "exhaustive", f"there are at most {FEW} mixtures"
-    return "surrogate", "there are too many mixtures to score them all"
+    if max_trials < math.inf and space.at_most(int(max_trials)):
+        return "exhaustive", f"max_trials: {max_trials} is enough for all mixtures"
+    screened = ", screened by what the single candidates score" if likelihoods else ""
+    return "surrogate", f"there are too many mixtures to score them all; a model of their scores proposes{screened}"

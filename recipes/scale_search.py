@@ -16,6 +16,10 @@ import sys
 
 sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
 
+from m2m_hf.console import LibraryLog, Terminal
+
+LOG = LibraryLog()  # libraries have things to say when they are imported
+
 import argparse
 import json
 import statistics
@@ -25,7 +29,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.console import Terminal
 from m2m_hf.journal import Journal
 from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Standing
 from m2m_hf.replay import Landscape, Replay, larger_landscape, tells_apart
@@ -82,11 +85,12 @@ def recorded(given: argparse.Namespace, terminal: Terminal) -> tuple[dict[str, A
         f"{len(names)} candidates, {objective.examples} examples; base {objective.table[BASE].value:.4f}, median "
         f"{statistics.median(values):.4f}, best {values[0]:.4f} ({best}); {tied} mixtures cannot be told from the best\n"
     )
-    auto, why = choose_strategy(SearchSpace(names), False)
+    auto, why = choose_strategy(SearchSpace(names), True)
     terminal.say(f"auto takes {auto}: {why}")
     plans = [("exhaustive, no race", "exhaustive", False), ("exhaustive", "exhaustive", True)]
     plans += [(name, name, True) for name in STRATEGIES if name not in ("exhaustive", "gradient")]
-    rows, figures, curves = [], {}, {}
+    rows, figures = [], {}
+    curves: dict[str, list[Curve]] = {}
     for label, strategy, race in plans:
         found, shares, wins = [], [], 0
         curves[label] = []

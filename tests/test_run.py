@@ -46,7 +46,7 @@ def test_select_from_beginning_to_end(project, capsys):
         "alpha",
         "all 3, merged",
         "chosen: ",
-        "joining",
+        "worth",
         "final model",
         "±",
         "recipe: trl sft --config",

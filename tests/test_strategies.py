@@ -223,6 +223,11 @@ def test_the_model_knows_a_quadratic_and_how_sure_it_is():
 def test_auto_says_why():
     assert choose_strategy(SearchSpace(NAMES[:5]), True)[0] == "exhaustive"
     assert choose_strategy(SearchSpace(NAMES), True)[0] == "surrogate"
+    assert choose_strategy(SearchSpace(NAMES), True, max_trials=100)[0] == "surrogate"
+    assert choose_strategy(SearchSpace(NAMES), True, max_trials=200) == (
+        "exhaustive",
+        "max_trials: 200 is enough for all mixtures",
+    )
     assert choose_strategy(SearchSpace(NAMES, continuous=True), True)[0] == "gradient"
     assert choose_strategy(SearchSpace(NAMES, continuous=True), False)[0] == "bayes"
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
+from scipy.special import logsumexp
 
 from .config import TargetConfig
 from .journal import fingerprint
@@ -94,9 +95,22 @@ class Ensemble:
             kept = sorted(kept, key=lambda one: (-one[0], len(one[1]), one[1]))[:count]
         return [Mixture.subset([space.names[number] for number in members]) for _, members in kept]
 
-    def best_weights(self, space: SearchSpace) -> Mixture:
-        """The weights under which the right answers are most probable: a concave problem, solved by SLSQP (SciPy)."""
-        rows = self.right[[self.names.index(name) for name in space.names]].double().numpy()
+    def best_weights(self, space: SearchSpace) -> list[Mixture]:
+        """Mixtures under whose weights the right answers are most probable, best first.
+
+        The optimum over all candidates, and for every size that is allowed that over those which are heaviest in it.
+        """
+        free = self._optimum(space.names)
+        order = sorted(free, key=lambda name: (-free[name], name))
+        found = [space.weighted(free, drop=True)]
+        for size in range(space.fewest, space.most + 1):
+            found.append(space.weighted(self._optimum(space.nearest(order, size))))
+        allowed = [mixture for mixture in dict.fromkeys(found) if mixture in space]
+        return sorted(allowed, key=lambda mixture: (-self.score(mixture).mean_logprob, len(mixture), mixture.items))
+
+    def _optimum(self, names: Sequence[str]) -> dict[str, float]:
+        """The best weights of these parts: a concave problem, solved by SLSQP (SciPy)."""
+        rows = self.right[[self.names.index(name) for name in names]].double().numpy()
         count = len(rows)
 
         def loss(weights: Any) -> tuple[float, Any]:
@@ -112,7 +126,7 @@ class Ensemble:
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
             options={"maxiter": 500, "ftol": 1e-10},
         )
-        return SearchSpace.weighted(dict(zip(space.names, np.maximum(found.x, 0).tolist(), strict=True)))
+        return dict(zip(names, np.maximum(found.x, 0).tolist(), strict=True))
 
 
 def subset_blocks(space: SearchSpace, size: int) -> Iterator[torch.Tensor]:
@@ -204,25 +218,27 @@ class EnsembleObjective:
         """With the scorer's own standard error."""
         return self._scorer.whole(score)
 
+    def likelihood(self, score: Score) -> float:
+        return self._scorer.likelihood(score)
+
     def gradient(self, mixture: Mixture) -> Score | Failure:
         raise TypeError("the best weights of an ensemble are a convex problem: see `Ensemble.best_weights`")
 
 
-def screen(singles: Mapping[str, Sequence[float]]) -> Callable[[Sequence[Mixture]], list[float]]:
+def screen(singles: Mapping[str, Sequence[float]], most: int = 1000) -> Callable[[Sequence[Mixture]], list[float]]:
     """An estimate of the log-likelihood of mixtures that costs nothing: that of the ensemble, from what the singles scored.
 
     Args:
         singles: name -> the log-probability of every row's right answer under that candidate's adapter.
+        most: rows that are looked at.
     """
-    place = {name: number for number, name in enumerate(singles)}
-    rows = np.exp(np.array(list(singles.values())))
+    rows = {name: np.array(logprobs[:most]) for name, logprobs in singles.items()}
 
     def estimate(mixtures: Sequence[Mixture]) -> list[float]:
-        weights = np.zeros((len(mixtures), len(place)))
-        for row, mixture in enumerate(mixtures):
-            for name, weight in mixture.items:
-                weights[row, place[name]] = weight
-        found: list[float] = np.log(np.maximum(weights @ rows, 1e-300)).mean(1).tolist()
-        return found
+        # Completions may be long, and their probabilities too small for a float: sums are taken of logarithms.
+        return [
+            float(logsumexp([rows[name] + np.log(weight) for name, weight in mixture.items], axis=0).mean())
+            for mixture in mixtures
+        ]
 
     return estimate

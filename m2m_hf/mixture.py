@@ -197,11 +197,19 @@ class SearchSpace:
         )
 
     @staticmethod
-    def weighted(values: Mapping[str, float], least: float = 0.01) -> Mixture:
-        """The mixture whose weights are in proportion to `values` (≥ 0); shares below `least` are left out."""
+    def weighted(values: Mapping[str, float], drop: bool = False) -> Mixture:
+        """The mixture whose weights are in proportion to `values` (≥ 0, not all 0).
+
+        Args:
+            drop: leave out shares below a hundredth, unless all are; otherwise they are raised to it, or to half an equal share.
+        """
         total = sum(values.values())
-        kept = {name: value for name, value in values.items() if value >= least * total}
-        return Mixture.of({name: value / sum(kept.values()) for name, value in kept.items()})
+        shares = {name: value / total for name, value in values.items()}
+        if drop and max(shares.values()) >= 0.01:
+            shares = {name: share for name, share in shares.items() if share >= 0.01}
+        least = min(0.01, 0.5 / len(shares))
+        shares = {name: max(share, least) for name, share in shares.items()}
+        return Mixture.of({name: share / sum(shares.values()) for name, share in shares.items()})
 
 
 @dataclass(frozen=True)

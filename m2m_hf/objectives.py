@@ -43,6 +43,8 @@ class Objective(Protocol):
 
     def gradient(self, mixture: Mixture) -> Score | Failure: ...
 
+    def likelihood(self, score: Score) -> float: ...
+
 
 class MergedObjective:
     """The paper's surrogate: the score of the model whose weights are the base's plus the mixture's average of deltas.
@@ -116,6 +118,10 @@ class MergedObjective:
     @property
     def differentiable(self) -> bool:
         return isinstance(self._scorer, LogprobScorer)
+
+    def likelihood(self, score: Score) -> float:
+        """That of the right answers, in the unit in which `gradient` is its derivative."""
+        return self._scorer.likelihood(score)
 
     def gradient(self, mixture: Mixture) -> Score | Failure:
         """The score with the derivative by the weights of the mixture, in one backward pass."""

@@ -55,12 +55,10 @@ class Verdict:
     Args:
         leader: number of the contender with the highest score so far.
         dropped: numbers of those that cannot win.
-        tied: numbers of those among them that fell behind by less than a paired test at this rung can tell.
     """
 
     leader: int
     dropped: list[int]
-    tied: list[int]
 
 
 def judge(samples: Sequence[Sample], looks: int, seed: int = 0) -> Verdict:
@@ -97,15 +95,9 @@ def judge(samples: Sequence[Sample], looks: int, seed: int = 0) -> Verdict:
         counts = draw.multinomial(seen, np.full(seen, 1 / seen), size=RESAMPLES) / seen
         resampled += sample.weight * (counts @ differences.T - differences.mean(1))
     if not now.any():  # all score alike on all examples
-        others = [number for number in range(len(means)) if number != leader]
-        return Verdict(leader, others, others)
+        return Verdict(leader, [number for number in range(len(means)) if number != leader])
     critical = float(np.quantile((resampled / np.sqrt(now)).max(1), 1 - RISK / looks))
     margin = norm.ppf(0.95) * np.sqrt(all_of_it)
     hopeless = behind + margin > critical * np.sqrt(remaining)
     hopeless[leader] = False
-    told = behind > critical * np.sqrt(now)
-    return Verdict(
-        leader,
-        [int(n) for n in np.flatnonzero(hopeless)],
-        [int(n) for n in np.flatnonzero(hopeless & ~told)],
-    )
+    return Verdict(leader, [int(number) for number in np.flatnonzero(hopeless)])

@@ -72,6 +72,9 @@ class Replay:
     def whole(self, score: Score) -> Score:
         return Score.of(score.values, score.logprobs)
 
+    def likelihood(self, score: Score) -> float:
+        return score.mean_logprob
+
     def gradient(self, mixture: Mixture) -> Score | Failure:
         raise TypeError("a table has no gradient")
 

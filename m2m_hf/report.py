@@ -148,7 +148,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         },
         "costs": {
             "train_seconds": round(sum(record["seconds"] for record in training), 3),
-            "search_seconds": round(sum(trial.seconds for trial in trials), 3),
+            "search_seconds": round(result.seconds, 3),
             "final_seconds": final["total_seconds"] if final else None,
             "example_evaluations": result.evaluations,
             "adapter_steps": sum(record["steps"] for record in training),

@@ -63,6 +63,10 @@ class Scorer(ABC):
         """A score of all rows from their values, in the order of the rows."""
         return Score.of(score.values, score.logprobs)
 
+    def likelihood(self, score: Score) -> float:
+        """The mean log-probability of a row's right answer; for `loss`, of a token."""
+        return score.mean_logprob
+
     def at_once(self, stack: GatedStack, tokens_per_batch: int, rows: int) -> int:
         """How many mixtures fill a batch with so many rows: more than one only where those of one do not."""
         if not self.tokens or not stack.takes_rows:
@@ -140,12 +144,12 @@ class LogprobScorer(Scorer):
 
     @abstractmethod
     def slopes(self, number: int, sums: Sequence[float]) -> list[float]:
-        """How the mean log-probability of the right answers changes with those of the completions of one row."""
+        """How the `likelihood` changes with the log-probabilities of the completions of one row."""
 
     def gradient(
         self, stack: GatedStack, weights: Weights, tokens_per_batch: int
     ) -> tuple[Score | Failure, dict[str, float]]:
-        """The score, and by every adapter's weight the derivative of the mean log-probability of the right answers."""
+        """The score, and the derivative of the `likelihood` by every adapter's weight."""
         sums, slope = weight_gradient(stack, weights, self.questions, tokens_per_batch, self.slopes)
         if not all(map(math.isfinite, (*slope.values(), *(value for values in sums for value in values)))):
             return Failure("the model gives gradients that are not finite"), {}
@@ -176,6 +180,9 @@ class LossScorer(LogprobScorer):
 
     def slopes(self, number: int, sums: Sequence[float]) -> list[float]:
         return [1 / sum(self.counts)]
+
+    def likelihood(self, score: Score) -> float:
+        return score.value
 
     def probabilities(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every scored token, all rows in one; of shape (tokens, 1)."""

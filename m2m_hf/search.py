@@ -29,6 +29,7 @@ class SearchResult:
         ranking: the mixtures that may be chosen, best first, in the order of `preference`.
         measured: how many trials were measured now, rather than read from the journal.
         evaluations: examples scored, by now or before, to come to this result.
+        seconds: the time that this took.
         ended: by the `strategy` itself or by the `budget`.
     """
 
@@ -37,6 +38,7 @@ class SearchResult:
     ranking: list[Standing]
     measured: int
     evaluations: int
+    seconds: float
     ended: str
 
     @property
@@ -127,7 +129,7 @@ class Search:
         on_standing: told how every mixture stands and the best so far.
         race: whether mixtures that are asked for together race (`racing.py`), where every target's examples have values.
         budget: what may be spent.
-        agree: gives every process what the main one has; processes may differ in the time that they take, and in rounding.
+        agree: gives every process the main one's time, on which a budget may depend.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class Search:
         self.control: Standing | None = None  # scored in full; what pruned mixtures are compared with
         total = sum(one.weight for one in objectives)
         self._shares = {one.target: one.weight / total for one in objectives}
-        self._steps = self._rungs() if race and all(one.order for one in objectives) else []
+        self._steps = self._rungs() if race and may_race(objectives) else []
         self._write = write
         self._on_standing = on_standing
         self._budget = budget
@@ -191,11 +193,10 @@ class Search:
             raise BudgetSpent
         return [self.standings[mixture] for mixture in mixtures]
 
-    def slope(self, mixture: Mixture) -> tuple[float, dict[str, float]]:
-        """The mean log-probability of the right answers, over all targets by their weights, and its derivatives by name.
+    def slope(self, mixture: Mixture) -> tuple[float, dict[str, float]] | None:
+        """The likelihood of the right answers, over all targets by their weights, and its derivatives by name.
 
-        Raises:
-            BudgetSpent: no budget is left for it, or the mixture failed.
+        None where no budget is left for it, or where it is not finite.
         """
         total, slopes = 0.0, dict.fromkeys(mixture.names, 0.0)
         for objective in self.objectives:
@@ -203,7 +204,7 @@ class Search:
             trial = self.journal.get(key)
             if trial is None:
                 if self.evaluations >= self._budget.max_example_evaluations or self.seconds >= self._budget.max_seconds:
-                    raise BudgetSpent
+                    return None
                 start = time.monotonic()
                 found = objective.gradient(mixture)
                 seconds = self._agree(time.monotonic() - start)
@@ -213,9 +214,9 @@ class Search:
             self.evaluations += objective.examples
             self.seconds += trial.seconds
             if trial.score is None:
-                raise BudgetSpent
+                return None
             share = self._shares[objective.target]
-            total += share * trial.score.mean_logprob
+            total += share * objective.likelihood(trial.score)
             for name, derivative in zip(mixture.names, trial.score.gradient, strict=True):
                 slopes[name] += share * derivative
         return total, slopes
@@ -224,14 +225,15 @@ class Search:
         """An estimate of a mixture's log-likelihood from what its candidates scored alone; None where scorers have none."""
         estimates = []
         for objective in self.objectives:
-            singles = {}
+            singles, unit = {}, 1.0
             for name in self.space.names:
                 standing = self.standings[Mixture.subset([name])]
                 score = standing.trials[objective.target].score
                 if score is None or not score.logprobs:
                     return None
                 singles[name] = score.logprobs
-            estimates.append((self._shares[objective.target], screen(singles)))
+                unit = objective.likelihood(score) / score.mean_logprob if score.mean_logprob else unit
+            estimates.append((self._shares[objective.target] * unit, screen(singles)))
         return lambda mixtures: [
             sum(share * value for (share, _), value in zip(estimates, values, strict=True))
             for values in zip(*(estimate(mixtures) for _, estimate in estimates), strict=True)
@@ -249,10 +251,15 @@ class Search:
         self._finish(waiting)
 
     def _finish(self, mixtures: Sequence[Mixture]) -> None:
-        for objective in self.objectives:
-            self._look(objective, mixtures, objective.examples, {})
-        for mixture in mixtures:
-            self._settle(mixture, {one.target: known(self.journal, one.key(mixture)) for one in self.objectives})
+        try:
+            for objective in self.objectives:
+                self._look(objective, mixtures, objective.examples, {})
+        finally:  # what was measured before the budget ended counts
+            for mixture in mixtures:
+                trials = {one.target: self.journal.get(one.key(mixture)) for one in self.objectives}
+                found = {target: trial for target, trial in trials.items() if trial is not None}
+                if len(found) == len(self.objectives):
+                    self._settle(mixture, found)
 
     def _look(
         self, objective: Objective, mixtures: Sequence[Mixture], rung: int, before: Mapping[Mixture, Trial]
@@ -336,8 +343,9 @@ class Search:
             for mixture in running:
                 if mixture not in self.standings and all(mixture in found for found in seen.values()):
                     if mixture == ahead:  # or the race would have been for nothing
-                        self._budget = Budget()
+                        budget, self._budget = self._budget, Budget()
                         self._complete(mixture, seen)
+                        self._budget = budget
                     else:
                         self._settle(mixture, {target: found[mixture] for target, found in seen.items()})
             raise
@@ -353,8 +361,20 @@ class Search:
             if one.pruned and one.score and one.mixture in self.space
             and (one.estimate or 0.0) + 1.645 * (one.score.stderr or 0.0) > best
         ]  # fmt: skip
-        for one in sorted(near, key=lambda one: (-(one.estimate or 0.0), one.mixture.items))[:FINALISTS]:
-            self._complete(one.mixture, {target: {one.mixture: trial} for target, trial in one.trials.items()})
+        try:
+            for one in sorted(near, key=lambda one: (-(one.estimate or 0.0), one.mixture.items))[:FINALISTS]:
+                self._complete(one.mixture, {target: {one.mixture: trial} for target, trial in one.trials.items()})
+        finally:
+            self._remember()
+
+    def _remember(self) -> None:
+        """Takes from the journal what it knows in full of mixtures that races left; only now, or strategies would be told more
+        than when the journal was empty, and go another way."""
+        for mixture in [mixture for mixture, standing in self.standings.items() if standing.pruned]:
+            whole = {one.target: self.journal.get(one.key(mixture)) for one in self.objectives}
+            found = {target: trial for target, trial in whole.items() if trial is not None}
+            if len(found) == len(self.objectives):
+                self._settle(mixture, found)
 
     def _complete(self, mixture: Mixture, seen: Mapping[str, Mapping[Mixture, Trial]]) -> None:
         """Scores a mixture on all examples that a race has not shown."""
@@ -387,14 +407,6 @@ class Search:
 
     def _settle(self, mixture: Mixture, trials: Mapping[str, Trial]) -> None:
         """Says how a mixture stands."""
-        whole = {one.target: self.journal.get(one.key(mixture)) for one in self.objectives}
-        if all(trial is not None for trial in whole.values()):  # more is known than a race asked for
-            for objective in self.objectives:
-                partial, trial = trials[objective.target], whole[objective.target]
-                if partial.state == "pruned" and trial is not None:
-                    self.evaluations += objective.evaluations(mixture, objective.examples - partial.rung)
-                    self.seconds += trial.seconds
-            trials = {target: trial for target, trial in whole.items() if trial is not None}
         weights = {one.target: one.weight for one in self.objectives}
         short = []
         offset = 0.0
@@ -417,11 +429,9 @@ class Search:
         self._on_standing(standing, self.best)
 
 
-def known(journal: Journal, key: str) -> Trial:
-    """The trial with this key, which is known to be there."""
-    trial = journal.get(key)
-    assert trial is not None
-    return trial
+def may_race(objectives: Sequence[Objective]) -> bool:
+    """Whether mixtures can be judged by some examples: each has a value, and no target's `min_delta` rules mixtures out."""
+    return all(one.order and one.examples > 1 and one.min_delta is None for one in objectives)
 
 
 def search(
@@ -454,13 +464,14 @@ def search(
         budget: what may be spent beyond what every search begins with.
         seed: of everything random in the strategy.
         write: whether this process writes the journal.
-        agree: gives every process what the main one has.
+        agree: gives every process the main one's time, on which a budget may depend.
         on_standing: told how every mixture stands and the best so far.
 
     Raises:
         InputError: every mixture falls short of a `min_delta`, or the budget ended before any that is allowed was scored.
         RuntimeError: not one mixture could be scored.
     """
+    race = race and not one_standard_error  # that rule wants more mixtures scored in full than those that may win
     state = Search(objectives, space, journal, write, on_standing, race, budget, agree)
     state.fixed([BASE])
     state.fixed([*(Mixture.subset([name]) for name in names), Mixture.subset(names)])
@@ -478,7 +489,7 @@ def search(
     try:
         proposed = next(proposals)
         while True:
-            proposed = proposals.send(state.know(agree(proposed)))
+            proposed = proposals.send(state.know(proposed))
     except StopIteration:
         pass
     except BudgetSpent:
@@ -488,8 +499,12 @@ def search(
     scored = [one for one in state.standings.values() if one.complete and one.mixture in space]
     if not scored:
         reasons = sorted({trial.reason or "" for one in state.standings.values() for trial in one.trials.values()})
-        if not any(reasons):
+        if not any(reasons) and ended == "budget":
             raise InputError("the budget ended before any mixture that is allowed was scored: raise it")
+        if not any(reasons):
+            raise InputError(
+                "the strategy found no mixture that is allowed: loosen the constraints or take another one"
+            )
         raise RuntimeError(f"no mixture could be scored: {'; '.join(filter(None, reasons))}")
     ranking = sorted((one for one in scored if one.may_be_chosen), key=lambda one: preference(one, costs))
     if not ranking:
@@ -498,9 +513,8 @@ def search(
             f"every mixture makes {' or '.join(short)} worse than the base model by more than min_delta allows; raise min_delta "
             "of that target or leave it out. What was scored is kept"
         )
-    return SearchResult(
-        state.standings, choose(ranking, one_standard_error), ranking, state.measured, state.evaluations, ended
-    )
+    best = choose(ranking, one_standard_error)
+    return SearchResult(state.standings, best, ranking, state.measured, state.evaluations, state.seconds, ended)
 
 
 def default_budget(candidates: int) -> int:

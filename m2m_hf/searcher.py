@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,7 @@ class MergeToMixSearcher:
                 f"max_trials: at least {least} are needed for the base model, every single candidate and all together, "
                 f"got {self.config.max_trials}"
             )
+        self._check_search()
         if self.config.final:
             args, model_args = self._final_settings()
             check_model(model_args, args, lora_config(model_args))
@@ -351,8 +353,16 @@ class MergeToMixSearcher:
             math.inf if config.max_seconds is None else config.max_seconds,
         )
         race = strategy is not exhaustive if config.race is None else config.race
-        if race and not all(one.order for one in objectives) and config.objective == "merged":
-            self.terminal.say("no racing: a target has no value for every example by itself", "yellow")
+        if race and config.objective == "merged":
+            why = {
+                "a target has no value for every example by itself": not all(one.order for one in objectives),
+                "a target's min_delta needs scores of all examples": any(
+                    one.min_delta is not None for one in objectives
+                ),
+                "one_standard_error needs scores of all examples": config.one_standard_error,
+            }
+            for reason in (text for text, holds in why.items() if holds):
+                self.terminal.say(f"no racing: {reason}", "yellow")
         total = 2 + len(candidates) + min(self._proposals(space, strategy), budget.max_trials)
         done = 0
 
@@ -416,6 +426,30 @@ class MergeToMixSearcher:
             config.weights == "continuous",
         )
 
+    def _check_search(self) -> None:
+        """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
+        config = self.config
+        scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
+        likelihoods = config.objective == "merged" and all(isinstance(one, LogprobScorer) for one in scorers.values())
+        for name, scorer in scorers.items():
+            metric = self.targets[name].config.metric
+            fits = isinstance(scorer, LogprobScorer) and metric in ENSEMBLE_METRICS
+            if config.objective == "ensemble" and not fits:
+                raise InputError(
+                    f"targets.{name}: objective ensemble averages the probabilities of right answers; it needs scorer choice, "
+                    f"classification or loss with one of {', '.join(ENSEMBLE_METRICS)} as its metric"
+                )
+        strategy = config.strategy
+        if strategy == "gradient" and not likelihoods:
+            raise InputError(
+                "strategy: gradient needs objective: merged and targets whose scorer is choice, classification or loss"
+            )
+        alone = config.objective == "ensemble" and len(scorers) == 1
+        if strategy == "auto" and config.weights == "continuous" and not alone:
+            strategy = choose_strategy(self.space, likelihoods)[0]
+        if strategy == "bayes" and find_spec("optuna") is None:
+            raise InputError("strategy bayes needs Optuna. Type: pip install 'm2m_hf[bayes]'")
+
     def _objectives(self) -> list[Objective]:
         """What scores mixtures, one for every target."""
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
@@ -438,11 +472,7 @@ class MergeToMixSearcher:
             if self.config.objective == "merged":
                 made.append(merged)
                 continue
-            if not isinstance(scorer, LogprobScorer) or target.config.metric not in ENSEMBLE_METRICS:
-                raise InputError(
-                    f"targets.{name}: objective ensemble averages the probabilities of right answers; it needs scorer choice, "
-                    f"classification or loss with one of {', '.join(ENSEMBLE_METRICS)} as its metric"
-                )
+            assert isinstance(scorer, LogprobScorer)
             made.append(EnsembleObjective(merged, scorer, target.config, self.run.root / "ensemble"))
         return made
 
@@ -453,7 +483,7 @@ class MergeToMixSearcher:
             ensemble = objectives[0].ensemble(space.names)
             if space.continuous:
                 self.terminal.say("strategy: the best weights, since those of an ensemble are a convex problem")
-                return listed([ensemble.best_weights(space)])
+                return listed(ensemble.best_weights(space))
             if len(space.names) <= MOST_SUBSETS and not space.at_most(FEW):
                 self.terminal.say(
                     "strategy: all subsets, of which the best 1000 are kept, since they cost no forward pass"

@@ -30,7 +30,8 @@ class Task:
         seed: of everything random.
         budget: about how many mixtures there is time for.
         screen: a far cheaper estimate of a mixture's score, in any unit, where there is one.
-        gradient: where there is one, the log-likelihood of a mixture and its derivatives by the weights, by name.
+        gradient: where there is one, the log-likelihood of a mixture and its derivatives by the weights, by name; None once
+            no more of them can be had.
     """
 
     space: SearchSpace
@@ -38,12 +39,12 @@ class Task:
     seed: int = 0
     budget: int = 1000
     screen: Callable[[Sequence[Mixture]], Sequence[float]] | None = None
-    gradient: Callable[[Mixture], tuple[float, Mapping[str, float]]] | None = None
+    gradient: Callable[[Mixture], tuple[float, Mapping[str, float]] | None] | None = None
 
 
 def value(standing: Standing) -> float:
-    """What a strategy makes of a standing: higher is better, −∞ for what failed."""
-    return -math.inf if standing.estimate is None else standing.estimate
+    """What a strategy makes of a standing: higher is better, −∞ for what failed or falls short of a target's `min_delta`."""
+    return -math.inf if standing.estimate is None or standing.short else standing.estimate
 
 
 def ask(known: Known, mixtures: Iterable[Mixture]) -> Generator[list[Mixture], list[Standing], list[float]]:
@@ -160,7 +161,7 @@ def beam(task: Task, width: int = 4) -> Strategy:
 def annealing(task: Task) -> Strategy:
     """Simulated annealing (Kirkpatrick et al., 1983): a random step is taken when it improves, or by chance, ever less often.
 
-    The temperature starts at the spread of the known scores and falls by a factor of 100 over the budget.
+    The temperature starts at half the range of the known scores and falls by a factor of 100 over the budget.
     """
     draw, known = random.Random(task.seed), dict(task.known)
     here = start(task)
@@ -202,9 +203,11 @@ def gradient(task: Task, passes: int = 40) -> Strategy:
     best, slope, rate, widest = -math.inf, dict.fromkeys(space.names, 0.0), 0.0, 0.0
     trying = weights
     for _ in range(passes):
-        value, found = task.gradient(Mixture.of(trying))
-        if value > best:
-            weights, best, slope, rate = trying, value, dict(found), rate * 1.3
+        found = task.gradient(Mixture.of(trying))
+        if found is None:
+            break
+        if found[0] > best:
+            weights, best, slope, rate = trying, found[0], dict(found[1]), rate * 1.3
         else:
             rate /= 3
         mean = sum(weights[name] * slope[name] for name in weights)
@@ -219,6 +222,6 @@ def gradient(task: Task, passes: int = 40) -> Strategy:
     heaviest = [space.nearest(order, size) for size in range(space.fewest, space.most + 1)]
     if space.continuous:
         shares = [space.weighted({name: weights[name] for name in names}) for names in heaviest]
-        yield from ask(known, [mixture for mixture in [space.weighted(weights), *shares] if mixture in space])
+        yield from ask(known, [one for one in [space.weighted(weights, drop=True), *shares] if one in space])
     else:
         yield from ask(known, map(Mixture.subset, heaviest))

@@ -10,7 +10,6 @@ import numpy as np
 from scipy.stats import norm
 from sklearn.linear_model import BayesianRidge
 
-from .errors import InputError
 from .mixture import Mixture, SearchSpace
 from .strategies import (
     Known,
@@ -132,20 +131,14 @@ def surrogate(task: Task) -> Strategy:
 
 
 def bayes(task: Task) -> Strategy:
-    """Optuna's tree-structured Parzen estimator over which candidates are in, or over their weights.
+    """Optuna's tree-structured Parzen estimator over which candidates are in, or over their weights."""
+    import optuna
 
-    Raises:
-        InputError: Optuna is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError(f"strategy bayes needs Optuna ({error}). Type: pip install 'm2m_hf[bayes]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space, known, draw = task.space, dict(task.known), random.Random(task.seed)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=task.seed))
     kind: Any = (
-        optuna.distributions.FloatDistribution(0, 1)
+        optuna.distributions.FloatDistribution(-0.5, 1)  # up to 0 the candidate is out
         if space.continuous
         else optuna.distributions.CategoricalDistribution((False, True))
     )
@@ -154,7 +147,7 @@ def bayes(task: Task) -> Strategy:
     def tell(mixture: Mixture) -> None:
         if math.isfinite(known[mixture]) and set(space.names).issuperset(mixture.names):
             largest = max(mixture.weights.values())
-            given = {name: mixture.weights.get(name, 0.0) / largest for name in space.names}
+            given = {name: mixture.weights.get(name, -0.25 * largest) / largest for name in space.names}
             values = given if space.continuous else {name: weight > 0 for name, weight in given.items()}
             study.add_trial(optuna.create_trial(params=values, distributions=kinds, value=known[mixture]))
 
@@ -164,14 +157,13 @@ def bayes(task: Task) -> Strategy:
         mixture: Mixture | None = None
         for _ in range(20):
             trial = study.ask(kinds)
-            study.tell(
-                trial, state=optuna.trial.TrialState.FAIL
-            )  # what comes of it is told by `tell`, also where it was mended
+            # What comes of it is told by `tell`, also where it was mended.
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
             wanted = {name: float(value) for name, value in trial.params.items()}
             order = draw.sample(space.names, len(space.names))
             order.sort(key=lambda name: -wanted[name])
             names = space.nearest(order, sum(value > 0 for value in wanted.values()))
-            shares = {name: wanted[name] or 0.5 for name in names}
+            shares = {name: max(wanted[name], 0.01) for name in names}
             asked = space.weighted(shares) if space.continuous else Mixture.subset(names)
             if asked not in known and asked in space:
                 mixture = asked
@@ -209,7 +201,7 @@ def choose_strategy(space: SearchSpace, likelihoods: bool, max_trials: float = 0
         return "bayes", "the targets have no gradient in the weights"
     if space.at_most(FEW):
         return "exhaustive", f"there are at most {FEW} mixtures"
-    if max_trials < math.inf and space.at_most(int(max_trials)):
-        return "exhaustive", f"max_trials: {max_trials} is enough for all mixtures"
+    if space.at_most(int(max_trials) - len(space.names) - 2):  # singles and all together may not be among them
+        return "exhaustive", "max_trials is enough for all mixtures"
     screened = ", screened by what the single candidates score" if likelihoods else ""
     return "surrogate", f"there are too many mixtures to score them all; a model of their scores proposes{screened}"

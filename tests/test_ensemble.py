@@ -130,7 +130,7 @@ def test_the_best_subsets_are_the_best_of_all(accuracy, monkeypatch):
 def test_the_best_weights_are_better_than_any_others():
     ensemble = made_up(5, 60, accuracy=False)
     space = SearchSpace(ensemble.names, continuous=True)
-    best = ensemble.best_weights(space)
+    best = ensemble.best_weights(space)[0]
     found = ensemble.score(best).value
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -140,6 +140,27 @@ def test_the_best_weights_are_better_than_any_others():
             ensemble.score(Mixture.of(dict(zip(ensemble.names, weights.tolist(), strict=True)))).value <= found + 1e-4
         )
     assert found >= max(ensemble.score(mixture).value for mixture in SearchSpace(ensemble.names).subsets()) - 1e-6
+
+
+def test_the_best_weights_keep_the_constraints():
+    ensemble = made_up(6, 60, accuracy=False)
+    for space in (
+        SearchSpace(ensemble.names, max_datasets=2, continuous=True),
+        SearchSpace(ensemble.names, frozenset({"n5"}), 3, 4, continuous=True),
+    ):
+        found = ensemble.best_weights(space)
+        assert found
+        assert all(mixture in space for mixture in found)
+        subsets = [ensemble.score(mixture).value for mixture in space.subsets() if mixture.names == found[0].names]
+        assert ensemble.score(found[0]).value >= max(subsets) - 1e-4
+
+
+def test_long_completions_are_screened_too():
+    rows = {"a": [-900.0, -800.0], "b": [-905.0, -790.0], "c": [-1000.0, -1000.0]}
+    estimate = screen(rows)
+    values = estimate([Mixture.subset(names) for names in ("a", "b", "c", "ab", "abc")])
+    assert len(set(values)) == 5
+    assert values[3] == pytest.approx((-900 - 790) / 2 - math.log(2), abs=0.01)
 
 
 def test_the_screen_is_the_ensemble_of_what_the_singles_scored():
@@ -163,8 +184,7 @@ def test_gradients_are_differences(tmp_path, tokenizer, metric, apart, monkeypat
     assert score.logprobs == pytest.approx(plain.logprobs, abs=2e-5)
 
     def likelihood(changed: dict) -> float:
-        found = scorer.score(stack, [changed], 60)[0]
-        return sum(found.logprobs) / (sum(scorer.counts) if metric == "loglikelihood" else len(found.logprobs))
+        return scorer.likelihood(scorer.score(stack, [changed], 60)[0])
 
     for name in NAMES:
         step = 2e-2

@@ -36,6 +36,9 @@ class TableObjective:
     def evaluations(self, mixture: Mixture, rows: int) -> int:
         return rows
 
+    def likelihood(self, score: Score) -> float:
+        return score.mean_logprob
+
     def __call__(self, mixtures: list[Mixture], rows=None) -> list[Score | Failure]:
         self.groups.append(len(mixtures))
         return [self.one(mixture) for mixture in mixtures]

@@ -27,6 +27,12 @@ SPACES = {
 }
 
 
+CONTINUOUS = [
+    SearchSpace(NAMES, min_datasets=5, continuous=True),
+    SearchSpace(NAMES, frozenset("fg"), 2, 4, continuous=True),
+]
+
+
 def concave(mixture: Mixture) -> float:
     """Σ wᵢ gᵢ − Σ wᵢ² / 2: the more candidates the better, up to what the bad ones cost."""
     return sum(weight * SLOPES[name] - weight**2 / 2 for name, weight in mixture.items)
@@ -195,7 +201,10 @@ def test_a_space_agrees_with_itself(space):
 def test_continuous_weights(tmp_path):
     space = SearchSpace(NAMES, continuous=True)
     draw = random.Random(0)
-    assert all(space.draw(draw) in space for _ in range(100))
+    for tight in (space, *CONTINUOUS):
+        drawn = [tight.draw(draw) for _ in range(200)]
+        assert all(mixture in tight for mixture in drawn)
+        assert {len(mixture) for mixture in drawn} == set(range(tight.fewest, tight.most + 1))
     best = max(map(concave, SearchSpace(NAMES).subsets()))
     for name in ("gradient", "bayes"):
         result = run(STRATEGIES[name], space, tmp_path / name, budget=Budget(80))
@@ -220,14 +229,50 @@ def test_the_model_knows_a_quadratic_and_how_sure_it_is():
     assert expected_improvement(0.0, 1.0, 0.0) == pytest.approx(1 / math.sqrt(2 * math.pi))
 
 
+@pytest.mark.parametrize("space", CONTINUOUS, ids=["many", "required"])
+def test_weights_keep_the_constraints(tmp_path, space):
+    for name in ("gradient", "bayes", "random"):
+        result = run(STRATEGIES[name], space, tmp_path / name, budget=Budget(40))
+        proposed = [one for one in result.standings if len(one) not in (0, 1, 7)]
+        assert proposed, name
+        assert all(mixture in space for mixture in proposed)
+        assert result.best.mixture in space
+
+
+def test_a_gradient_that_can_no_longer_be_had_ends_the_climb_and_not_the_search(tmp_path):
+    class Breaks(Smooth):
+        def gradient(self, mixture):
+            return super().gradient(mixture) if len(self.asked) < 14 else Failure("not finite")
+
+    result = run(STRATEGIES["gradient"], SPACES["sizes"], tmp_path / "t", Breaks())
+    assert result.ended == "strategy"
+    assert result.best.mixture in SPACES["sizes"]
+
+
+def test_what_a_group_had_measured_when_the_budget_ended_counts(tmp_path):
+    class Groups(Smooth):
+        def at_once(self, rows):
+            return 8
+
+    results = [
+        run(
+            STRATEGIES["exhaustive"], SPACES["all"], tmp_path / "t", Groups(), budget=Budget(max_example_evaluations=12)
+        )
+        for _ in range(2)
+    ]
+    assert results[0].measured == 12
+    assert results[1].measured == 0
+    assert results[0].standings.keys() == results[1].standings.keys()
+    assert len(results[0].standings) == 12
+
+
 def test_auto_says_why():
+    space = SearchSpace(NAMES)
+    assert choose_strategy(space, True, max_trials=127 + 9) == ("exhaustive", "max_trials is enough for all mixtures")
+    assert choose_strategy(space, True, max_trials=127 + 8)[0] == "surrogate"
     assert choose_strategy(SearchSpace(NAMES[:5]), True)[0] == "exhaustive"
     assert choose_strategy(SearchSpace(NAMES), True)[0] == "surrogate"
     assert choose_strategy(SearchSpace(NAMES), True, max_trials=100)[0] == "surrogate"
-    assert choose_strategy(SearchSpace(NAMES), True, max_trials=200) == (
-        "exhaustive",
-        "max_trials: 200 is enough for all mixtures",
-    )
     assert choose_strategy(SearchSpace(NAMES, continuous=True), True)[0] == "gradient"
     assert choose_strategy(SearchSpace(NAMES, continuous=True), False)[0] == "bayes"
 

@@ -18,6 +18,8 @@ from .strategies import (
     annealing,
     ask,
     beam,
+    best_of,
+    climb,
     exhaustive,
     fresh,
     gradient,
@@ -102,8 +104,8 @@ def pool(space: SearchSpace, known: Known, draw: random.Random, everything: list
 def surrogate(task: Task) -> Strategy:
     """Bayesian optimisation with `ScoreModel`: fits, proposes the largest expected improvements, fits again.
 
-    Begins with the best by the screen, where there is one, and a few at random. Ends when less than a thousandth of the range of
-    the known scores is to be expected from any proposal, twice.
+    Begins with the best by the screen, where there is one, and a few at random. When less than a thousandth of the range of the
+    known scores is to be expected from any proposal, twice, it looks around the best one and ends.
     """
     space, known, draw = task.space, dict(task.known), random.Random(task.seed)
     everything = list(space.subsets()) if space.at_most(ENUMERABLE) else None
@@ -128,6 +130,9 @@ def surrogate(task: Task) -> Strategy:
         low = low + 1 if gain[order[0]] < 1e-3 * (max(finite) - min(finite)) else 0
         yield from ask(known, [candidates[n] for n in order])
         spent += len(order)
+    inside = [mixture for mixture in known if mixture in space]
+    if inside and spent < task.budget:
+        yield from climb(space, known, best_of(known, inside))
 
 
 def bayes(task: Task) -> Strategy:
@@ -203,5 +208,7 @@ def choose_strategy(space: SearchSpace, likelihoods: bool, max_trials: float = 0
         return "exhaustive", f"there are at most {FEW} mixtures"
     if space.at_most(int(max_trials) - len(space.names) - 2):  # singles and all together may not be among them
         return "exhaustive", "max_trials is enough for all mixtures"
+    if not space.at_most(ENUMERABLE):
+        return "beam", "there are far too many mixtures to look at, and it makes large ones of the best small ones"
     screened = ", screened by what the single candidates score" if likelihoods else ""
     return "surrogate", f"there are too many mixtures to score them all; a model of their scores proposes{screened}"

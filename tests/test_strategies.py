@@ -273,6 +273,7 @@ def test_auto_says_why():
     assert choose_strategy(SearchSpace(NAMES[:5]), True)[0] == "exhaustive"
     assert choose_strategy(SearchSpace(NAMES), True)[0] == "surrogate"
     assert choose_strategy(SearchSpace(NAMES), True, max_trials=100)[0] == "surrogate"
+    assert choose_strategy(SearchSpace(tuple(f"c{n:02}" for n in range(13))), True)[0] == "beam"
     assert choose_strategy(SearchSpace(NAMES, continuous=True), True)[0] == "gradient"
     assert choose_strategy(SearchSpace(NAMES, continuous=True), False)[0] == "bayes"
 

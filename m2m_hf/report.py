@@ -223,7 +223,7 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
     for name in outcome.candidates:
         changes = joining(result, name)
         lowered = sum(change < 0 for change in changes)
-        if changes and lowered > len(changes) / 2 and sum(changes) < 0:
+        if len(changes) > 2 and lowered > len(changes) / 2 and sum(changes) < 0:
             lines.append(
                 f"harmful: {name} lowers {lowered} of the {len(changes)} mixtures that it joins, "
                 f"by {-sum(changes) / len(changes):.3f} on average"
@@ -263,12 +263,11 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
             f"{summary['counts']['failed']} trials failed; their mixtures cannot be chosen; trials.jsonl says why"
         )
     if outcome.worth:
-        how = (
-            "over all orders in which candidates can join"
-            if outcome.worth.exact
-            else "estimated from the mixtures scored"
+        how = "over all orders" if outcome.worth.exact else "over orders, estimated from the mixtures scored"
+        lines.append(
+            f"worth: what a candidate adds when all join the base model one by one, on average {how} (Shapley value); the "
+            "first to join adds the most"
         )
-        lines.append(f"worth: what a candidate adds to the mixture that it joins, on average {how} (Shapley value)")
     lines.append("merged: the exact average of the adapters, not trained")
     uniform = (
         f"for the same {steps} steps"

@@ -220,3 +220,12 @@ def test_a_budget_holds_after_it_has_ended_a_race(tmp_path):
         budget = 7 * 300 + 25 * 64 + 10
         result = run(objective, tmp_path / f"{seed}", budget=Budget(max_example_evaluations=budget))
         assert result.evaluations <= budget + 32 + 236  # what was in flight, and the leader
+
+
+def test_what_the_journal_knows_in_full_is_shown_in_full(tmp_path):
+    whole = run(Counting(table(13), seed=1), tmp_path / "t", race=False)
+    again = Counting(table(13), seed=1)
+    result = run(again, tmp_path / "t")
+    assert again.calls == 0
+    assert seen(result) == seen(whole)
+    assert result.best.mixture == whole.best.mixture

@@ -14,9 +14,7 @@ from scipy.stats import norm
 
 FIRST = 64  # examples that a mixture has seen at least before it may be dropped
 GROWTH = 1.5  # of the rungs
-RISK = (
-    0.05  # that a race drops a mixture which all examples together would tell to be better than the one that it keeps
-)
+RISK = 0.05  # that a race drops a mixture which all examples would tell to be better than the one that it keeps
 RESAMPLES = 400
 
 

@@ -205,7 +205,7 @@ class MergeToMixSearcher:
             return
         candidates, targets, scorers = self.candidates, self.targets, self.scorers
         least = len(candidates) + 2
-        if self.space.names and self.config.max_trials is not None and self.config.max_trials < least:
+        if self.config.max_trials is not None and self.config.max_trials < least:
             raise InputError(
                 f"max_trials: at least {least} are needed for the base model, every single candidate and all together, "
                 f"got {self.config.max_trials}"
@@ -428,7 +428,7 @@ class MergeToMixSearcher:
 
     def _check_search(self) -> None:
         """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
-        config = self.config
+        config, space = self.config, self.space  # making the space refuses impossible constraints
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
         likelihoods = config.objective == "merged" and all(isinstance(one, LogprobScorer) for one in scorers.values())
         for name, scorer in scorers.items():
@@ -446,7 +446,7 @@ class MergeToMixSearcher:
             )
         alone = config.objective == "ensemble" and len(scorers) == 1
         if strategy == "auto" and config.weights == "continuous" and not alone:
-            strategy = choose_strategy(self.space, likelihoods)[0]
+            strategy = choose_strategy(space, likelihoods)[0]
         if strategy == "bayes" and find_spec("optuna") is None:
             raise InputError("strategy bayes needs Optuna. Type: pip install 'm2m_hf[bayes]'")
 

@@ -23,7 +23,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
@@ -288,6 +288,13 @@ def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
     return math.ceil(per_epoch * float(args.num_train_epochs))
 
 
+def mixture_steps(args: SFTConfig, candidates: Mapping[str, Candidate], counts: Mapping[str, int]) -> int:
+    """Optimizer steps that the Trainer will make on so many rows of each candidate."""
+    chosen = [(candidates[name], count) for name, count in counts.items()]
+    rows = sum(one.trained_rows * count // len(one.rows) for one, count in chosen)
+    return planned_steps(args, rows, sum(one.tokens * count // len(one.rows) for one, count in chosen))
+
+
 def train_lora(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -295,7 +302,7 @@ def train_lora(
     args: SFTConfig,
     config: LoraConfig,
     folder: Path,
-    progress: BankProgress,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
 
@@ -324,7 +331,7 @@ def train_lora(
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=copy.deepcopy(config),
-        callbacks=[recorder, progress],
+        callbacks=[recorder, *callbacks],
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -385,12 +392,19 @@ class AdapterBank:
         folder: `OUT/adapters`.
         candidates: what there must be an adapter for.
         facts: `uniform_facts` of this run.
+        mixed: name -> those of a candidate that is trained otherwise (`allow_mixed_training`).
     """
 
-    def __init__(self, folder: Path, candidates: Mapping[str, Candidate], facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        candidates: Mapping[str, Candidate],
+        facts: Mapping[str, Any],
+        mixed: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.folder = folder
         self.candidates = dict(candidates)
-        self.facts = dict(facts)
+        self.facts = {name: dict((mixed or {}).get(name, facts)) for name in candidates}
 
     def check(self) -> list[str]:
         """The names of the adapters that are still to be trained.
@@ -403,11 +417,9 @@ class AdapterBank:
         """
         missing = [name for name in self.candidates if not (self.folder / name / "training.json").exists()]
         trained = self.training(skip=missing)
-        facts = dict(self.facts)
-        if not missing:
-            facts |= {name: next(iter(trained.values()))["uniform"].get(name) for name in LAUNCH}
+        launch = {} if missing else {name: next(iter(trained.values()))["uniform"].get(name) for name in LAUNCH}
         for name, there in trained.items():
-            differences = differing(facts, there["uniform"])
+            differences = differing(self.facts[name] | launch, there["uniform"])
             if differences:
                 raise InputError(
                     f"adapter {name!r} in {self.folder} was trained otherwise than this run asks for, and adapters that "
@@ -426,11 +438,10 @@ class AdapterBank:
         self,
         base: Callable[[], PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
-        args: SFTConfig,
-        config: LoraConfig,
+        settings: Callable[[str], tuple[SFTConfig, LoraConfig]],
         terminal: Terminal,
     ) -> None:
-        """Trains the adapters that `check` names, one after another, each on what `base` gives.
+        """Trains the adapters that `check` names, one after another, each on what `base` gives and with what `settings` give.
 
         An adapter is made in a hidden folder and moved to its place when it is complete, so that an interrupted one
         leaves nothing that looks finished.
@@ -439,7 +450,7 @@ class AdapterBank:
         if not missing:
             return
         steps = {
-            name: planned_steps(args, self.candidates[name].trained_rows, self.candidates[name].tokens)
+            name: planned_steps(settings(name)[0], self.candidates[name].trained_rows, self.candidates[name].tokens)
             for name in missing
         }
         done = 0
@@ -447,18 +458,18 @@ class AdapterBank:
             for number, name in enumerate(missing, start=1):
                 partial = self.folder / f".{name}.partial"
                 progress = BankProgress(bar, done, f"{name} ({number} of {len(missing)})")
-                record = train_lora(base(), tokenizer, self.candidates[name].rows, args, config, partial, progress)
+                record = train_lora(base(), tokenizer, self.candidates[name].rows, *settings(name), partial, [progress])
                 done += steps[name]
                 publish(
                     partial,
                     self.folder / name,
                     {
                         "candidate": name,
-                        "fingerprint": fingerprint([self.facts, self.candidates[name].fingerprint]),
+                        "fingerprint": fingerprint([self.facts[name], self.candidates[name].fingerprint]),
                         "data": self.candidates[name].fingerprint,
                         "rows": len(self.candidates[name].rows),
                         **record,
-                        "uniform": self.facts,
+                        "uniform": self.facts[name],
                     },
                 )
                 curve = [loss for _, loss in record["loss_curve"]]

@@ -28,6 +28,7 @@ average of every subset on your target's validation set, and fine-tunes once on 
   m2m select   --config x.yaml   everything: adapters, search, recipe, final fine-tune
   m2m adapters --config x.yaml   only train the adapters that are missing
   m2m search   --config x.yaml   adapters and search, without the final fine-tune
+  m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
   m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
 
 Every command goes on from where the run folder stands. With several processes:
@@ -89,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("select", "adapters, search, recipe, final fine-tune"),
         ("adapters", "train the adapters that are missing"),
         ("search", "adapters and search, without the final fine-tune"),
+        ("fidelity", "search; then fine-tune mixtures for real, and tell how well their scores were predicted"),
     ):
         command = commands.add_parser(
             name, help=text, description=text, epilog=fields_text(), formatter_class=raw, allow_abbrev=False
@@ -132,6 +134,10 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
     elif command.command == "search":
         searcher.write_outcome()
         searcher.show()
+    elif command.command == "fidelity":
+        searcher.fidelity()
+        searcher.write_outcome()
+        searcher.show_fidelity()
     elif command.command == "sft":
         searcher.train_final()
         searcher.show()

@@ -172,6 +172,8 @@ class CandidateConfig:
         excluded: no proposed mixture contains it; its adapter is trained and shown all the same.
         cost: what choosing it costs, in any unit, to break ties (default: its tokens).
         license: recorded with the chosen mixture.
+        training: fields of SFTConfig or ModelConfig for its adapter alone, with `allow_mixed_training`. Adapters that are
+            trained otherwise no longer stand for one model trained on all; this is for measuring what that does.
     """
 
     data: DataConfig
@@ -179,6 +181,7 @@ class CandidateConfig:
     excluded: bool = False
     cost: float | None = None
     license: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, given: Any, where: str, folder: Path) -> "CandidateConfig":
@@ -190,6 +193,7 @@ class CandidateConfig:
             "excluded": (bool,),
             "cost": (int, float),
             "license": (str,),
+            "training": (Mapping,),
         }
         for key in given:
             if key not in (*DATA_KEYS, *own):
@@ -205,9 +209,8 @@ class CandidateConfig:
         if given.get("required") and given.get("excluded"):
             raise InputError(f"{where}: it is both required and excluded")
         data = DataConfig.parse({key: value for key, value in given.items() if key not in own}, where, folder)
-        return cls(
-            data, bool(given.get("required")), bool(given.get("excluded")), given.get("cost"), given.get("license")
-        )
+        flags = bool(given.get("required")), bool(given.get("excluded"))
+        return cls(data, *flags, given.get("cost"), given.get("license"), dict(given.get("training") or {}))
 
     def to_json(self) -> dict[str, Any]:
         own = {
@@ -215,6 +218,7 @@ class CandidateConfig:
             "excluded": self.excluded or None,
             "cost": self.cost,
             "license": self.license,
+            "training": dict(self.training) or None,
         }
         return self.data.to_json() | {key: value for key, value in own.items() if value is not None}
 
@@ -469,9 +473,22 @@ class MergeToMixConfig:
         default=False,
         metadata={"help": "Load metrics (and harness tasks) that bring code of their own, which runs it."},
     )
+    allow_mixed_training: bool = field(
+        default=False,
+        metadata={
+            "help": "Let candidates have training: of their own. Their adapters then no longer stand for one model trained on "
+            "all of them; recipes/ablate_uniformity.py measures what that costs."
+        },
+    )
     verify_top_k: int = field(
         default=0,
-        metadata={"help": "Really fine-tune this many of the top mixtures before choosing: only 0 so far."},
+        metadata={
+            "help": "Really fine-tune this many of the top mixtures, and the baselines, and choose by what those score."
+        },
+    )
+    fidelity_mixtures: int | None = field(
+        default=None,
+        metadata={"help": "m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."},
     )
     train_final: bool = field(
         default=True,
@@ -528,6 +545,13 @@ class MergeToMixConfig:
         self.parsed_candidates = {
             name: CandidateConfig.parse(self.candidates[name], f"candidates.{name}", folder) for name in sorted(names)
         }
+        mixed = [name for name, one in self.parsed_candidates.items() if one.training]
+        if mixed and not self.allow_mixed_training:
+            raise InputError(
+                f"candidates.{mixed[0]}.training: an adapter that is trained otherwise than the others cannot be averaged with "
+                "them and stand for one model trained on all. Leave it out, or say allow_mixed_training: true to measure what "
+                "that does"
+            )
         self.parsed_targets = {
             check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", folder)
             for name, given in self.targets.items()
@@ -549,7 +573,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": ("merged", "ensemble"),
     "weights": ("equal", "continuous"),
     "merge_method": ("average",),
-    "verify_top_k": (0,),
 }  # fmt: skip
 CONTINUOUS = ("auto", "random", "bayes", "gradient")
 LOWEST = {
@@ -560,6 +583,8 @@ LOWEST = {
     "min_datasets": 1,
     "max_datasets": 1,
     "max_cost": 0,
+    "verify_top_k": 0,
+    "fidelity_mixtures": 4,
 }
 MAX_EXHAUSTIVE = 16
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import CandidateConfig, DataConfig, TargetConfig
 from .errors import InputError
 from .journal import file_fingerprint, write_atomic, write_json
-from .mixture import Mixture
+from .mixture import Mixture, row_counts
 
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 FEATURES = {
@@ -445,12 +445,23 @@ def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
     return sum(key(row.prompt, row.choices[row.answer]) in asked for row in rows)
 
 
-def shares(mixture: Mixture, rows: Mapping[str, int]) -> dict[str, int]:
-    """How many rows of each candidate make the mixture: all of them where the weights are equal, else in proportion to these."""
-    if len(set(mixture.weights.values())) == 1:
-        return {name: rows[name] for name in mixture.names}
-    total = min(rows[name] / weight for name, weight in mixture.items)
-    return {name: max(1, min(rows[name], round(weight * total))) for name, weight in mixture.items}
+def mixture_rows(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> list[dict[str, Any]]:
+    """So many rows of each candidate, drawn and shuffled with `seed`, none twice; the same counts and seed give the same rows."""
+    draw = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for name, count in sorted(counts.items()):
+        whole = candidates[name].rows
+        numbers = range(count) if count == len(whole) else draw.sample(range(len(whole)), count)
+        rows += [whole[number] for number in numbers]
+    draw.shuffle(rows)
+    return rows
+
+
+def mixture_dataset(
+    counts: Mapping[str, int], candidates: Mapping[str, Candidate], data_format: str, seed: int
+) -> Dataset:
+    """`mixture_rows` as what SFTTrainer takes."""
+    return Dataset.from_list(mixture_rows(counts, candidates, seed), features=FEATURES[data_format])
 
 
 def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:
@@ -460,17 +471,8 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
     twice, as many as the candidates have. The same mixture and seed give the same bytes. What is there already with the same
     content is left as it is.
     """
-    counts = shares(mixture, {name: len(candidates[name].rows) for name in mixture.names})
-    draw = random.Random(seed)
-    rows = []
-    for name, count in counts.items():
-        numbers = (
-            range(count)
-            if count == len(candidates[name].rows)
-            else draw.sample(range(len(candidates[name].rows)), count)
-        )
-        rows += [candidates[name].rows[number] for number in numbers]
-    draw.shuffle(rows)
+    counts = row_counts(mixture, {name: len(candidates[name].rows) for name in mixture.names})
+    rows = mixture_rows(counts, candidates, seed)
     train = folder / "train.jsonl"
     write_atomic(train, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     sources = {

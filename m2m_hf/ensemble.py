@@ -17,7 +17,6 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from .config import TargetConfig
-from .journal import fingerprint
 from .mixture import Failure, Mixture, Score, SearchSpace
 from .objectives import MergedObjective
 from .scoring import ROUND, ChoiceScorer, LogprobScorer
@@ -170,7 +169,7 @@ class EnsembleObjective:
         self.min_delta = merged.min_delta
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return fingerprint([self.name, self._merged.key(mixture)])
+        return self._merged.keys.ensemble(mixture)
 
     def at_once(self, rows: int) -> int:
         return 1

@@ -3,14 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .errors import InputError
-from .mixture import Trial
+from .mixture import Mixture, Trial
 
 
 def fingerprint(value: Any) -> str:
@@ -71,6 +72,8 @@ class RunFolder:
         self.mixture = self.root / "mixture"
         self.recipe = self.root / "recipe.yaml"
         self.final = self.root / "final"
+        self.trained = self.root / "trained"
+        self.fidelity = self.root / "fidelity.json"
         self.summary = self.root / "summary.json"
         self.log = self.root / "log.txt"
         self._lock = FileLock(self.root / ".lock", is_singleton=True)  # one for all users in this process
@@ -90,6 +93,43 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise InputError(f"output_dir: {self.root} cannot be written to ({error})") from error
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Makes the keys of one target's trials: fingerprints of everything that a score depends on.
+
+    They need nothing but what is written in the run folder, so that whoever reads the journal can tell which of its lines
+    belong to the run as it is now.
+
+    Args:
+        base: fingerprint of base weights, tokenizer and the like.
+        scorer: fingerprint of the target's rows, scorer and metric.
+        examples: rows of the target.
+        adapters: name -> fingerprint of its adapter, which covers data, training arguments and library versions. A key covers
+            those of its own mixture only, so that another candidate makes no old trial worthless.
+    """
+
+    base: str
+    scorer: str
+    examples: int
+    adapters: Mapping[str, str]
+
+    def merged(self, mixture: Mixture, rung: int | None = None, method: str = "merged") -> str:
+        """Of the merged objective, seen on `rung` rows (None: all)."""
+        parts = [[name, weight, self.adapters[name]] for name, weight in mixture.items]
+        return fingerprint([method, self.base, self.scorer, self.examples if rung is None else rung, parts])
+
+    def ensemble(self, mixture: Mixture) -> str:
+        return fingerprint(["ensemble", self.merged(mixture)])
+
+    def trained(self, counts: Mapping[str, int]) -> str:
+        """Of a model fine-tuned on so many rows of each candidate."""
+        return fingerprint(["trained", self.base, self.scorer, self.examples, self.model(counts)])
+
+    def model(self, counts: Mapping[str, int]) -> str:
+        """Fingerprint of that model itself, whatever it is scored on."""
+        return fingerprint(["model", [[name, count, self.adapters[name]] for name, count in sorted(counts.items())]])
 
 
 class Journal:

@@ -64,6 +64,18 @@ class Mixture:
 BASE = Mixture(())
 
 
+def row_counts(mixture: Mixture, rows: Mapping[str, int]) -> dict[str, int]:
+    """How many rows of each candidate make the mixture: all of them where the weights are equal, else in proportion to these.
+
+    Args:
+        rows: name -> rows that the candidate has.
+    """
+    if len(set(mixture.weights.values())) <= 1:
+        return {name: rows[name] for name in mixture.names}
+    total = min(rows[name] / weight for name, weight in mixture.items)
+    return {name: max(1, min(rows[name], round(weight * total))) for name, weight in mixture.items}
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """The mixtures that may be proposed.
@@ -354,14 +366,7 @@ class Standing:
         scores = {target: trial.score for target, trial in self.trials.items() if trial.score}
         if len(scores) < len(self.trials):
             return None
-        if len(scores) == 1:
-            return next(iter(scores.values()))
-        total = sum(self.weights.values())
-        parts = {target: self.weights[target] / total for target in scores}
-        value = sum(parts[target] * score.value for target, score in scores.items())
-        errors = [None if score.stderr is None else parts[target] * score.stderr for target, score in scores.items()]
-        stderr = None if None in errors else sum(error**2 for error in errors if error is not None) ** 0.5
-        return Score(value, stderr)
+        return next(iter(scores.values())) if len(scores) == 1 else Score(*mean_over_targets(scores, self.weights))
 
     @property
     def mean_logprob(self) -> float:
@@ -388,6 +393,20 @@ class Standing:
     @property
     def may_be_chosen(self) -> bool:
         return self.complete and not self.short
+
+
+def mean_over_targets(scores: Mapping[str, Score], weights: Mapping[str, float]) -> tuple[float, float | None]:
+    """The weighted mean of targets' scores with its standard error, their examples taken as drawn independently.
+
+    Args:
+        scores: target -> score.
+        weights: of the targets, not necessarily of sum 1.
+    """
+    total = sum(weights[target] for target in scores)
+    parts = {target: weights[target] / total for target in scores}
+    value = sum(parts[target] * score.value for target, score in scores.items())
+    errors = [None if score.stderr is None else parts[target] * score.stderr for target, score in scores.items()]
+    return value, None if None in errors else sum(error**2 for error in errors if error is not None) ** 0.5
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:

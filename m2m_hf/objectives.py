@@ -1,11 +1,11 @@
 """Objectives: mixtures in, scores out. The search asks nothing else of a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Protocol
 
-from .journal import fingerprint
+from .journal import Keys
 from .merging import GatedStack
 from .mixture import Failure, Mixture, Score
 from .scoring import LogprobScorer, Scorer
@@ -54,10 +54,8 @@ class MergedObjective:
     Args:
         open_stack: gives the gated stack.
         scorer: of the target's validation rows.
-        adapters: name -> fingerprint of its adapter; a key covers those of its own mixture only, so that another
-            candidate makes no old trial worthless.
+        keys: of the target's trials.
         target: name of the target.
-        base_fingerprint: base weights, tokenizer and the like, for the mixture without adapters.
         tokens_per_batch: budget of one forward pass.
         weight: the target's, in a search with several.
         min_delta: by how much at most a mixture may be worse on this target than the base.
@@ -69,18 +67,16 @@ class MergedObjective:
         self,
         open_stack: Callable[[], GatedStack],
         scorer: Scorer,
-        adapters: Mapping[str, str],
+        keys: Keys,
         *,
         target: str,
-        base_fingerprint: str,
         tokens_per_batch: int,
         weight: float = 1.0,
         min_delta: float | None = None,
     ) -> None:
         self._open_stack = open_stack
         self._scorer = scorer
-        self._adapters = dict(adapters)
-        self._base_fingerprint = base_fingerprint
+        self.keys = keys
         self._tokens_per_batch = tokens_per_batch
         self.target = target
         self.examples = scorer.examples
@@ -95,9 +91,7 @@ class MergedObjective:
         return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        parts = [[name, weight, self._adapters[name]] for name, weight in mixture.items]
-        rung = self.examples if rung is None else rung
-        return fingerprint([self.name, self._base_fingerprint, self._scorer.fingerprint, rung, parts])
+        return self.keys.merged(mixture, rung)
 
     def model(self, mixture: Mixture) -> tuple[GatedStack, dict[str, float], int]:
         """What a scorer needs to score one mixture: the stack, the weights, the budget of a forward pass."""

@@ -218,9 +218,9 @@ def is_scalar_or_tree(value: Any) -> bool:
 
 
 def with_overrides(
-    args: SFTConfig, model_args: ModelConfig, overrides: Mapping[str, Any]
+    args: SFTConfig, model_args: ModelConfig, overrides: Mapping[str, Any], where: str = "final"
 ) -> tuple[SFTConfig, ModelConfig]:
-    """Both configurations with the fields of `final:` put over them.
+    """Both configurations with the fields of `final:`, or of a candidate's `training:`, put over them.
 
     Raises:
         InputError: a field that neither has, or a value that it does not take.
@@ -228,16 +228,16 @@ def with_overrides(
     names = [item.name for config in (SFTConfig, ModelConfig) for item in dataclasses.fields(config) if item.init]
     for key in overrides:
         if key not in names:
-            raise InputError(unknown_key_message(str(key), names, "final"))
+            raise InputError(unknown_key_message(str(key), names, where))
         if key in NOT_IN_FINAL:
-            raise InputError(f"final.{key}: {NOT_IN_FINAL[key]}")
+            raise InputError(f"{where}.{key}: {NOT_IN_FINAL[key]}")
     parser = Parser((SFTConfig, ModelConfig))
     parser.set_defaults_with_config(**{**trl_fields(args, model_args), **overrides})
     try:
         new_args, new_model_args = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
         check_trl(new_args, new_model_args)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"final: {error}") from error
+        raise InputError(f"{where}: {error}") from error
     return new_args, new_model_args
 
 

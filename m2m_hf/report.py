@@ -7,7 +7,8 @@ from typing import Any
 
 from .console import duration
 from .data import Candidate, Target
-from .mixture import Mixture, Score, Standing
+from .fidelity import VERDICTS
+from .mixture import Mixture, Score, Standing, mean_over_targets
 from .search import SearchResult, score_of
 from .worth import Worth, worth
 
@@ -53,13 +54,9 @@ class Outcome:
             return None
         if len(found) == 1:
             return Score(found[0]["score"], found[0]["stderr"])
-        weights = [self.targets[name].config.weight for name in names]
-        shares = [weight / sum(weights) for weight in weights]
-        value = sum(share * one["score"] for share, one in zip(shares, found, strict=True))
-        errors = [one["stderr"] for one in found]
-        if None in errors:
-            return Score(value)
-        return Score(value, sum((share * error) ** 2 for share, error in zip(shares, errors, strict=True)) ** 0.5)
+        weights = {name: self.targets[name].config.weight for name in names}
+        shown = {name: Score(one["score"], one["stderr"]) for name, one in zip(names, found, strict=True)}
+        return Score(*mean_over_targets(shown, weights))
 
 
 def standing_json(standing: Standing) -> dict[str, Any] | None:
@@ -286,4 +283,73 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
         f"cost: adapters {duration(costs['train_seconds'])}, {len(result.standings)} mixtures scored in "
         f"{duration(costs['search_seconds'])}" + (f", final model {duration(costs['final_seconds'])}" if final else "")
     )
+    return lines
+
+
+NAMES = {
+    "base": "base model",
+    "chosen": "chosen",
+    "all": "all candidates",
+    "best_single": "best single",
+    "similarity": "most similar",
+    "stratified": "equally many rows of each",
+    "oracle": "best of all fine-tuned",
+}
+
+
+def with_interval(shown: Mapping[str, float | None]) -> str:
+    """`0.81 [0.40, 0.95]`; empty where it does not exist."""
+    if shown["value"] is None:
+        return "not defined"
+    ends = "" if shown["low"] is None else f" [{shown['low']:.2f}, {shown['high']:.2f}]"
+    return f"{shown['value']:.2f}{ends}"
+
+
+def fidelity_tables(found: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows) of what `fidelity.json` holds: the correlations, and the baselines."""
+    rows = []
+    for name, measures in found["agreement"].items():
+        for measure, one in measures.items():
+            figures = [with_interval(one[key]) for key in ("pearson", "spearman", "kendall")]
+            recall = " ".join(f"{k}: {of['value']:.2f}" for k, of in one["recall"].items())
+            regret = f"{one['regret']['value']:.3f} ({one['random_regret']:.3f})"
+            rows.append([f"{name}, {measure}", str(one["mixtures"]), *figures, recall, regret])
+    title = "predicted against fine-tuned [95 % intervals]; regret in brackets: of a random choice"
+    columns = ["", "mixtures", "Pearson", "Spearman", "Kendall", "top-k recall", "regret"]
+    tables = [(title, columns, rows)]
+    rows = []
+    for name, one in found["baselines"].items():
+        label = NAMES.get(name, name.replace("_", " "))
+        label += f" ({' + '.join(one['mixture'])})" if name not in ("base", "all", "stratified") else ""
+        cells = []
+        for part in ("validation", "test"):
+            of = one[part]
+            cells.append(figure(Score(of["score"], of["stderr"])) if of else "")
+            behind = of and name != "chosen" and of["over_chosen"]
+            cells.append(figure(Score(behind["value"], behind["stderr"])).replace("±", "±") if behind else "")
+        rows.append([label, f"{one['rows']:,}", f"{one['steps']:,}", *cells])
+    columns = ["", "rows", "steps", "validation", "over chosen", "sealed test", "over chosen"]
+    tables.append(("really fine-tuned ± standard error (of the paired difference)", columns, rows))
+    return tables
+
+
+def fidelity_remarks(found: Mapping[str, Any]) -> list[str]:
+    """The lines under the tables: the verdicts, and what else was seen."""
+    lines = []
+    for name, one in found["verdict"].items():
+        lines.append(f"{name}: {VERDICTS[one['verdict']]}, since {one['why']}")
+    if found["training_noise"] is not None:
+        lines.append(
+            f"chance in training: two trainings on the same rows in another order differ by {found['training_noise']:.3f} "
+            "(root mean square over the singles)"
+        )
+    for name, measures in found["resilience"].items():
+        for measure, one in measures.items():
+            if one["hurt"]:
+                shielded = figure(Score(one["shielded"]["value"], one["shielded"]["stderr"]))
+                lines.append(
+                    f"mixtures that hurt, by {measure}: {one['hurt']} of {one['mixtures']}; fine-tuned they fall by "
+                    f"{-one['trained']:.3f}, {name} by {-one['surrogate']:.3f} (less by {shielded}); {name} sees "
+                    f"{one['noticed']} of them"
+                )
     return lines

@@ -2,17 +2,20 @@
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import load_dataset
+from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
 from . import parsing
@@ -26,6 +29,7 @@ from .adapters import (
     load_base,
     load_tokenizer,
     lora_config,
+    mixture_steps,
     pin_revision,
     planned_steps,
     publish,
@@ -34,32 +38,42 @@ from .adapters import (
     train_lora,
     uniform_facts,
 )
+from .baselines import candidate_texts, similarity, target_texts
 from .callbacks import BankProgress
+from .certainty import paired
 from .config import MergeToMixConfig
 from .console import Terminal
-from .data import FEATURES, Candidate, Target, load_all, overlap, shares
+from .data import Candidate, Target, load_all, mixture_dataset, overlap
 from .ensemble import ENSEMBLE_METRICS, MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .external import CallableScorer, CommandScorer, HarnessScorer
-from .journal import Journal, RunFolder, fingerprint, read_json, write_atomic, write_json
+from .fidelity import sample
+from .journal import Journal, Keys, RunFolder, fingerprint, read_json, write_atomic, write_json
 from .merging import Adapter, GatedStack
-from .mixture import Failure, Mixture, SearchSpace, Standing
+from .mixture import Failure, Mixture, Score, SearchSpace, Standing
 from .objectives import MergedObjective, Objective
 from .recipe import write_recipe
-from .report import Outcome, end_table, remarks, summarise
+from .report import Outcome, end_table, fidelity_remarks, fidelity_tables, remarks, summarise
 from .scoring import LogprobScorer, Scorer, make_scorer
 from .search import Budget, SearchResult, default_budget, score_of, search
 from .strategies import Strategy, Task, exhaustive, listed
+from .study import RANDOM, Choice, Study, best_of, nested
 from .surrogates import FEW, STRATEGIES, choose_strategy
+from .trained import TrainedMixtures, TrainedObjective
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
 FREE = {
     "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
     "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
-    "allow_overlap", "allow_metric_code", "candidates",
+    "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
     "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
+
+
+def has_ensemble(scorer: Scorer, metric: str) -> bool:
+    """Whether the ensemble objective can be had of a target."""
+    return isinstance(scorer, LogprobScorer) and metric in ENSEMBLE_METRICS
 
 
 class MergeToMixSearcher:
@@ -142,15 +156,41 @@ class MergeToMixSearcher:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What all adapters have in common: see `uniform_facts`."""
-        base = base_fingerprint(self.model_args)
-        quantization = quantization_facts(self.model_args)
-        return uniform_facts(
-            self.args, self.lora, self.tokenizer, base, self.model_args.dtype, self._data[0], quantization
-        )
+        return self._facts(self.args, self.model_args)
 
     @cached_property
     def bank(self) -> AdapterBank:
-        return AdapterBank(self.run.adapters, self.candidates, self.facts)
+        mixed = {
+            name: self._facts(*self._settings(name)) for name, one in self.candidates.items() if one.config.training
+        }
+        return AdapterBank(self.run.adapters, self.candidates, self.facts, mixed)
+
+    def _settings(self, name: str) -> tuple[SFTConfig, ModelConfig]:
+        """What a candidate's adapter is trained with: the same for all, unless mixed training is allowed."""
+        overrides = self.candidates[name].config.training
+        where = f"candidates.{name}.training"
+        return (
+            parsing.with_overrides(self.args, self.model_args, overrides, where)
+            if overrides
+            else (self.args, self.model_args)
+        )
+
+    def _facts(self, args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+        """What a model depends on beside its data: see `uniform_facts`."""
+        quantization = quantization_facts(model_args)
+        return uniform_facts(
+            args,
+            lora_config(model_args),
+            self.tokenizer,
+            self._base_fingerprint,
+            model_args.dtype,
+            self._data[0],
+            quantization,
+        )
+
+    @cached_property
+    def _base_fingerprint(self) -> str:
+        return base_fingerprint(self.model_args)
 
     @cached_property
     def base(self) -> Any:
@@ -161,9 +201,16 @@ class MergeToMixSearcher:
         self.terminal.say(f"loading {self.model_args.model_name_or_path} ({self.model_args.dtype})", style="dim")
         return load_base(self.model_args, self.args, to_train)
 
+    def _plain_base(self) -> Any:
+        """The base model without the adapters' stack on it."""
+        if self._stack is not None:
+            self._stack.detach()
+            self._stack = None
+        return self.base
+
     def _base_to_train(self) -> Any:
         """The base model; one of its own for every training that cuts it into pieces."""
-        return self._load_base(to_train=True) if sharded() else self.base
+        return self._load_base(to_train=True) if sharded() else self._plain_base()
 
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:
@@ -324,11 +371,13 @@ class MergeToMixSearcher:
         """
         self.check()
         if missing := self.bank.check():
-            if self._stack is not None:
-                self._stack.detach()
-                self._stack = None
             self.prepare()
-            self.bank.train_missing(self._base_to_train, self.tokenizer, self.args, self.lora, self.terminal)
+
+            def settings(name: str) -> tuple[SFTConfig, LoraConfig]:
+                args, model_args = self._settings(name)
+                return args, lora_config(model_args)
+
+            self.bank.train_missing(self._base_to_train, self.tokenizer, settings, self.terminal)
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
 
@@ -343,7 +392,7 @@ class MergeToMixSearcher:
         candidates, config = self.candidates, self.config
         self.prepare()
         space = self.space
-        objectives = self._objectives()
+        objectives = self._objectives(config.objective)
         strategy = self._strategy(space, objectives)
         journal = Journal(self.run.trials)
         self.state.wait_for_everyone()
@@ -433,8 +482,7 @@ class MergeToMixSearcher:
         likelihoods = config.objective == "merged" and all(isinstance(one, LogprobScorer) for one in scorers.values())
         for name, scorer in scorers.items():
             metric = self.targets[name].config.metric
-            fits = isinstance(scorer, LogprobScorer) and metric in ENSEMBLE_METRICS
-            if config.objective == "ensemble" and not fits:
+            if config.objective == "ensemble" and not has_ensemble(scorer, metric):
                 raise InputError(
                     f"targets.{name}: objective ensemble averages the probabilities of right answers; it needs scorer choice, "
                     f"classification or loss with one of {', '.join(ENSEMBLE_METRICS)} as its metric"
@@ -450,26 +498,30 @@ class MergeToMixSearcher:
         if strategy == "bayes" and find_spec("optuna") is None:
             raise InputError("strategy bayes needs Optuna. Type: pip install 'm2m_hf[bayes]'")
 
-    def _objectives(self) -> list[Objective]:
-        """What scores mixtures, one for every target."""
+    @cached_property
+    def keys(self) -> dict[str, Keys]:
+        """Of every target what makes the keys of its trials; the adapters must be there."""
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
-        base = fingerprint(
-            [self.facts.get(key) for key in ("base_model", "dtype", "tokenizer", "chat_template", "quantization")]
-        )
+        parts = ("base_model", "dtype", "tokenizer", "chat_template", "quantization")
+        base = fingerprint([self.facts.get(key) for key in parts])
+        scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
+        return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}
+
+    def _objectives(self, kind: str) -> list[Objective]:
+        """What scores mixtures, `merged` or `ensemble`; one for every target."""
         made: list[Objective] = []
         for name, target in self.targets.items():
             scorer = self.scorers[name]["validation"]
             merged = MergedObjective(
                 self._open_stack,
                 scorer,
-                adapters,
+                self.keys[name],
                 target=name,
-                base_fingerprint=base,
                 tokens_per_batch=self._tokens_per_batch,
                 weight=target.config.weight,
                 min_delta=target.config.min_delta,
             )
-            if self.config.objective == "merged":
+            if kind == "merged":
                 made.append(merged)
                 continue
             assert isinstance(scorer, LogprobScorer)
@@ -503,6 +555,128 @@ class MergeToMixSearcher:
             return sum(mixture not in known for mixture in space.subsets())
         return default_budget(len(space.names))
 
+    # What really fine-tuned mixtures say.
+
+    @cached_property
+    def study(self) -> Study:
+        """Fine-tunes mixtures and compares; the adapters must be there."""
+        surrogates = {"merged": self._objectives("merged")}
+        if all(has_ensemble(self.scorers[name]["validation"], one.config.metric) for name, one in self.targets.items()):
+            surrogates["ensemble"] = self._objectives("ensemble")
+        trained = [
+            TrainedObjective(
+                self.models,
+                self._plain_base,
+                self.scorers[name]["validation"],
+                self.keys[name],
+                target=name,
+                tokens_per_batch=self._tokens_per_batch,
+                weight=target.config.weight,
+                min_delta=target.config.min_delta,
+            )
+            for name, target in self.targets.items()
+        ]
+        return Study(
+            self.space,
+            surrogates,
+            trained,
+            Journal(self.run.trials),
+            write=self.state.is_main_process,
+            agree=self._agree,
+            progress=self.terminal.progress,
+        )
+
+    def fidelity(self) -> dict[str, Any]:
+        """The correlation study: fine-tunes mixtures, and compares what they score with what the surrogates said they would.
+
+        Beside them the baselines (all, best single, similarity, stratified, random, and the best of all where all were
+        fine-tuned), trained and scored alike. Models that were fine-tuned before are not trained again.
+
+        Returns:
+            What stands in `OUT/fidelity.json`.
+        """
+        result = self._result or self.search()
+        ranking = [one.mixture for one in result.ranking]
+        mixtures = sample(self.space, ranking, self.config.fidelity_mixtures, self.args.seed)
+        study = self.study
+        self.terminal.say(f"fidelity: {len(mixtures)} mixtures to fine-tune and score, {self._uniformly()}")
+        found = study.run(mixtures, result.base)
+        best_trained = None
+        if found["all_mixtures"]:
+            allowed = [number for number, mixture in enumerate(mixtures) if mixture in self.space]
+            best_trained = mixtures[max(allowed, key=lambda number: found["mixtures"][number]["trained"]["score"])]
+        choices = self._choices(result, random=RANDOM) | (
+            {"oracle": study.choice(best_trained)} if best_trained else {}
+        )
+        tests = {name: parts["test"] for name, parts in self.scorers.items() if "test" in parts}
+        found = {
+            "uniform": self._uniformly(),
+            **found,
+            "similarity": self._similarities,
+            "baselines": study.baselines(choices, result.base, tests),
+        }
+        if self.state.is_main_process:
+            write_json(self.run.fidelity, found)
+        self.state.wait_for_everyone()
+        return found
+
+    def _uniformly(self) -> str:
+        """By what rule mixtures of different size train alike."""
+        if self.args.max_steps > 0:
+            return f"each for the same {self.args.max_steps} steps"
+        return f"each for the same {self.args.num_train_epochs:g} epochs"
+
+    def _choices(self, result: SearchResult, random: int = 0) -> dict[str, Choice]:
+        """What this and other ways of choosing come to."""
+        study, names = self.study, self.space.names
+        singles = [one for one in map(Mixture.subset, ([name] for name in names)) if result.standings[one].score]
+        choices = {
+            "chosen": study.choice(result.best.mixture),
+            "all": study.choice(Mixture.subset(names)),
+            "best_single": study.choice(best_of(singles, result.standings)),
+        }
+        if order := list(self._similarities):
+            steps = [one for one in nested(order) if one in self.space]
+            unknown = [one for one in steps if one not in result.standings or not result.standings[one].complete]
+            more = self.study.standings(self._objectives(self.config.objective), unknown, "scoring mixtures")
+            known = {**result.standings, **dict(zip(unknown, more, strict=True))}
+            if steps := [one for one in steps if known[one].score]:
+                choices["similarity"] = study.choice(best_of(steps, known))
+        choices["stratified"] = study.stratified()
+        draw = Random(self.args.seed)
+        for _ in range(100 * random):
+            mixture = self.space.draw(draw)
+            taken = [one.mixture for name, one in choices.items() if name.startswith("random")]
+            if len(taken) < random and mixture not in taken:
+                choices[f"random_{len(taken) + 1}"] = study.choice(mixture)
+        return choices
+
+    @cached_property
+    def _similarities(self) -> dict[str, float]:
+        """Name -> cosine with the targets in the base model's hidden states, most similar first; kept on the disk."""
+        asked = {name: target_texts(one.rows, self.tokenizer, self.args.seed) for name, one in self.targets.items()}
+        asked = {name: texts for name, texts in asked.items() if texts}
+        if not asked:
+            return {}
+        weights = {name: self.targets[name].config.weight for name in asked}
+        path = self.run.trained / "similarity.json"
+        of = fingerprint([weights, {name: asdict(keys) for name, keys in self.keys.items()}, list(self.space.names)])
+        if path.exists() and (known := read_json(path)).get("fingerprint") == of:
+            return dict(known["cosine"])
+        base = self._plain_base()
+        texts = {
+            name: candidate_texts(self.candidates[name], self.tokenizer, self.args.seed) for name in self.space.names
+        }
+        total = dict.fromkeys(self.space.names, 0.0)
+        for target, rows in asked.items():
+            for name, cosine in similarity(base, texts, rows, self._tokens_per_batch).items():
+                total[name] += weights[target] / sum(weights.values()) * cosine
+        found = dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+        if self.state.is_main_process:
+            write_json(path, {"fingerprint": of, "cosine": found})
+        self.state.wait_for_everyone()
+        return found
+
     def write_outcome(self) -> dict[str, Any]:
         """Writes mixture, recipe and summary of the search; keeps a final fine-tune of the same mixture.
 
@@ -523,9 +697,7 @@ class MergeToMixSearcher:
     def _final_fingerprint(self, mixture: Mixture) -> str:
         """What the final fine-tune and its scores depend on."""
         args, model_args = self._final_settings()
-        base, dtype = self.facts["base_model"], model_args.dtype
-        quantization = quantization_facts(model_args)
-        facts = uniform_facts(args, lora_config(model_args), self.tokenizer, base, dtype, self._data[0], quantization)
+        facts = self._facts(args, model_args)
         # A final model is not made again because another number of processes looks at it.
         facts = {name: value for name, value in facts.items() if name not in LAUNCH}
         sources = [[name, weight, self.candidates[name].fingerprint] for name, weight in mixture.items]
@@ -548,55 +720,65 @@ class MergeToMixSearcher:
             summary = self.write_outcome()
         return summary
 
+    @cached_property
+    def models(self) -> TrainedMixtures:
+        """The models that were fine-tuned on mixtures to be compared; the adapters must be there."""
+        return TrainedMixtures(
+            self.run.trained, self.candidates, self._data[0], next(iter(self.keys.values())), self._base_to_train,
+            self.tokenizer, self.args, self.lora,
+        )  # fmt: skip
+
     def _train_and_score_final(self, result: SearchResult) -> None:
         mixture = result.best.mixture
         args, model_args = self._final_settings()
-        if self._stack is not None:
-            self._stack.detach()
-            self._stack = None
-        train = self.run.mixture / "train.jsonl"
-        rows = load_dataset("json", data_files=str(train), split="train").select_columns(list(FEATURES[self._data[0]]))
-        chosen = [(self.candidates[name], count) for name, count in self._shares(mixture).items()]
-        trained = sum(one.trained_rows * count // len(one.rows) for one, count in chosen)
-        steps = planned_steps(args, trained, sum(one.tokens * count // len(one.rows) for one, count in chosen))
+        counts = self.models.counts(mixture)
         partial = self.run.root / ".final.partial"
         start = time.monotonic()
-        with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
-            progress = BankProgress(bar, 0, "")
-            record = train_lora(
-                self._base_to_train(), self.tokenizer, rows, args, lora_config(model_args), partial, progress
-            )
+        if not self.config.final and self.models.is_trained(counts):
+            record = self.models.record(counts)  # the same model, made to be compared with others
+            if self.state.is_main_process:
+                shutil.copytree(self.models.folder(counts), partial, dirs_exist_ok=True)
+            self.state.wait_for_everyone()
+        else:
+            rows = mixture_dataset(counts, self.candidates, self._data[0], args.seed)
+            steps = mixture_steps(args, self.candidates, counts)
+            with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
+                progress = BankProgress(bar, 0, "")
+                record = train_lora(
+                    self._base_to_train(), self.tokenizer, rows, args, lora_config(model_args), partial, [progress]
+                )
         seconds = time.monotonic() - start
-        stack = GatedStack(self.base, {"final": Adapter.load(partial)})
+        stack = GatedStack(self._plain_base(), {"final": Adapter.load(partial)})
         scores: dict[str, Any] = {}
         total = sum(2 * len(parts) for parts in self.scorers.values())
         with self.terminal.progress("scoring base and final model", total) as bar:
             for target, parts in self.scorers.items():
                 for part, scorer in parts.items():
+                    found: dict[str, Score] = {}
                     for who, weights in (("base", {}), ("final", {"final": 1.0})):
                         score = scorer.score(stack, [weights], self._tokens_per_batch)[0]
                         if isinstance(score, Failure):
                             raise InputError(f"the {who} model has no score on {target}: {score.reason}")
+                        found[who] = score
                         shown = {"score": score.value, "stderr": score.stderr}
                         scores.setdefault(target, {}).setdefault(who, {})[part] = shown
                         bar.advance()
+                    value, stderr = paired({target: found["final"]}, {target: found["base"]}, {target: 1.0})
+                    scores[target]["final"][part]["over_base"] = {"value": value, "stderr": stderr}
         stack.detach()
         self._put_old_final_aside()
         publish(
             partial,
             self.run.final,
             {
+                **record,
                 "fingerprint": self._final_fingerprint(mixture),
                 "mixture": mixture.weights,
-                "rows": len(rows),
+                "rows": sum(counts.values()),
                 "scores": scores,
-                "total_seconds": round(seconds, 3),
-                **record,
+                "total_seconds": round(max(seconds, record["seconds"]), 3),
             },
         )
-
-    def _shares(self, mixture: Mixture) -> dict[str, int]:
-        return shares(mixture, {name: len(self.candidates[name].rows) for name in mixture.names})
 
     def _put_old_final_aside(self) -> None:
         """A final model of another mixture or of other arguments is renamed, not overwritten."""
@@ -652,3 +834,11 @@ class MergeToMixSearcher:
         if not self._worked:
             self.terminal.say(f"nothing to do: {os.path.relpath(self.run.root)} is complete", style="green")
         return summary
+
+    def show_fidelity(self) -> None:
+        """Prints what the correlation study found."""
+        for table in fidelity_tables(read_json(self.run.fidelity)):
+            self.terminal.table(*table)
+            self.terminal.say("")
+        for line in fidelity_remarks(read_json(self.run.fidelity)):
+            self.terminal.say(line)

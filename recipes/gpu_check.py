@@ -172,7 +172,7 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
     for number in range(2):
         with Terminal(quiet=True).progress("", 3) as bar:
             out = folder / f"adapter{number}"
-            train_lora(base, tokenizer, data, args, lora_config(model_args), out, BankProgress(bar, 0, ""))
+            train_lora(base, tokenizer, data, args, lora_config(model_args), out, [BankProgress(bar, 0, "")])
         adapter = Adapter.load(out)
         trained.append(all(bool(tensor.any()) for name, tensor in adapter.tensors.items() if "lora_B" in name))
         stack = GatedStack(base, {"adapter": adapter})

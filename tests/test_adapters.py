@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from m2m_hf.adapters import differing, load_base, planned_steps, train_lora
-from m2m_hf.callbacks import BankProgress
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.parsing import parse
@@ -75,16 +74,7 @@ def test_training_gives_the_base_back_untouched(project, checkpointing):
     base = load_base(one.model_args, one.args)
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     attributes = set(vars(base))
-    with Terminal(quiet=True).progress("x", 3) as bar:
-        train_lora(
-            base,
-            one.tokenizer,
-            one.candidates["alpha"].rows,
-            one.args,
-            one.lora,
-            project / "a",
-            BankProgress(bar, 0, ""),
-        )
+    train_lora(base, one.tokenizer, one.candidates["alpha"].rows, one.args, one.lora, project / "a")
     assert list(base.state_dict()) == list(state)
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in state.items())
     assert set(vars(base)) == attributes

@@ -12,6 +12,7 @@ from test_scoring import build_stack, config, questions_of_many_shapes
 from m2m_hf.data import TargetRow, target_row
 from m2m_hf.ensemble import Ensemble, EnsembleObjective, screen, subset_blocks
 from m2m_hf.forward import completion_logprobs, token_logprobs
+from m2m_hf.journal import Keys
 from m2m_hf.merging import GatedStack
 from m2m_hf.mixture import BASE, Mixture, SearchSpace
 from m2m_hf.objectives import MergedObjective
@@ -33,9 +34,8 @@ def scorers(tokenizer) -> dict:
 
 
 def objective_of(stack: GatedStack, scorer, metric: str, folder) -> EnsembleObjective:
-    merged = MergedObjective(
-        lambda: stack, scorer, dict.fromkeys(NAMES, "x"), target="t", base_fingerprint="b", tokens_per_batch=500
-    )
+    keys = Keys("b", scorer.fingerprint, scorer.examples, dict.fromkeys(NAMES, "x"))
+    merged = MergedObjective(lambda: stack, scorer, keys, target="t", tokens_per_batch=500)
     kind = "loss" if metric == "loglikelihood" else "choice"
     return EnsembleObjective(merged, scorer, config(kind, metric), folder)
 

@@ -46,7 +46,7 @@ def train(base, args, folder):
     rows = Dataset.from_list(candidate_rows("alpha"))
     config = lora_config(ModelConfig(lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
     with Terminal(quiet=True).progress("", 3) as bar:
-        train_lora(base, build_tokenizer(), rows, args, config, folder, BankProgress(bar, 0, ""))
+        train_lora(base, build_tokenizer(), rows, args, config, folder, [BankProgress(bar, 0, "")])
     return Adapter.load(folder)
 
 

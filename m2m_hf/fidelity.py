@@ -1,0 +1,254 @@
+"""Fidelity: how well a surrogate predicts what really fine-tuned mixtures score. Statistics only; nothing is measured here.
+
+Mixtures that share datasets, or are scored on the same rows, do not vary apart from each other, so neither do the points of
+the correlation. Its intervals are from a bootstrap that draws anew what they share: every candidate gets a random weight of
+mean and variance 1, a mixture the product of its candidates' weights (Owen and Eckles, Bootstrapping data arrays of arbitrary
+order, 2012), and the rows of every target are resampled, the same for all mixtures and for both scores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau, norm, pearsonr, spearmanr
+
+from .mixture import Mixture, SearchSpace
+
+RESAMPLES = 1000
+LEVEL = 0.95  # of the intervals
+FEWEST = 6  # mixtures from which a verdict may be drawn
+ALL_UP_TO = 15  # mixtures that are all fine-tuned where no number is asked for: four candidates
+SAMPLE = 16  # mixtures that are fine-tuned where there are more
+TOP = 3  # of the surrogate's ranking that every sample holds
+
+
+def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, seed: int) -> list[Mixture]:
+    """The mixtures to fine-tune: all where there are few; else the top of the ranking, all together, singles and random ones.
+
+    Args:
+        space: the mixtures that may be chosen; singles and all together are taken whether or not they may.
+        ranking: the surrogate's, best first.
+        count: how many (None: all up to 15, else 16).
+        seed: of the random ones.
+    """
+    singles = [Mixture.subset([name]) for name in space.names]
+    everything = Mixture.subset(space.names)
+    if space.at_most(count or ALL_UP_TO):
+        whole = dict.fromkeys([*singles, *space.subsets(), everything])
+        if len(whole) <= (count or ALL_UP_TO):
+            return list(whole)
+    count = count or SAMPLE
+    place = {mixture: number for number, mixture in enumerate(ranking)}
+    singles.sort(key=lambda one: place.get(one, len(ranking)))
+    chosen = dict.fromkeys([*ranking[:TOP], everything, *singles[: count // 2]])
+    draw = Random(seed)
+    for _ in range(100 * count):
+        if len(chosen) >= count:
+            break
+        chosen.setdefault(space.draw(draw))
+    return list(chosen)[:count]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its interval (95 %); without where it cannot be known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        shown = (None if one is None or not np.isfinite(one) else one for one in (self.value, self.low, self.high))
+        return dict(zip(("value", "low", "high"), shown, strict=True))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the same mixtures scored on the rows of one target, as predicted and as trained.
+
+    Args:
+        surrogate: of shape (mixtures, rows); the mean over the rows is the score. A single column, which is then not resampled,
+            where the scorer has no values by row.
+        trained: the same of the models that were fine-tuned.
+        weight: the target's share in the mean over the targets.
+    """
+
+    surrogate: Any
+    trained: Any
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one surrogate predicts the trained scores of some mixtures.
+
+    Args:
+        mixtures: how many.
+        pearson: correlation of the scores; of the ranks `spearman`, of the order of pairs `kendall` (τ-b).
+        recall: k -> share of the k best as trained that are among the k best as predicted.
+        regret: the best trained score less that of the mixture that the surrogate puts first; an upper bound, since the best is
+            the best also by chance.
+        random_regret: the same of a mixture taken at random, on average.
+        rank_of_best: place of the best trained mixture in the surrogate's ranking, from 1.
+        tied: whether a paired test at 5 % cannot tell the surrogate's first from the best trained.
+    """
+
+    mixtures: int
+    pearson: Figure
+    spearman: Figure
+    kendall: Figure
+    recall: dict[int, Figure]
+    regret: Figure
+    random_regret: float
+    rank_of_best: int
+    tied: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "mixtures": self.mixtures,
+            "pearson": self.pearson.to_json(),
+            "spearman": self.spearman.to_json(),
+            "kendall": self.kendall.to_json(),
+            "recall": {str(k): one.to_json() for k, one in self.recall.items()},
+            "regret": self.regret.to_json(),
+            "random_regret": self.random_regret,
+            "rank_of_best": self.rank_of_best,
+            "tied": self.tied,
+        }
+
+
+def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], seed: int = 0) -> Agreement:
+    """Compares a surrogate with the truth on at least three mixtures.
+
+    Args:
+        rows: of every target, all in the order of `mixtures`.
+        seed: of the resamples.
+    """
+    predicted = sum(one.weight * one.surrogate.mean(1) for one in rows)
+    true = sum(one.weight * one.trained.mean(1) for one in rows)
+    count = len(mixtures)
+    names = sorted({name for mixture in mixtures for name in mixture.names})
+    members = np.array([[name in mixture.weights for name in names] for mixture in mixtures])
+    draw = np.random.default_rng(seed)
+    of_candidates = draw.exponential(size=(RESAMPLES, 1, len(names)))
+    weights = np.where(members, of_candidates, 1.0).prod(2)
+    again: tuple[Any, Any] = (np.zeros((RESAMPLES, count)), np.zeros((RESAMPLES, count)))
+    by_row = all(one.trained.shape[1] > 1 for one in rows)
+    for one in rows:
+        size = one.trained.shape[1]
+        shares = draw.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size
+        for scores, values in zip(again, (one.surrogate, one.trained), strict=True):
+            scores += one.weight * shares @ values.T
+    recall = {
+        k: Figure(
+            float(recalled(predicted[None], true[None], k)[0]), *(interval(recalled(*again, k)) if by_row else ())
+        )
+        for k in (1, 3, 5)
+        if 2 * k < count
+    }
+    first, best = int(predicted.argmax()), int(true.argmax())
+    tied = None
+    if by_row:
+        lost = [one.weight * (one.trained[best] - one.trained[first]) for one in rows]
+        variance = sum(values.var(ddof=1) / len(values) for values in lost)
+        tied = bool(true[best] - true[first] <= norm.ppf(0.95) * variance**0.5)
+    return Agreement(
+        count,
+        Figure(constant_aware(pearsonr, predicted, true), *interval(weighted_pearson(*again, weights))),
+        Figure(constant_aware(spearmanr, predicted, true), *interval(weighted_spearman(*again, weights))),
+        Figure(constant_aware(kendalltau, predicted, true), *interval(weighted_kendall(*again, weights))),
+        recall,
+        Figure(float(true[best] - true[first]), *(interval(regrets(*again)) if by_row else ())),
+        float(true[best] - true.mean()),
+        int((predicted > predicted[best]).sum()) + 1,
+        tied,
+    )
+
+
+def constant_aware(statistic: Any, x: Any, y: Any) -> float:
+    """A correlation of SciPy's; not a number, without a warning, where one side does not vary."""
+    return float(statistic(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
+
+
+def interval(values: Any) -> tuple[float, float]:
+    """The middle 95 % of resampled values; those that do not exist (a side that does not vary) are left out."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def weighted_pearson(x: Any, y: Any, weights: Any) -> Any:
+    """Correlations of the rows of x and y, all of shape (resamples, mixtures)."""
+    shares = weights / weights.sum(1, keepdims=True)
+    x = x - (shares * x).sum(1, keepdims=True)
+    y = y - (shares * y).sum(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (shares * x * y).sum(1) / np.sqrt((shares * x**2).sum(1) * (shares * y**2).sum(1))
+
+
+def weighted_ranks(x: Any, weights: Any) -> Any:
+    """The weight below each value, and half of that at it."""
+    below = (x[:, :, None] > x[:, None, :]) + 0.5 * (x[:, :, None] == x[:, None, :])
+    return np.einsum("bij,bj->bi", below, weights)
+
+
+def weighted_spearman(x: Any, y: Any, weights: Any) -> Any:
+    return weighted_pearson(weighted_ranks(x, weights), weighted_ranks(y, weights), weights)
+
+
+def weighted_kendall(x: Any, y: Any, weights: Any) -> Any:
+    """τ-b, a pair of mixtures having the product of their weights."""
+    one, other = (np.sign(side[:, :, None] - side[:, None, :]) for side in (x, y))
+    pairs = weights[:, :, None] * weights[:, None, :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (pairs * one * other).sum((1, 2)) / np.sqrt(
+            (pairs * one**2).sum((1, 2)) * (pairs * other**2).sum((1, 2))
+        )
+
+
+def recalled(predicted: Any, true: Any, k: int) -> Any:
+    """Of each row, the share of the k best in `true` that are among the k best in `predicted`; earlier mixtures win ties."""
+    tops = [np.argsort(-one, axis=1, kind="stable")[:, :k] for one in (predicted, true)]
+    return (tops[0][:, :, None] == tops[1][:, None, :]).any(2).mean(1)
+
+
+def regrets(predicted: Any, true: Any) -> Any:
+    """Of each row, what choosing by `predicted` loses against the best in `true`."""
+    return true.max(1) - np.take_along_axis(true, predicted.argmax(1)[:, None], 1)[:, 0]
+
+
+VERDICTS = {
+    "trust": "trust it",
+    "prune": "trust it to leave out bad mixtures, not to pick the best: fine-tune the top few (verify_top_k)",
+    "distrust": "do not trust it",
+    "unknown": "cannot be told",
+}
+
+
+def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str]:
+    """(a key of `VERDICTS`, why).
+
+    A surrogate must order mixtures of two or more candidates better than chance: the 95 % interval of Spearman's ρ lies above
+    0. (Singles do not count here: there the merged model is itself a model trained on the mixture.) It is then trusted where a
+    paired test cannot tell its first mixture from the best trained one, trusted to leave out where the best trained one is in
+    the first third of its ranking, and otherwise not.
+
+    Args:
+        whole: over all mixtures that were trained.
+        larger: over those of two or more candidates, or None where there are too few.
+    """
+    if whole is None or larger is None or larger.mixtures < FEWEST:
+        return "unknown", f"fewer than {FEWEST} mixtures of two or more candidates were fine-tuned"
+    rho = larger.spearman
+    if rho.low is None or not rho.low > 0:
+        return "distrust", "it does not order mixtures of two or more candidates better than chance would"
+    if whole.tied:
+        return "trust", "its first mixture cannot be told from the best that was fine-tuned"
+    place = f"the best that was fine-tuned is number {whole.rank_of_best} of {whole.mixtures} in its ranking"
+    if whole.rank_of_best <= -(-whole.mixtures // 3):
+        return "prune", place
+    return "distrust", place

@@ -1,0 +1,166 @@
+"""Models really fine-tuned on mixtures: the truth that the surrogates stand in for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from .adapters import mixture_steps, publish, train_lora
+from .callbacks import BankProgress
+from .console import Bar
+from .data import Candidate, mixture_dataset
+from .journal import Keys, read_json
+from .merging import Adapter, GatedStack
+from .mixture import Failure, Mixture, Score, row_counts
+from .scoring import Scorer
+
+Counts = Mapping[str, int]
+
+
+class TrainedMixtures:
+    """Models fine-tuned on mixtures with the arguments that the adapters were trained with, in `OUT/trained/<fingerprint>/`.
+
+    None is trained twice. They are trained on the very rows, in the very order, of the final fine-tune.
+
+    Args:
+        folder: `OUT/trained`.
+        candidates: by name.
+        data_format: the run's.
+        keys: of any target; they name the models.
+        base: gives the base model to train.
+        tokenizer: the run's.
+        args: the uniform training arguments.
+        config: the uniform LoRA shape.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        candidates: Mapping[str, Candidate],
+        data_format: str,
+        keys: Keys,
+        base: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        config: LoraConfig,
+    ) -> None:
+        self.root = folder
+        self.candidates = candidates
+        self._data_format = data_format
+        self._keys = keys
+        self._base = base
+        self._tokenizer = tokenizer
+        self._args = args
+        self._config = config
+
+    def counts(self, mixture: Mixture) -> dict[str, int]:
+        """Rows of each candidate that the mixture trains on."""
+        return row_counts(mixture, {name: len(self.candidates[name].rows) for name in mixture.names})
+
+    def folder(self, counts: Counts) -> Path:
+        return self.root / self._keys.model(counts)
+
+    def is_trained(self, counts: Counts) -> bool:
+        return (self.folder(counts) / "training.json").exists()
+
+    def steps(self, counts: Counts) -> int:
+        """Optimizer steps that training takes."""
+        return mixture_steps(self._args, self.candidates, counts)
+
+    def train(self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "") -> Path:
+        """The folder of the model, trained now where it is not there yet.
+
+        Args:
+            bar: counts optimizer steps, of which `before` are done; with `note` behind it.
+
+        Raises:
+            InputError: the training diverged.
+        """
+        folder = self.folder(counts)
+        if not self.is_trained(counts):
+            partial = folder.with_name(f".{folder.name}.partial")
+            watching = [] if bar is None else [BankProgress(bar, before, note)]
+            rows = mixture_dataset(counts, self.candidates, self._data_format, self._args.seed)
+            record = train_lora(self._base(), self._tokenizer, rows, self._args, self._config, partial, watching)
+            publish(partial, folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
+        return folder
+
+    def record(self, counts: Counts) -> dict[str, Any]:
+        """What the training used: see `TrainingRecorder`."""
+        found: dict[str, Any] = read_json(self.folder(counts) / "training.json")
+        return found
+
+
+class TrainedObjective:
+    """The score of the model that was fine-tuned on a mixture: what the surrogates predict.
+
+    Args:
+        models: where they are, or are made.
+        base: gives the base model to score on, free of any other stack.
+        scorer: of the target's validation rows.
+        keys: of the target's trials.
+        target: name of the target.
+        tokens_per_batch: budget of one forward pass.
+        weight: the target's, in a search with several.
+        min_delta: by how much at most a mixture may be worse on this target than the base.
+    """
+
+    name = "trained"
+    order: tuple[int, ...] = ()
+    differentiable = False
+
+    def __init__(
+        self,
+        models: TrainedMixtures,
+        base: Callable[[], PreTrainedModel],
+        scorer: Scorer,
+        keys: Keys,
+        *,
+        target: str,
+        tokens_per_batch: int,
+        weight: float = 1.0,
+        min_delta: float | None = None,
+    ) -> None:
+        self.models = models
+        self._base = base
+        self._scorer = scorer
+        self.keys = keys
+        self._tokens_per_batch = tokens_per_batch
+        self.target = target
+        self.examples = scorer.examples
+        self.weight = weight
+        self.min_delta = min_delta
+
+    def at_once(self, rows: int) -> int:
+        return 1
+
+    def key(self, mixture: Mixture, rung: int | None = None) -> str:
+        return self.keys.trained(self.models.counts(mixture))
+
+    def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]:
+        return [self.score(self.models.counts(mixture)) for mixture in mixtures]
+
+    def score(self, counts: Counts, scorer: Scorer | None = None) -> Score | Failure:
+        """The score of the model fine-tuned on so many rows of each candidate, on the validation rows or by another scorer."""
+        trained = {"trained": Adapter.load(self.models.train(counts))} if counts else {}
+        stack = GatedStack(self._base(), trained)
+        try:
+            weights: dict[str, float] = dict.fromkeys(trained, 1.0)
+            return (scorer or self._scorer).score(stack, [weights], self._tokens_per_batch)[0]
+        finally:
+            stack.detach()
+
+    def whole(self, score: Score) -> Score:
+        return self._scorer.whole(score)
+
+    def evaluations(self, mixture: Mixture, rows: int) -> int:
+        return rows
+
+    def likelihood(self, score: Score) -> float:
+        return self._scorer.likelihood(score)
+
+    def gradient(self, mixture: Mixture) -> Any:
+        raise TypeError("a model that was trained on a mixture has no derivative by its weights")

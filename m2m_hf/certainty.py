@@ -16,7 +16,7 @@ from .mixture import Mixture, Score, Standing, mean_and_stderr
 
 RESAMPLES = 1000
 CONTENDERS = 256  # mixtures, the best ones, among which is chosen again
-RISK, POWER = 0.05, 0.8  # of the test for which rows are counted
+RISK, POWER = 0.05, 0.8  # of paired tests
 NUMBERS = 1 << 25  # in one temporary array
 
 
@@ -54,6 +54,12 @@ def paired(
     return value, variance**0.5 if known else None
 
 
+def told_apart(better: Standing, worse: Standing) -> bool:
+    """Whether a one-sided paired test at 5 % tells that one mixture is better than another."""
+    value, stderr = paired(scores_of(better), scores_of(worse), better.weights)
+    return value > float(norm.ppf(1 - RISK)) * (stderr or 0.0)
+
+
 def scores_of(standing: Standing) -> dict[str, Score]:
     """Target -> score; of those that have one."""
     return {target: trial.score for target, trial in standing.trials.items() if trial.score}
@@ -71,6 +77,7 @@ class Certainty:
             chosen one is, with a 95 % interval; corrected for the winner's curse except against `second`.
         rows_needed: how many times the rows there are it would take to tell the chosen mixture from the second (a paired test
             at 5 % with a power of 80 %); None where both score the same.
+        tied: mixtures that a paired test at 5 % cannot tell to be worse than the chosen one, itself among them.
     """
 
     corrected: float
@@ -78,6 +85,7 @@ class Certainty:
     probability_best: float
     differences: Mapping[str, tuple[float, float, float]]
     rows_needed: float | None
+    tied: int
 
     def to_json(self) -> dict[str, Any]:
         shown = {
@@ -89,6 +97,7 @@ class Certainty:
             "probability_best": self.probability_best,
             "differences": shown,
             "rows_needed": self.rows_needed,
+            "tied": self.tied,
         }
 
 
@@ -153,6 +162,7 @@ def certainty(
         probability_best(scores, covariance, seed),
         differences,
         None if rows_needed is None else float(rows_needed),
+        sum(not told_apart(best, one) for one in ranking),
     )
 
 

@@ -30,6 +30,7 @@ average of every subset on your target's validation set, and fine-tunes once on 
   m2m search   --config x.yaml   adapters and search, without the final fine-tune
   m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
   m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
+  m2m report OUT                 make OUT/report.html again, from the files in OUT alone
 
 Every command goes on from where the run folder stands. With several processes:
   accelerate launch recipes/select.py --config x.yaml
@@ -96,8 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=fields_text(), formatter_class=raw, allow_abbrev=False
         )
         command.add_argument("--config", required=True, type=Path, help="the YAML")
-    command = commands.add_parser("sft", help="the final fine-tune of a searched run", allow_abbrev=False)
-    command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    for name, text in (
+        ("sft", "the final fine-tune of a searched run, scored on the sealed test set"),
+        ("report", "make report.html of a searched run again, from its files alone"),
+    ):
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
     return parser
 
 
@@ -112,6 +117,13 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
     """Carries out one command."""
+    if command.command == "report":
+        if overrides:
+            raise InputError(f"not understood: {' '.join(overrides)}; m2m report takes the run folder alone")
+        from .report import write_report
+
+        print(f"report: {os.path.relpath(write_report(command.out))}")
+        return
     if command.command == "sft":
         config = command.out / "config.yaml"
         if not config.exists():

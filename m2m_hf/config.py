@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each scorer takes beside scorer,
     "command": ("command", "test_command"),
     "lm_eval": ("task", "test_task", "num_fewshot", "limit"),
     "callable": ("data", "test_data"),
+}
+MERGE_PARAMETERS: dict[str, dict[str, Any]] = {  # what each merge method takes, with its default
+    "average": {},
+    "task_arithmetic": {"scaling": 0.4},  # this and the next as Yadav et al. (2023) advise where nothing is tuned
+    "ties": {"scaling": 1.0, "density": 0.2},
+    "dare": {"density": 0.5},
+    "svd": {"rank": None},
+    "linear": {},
 }
 NORMALIZE = ("none", "tokens", "bytes")
 
@@ -455,7 +464,16 @@ class MergeToMixConfig:
     )
     merge_method: str = field(
         default="average",
-        metadata={"help": "How adapters are merged: average (the mean of the parameters)."},
+        metadata={
+            "help": "How adapters are merged: average (the method's own), or to compare with: task_arithmetic, ties, dare, svd, "
+            "linear."
+        },
+    )
+    merge_parameters: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "YAML only: scaling (task_arithmetic 0.4, ties 1), density (ties 0.2, dare 0.5), rank (svd: the adapters')."
+        },
     )
     one_standard_error: bool = field(
         default=False,
@@ -537,6 +555,7 @@ class MergeToMixConfig:
             raise InputError(
                 f"strategy: {self.strategy} proposes subsets only; for weights: continuous expected {', '.join(CONTINUOUS)}"
             )
+        self._check_merge_method()
         folder = Path(self.folder or ".").absolute()
         names = [check_name(name, "candidate") for name in self.candidates]
         twice = {name.lower() for name in names if [other.lower() for other in names].count(name.lower()) > 1}
@@ -557,6 +576,26 @@ class MergeToMixConfig:
             for name, given in self.targets.items()
         }
 
+    def _check_merge_method(self) -> None:
+        taken = MERGE_PARAMETERS[self.merge_method]
+        given: Any = self.merge_parameters
+        if not isinstance(given, Mapping):
+            raise InputError(f"merge_parameters: expected names and numbers, got {given!r}")
+        value: Any
+        for key, value in given.items():
+            if key not in taken:
+                takes = ", ".join(taken) or "none"
+                raise InputError(f"merge_parameters.{key}: merge_method {self.merge_method} takes {takes}")
+            wanted: tuple[type, ...] = (int,) if key == "rank" else (int, float)
+            most = 1.0 if key == "density" else sys.float_info.max
+            if not isinstance(value, wanted) or isinstance(value, bool) or not 0 < float(value) <= most:
+                words = {"rank": "an integer above 0", "density": "a share above 0, at most 1"}.get(
+                    key, "a number above 0"
+                )
+                raise InputError(f"merge_parameters.{key}: expected {words}, got {value!r}")
+        if self.merge_method != "average" and self.weights == "continuous":
+            raise InputError(f"weights: continuous needs merge_method: average, got {self.merge_method}")
+
     def to_yaml(self) -> dict[str, Any]:
         """The fields as they are written to `OUT/config.yaml`: paths resolved, defaults included."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "folder"}
@@ -572,7 +611,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     ),
     "objective": ("merged", "ensemble"),
     "weights": ("equal", "continuous"),
-    "merge_method": ("average",),
+    "merge_method": tuple(MERGE_PARAMETERS),
 }  # fmt: skip
 CONTINUOUS = ("auto", "random", "bayes", "gradient")
 LOWEST = {

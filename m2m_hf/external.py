@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import TargetConfig
 from .data import content_fingerprint
 from .errors import InputError
-from .forward import Weights
+from .forward import Stack, Weights
 from .journal import file_fingerprint
-from .merging import GatedStack, write_adapter
+from .merging import write_adapter
 from .metrics import bootstrap
 from .mixture import Failure, Score
 from .scoring import Scorer
@@ -36,7 +36,7 @@ class ExternalScorer(Scorer):
 
     def score(
         self,
-        stack: GatedStack,
+        stack: Stack,
         mixtures: Sequence[Weights],
         tokens_per_batch: int,
         rows: Sequence[int] | None = None,
@@ -62,7 +62,7 @@ class ExternalScorer(Scorer):
         return results
 
     @abstractmethod
-    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Any:
+    def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
         """The score of the mixture that the stack is set to."""
 
 
@@ -82,7 +82,7 @@ class CallableScorer(ExternalScorer):
         self.examples = len(self.rows)
         self.fingerprint = content_fingerprint(["callable", Hasher.hash(function), *self.rows], default=str)
 
-    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Score:
+    def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score:
         found = self.function(stack.model, self.tokenizer, self.rows)
         if isinstance(found, Score):
             return found
@@ -114,7 +114,7 @@ class CommandScorer(ExternalScorer):
         read = [file_fingerprint([Path(part)]) for part in command if Path(part).is_absolute() and Path(part).is_file()]
         self.fingerprint = content_fingerprint(["command", list(command), key, *read])
 
-    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Any:
+    def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
         if not PartialState().is_main_process:
             return None
         with tempfile.TemporaryDirectory(prefix="m2m-") as folder:
@@ -222,7 +222,7 @@ class HarnessScorer(ExternalScorer):
             default=str,
         )  # fmt: skip
 
-    def measure(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Score:
+    def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score:
         from lm_eval.evaluator import evaluate
 
         found = evaluate(

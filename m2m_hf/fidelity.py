@@ -1,9 +1,12 @@
 """Fidelity: how well a surrogate predicts what really fine-tuned mixtures score. Statistics only; nothing is measured here.
 
-Mixtures that share datasets, or are scored on the same rows, do not vary apart from each other, so neither do the points of
-the correlation. Its intervals are from a bootstrap that draws anew what they share: every candidate gets a random weight of
-mean and variance 1, a mixture the product of its candidates' weights (Owen and Eckles, Bootstrapping data arrays of arbitrary
-order, 2012), and the rows of every target are resampled, the same for all mixtures and for both scores.
+A correlation over mixtures has two intervals, for two questions. *Here*: what would it be on other validation rows? The rows of
+every target are resampled, the same for all mixtures and both scores; where only a sample of the mixtures was fine-tuned, the
+mixtures are too. *Elsewhere*: what would it be with other candidates? Mixtures that share datasets do not vary apart from
+each other, so each candidate is left out in turn, with all mixtures that hold it, and the spread of Fisher's z over the N
+results gives a jackknife interval with N − 1 degrees of freedom. With four to seven candidates that one is wide, and has to
+be: 63 mixtures of six datasets are six observations. (In simulations it holds the true value in 93 to 99 of 100 studies; an
+interval that takes the mixtures as independent does in 33 to 78.)
 """
 
 from collections.abc import Sequence
@@ -13,10 +16,12 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau, norm, pearsonr, spearmanr
+from scipy.stats import t as student
 
 from .mixture import Mixture, SearchSpace
 
 RESAMPLES = 1000
+LARGER = ", two or more"  # of comparisons without the singles
 LEVEL = 0.95  # of the intervals
 FEWEST = 6  # mixtures from which a verdict may be drawn
 ALL_UP_TO = 15  # mixtures that are all fine-tuned where no number is asked for: four candidates
@@ -53,15 +58,18 @@ def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, se
 
 @dataclass(frozen=True)
 class Figure:
-    """A value with its interval (95 %); without where it cannot be known."""
+    """A value with its two intervals (95 %): for other rows, and for other candidates; None where one cannot be known."""
 
     value: float
-    low: float | None = None
-    high: float | None = None
+    here: tuple[float, float] | None = None
+    elsewhere: tuple[float, float] | None = None
 
-    def to_json(self) -> dict[str, float | None]:
-        shown = (None if one is None or not np.isfinite(one) else one for one in (self.value, self.low, self.high))
-        return dict(zip(("value", "low", "high"), shown, strict=True))
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "value": self.value if np.isfinite(self.value) else None,
+            "here": list(self.here) if self.here else None,
+            "elsewhere": list(self.elsewhere) if self.elsewhere else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ class Agreement:
     Args:
         mixtures: how many.
         pearson: correlation of the scores; of the ranks `spearman`, of the order of pairs `kendall` (τ-b).
+        halves: Pearson's of the predictions on one half of the rows with the truth on the other half, mean over random halves.
+            Noise that both sides have from the same rows does not help it; half as many rows make it lower, too.
         recall: k -> share of the k best as trained that are among the k best as predicted.
         regret: the best trained score less that of the mixture that the surrogate puts first; an upper bound, since the best is
             the best also by chance.
@@ -99,6 +109,7 @@ class Agreement:
     pearson: Figure
     spearman: Figure
     kendall: Figure
+    halves: float | None
     recall: dict[int, Figure]
     regret: Figure
     random_regret: float
@@ -111,6 +122,7 @@ class Agreement:
             "pearson": self.pearson.to_json(),
             "spearman": self.spearman.to_json(),
             "kendall": self.kendall.to_json(),
+            "halves": self.halves,
             "recall": {str(k): one.to_json() for k, one in self.recall.items()},
             "regret": self.regret.to_json(),
             "random_regret": self.random_regret,
@@ -119,35 +131,36 @@ class Agreement:
         }
 
 
-def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], seed: int = 0) -> Agreement:
+def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool = True, seed: int = 0) -> Agreement:
     """Compares a surrogate with the truth on at least three mixtures.
 
     Args:
         rows: of every target, all in the order of `mixtures`.
+        complete: whether these are all the mixtures that there are, and not a sample of them.
         seed: of the resamples.
     """
     predicted = sum(one.weight * one.surrogate.mean(1) for one in rows)
     true = sum(one.weight * one.trained.mean(1) for one in rows)
     count = len(mixtures)
-    names = sorted({name for mixture in mixtures for name in mixture.names})
-    members = np.array([[name in mixture.weights for name in names] for mixture in mixtures])
-    draw = np.random.default_rng(seed)
-    of_candidates = draw.exponential(size=(RESAMPLES, 1, len(names)))
-    weights = np.where(members, of_candidates, 1.0).prod(2)
-    again: tuple[Any, Any] = (np.zeros((RESAMPLES, count)), np.zeros((RESAMPLES, count)))
     by_row = all(one.trained.shape[1] > 1 for one in rows)
+    draw = np.random.default_rng(seed)
+    again: tuple[Any, Any] = (np.zeros((RESAMPLES, count)), np.zeros((RESAMPLES, count)))
     for one in rows:
         size = one.trained.shape[1]
         shares = draw.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size
         for scores, values in zip(again, (one.surrogate, one.trained), strict=True):
             scores += one.weight * shares @ values.T
-    recall = {
-        k: Figure(
-            float(recalled(predicted[None], true[None], k)[0]), *(interval(recalled(*again, k)) if by_row else ())
-        )
-        for k in (1, 3, 5)
-        if 2 * k < count
-    }
+    weights = np.ones((RESAMPLES, count))
+    if not complete:
+        weights = draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
+
+    def here(values: Any) -> tuple[float, float] | None:
+        return interval(values) if by_row or not complete else None
+
+    def correlation(statistic: Any, weighted: Any) -> Figure:
+        value = constant_aware(statistic, predicted, true)
+        return Figure(value, here(weighted(*again, weights)), jackknife(statistic, mixtures, predicted, true))
+
     first, best = int(predicted.argmax()), int(true.argmax())
     tied = None
     if by_row:
@@ -156,11 +169,18 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], seed: int = 0) 
         tied = bool(true[best] - true[first] <= norm.ppf(0.95) * variance**0.5)
     return Agreement(
         count,
-        Figure(constant_aware(pearsonr, predicted, true), *interval(weighted_pearson(*again, weights))),
-        Figure(constant_aware(spearmanr, predicted, true), *interval(weighted_spearman(*again, weights))),
-        Figure(constant_aware(kendalltau, predicted, true), *interval(weighted_kendall(*again, weights))),
-        recall,
-        Figure(float(true[best] - true[first]), *(interval(regrets(*again)) if by_row else ())),
+        correlation(pearsonr, weighted_pearson),
+        correlation(spearmanr, weighted_spearman),
+        correlation(kendalltau, weighted_kendall),
+        across_halves(rows, draw) if by_row else None,
+        {
+            k: Figure(
+                float(recalled(predicted[None], true[None], k)[0]), interval(recalled(*again, k)) if by_row else None
+            )
+            for k in (1, 3, 5)
+            if 2 * k < count
+        },
+        Figure(float(true[best] - true[first]), interval(regrets(*again)) if by_row else None),
         float(true[best] - true.mean()),
         int((predicted > predicted[best]).sum()) + 1,
         tied,
@@ -172,13 +192,49 @@ def constant_aware(statistic: Any, x: Any, y: Any) -> float:
     return float(statistic(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
 
 
-def interval(values: Any) -> tuple[float, float]:
+def interval(values: Any) -> tuple[float, float] | None:
     """The middle 95 % of resampled values; those that do not exist (a side that does not vary) are left out."""
     known = values[np.isfinite(values)]
     if not len(known):
-        return float("nan"), float("nan")
+        return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def jackknife(statistic: Any, mixtures: Sequence[Mixture], x: Any, y: Any) -> tuple[float, float] | None:
+    """An interval of a correlation for other candidates, each of the N being left out in turn.
+
+    z = artanh r; the standard error is √((N − 1)/N Σ (z₋ᵢ − mean)²), with Student's t of N − 1 degrees of freedom. None for
+    fewer than four candidates, or where what is left has no correlation.
+    """
+    names = sorted({name for mixture in mixtures for name in mixture.names})
+    count = len(names)
+    if count < 4:
+        return None
+    left = []
+    for name in names:
+        kept = [number for number, mixture in enumerate(mixtures) if name not in mixture.weights]
+        left.append(constant_aware(statistic, x[kept], y[kept]) if len(kept) > 2 else float("nan"))
+    z = np.arctanh(np.clip([constant_aware(statistic, x, y), *left], -0.9999, 0.9999))
+    if not np.isfinite(z).all():
+        return None
+    spread = np.sqrt((count - 1) / count * ((z[1:] - z[1:].mean()) ** 2).sum())
+    reach = student.ppf((1 + LEVEL) / 2, count - 1) * spread
+    return float(np.tanh(z[0] - reach)), float(np.tanh(z[0] + reach))
+
+
+def across_halves(rows: Sequence[Rows], draw: Any, splits: int = 100) -> float | None:
+    """Pearson's correlation of predictions on half of the rows with the truth on the other half, mean over random splits."""
+    found = []
+    for _ in range(splits):
+        x = y = 0.0
+        for one in rows:
+            order = draw.permutation(one.trained.shape[1])
+            half = len(order) // 2
+            x = x + one.weight * one.surrogate[:, order[:half]].mean(1)
+            y = y + one.weight * one.trained[:, order[half:]].mean(1)
+        found.append(constant_aware(pearsonr, x, y))
+    return float(np.mean(found)) if np.isfinite(found).all() else None
 
 
 def weighted_pearson(x: Any, y: Any, weights: Any) -> Any:
@@ -232,10 +288,10 @@ VERDICTS = {
 def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str]:
     """(a key of `VERDICTS`, why).
 
-    A surrogate must order mixtures of two or more candidates better than chance: the 95 % interval of Spearman's ρ lies above
-    0. (Singles do not count here: there the merged model is itself a model trained on the mixture.) It is then trusted where a
-    paired test cannot tell its first mixture from the best trained one, trusted to leave out where the best trained one is in
-    the first third of its ranking, and otherwise not.
+    A surrogate must order mixtures of two or more candidates, on other rows too: the 95 % interval *here* of Spearman's ρ lies
+    above 0. (Singles do not count here: there the merged model is itself a model trained on the mixture.) It is then trusted
+    where a paired test cannot tell its first mixture from the best trained one, trusted to leave out where the best trained
+    one is in the first third of its ranking, and otherwise not.
 
     Args:
         whole: over all mixtures that were trained.
@@ -243,9 +299,9 @@ def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str
     """
     if whole is None or larger is None or larger.mixtures < FEWEST:
         return "unknown", f"fewer than {FEWEST} mixtures of two or more candidates were fine-tuned"
-    rho = larger.spearman
-    if rho.low is None or not rho.low > 0:
-        return "distrust", "it does not order mixtures of two or more candidates better than chance would"
+    here = larger.spearman.here
+    if here is None or not here[0] > 0:
+        return "distrust", "on other rows it might not order mixtures of two or more candidates at all"
     if whole.tied:
         return "trust", "its first mixture cannot be told from the best that was fine-tuned"
     place = f"the best that was fine-tuned is number {whole.rank_of_best} of {whole.mixtures} in its ranking"

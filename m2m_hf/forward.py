@@ -20,8 +20,10 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .merging import GatedStack
+from .methods import DenseStack
 
 Weights = Mapping[str, float]
+Stack = GatedStack | DenseStack
 HEAD = 4  # a scored position, with its logits over the whole vocabulary, counts as this many tokens of the budget
 
 
@@ -159,7 +161,7 @@ class Pass:
         count: how many things are asked of every mixture.
     """
 
-    def __init__(self, stack: GatedStack, mixtures: Sequence[Weights], count: int) -> None:
+    def __init__(self, stack: Stack, mixtures: Sequence[Weights], count: int) -> None:
         self.stack = stack
         self.mixtures = mixtures
         self.count = count
@@ -189,7 +191,7 @@ class Pass:
 
 
 def completion_logprobs(
-    stack: GatedStack, mixtures: Sequence[Weights], questions: Sequence[Question], tokens_per_batch: int
+    stack: Stack, mixtures: Sequence[Weights], questions: Sequence[Question], tokens_per_batch: int
 ) -> list[list[tuple[float, ...]]]:
     """Log-probability of every completion given what stands before it (natural logarithm, summed over its tokens).
 
@@ -202,7 +204,7 @@ def completion_logprobs(
 
 @torch.inference_mode()
 def token_logprobs(
-    stack: GatedStack, mixtures: Sequence[Weights], questions: Sequence[Question], tokens_per_batch: int
+    stack: Stack, mixtures: Sequence[Weights], questions: Sequence[Question], tokens_per_batch: int
 ) -> list[list[tuple[list[float], ...]]]:
     """Log-probability of every scored token.
 
@@ -364,7 +366,7 @@ def score_rows(
 
 @torch.inference_mode()
 def generate(
-    stack: GatedStack,
+    stack: Stack,
     mixtures: Sequence[Weights],
     prompts: Mapping[int, Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,

@@ -75,6 +75,8 @@ class RunFolder:
         self.trained = self.root / "trained"
         self.fidelity = self.root / "fidelity.json"
         self.summary = self.root / "summary.json"
+        self.report = self.root / "report.html"
+        self.pictures = self.root / "pictures"
         self.log = self.root / "log.txt"
         self._lock = FileLock(self.root / ".lock", is_singleton=True)  # one for all users in this process
 

@@ -94,28 +94,34 @@ class Adapter:
         refuse_unless_averageable(config, str(folder))
         return cls(config, tensors)
 
-    def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Module name -> (A, s B) in fp32, A of shape (r, in), B of shape (out, r).
+    def parts(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+        """Module name -> (A, B, s) in fp32, A of shape (r, in), B of shape (out, r); the module's delta is s B A.
 
         s is α/r, or α/√r with rank-stabilised LoRA, with α and r as the adapter's patterns say for this module.
+
+        Raises:
+            InputError: tensors that are not pairs of A and B.
         """
-        parts: dict[str, dict[str, torch.Tensor]] = {}
+        found: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in self.tensors.items():
             for kind in ("A", "B"):
                 for infix in (f".lora_{kind}.weight", f".lora_embedding_{kind}"):
                     if name.startswith(PREFIX) and name.endswith(infix):
-                        parts.setdefault(name[len(PREFIX) : -len(infix)], {})[kind] = tensor.float()
-        known = sum(len(part) for part in parts.values())
-        if known != len(self.tensors) or any(len(part) != 2 for part in parts.values()):
+                        found.setdefault(name[len(PREFIX) : -len(infix)], {})[kind] = tensor.float()
+        known = sum(len(part) for part in found.values())
+        if known != len(self.tensors) or any(len(part) != 2 for part in found.values()):
             raise InputError("the adapter holds tensors other than pairs of lora_A and lora_B")
-        scaled = {}
-        for module, part in parts.items():
+        parts = {}
+        for module, part in found.items():
             rank = part["A"].shape[0]
             alphas = self.config.alpha_pattern
             alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha)
-            scale = alpha / (rank**0.5 if self.config.use_rslora else rank)
-            scaled[module] = (part["A"], part["B"] * scale)
-        return scaled
+            parts[module] = (part["A"], part["B"], alpha / (rank**0.5 if self.config.use_rslora else rank))
+        return parts
+
+    def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Module name -> (A, s B): see `parts`."""
+        return {module: (a, b * scale) for module, (a, b, scale) in self.parts().items()}
 
 
 class StackedLayer:

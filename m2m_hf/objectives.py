@@ -5,8 +5,9 @@ from dataclasses import replace
 from random import Random
 from typing import Protocol
 
+from .forward import Stack
 from .journal import Keys
-from .merging import GatedStack
+from .methods import AVERAGE, MergeMethod
 from .mixture import Failure, Mixture, Score
 from .scoring import LogprobScorer, Scorer
 
@@ -59,13 +60,12 @@ class MergedObjective:
         tokens_per_batch: budget of one forward pass.
         weight: the target's, in a search with several.
         min_delta: by how much at most a mixture may be worse on this target than the base.
+        method: how adapters are merged; the average is the paper's.
     """
-
-    name = "merged"
 
     def __init__(
         self,
-        open_stack: Callable[[], GatedStack],
+        open_stack: Callable[[], Stack],
         scorer: Scorer,
         keys: Keys,
         *,
@@ -73,7 +73,10 @@ class MergedObjective:
         tokens_per_batch: int,
         weight: float = 1.0,
         min_delta: float | None = None,
+        method: MergeMethod = AVERAGE,
     ) -> None:
+        self.name = method.label
+        self._method = method
         self._open_stack = open_stack
         self._scorer = scorer
         self.keys = keys
@@ -91,14 +94,14 @@ class MergedObjective:
         return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return self.keys.merged(mixture, rung)
+        return self.keys.merged(mixture, rung, self.name)
 
-    def model(self, mixture: Mixture) -> tuple[GatedStack, dict[str, float], int]:
+    def model(self, mixture: Mixture) -> tuple[Stack, dict[str, float], int]:
         """What a scorer needs to score one mixture: the stack, the weights, the budget of a forward pass."""
-        return self._open_stack(), mixture.weights, self._tokens_per_batch
+        return self._open_stack(), self._method.gates(mixture.weights), self._tokens_per_batch
 
     def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]:
-        weights = [mixture.weights for mixture in mixtures]
+        weights = [self._method.gates(mixture.weights) for mixture in mixtures]
         return self._scorer.score(self._open_stack(), weights, self._tokens_per_batch, rows)
 
     def whole(self, score: Score) -> Score:
@@ -111,7 +114,7 @@ class MergedObjective:
 
     @property
     def differentiable(self) -> bool:
-        return isinstance(self._scorer, LogprobScorer)
+        return isinstance(self._scorer, LogprobScorer) and self._method.name == "average"
 
     def likelihood(self, score: Score) -> float:
         """That of the right answers, in the unit in which `gradient` is its derivative."""

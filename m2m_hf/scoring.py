@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .config import TargetConfig
 from .data import TargetRow, content_fingerprint, encode, render, text_of
 from .errors import InputError
-from .forward import Question, Request, Weights, completion_logprobs, generate, token_logprobs, weight_gradient
+from .forward import Question, Request, Stack, Weights, completion_logprobs, generate, token_logprobs, weight_gradient
 from .journal import file_fingerprint
 from .merging import GatedStack
 from .metrics import Metric, local_module
@@ -48,7 +48,7 @@ class Scorer(ABC):
     @abstractmethod
     def score(
         self,
-        stack: GatedStack,
+        stack: Stack,
         mixtures: Sequence[Weights],
         tokens_per_batch: int,
         rows: Sequence[int] | None = None,
@@ -67,7 +67,7 @@ class Scorer(ABC):
         """The mean log-probability of a row's right answer; for `loss`, of a token."""
         return score.mean_logprob
 
-    def at_once(self, stack: GatedStack, tokens_per_batch: int, rows: int) -> int:
+    def at_once(self, stack: Stack, tokens_per_batch: int, rows: int) -> int:
         """How many mixtures fill a batch with so many rows: more than one only where those of one do not."""
         if not self.tokens or not stack.takes_rows:
             return 1
@@ -122,7 +122,7 @@ class LogprobScorer(Scorer):
 
     def score(
         self,
-        stack: GatedStack,
+        stack: Stack,
         mixtures: Sequence[Weights],
         tokens_per_batch: int,
         rows: Sequence[int] | None = None,
@@ -147,9 +147,10 @@ class LogprobScorer(Scorer):
         """How the `likelihood` changes with the log-probabilities of the completions of one row."""
 
     def gradient(
-        self, stack: GatedStack, weights: Weights, tokens_per_batch: int
+        self, stack: Stack, weights: Weights, tokens_per_batch: int
     ) -> tuple[Score | Failure, dict[str, float]]:
         """The score, and the derivative of the `likelihood` by every adapter's weight."""
+        assert isinstance(stack, GatedStack)
         sums, slope = weight_gradient(stack, weights, self.questions, tokens_per_batch, self.slopes)
         if not all(map(math.isfinite, (*slope.values(), *(value for values in sums for value in values)))):
             return Failure("the model gives gradients that are not finite"), {}
@@ -157,7 +158,7 @@ class LogprobScorer(Scorer):
         return self.whole(score) if score.values else score, slope
 
     @abstractmethod
-    def probabilities(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
+    def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """What a mixture makes of every row, for the ensemble objective; float32, see `ensemble.py`."""
 
 
@@ -184,7 +185,7 @@ class LossScorer(LogprobScorer):
     def likelihood(self, score: Score) -> float:
         return score.value
 
-    def probabilities(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
+    def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every scored token, all rows in one; of shape (tokens, 1)."""
         found = token_logprobs(stack, [weights], self.questions, tokens_per_batch)[0]
         return (
@@ -235,7 +236,7 @@ class ChoiceScorer(LogprobScorer):
         right[self.rows[number].answer] += 1
         return (right / torch.tensor(self.lengths[number]) / self.examples).tolist()
 
-    def probabilities(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
+    def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every choice; of shape (rows, most choices), 0 where a row has fewer."""
         sums = completion_logprobs(stack, [weights], self.questions, tokens_per_batch)[0]
         found = torch.zeros(len(sums), max(map(len, sums)))
@@ -303,7 +304,7 @@ class GenerationScorer(Scorer):
 
     def score(
         self,
-        stack: GatedStack,
+        stack: Stack,
         mixtures: Sequence[Weights],
         tokens_per_batch: int,
         rows: Sequence[int] | None = None,

@@ -5,8 +5,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -48,17 +48,21 @@ from .ensemble import ENSEMBLE_METRICS, MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .external import CallableScorer, CommandScorer, HarnessScorer
 from .fidelity import sample
+from .forward import Stack
 from .journal import Journal, Keys, RunFolder, fingerprint, read_json, write_atomic, write_json
 from .merging import Adapter, GatedStack
+from .methods import AVERAGE, DenseStack, MergeMethod
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing
 from .objectives import MergedObjective, Objective
+from .outcome import Outcome, summarise
 from .recipe import write_recipe
-from .report import Outcome, end_table, fidelity_remarks, fidelity_tables, remarks, summarise
+from .report import write_report
 from .scoring import LogprobScorer, Scorer, make_scorer
 from .search import Budget, SearchResult, default_budget, score_of, search
 from .strategies import Strategy, Task, exhaustive, listed
 from .study import RANDOM, Choice, Study, best_of, nested
 from .surrogates import FEW, STRATEGIES, choose_strategy
+from .tables import baselines_table, end_table, fidelity_remarks, fidelity_tables, remarks, verified_table
 from .trained import TrainedMixtures, TrainedObjective
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
@@ -66,6 +70,7 @@ FREE = {
     "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
     "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
     "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
+    "merge_method", "merge_parameters",
     "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
@@ -114,8 +119,12 @@ class MergeToMixSearcher:
         self._tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
         self._checked = False
         self._worked = False
-        self._stack: GatedStack | None = None
+        self._stack: Stack | None = None
+        self._stack_method = AVERAGE
+        self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
         self._result: SearchResult | None = None
+        self._verified: dict[str, Any] | None = None
+        self._fine_tuned: list[Standing] = []
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "MergeToMixSearcher":
@@ -152,6 +161,15 @@ class MergeToMixSearcher:
     def targets(self) -> dict[str, Target]:
         """The targets by name, loaded and checked."""
         return self._data[2]
+
+    @cached_property
+    def overlap(self) -> dict[tuple[str, str], int]:
+        """(candidate, target) -> rows of the target that stand in the candidate too."""
+        return {
+            (name, target): overlap(one, self.targets[target].questions)
+            for name, one in self.candidates.items()
+            for target in self.targets
+        }
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -262,11 +280,7 @@ class MergeToMixSearcher:
             args, model_args = self._final_settings()
             check_model(model_args, args, lora_config(model_args))
         rows = []
-        shared = {
-            (name, target): overlap(one, targets[target].questions)
-            for name, one in candidates.items()
-            for target in targets
-        }
+        shared = self.overlap
         for name, one in candidates.items():
             steps = planned_steps(self.args, one.trained_rows, one.tokens)
             found = sum(shared[name, target] for target in targets)
@@ -381,9 +395,14 @@ class MergeToMixSearcher:
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
 
-    def _open_stack(self) -> GatedStack:
-        if self._stack is None:
-            self._stack = GatedStack(self.base, self.bank.load())
+    def _open_stack(self, method: MergeMethod) -> Stack:
+        """The adapters on the base model, ready to be merged so; one stack at a time."""
+        wanted = AVERAGE if method.gated else method
+        if self._stack is None or self._stack_method != wanted:
+            base = self._plain_base()
+            adapters = self.bank.load()
+            self._stack = GatedStack(base, adapters) if wanted.gated else DenseStack(base, adapters, wanted)
+            self._stack_method = wanted
         return self._stack
 
     def search(self) -> SearchResult:
@@ -479,7 +498,8 @@ class MergeToMixSearcher:
         """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
         config, space = self.config, self.space  # making the space refuses impossible constraints
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
-        likelihoods = config.objective == "merged" and all(isinstance(one, LogprobScorer) for one in scorers.values())
+        likelihoods = config.objective == "merged" and config.merge_method == "average"
+        likelihoods = likelihoods and all(isinstance(one, LogprobScorer) for one in scorers.values())
         for name, scorer in scorers.items():
             metric = self.targets[name].config.metric
             if config.objective == "ensemble" and not has_ensemble(scorer, metric):
@@ -487,10 +507,20 @@ class MergeToMixSearcher:
                     f"targets.{name}: objective ensemble averages the probabilities of right answers; it needs scorer choice, "
                     f"classification or loss with one of {', '.join(ENSEMBLE_METRICS)} as its metric"
                 )
+        if not self.merge_method.gated:
+            if self.model_args.load_in_4bit or self.model_args.load_in_8bit:
+                raise InputError(
+                    f"merge_method: {config.merge_method} writes merged weights, which a quantised base has not; expected average"
+                )
+            if any(isinstance(one, CommandScorer) for one in scorers.values()):
+                raise InputError(
+                    f"merge_method: {config.merge_method} gives no adapter to hand to a command; expected average"
+                )
         strategy = config.strategy
         if strategy == "gradient" and not likelihoods:
             raise InputError(
-                "strategy: gradient needs objective: merged and targets whose scorer is choice, classification or loss"
+                "strategy: gradient needs objective: merged, merge_method: average and targets whose scorer is choice, "
+                "classification or loss"
             )
         alone = config.objective == "ensemble" and len(scorers) == 1
         if strategy == "auto" and config.weights == "continuous" and not alone:
@@ -510,16 +540,18 @@ class MergeToMixSearcher:
     def _objectives(self, kind: str) -> list[Objective]:
         """What scores mixtures, `merged` or `ensemble`; one for every target."""
         made: list[Objective] = []
+        method = self.merge_method if kind == "merged" else AVERAGE
         for name, target in self.targets.items():
             scorer = self.scorers[name]["validation"]
             merged = MergedObjective(
-                self._open_stack,
+                partial(self._open_stack, method),
                 scorer,
                 self.keys[name],
                 target=name,
                 tokens_per_batch=self._tokens_per_batch,
                 weight=target.config.weight,
                 min_delta=target.config.min_delta,
+                method=method,
             )
             if kind == "merged":
                 made.append(merged)
@@ -608,17 +640,59 @@ class MergeToMixSearcher:
         choices = self._choices(result, random=RANDOM) | (
             {"oracle": study.choice(best_trained)} if best_trained else {}
         )
-        tests = {name: parts["test"] for name, parts in self.scorers.items() if "test" in parts}
         found = {
             "uniform": self._uniformly(),
             **found,
             "similarity": self._similarities,
-            "baselines": study.baselines(choices, result.base, tests),
+            "baselines": study.baselines(choices, result.base, self._test_scorers),
         }
         if self.state.is_main_process:
             write_json(self.run.fidelity, found)
         self.state.wait_for_everyone()
         return found
+
+    def verify(self) -> SearchResult:
+        """Fine-tunes the `verify_top_k` best mixtures of the search and the baselines, and chooses by what these score.
+
+        Mixtures that make a target worse than the base model by more than its `min_delta` cannot be chosen. The stratified
+        baseline is no mixture of whole candidates and is compared, not chosen.
+        """
+        result = self._result or self.search()
+        if self._verified is not None:
+            return result
+        study = self.study
+        top = [one.mixture for one in result.ranking[: self.config.verify_top_k]]
+        choices = self._choices(result)
+        others = [choices[name].mixture for name in ("all", "best_single", "similarity") if name in choices]
+        mixtures = list(dict.fromkeys([*top, *(one for one in others if one in self.space)]))
+        self.terminal.say(f"verifying: {len(mixtures)} mixtures to fine-tune and score, {self._uniformly()}")
+        found = study.run(mixtures, result.base)
+        standings = study.trained_standings(mixtures, result.base)
+        self._fine_tuned = sorted(
+            (one for one in standings if not one.short), key=lambda one: -score_of(one).value
+        )  # stable, so that of equal ones the search's order holds
+        best = self._fine_tuned[0].mixture if self._fine_tuned else result.best.mixture
+        for standing in study.standings(self._objectives(self.config.objective), [best], "scoring mixtures"):
+            result.standings.setdefault(best, standing)
+        self._verified = {
+            "by_search": result.best.mixture.weights,
+            "uniform": self._uniformly(),
+            **{key: found[key] for key in ("mixtures", "agreement", "training_noise")},
+            "baselines": None,
+        }
+        self._result = replace(result, best=result.standings[best])
+        return self._result
+
+    def _compare_with_baselines(self) -> None:
+        """At the very end of a verified run: every baseline's fine-tuned model on validation and sealed test rows."""
+        assert self._verified is not None
+        assert self._result is not None
+        choices = self._choices(self._result)
+        self._verified["baselines"] = self.study.baselines(choices, self._result.base, self._test_scorers)
+
+    @property
+    def _test_scorers(self) -> dict[str, Scorer]:
+        return {name: parts["test"] for name, parts in self.scorers.items() if "test" in parts}
 
     def _uniformly(self) -> str:
         """By what rule mixtures of different size train alike."""
@@ -712,11 +786,14 @@ class MergeToMixSearcher:
         Returns:
             The summary, as in `OUT/summary.json`.
         """
-        result = self._result or self.search()
+        result = self.verify() if self.config.verify_top_k else self._result or self.search()
         summary = self.write_outcome()
         if summary["final"] is None:
             self._worked = True
             self._train_and_score_final(result)
+            summary = self.write_outcome()
+        if self._verified is not None:
+            self._compare_with_baselines()
             summary = self.write_outcome()
         return summary
 
@@ -732,12 +809,12 @@ class MergeToMixSearcher:
         mixture = result.best.mixture
         args, model_args = self._final_settings()
         counts = self.models.counts(mixture)
-        partial = self.run.root / ".final.partial"
+        folder = self.run.root / ".final.partial"
         start = time.monotonic()
         if not self.config.final and self.models.is_trained(counts):
             record = self.models.record(counts)  # the same model, made to be compared with others
             if self.state.is_main_process:
-                shutil.copytree(self.models.folder(counts), partial, dirs_exist_ok=True)
+                shutil.copytree(self.models.folder(counts), folder, dirs_exist_ok=True)
             self.state.wait_for_everyone()
         else:
             rows = mixture_dataset(counts, self.candidates, self._data[0], args.seed)
@@ -745,10 +822,10 @@ class MergeToMixSearcher:
             with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
                 progress = BankProgress(bar, 0, "")
                 record = train_lora(
-                    self._base_to_train(), self.tokenizer, rows, args, lora_config(model_args), partial, [progress]
+                    self._base_to_train(), self.tokenizer, rows, args, lora_config(model_args), folder, [progress]
                 )
         seconds = time.monotonic() - start
-        stack = GatedStack(self._plain_base(), {"final": Adapter.load(partial)})
+        stack = GatedStack(self._plain_base(), {"final": Adapter.load(folder)})
         scores: dict[str, Any] = {}
         total = sum(2 * len(parts) for parts in self.scorers.values())
         with self.terminal.progress("scoring base and final model", total) as bar:
@@ -768,7 +845,7 @@ class MergeToMixSearcher:
         stack.detach()
         self._put_old_final_aside()
         publish(
-            partial,
+            folder,
             self.run.final,
             {
                 **record,
@@ -807,16 +884,29 @@ class MergeToMixSearcher:
             },
             training=self.bank.training(),
             final=self._read_final(result.best.mixture),
+            keys=self.keys,
+            overlap=self.overlap,
+            fidelity=read_json(self.run.fidelity) if self.run.fidelity.exists() else None,
+            verified=self._verified,
+            fine_tuned=self._fine_tuned,
         )
 
     def show(self) -> None:
         """Prints the end table: base, singles, all, the chosen mixture and the final model; and what to do next."""
         outcome = self._outcome()
         self.terminal.table(*end_table(outcome))
+        if outcome.verified:
+            self.terminal.say("")
+            self.terminal.table(*verified_table(outcome.verified))
+            if outcome.verified["baselines"]:
+                self.terminal.say("")
+                self.terminal.table(*baselines_table(outcome.verified["baselines"]))
         args = self._final_settings()[0]
         steps = args.max_steps if args.max_steps > 0 else None
         for line in remarks(outcome, steps=steps, epochs=args.num_train_epochs, overrides=self.config.final):
             self.terminal.say(line)
+        if self.state.is_main_process:
+            self.terminal.say(f"report: {os.path.relpath(write_report(self.run.root))}")
         self.terminal.say(f"recipe: trl sft --config {os.path.relpath(self.run.recipe)}")
         if outcome.final is None:
             self.terminal.say(f"next: m2m sft {os.path.relpath(self.run.root)}")
@@ -829,6 +919,8 @@ class MergeToMixSearcher:
         """
         self.check()
         self.search()
+        if self.config.verify_top_k:
+            self.verify()
         summary = self.train_final() if self.config.train_final else self.write_outcome()
         self.show()
         if not self._worked:
@@ -837,8 +929,11 @@ class MergeToMixSearcher:
 
     def show_fidelity(self) -> None:
         """Prints what the correlation study found."""
-        for table in fidelity_tables(read_json(self.run.fidelity)):
+        found = read_json(self.run.fidelity)
+        for table in (*fidelity_tables(found), baselines_table(found["baselines"])):
             self.terminal.table(*table)
             self.terminal.say("")
-        for line in fidelity_remarks(read_json(self.run.fidelity)):
+        for line in fidelity_remarks(found):
             self.terminal.say(line)
+        if self.state.is_main_process:
+            self.terminal.say(f"report: {os.path.relpath(write_report(self.run.root))}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from .certainty import paired, scores_of
 from .errors import InputError
-from .fidelity import Agreement, Rows, agreement, verdict
+from .fidelity import LARGER, Agreement, Rows, agreement, verdict
 from .journal import Journal, read_json, write_json
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing, mean_over_targets
 from .objectives import Objective
@@ -18,7 +18,6 @@ from .search import Budget, Search, score_of, trial_of
 from .trained import Counts, TrainedMixtures, TrainedObjective
 
 RANDOM = 3  # mixtures drawn at random to compare with
-LARGER = ", two or more"  # of comparisons without the singles
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,19 @@ class Study:
             trials[objective.target] = trial
         return Standing(choice.mixture, trials, {one.target: one.weight for one in self.trained})
 
+    def trained_standings(self, mixtures: Sequence[Mixture], base: Standing) -> list[Standing]:
+        """How the models fine-tuned on mixtures stand, and on which targets they fall short of the base model's `min_delta`."""
+        reference = scores_of(base)
+        least = {
+            one.target: reference[one.target].value - one.min_delta for one in self.trained if one.min_delta is not None
+        }
+        found = []
+        for standing in self.standings(self.trained, mixtures, "scoring what was fine-tuned"):
+            scores = scores_of(standing)
+            short = tuple(target for target, value in least.items() if scores[target].value < value)
+            found.append(replace(standing, short=short))
+        return found
+
     def run(self, mixtures: Sequence[Mixture], base: Standing) -> dict[str, Any]:
         """Fine-tunes and scores `mixtures`, and compares; the part of `fidelity.json` that is about the surrogates.
 
@@ -149,10 +161,10 @@ class Study:
             }
             line |= {name: figures(standings[number]) for name, standings in found.items()}
             shown.append(line)
-        compared = {name: compare(mixtures, standings, true) for name, standings in found.items()}
-        few = self.space.at_most(len(mixtures))
+        complete = self.space.at_most(len(mixtures)) and set(self.space.subsets()) <= set(mixtures)
+        compared = {name: compare(mixtures, standings, true, complete) for name, standings in found.items()}
         return {
-            "all_mixtures": few and set(self.space.subsets()) <= set(mixtures),
+            "all_mixtures": complete,
             "mixtures": shown,
             "agreement": {name: {key: one.to_json() for key, one in of.items()} for name, of in compared.items()},
             "verdict": {
@@ -322,11 +334,14 @@ def by_rows(surrogate: Sequence[Standing], true: Sequence[Standing], measure: st
 
 
 def compare(
-    mixtures: Sequence[Mixture], surrogate: Sequence[Standing], true: Sequence[Standing]
+    mixtures: Sequence[Mixture], surrogate: Sequence[Standing], true: Sequence[Standing], complete: bool
 ) -> dict[str, Agreement]:
     """Agreement by measure, over all mixtures and over those of two or more candidates; of several targets also each alone.
 
     Mixtures that the surrogate could not score are left out, and so are comparisons of fewer than three.
+
+    Args:
+        complete: whether `mixtures` are all that there are.
     """
     kept = [number for number in range(len(mixtures)) if surrogate[number].score is not None]
     parts = {"": kept, LARGER: [number for number in kept if len(mixtures[number]) > 1]}
@@ -336,12 +351,12 @@ def compare(
             continue
         chosen = [mixtures[number] for number in numbers]
         ours, theirs = [surrogate[number] for number in numbers], [true[number] for number in numbers]
-        compared["score" + suffix] = agreement(chosen, by_rows(ours, theirs, "score"))
+        compared["score" + suffix] = agreement(chosen, by_rows(ours, theirs, "score"), complete)
         if has_logprobs([*ours, *theirs]):
-            compared["logprob" + suffix] = agreement(chosen, by_rows(ours, theirs, "logprob"))
+            compared["logprob" + suffix] = agreement(chosen, by_rows(ours, theirs, "logprob"), complete)
         if len(true[0].weights) > 1:
             for target, rows in zip(true[0].weights, by_rows(ours, theirs, "score"), strict=True):
-                compared[f"score of {target}{suffix}"] = agreement(chosen, [replace(rows, weight=1.0)])
+                compared[f"score of {target}{suffix}"] = agreement(chosen, [replace(rows, weight=1.0)], complete)
     return compared
 
 

@@ -16,16 +16,32 @@ FLOORS = (
     ("errors",),
     ("mixture", "config", "console", "metrics"),
     ("journal", "parsing", "merging", "callbacks", "strategies", "racing"),
-    ("data", "forward", "surrogates"),
+    ("data", "methods", "surrogates"),
+    ("forward",),
     ("scoring", "adapters", "recipe"),
     ("objectives", "external", "benchmark", "baselines"),
     ("ensemble", "trained"),
     ("search", "replay", "worth", "fidelity", "certainty"),
-    ("report", "study"),
+    ("outcome", "study", "plots"),
+    ("tables", "report"),
     ("searcher",),
     ("cli",),
 )
-LIGHT = {"errors", "mixture", "config", "journal", "console", "strategies", "racing", "surrogates", "cli"}
+LIGHT = {
+    "errors",
+    "mixture",
+    "config",
+    "journal",
+    "console",
+    "strategies",
+    "racing",
+    "surrogates",
+    "certainty",
+    "fidelity",
+    "plots",
+    "report",
+    "cli",
+}
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate"}
 
 

@@ -1,0 +1,303 @@
+"""What a run has come to, in figures: `summary.json`, and what a user should be warned of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .certainty import Certainty, certainty
+from .data import Candidate, Target
+from .fidelity import VERDICTS
+from .journal import Keys
+from .mixture import Mixture, Score, Standing, mean_over_targets
+from .search import SearchResult, score_of
+from .worth import Worth, worth
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to.
+
+    Args:
+        result: the search.
+        candidates: by name.
+        targets: what was searched for, by name.
+        examples: target -> part (`validation`, `test`) -> rows.
+        training: name -> `training.json` of every adapter.
+        final: `final/training.json`, or None while there is no final model of the chosen mixture.
+        keys: of every target, by which a reader of the journal knows the lines of this run.
+        overlap: (candidate, target) -> rows of the target that stand in the candidate too.
+        fidelity: `fidelity.json`, where there is one.
+        verified: `verified.json`, where mixtures were fine-tuned before choosing.
+        fine_tuned: how these stand as fine-tuned, best first.
+    """
+
+    result: SearchResult
+    candidates: Mapping[str, Candidate]
+    targets: Mapping[str, Target]
+    examples: Mapping[str, Mapping[str, int]]
+    training: Mapping[str, Mapping[str, Any]]
+    final: Mapping[str, Any] | None
+    keys: Mapping[str, Keys]
+    overlap: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    fidelity: Mapping[str, Any] | None = None
+    verified: Mapping[str, Any] | None = None
+    fine_tuned: Sequence[Standing] = ()
+
+    @cached_property
+    def worth(self) -> Worth | None:
+        """What every candidate is worth, where enough mixtures were scored."""
+        return worth(self.result.standings, list(self.candidates))
+
+    @cached_property
+    def best_single(self) -> Standing | None:
+        """The best single candidate; of equal ones that with the likelier right answers."""
+        singles = [one for name in self.candidates if (one := self.merged([name])).score]
+        return max(singles, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
+
+    @cached_property
+    def certainty(self) -> Certainty | None:
+        """How sure the choice is, by the scores that it was made by: those of fine-tuned models where it was verified."""
+        ranking = list(self.fine_tuned) or self.result.ranking
+        by_mixture = {one.mixture: one for one in ranking}
+        best = by_mixture.get(self.result.best.mixture, self.result.best)
+        references = {
+            "base": self.result.base,
+            "all": self.merged(list(self.candidates)),
+            "best_single": self.best_single,
+        }
+        against = {
+            name: by_mixture.get(one.mixture, one if name == "base" or not self.fine_tuned else None)
+            for name, one in references.items()
+            if one is not None
+        }
+        return certainty(
+            ranking, best, {name: one for name, one in against.items() if one is not None and one.complete}
+        )
+
+    def merged(self, names: Sequence[str]) -> Standing:
+        """How the equal-weight mixture of `names` stands."""
+        return self.result.standings[Mixture.subset(names)]
+
+    def final_score(self, who: str, part: str, target: str | None = None) -> Score | None:
+        """The final (or base) model's score on `validation` or `test`: one target's, or the weighted mean of all.
+
+        None where there is no final model, or where a target has no such part.
+        """
+        scores = (self.final or {}).get("scores", {})
+        names = [target] if target else list(self.targets)
+        found = [scores.get(name, {}).get(who, {}).get(part) for name in names]
+        if not all(found):
+            return None
+        if len(found) == 1:
+            return Score(found[0]["score"], found[0]["stderr"])
+        weights = {name: self.targets[name].config.weight for name in names}
+        shown = {name: Score(one["score"], one["stderr"]) for name, one in zip(names, found, strict=True)}
+        return Score(*mean_over_targets(shown, weights))
+
+
+def standing_json(standing: Standing) -> dict[str, Any] | None:
+    """A mixture as `summary.json` shows it, with the scores by target where there are several; None where it failed."""
+    if standing.score is None:
+        return None
+    shown = {"mixture": standing.mixture.weights, "score": standing.score.value, "stderr": standing.score.stderr}
+    if len(standing.trials) > 1:
+        shown["targets"] = {name: trial.score.value for name, trial in standing.trials.items() if trial.score}
+    return shown
+
+
+def one_of_the_worse(pruned: Standing, best: Standing) -> bool:
+    """Whether a mixture that left a race lies below the best by more than 1.645 standard errors of its own rung's examples."""
+    if pruned.estimate is None or best.score is None:
+        return True
+    return pruned.estimate < best.score.value - 1.645 * (pruned.score.stderr or 0.0 if pruned.score else 0.0)
+
+
+def joining(result: SearchResult, name: str) -> list[float]:
+    """By how much the score changes when `name` joins a mixture, for every mixture that was scored with and without it."""
+    changes = []
+    for mixture, standing in result.standings.items():
+        if mixture.items and name not in mixture.names:
+            joined = result.standings.get(Mixture.subset([*mixture.names, name]))
+            if joined is not None and joined.score and standing.score and joined.complete and standing.complete:
+                changes.append(joined.score.value - standing.score.value)
+    return changes
+
+
+def worth_json(found: Worth | None) -> dict[str, Any] | None:
+    """What every candidate is worth, as `summary.json` shows it."""
+    if found is None:
+        return None
+    return {
+        "exact": found.exact,
+        "shapley": {name: {"value": value, "stderr": stderr} for name, (value, stderr) in found.shapley.items()},
+        "interactions": [
+            {"pair": list(pair), "value": value, "stderr": stderr}
+            for pair, (value, stderr) in sorted(found.interactions.items(), key=lambda item: -abs(item[1][0]))
+        ],
+    }
+
+
+def summarise(outcome: Outcome) -> dict[str, Any]:
+    """`summary.json`; its keys are a contract (ARCHITECTURE.md)."""
+    result, final = outcome.result, outcome.final
+    singles = [one for name in outcome.candidates if (one := outcome.merged([name])).score]
+    best_single = outcome.best_single
+    training = outcome.training.values()
+    trials = result.trials
+    validation, test = outcome.final_score("final", "validation"), outcome.final_score("final", "test")
+    return {
+        "objective": next(iter(result.best.trials.values())).objective,
+        "best": standing_json(result.best),
+        "base": standing_json(result.base),
+        "all": standing_json(outcome.merged(list(outcome.candidates))),
+        "best_single": standing_json(best_single) if best_single else None,
+        "singles": {one.mixture.names[0]: standing_json(one) for one in singles},
+        "top": [standing_json(one) for one in result.ranking[:10]],
+        "certainty": outcome.certainty.to_json() if outcome.certainty else None,
+        "worth": worth_json(outcome.worth),
+        "warnings": [{"code": code, "text": text} for code, text in cautions(outcome)],
+        "verified": outcome.verified,
+        "pareto_front": [standing_json(one) for one in result.pareto_front],
+        "targets": {
+            name: {
+                "metric": target.config.metric,
+                "scorer": target.config.kind,
+                "weight": target.config.weight,
+                "min_delta": target.config.min_delta,
+                "short": sum(name in one.short for one in result.standings.values()),
+                "validation_rows": outcome.examples[name].get("validation", 0),
+                "test_rows": outcome.examples[name].get("test", 0),
+                "fingerprints": {"base": outcome.keys[name].base, "scorer": outcome.keys[name].scorer},
+            }
+            for name, target in outcome.targets.items()
+        },
+        "final": None
+        if final is None
+        else {
+            "validation": validation.value if validation else None,
+            "test": test.value if test else None,
+            **{key: final[key] for key in ("scores", "steps", "tokens", "loss")},
+        },
+        "counts": {
+            "candidates": len(outcome.candidates),
+            "trials": len(trials),
+            "pruned": sum(trial.state == "pruned" for trial in trials),
+            "failed": sum(trial.state == "failed" for trial in trials),
+        },
+        "costs": {
+            "train_seconds": round(sum(record["seconds"] for record in training), 3),
+            "search_seconds": round(result.seconds, 3),
+            "final_seconds": final["total_seconds"] if final else None,
+            "example_evaluations": result.evaluations,
+            "adapter_steps": sum(record["steps"] for record in training),
+        },
+    }
+
+
+def cautions(outcome: Outcome) -> list[tuple[str, str]]:
+    """(code, text) of everything that a user should know before believing the result, the gravest first."""
+    result, found = outcome.result, []
+    best, base = result.best, result.base
+    sure = outcome.certainty
+    if base.score and score_of(best).value <= base.score.value:
+        found.append(
+            (
+                "negative_transfer",
+                f"negative transfer: no mixture scores above the base model ({best.mixture} is the best)",
+            )
+        )
+    elif sure and "base" in sure.differences and sure.differences["base"][1] <= 0:
+        value, low, high = sure.differences["base"]
+        found.append(
+            (
+                "not_above_base",
+                f"the chosen mixture cannot be told from the base model: {value:+.3f} [{low:+.3f}, {high:+.3f}], chance in "
+                "choosing taken off",
+            )
+        )
+    for name in outcome.candidates:
+        changes = joining(result, name)
+        lowered = sum(change < 0 for change in changes)
+        if len(changes) > 2 and lowered > len(changes) / 2 and sum(changes) < 0:
+            found.append(
+                (
+                    "harmful",
+                    f"harmful: {name} lowers {lowered} of the {len(changes)} mixtures that it joins, by "
+                    f"{-sum(changes) / len(changes):.3f} on average",
+                )
+            )
+    for (name, target), rows in outcome.overlap.items():
+        if rows:
+            found.append(
+                (
+                    "overlap",
+                    f"overlap: {rows} rows of {target} stand in {name} too, which makes it look better than it is",
+                )
+            )
+    if worse := averages_badly(result):
+        found.append(
+            (
+                "averages_badly",
+                f"the adapters average badly: {worse[0]} of {worse[1]} mixtures are worse than their parts are on average, "
+                "as of adapters that were trained for too long or with too high a learning rate; the scores of mixtures then say "
+                "little of models trained on them",
+            )
+        )
+    if sure and sure.tied > 1:
+        more = ""
+        if sure.rows_needed is not None and sure.rows_needed > 1:
+            rows = sum(part.get("validation", 0) for part in outcome.examples.values())
+            more = f"; to tell it from the second best it would take about {rounded(rows * sure.rows_needed)} rows, not {rows:,}"
+        found.append(("few_rows", f"the rows cannot tell {sure.tied} mixtures apart, the chosen one among them{more}"))
+    elif score_of(best).stderr is None:
+        found.append(
+            ("no_stderr", "the scorer gives no standard error, so nothing tells how much of the differences is chance")
+        )
+    kind = "ensemble" if next(iter(best.trials.values())).objective == "ensemble" else "merged"
+    judged = (outcome.fidelity or {}).get("verdict", {}).get(kind)
+    if judged and judged["verdict"] in ("distrust", "prune"):
+        found.append(
+            ("fidelity", f"fidelity of {kind} scores here: {VERDICTS[judged['verdict']]}, since {judged['why']}")
+        )
+    if outcome.verified and outcome.verified["by_search"] != best.mixture.weights:
+        first = Mixture.of(outcome.verified["by_search"])
+        found.append(
+            ("overruled", f"fine-tuned, {best.mixture} scores higher than {first}, which the search put first")
+        )
+    stratified = ((outcome.verified or {}).get("baselines") or {}).get("stratified")
+    if stratified and stratified["validation"]["over_chosen"]["value"] > 0:
+        value = stratified["validation"]["over_chosen"]["value"]
+        found.append(
+            (
+                "stratified",
+                f"fine-tuned on equally many rows of each candidate it scores higher than the chosen one, by {value:.3f}",
+            )
+        )
+    return found
+
+
+def rounded(value: float) -> str:
+    """A number of rows to two significant digits."""
+    digits = len(str(int(value))) - 2
+    return f"{round(value, -max(digits, 0)):,.0f}"
+
+
+def averages_badly(result: SearchResult) -> tuple[int, int] | None:
+    """(mixtures that are worse than their parts are on average, mixtures of two or more), where that holds for most of them.
+
+    Compared by the log-probability of the right answers where there is one, which moves where a metric does not. Losses are
+    nearly convex along the line between models that share most of their training, so averages of good adapters do better than
+    the parts on average (Wortsman et al., Model soups, 2022).
+    """
+    worse = several = 0
+    for mixture, standing in result.standings.items():
+        parts = [result.standings.get(Mixture.subset([name])) for name in mixture.names]
+        if len(mixture) < 2 or not standing.complete or any(one is None or not one.complete for one in parts):
+            continue
+        known = [one for one in (standing, *parts) if one is not None]
+        likely = all(trial.score and trial.score.logprobs for one in known for trial in one.trials.values())
+        values = [one.mean_logprob if likely else score_of(one).value for one in known]
+        several += 1
+        worse += values[0] < sum(w * v for w, v in zip(mixture.weights.values(), values[1:], strict=True))
+    return (worse, several) if several > 2 and worse > several / 2 else None

@@ -1,0 +1,244 @@
+"""What a run ends with on the terminal: tables, and the lines under them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .console import duration
+from .fidelity import LARGER, VERDICTS
+from .mixture import Mixture, Score, Standing
+from .outcome import Outcome, cautions, one_of_the_worse, summarise
+
+
+def figure(score: Score | None) -> str:
+    """`0.842 ± 0.033`; without the latter where it is not known."""
+    if score is None:
+        return ""
+    return f"{score.value:.3f}" + ("" if score.stderr is None else f" ± {score.stderr:.3f}")
+
+
+def end_table(outcome: Outcome) -> tuple[str, list[str], list[list[str]]]:
+    """(title, columns, rows) of the end table: a column for each target, and one for their mean where there are several."""
+    targets = list(outcome.targets)
+    several = len(targets) > 1
+    test = outcome.final_score("final", "test") is not None
+
+    def row(label: str, standing: Standing, adds: str = "", steps: str = "", time: str = "") -> list[str]:
+        shown = [figure(standing.score) if standing.score else "failed"]
+        if several:
+            shown += [figure(standing.trials[name].score) or "failed" for name in targets]
+        return [label, *shown, *[""] * (test and not several), adds, steps, time]
+
+    def final_row(who: str, part: str) -> list[str]:
+        return [figure(outcome.final_score(who, part, name)) for name in ([None, *targets] if several else [None])]
+
+    rows = [row("base model", outcome.result.base)]
+    for name in outcome.candidates:
+        one = outcome.training[name]
+        value, stderr = outcome.worth.shapley[name] if outcome.worth else (None, None)
+        adds = "" if value is None else f"{value:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+        rows.append(row(name, outcome.merged([name]), adds, f"{one['steps']:,}", duration(one["seconds"])))
+    rows.append(row(f"all {len(outcome.candidates)}, merged", outcome.merged(list(outcome.candidates))))
+    rows.append(row(f"{outcome.result.best.mixture}, merged", outcome.result.best))
+    if outcome.final is not None:
+        cost = ["", f"{outcome.final['steps']:,}", duration(outcome.final["seconds"])]
+        if several:
+            rows.append(["final model", *final_row("final", "validation"), *cost])
+            if any(final_row("final", "test")):
+                rows.append(["base model, sealed test", *final_row("base", "test"), "", "", ""])
+                rows.append(["final model, sealed test", *final_row("final", "test"), "", "", ""])
+        else:
+            rows.append(["final model", *final_row("final", "validation"), *final_row("final", "test")[:test], *cost])
+            if test:
+                rows[0][2] = final_row("base", "test")[0]
+    metrics = {name: target.config.metric or "the task's metric" for name, target in outcome.targets.items()}
+    if several:
+        title = "weighted mean and every target, validation ± standard error"
+        columns = ["", "mean", *(f"{name} ({metrics[name]})" for name in targets)]
+    else:
+        title = f"{targets[0]}: {metrics[targets[0]]} ± standard error"
+        columns = ["", "validation", *["test"] * test]
+    return title, [*columns, "worth", "steps", "time"], rows
+
+
+def certainty_lines(outcome: Outcome) -> list[str]:
+    """What the rows tell about the choice."""
+    sure = outcome.certainty
+    if sure is None:
+        return []
+    lines = [
+        f"how sure: its score is {sure.corrected:.3f} with the luck of the best of many taken off ({-sure.optimism:+.3f}); it is "
+        f"the best one with a probability of {sure.probability_best:.2f}"
+    ]
+    words = {"base": "base model", "all": "all together", "best_single": "best single"}
+    shown = [
+        f"{words[name]} {value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        for name, (value, low, high) in sure.differences.items()
+        if name in words
+    ]
+    if shown:
+        lines.append(f"  over (paired, 95 %, corrected alike): {'; '.join(shown)}")
+    return lines
+
+
+def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Mapping[str, Any]) -> list[str]:
+    """The lines under the end table: what was chosen, what is harmful, what the figures mean and what they cost.
+
+    Args:
+        steps: the final fine-tune's `max_steps`, or None where it goes by epochs.
+        epochs: its `num_train_epochs`.
+        overrides: what `final:` changes.
+    """
+    result, final = outcome.result, outcome.final
+    summary = summarise(outcome)
+    best, costs = result.best.mixture, summary["costs"]
+    left_out = [name for name in outcome.candidates if name not in best.names]
+    lines = ["", f"chosen: {best}" + (f"; left out: {', '.join(left_out)}" if left_out else "")]
+    lines += certainty_lines(outcome)
+    lines += [text for _, text in cautions(outcome)]
+    for name, target in outcome.targets.items():
+        worse = sum(name in one.short for one in result.standings.values())
+        if worse:
+            lines.append(
+                f"{worse} mixtures could not be chosen: they make {name} worse than the base model by more than "
+                f"{target.config.min_delta:g} (min_delta)"
+            )
+    if len(outcome.targets) > 1:
+        front = result.pareto_front
+        lines.append(
+            f"{len(front)} mixtures are on the Pareto front of the {len(outcome.targets)} targets: summary.json lists them"
+        )
+    pruned = [one for one in result.standings.values() if one.pruned]
+    if pruned:
+        tied = sum(not one_of_the_worse(one, result.best) for one in pruned)
+        told = f"{tied} of them may be as good as the chosen one" if tied else "none of them comes near the chosen one"
+        lines.append(
+            f"not scored on all examples, since they could not win: {len(pruned)}; as far as they were, {told}"
+        )
+    if result.ended == "budget":
+        lines.append("the budget ended the search before the strategy did: a larger one goes on from here")
+    if summary["counts"]["failed"]:
+        lines.append(
+            f"{summary['counts']['failed']} trials failed; their mixtures cannot be chosen; trials.jsonl says why"
+        )
+    if outcome.worth:
+        how = "over all orders" if outcome.worth.exact else "over orders, estimated from the mixtures scored"
+        lines.append(
+            f"worth: what a candidate adds when all join the base model one by one, on average {how} (Shapley value); the "
+            "first to join adds the most"
+        )
+    lines.append("merged: the exact average of the adapters, not trained")
+    uniform = (
+        f"for the same {steps} steps"
+        if steps
+        else f"for the same {epochs:g} epochs, so steps in proportion to its rows"
+    )
+    lines.append(
+        f"final model: {'' if final else 'to be '}fine-tuned on the chosen mixture, "
+        + (
+            f"as final: says ({', '.join(f'{key}: {value}' for key, value in overrides.items())})"
+            if overrides
+            else uniform
+        )
+    )
+    lines.append(
+        f"cost: adapters {duration(costs['train_seconds'])}, {len(result.standings)} mixtures scored in "
+        f"{duration(costs['search_seconds'])}" + (f", final model {duration(costs['final_seconds'])}" if final else "")
+    )
+    return lines
+
+
+NAMES = {
+    "base": "base model",
+    "chosen": "chosen",
+    "all": "all candidates",
+    "best_single": "best single",
+    "similarity": "most similar",
+    "stratified": "equally many rows of each",
+    "oracle": "best of all fine-tuned",
+}
+
+
+def span(ends: Sequence[float] | None) -> str:
+    """`[0.40, 0.95]`; a dash where it cannot be known."""
+    return "–" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def fidelity_tables(found: Mapping[str, Any]) -> list[Table]:
+    """(title, columns, rows) of what `fidelity.json` holds: the correlations, a table for every measure."""
+    tables = []
+    measures = dict.fromkeys(measure.removesuffix(LARGER) for of in found["agreement"].values() for measure in of)
+    for measure in measures:
+        columns, parts = [""], []
+        for name, of in found["agreement"].items():
+            for suffix in ("", LARGER):
+                if measure + suffix in of:
+                    columns.append(name + (", 2 or more" if suffix else ""))
+                    parts.append(of[measure + suffix])
+        rows = [["mixtures", *(str(one["mixtures"]) for one in parts)]]
+        for key in ("pearson", "spearman", "kendall"):
+            rows.append([key.title(), *(number(one[key]["value"]) for one in parts)])
+            rows.append(["  on other rows", *(span(one[key]["here"]) for one in parts)])
+            rows.append(["  with other candidates", *(span(one[key]["elsewhere"]) for one in parts)])
+        rows.append(["Pearson across halves of the rows", *(number(one["halves"]) for one in parts)])
+        for k in ("1", "3", "5"):
+            if all(k in one["recall"] for one in parts):
+                rows.append([f"share of the best {k} found", *(number(one["recall"][k]["value"]) for one in parts)])
+        rows.append(["regret of its choice", *(number(one["regret"]["value"], 3) for one in parts)])
+        rows.append(["  of a random choice", *(number(one["random_regret"], 3) for one in parts)])
+        tables.append((f"{measure}: predicted against fine-tuned, 95 % intervals", columns, rows))
+    return tables
+
+
+def baselines_table(found: Mapping[str, Any]) -> Table:
+    """(title, columns, rows) of what ways of choosing come to: `baselines` of `fidelity.json` or `verified.json`."""
+    rows = []
+    for name, one in found.items():
+        label = NAMES.get(name, name.replace("_", " "))
+        label += f" ({' + '.join(one['mixture'])})" if name not in ("base", "all", "stratified") else ""
+        cells = []
+        for part in ("validation", "test"):
+            of = one[part]
+            cells.append(figure(Score(of["score"], of["stderr"])) if of else "")
+            behind = of and name != "chosen" and of["over_chosen"]
+            cells.append(figure(Score(behind["value"], behind["stderr"])) if behind else "")
+        rows.append([label, f"{one['rows']:,}", f"{one['steps']:,}", *cells])
+    columns = ["", "rows", "steps", "validation", "over chosen", "sealed test", "over chosen"]
+    return "ways of choosing, all fine-tuned alike ± standard error (of the paired difference)", columns, rows
+
+
+def fidelity_remarks(found: Mapping[str, Any]) -> list[str]:
+    """The lines under the tables: the verdicts, and what else was seen."""
+    lines = []
+    for name, one in found["verdict"].items():
+        lines.append(f"{name}: {VERDICTS[one['verdict']]}, since {one['why']}")
+    if found["training_noise"] is not None:
+        lines.append(
+            f"chance in training: two trainings on the same rows in another order differ by {found['training_noise']:.3f} "
+            "(root mean square over the singles)"
+        )
+    for name, measures in found["resilience"].items():
+        for measure, one in measures.items():
+            if one["hurt"]:
+                shielded = figure(Score(one["shielded"]["value"], one["shielded"]["stderr"]))
+                lines.append(
+                    f"mixtures that hurt, by {measure}: {one['hurt']} of {one['mixtures']}; fine-tuned they fall by "
+                    f"{-one['trained']:.3f}, {name} by {-one['surrogate']:.3f} (less by {shielded}); {name} sees "
+                    f"{one['noticed']} of them"
+                )
+    return lines
+
+
+def verified_table(found: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, columns, rows) of what was fine-tuned before choosing, best first."""
+    rows = []
+    for one in sorted(found["mixtures"], key=lambda one: -one["trained"]["score"]):
+        trained, merged = (Score(one[key]["score"], one[key]["stderr"]) for key in ("trained", "merged"))
+        rows.append([str(Mixture.of(one["mixture"])), figure(trained), figure(merged), f"{one['steps']:,}"])
+    return "fine-tuned before choosing, validation ± standard error", ["", "fine-tuned", "merged", "steps"], rows

@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -182,11 +182,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, overrides = parser.parse_known_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log = LibraryLog()
+    try:
+        return report_errors(lambda: run(command, overrides, log))
+    finally:
+        log.close()
+
+
+def report_errors(work: Callable[[], None]) -> int:
+    """Does some work, tells of whatever ends it, and returns the exit code for that."""
     rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
     first = rank == "0"  # one process speaks, unless it may be the one that died
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        run(command, overrides, log)
+        work()
     except InputError as error:
         if first:
             print(f"m2m: {error}", file=sys.stderr)
@@ -216,5 +224,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
-        log.close()
     return 0

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -586,9 +585,8 @@ class MergeToMixConfig:
             if key not in taken:
                 takes = ", ".join(taken) or "none"
                 raise InputError(f"merge_parameters.{key}: merge_method {self.merge_method} takes {takes}")
-            wanted: tuple[type, ...] = (int,) if key == "rank" else (int, float)
-            most = 1.0 if key == "density" else sys.float_info.max
-            if not isinstance(value, wanted) or isinstance(value, bool) or not 0 < float(value) <= most:
+            right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+            if not right or (key == "density" and value > 1) or (key == "rank" and not isinstance(value, int)):
                 words = {"rank": "an integer above 0", "density": "a share above 0, at most 1"}.get(
                     key, "a number above 0"
                 )

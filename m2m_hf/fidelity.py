@@ -238,12 +238,13 @@ def across_halves(rows: Sequence[Rows], draw: Any, splits: int = 100) -> float |
 
 
 def weighted_pearson(x: Any, y: Any, weights: Any) -> Any:
-    """Correlations of the rows of x and y, all of shape (resamples, mixtures)."""
+    """Correlations of the rows of x and y, all of shape (resamples, mixtures); not a number where one does not vary."""
     shares = weights / weights.sum(1, keepdims=True)
     x = x - (shares * x).sum(1, keepdims=True)
     y = y - (shares * y).sum(1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (shares * x * y).sum(1) / np.sqrt((shares * x**2).sum(1) * (shares * y**2).sum(1))
+    squares = [(shares * side**2).sum(1) for side in (x, y)]
+    squares = [np.where(one > 1e-20, one, np.nan) for one in squares]  # what rounding leaves is no variance
+    return (shares * x * y).sum(1) / np.sqrt(squares[0] * squares[1])
 
 
 def weighted_ranks(x: Any, weights: Any) -> Any:

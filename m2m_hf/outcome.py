@@ -284,7 +284,7 @@ def rounded(value: float) -> str:
 
 
 def averages_badly(result: SearchResult) -> tuple[int, int] | None:
-    """(mixtures that are worse than their parts are on average, mixtures of two or more), where that holds for most of them.
+    """(mixtures worse than their parts are on average, mixtures of two or more), where that holds for three quarters of them.
 
     Compared by the log-probability of the right answers where there is one, which moves where a metric does not. Losses are
     nearly convex along the line between models that share most of their training, so averages of good adapters do better than
@@ -300,4 +300,4 @@ def averages_badly(result: SearchResult) -> tuple[int, int] | None:
         values = [one.mean_logprob if likely else score_of(one).value for one in known]
         several += 1
         worse += values[0] < sum(w * v for w, v in zip(mixture.weights.values(), values[1:], strict=True))
-    return (worse, several) if several > 2 and worse > several / 2 else None
+    return (worse, several) if several > 2 and worse >= 0.75 * several else None

@@ -4,14 +4,12 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from .report import Record
+from .record import Record
 
 # Colours by what they mean. In a page they become its CSS variables, so that they follow its light or dark scheme.
 INK, MUTED, LINE, FIRST, SECOND, BAD = "#1b1c1d", "#6b6c6d", "#d0d1d2", "#1d6fb8", "#c5621c", "#b3261e"
@@ -34,7 +32,7 @@ def short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def ranking(record: "Record") -> Figure | None:
+def ranking(record: Record) -> Figure | None:
     """The best mixtures with their intervals, and below which candidates are in them (after UpSet; Lex et al., 2014)."""
     shown = record.ranked[:SHOWN]
     if len(shown) < 2:
@@ -55,7 +53,7 @@ def ranking(record: "Record") -> Figure | None:
         upper.axhline(record.base, color=SECOND, lw=1, ls="--")
         upper.annotate("base model", (1, record.base), xycoords=("axes fraction", "data"), color=SECOND, fontsize=8,
                        ha="right", va="bottom")  # fmt: skip
-    upper.set_ylabel(record.metric)
+    upper.set_ylabel(short(record.metric))
     upper.tick_params(bottom=False)
     for row, name in enumerate(names):
         inside = np.array([name in one.mixture.weights for one in shown])
@@ -75,7 +73,7 @@ def ranking(record: "Record") -> Figure | None:
     return figure
 
 
-def sizes(record: "Record") -> Figure | None:
+def sizes(record: Record) -> Figure | None:
     """The score of every mixture against the number of its candidates."""
     scored = [one for one in record.scored if one.mixture.items]
     if len({len(one.mixture) for one in scored}) < 2:
@@ -92,12 +90,12 @@ def sizes(record: "Record") -> Figure | None:
         axes.axhline(record.base, color=SECOND, lw=1, ls="--", label="base model")
     axes.set_xticks(best if len(best) < 14 else best[:: len(best) // 10])
     axes.set_xlabel("candidates in the mixture")
-    axes.set_ylabel(record.metric)
+    axes.set_ylabel(short(record.metric))
     axes.legend()
     return figure
 
 
-def worth(record: "Record") -> Figure | None:
+def worth(record: Record) -> Figure | None:
     """What every candidate adds (Shapley values), with intervals."""
     found = record.summary.get("worth")
     if not found:
@@ -112,11 +110,11 @@ def worth(record: "Record") -> Figure | None:
     axes.axvline(0, color=INK, lw=0.8)
     axes.set_yticks(range(len(items)), [short(name) for name, _ in items])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"what it adds to {record.metric}, on average over the orders of joining")
+    axes.set_xlabel(f"what it adds to {short(record.metric)}, on average over the orders of joining")
     return figure
 
 
-def interactions(record: "Record") -> Figure | None:
+def interactions(record: Record) -> Figure | None:
     """What every pair adds beyond what its two add apart."""
     found = (record.summary.get("worth") or {}).get("interactions")
     if not found or len(record.candidates) < 3:
@@ -147,7 +145,7 @@ def interactions(record: "Record") -> Figure | None:
     return figure
 
 
-def history(record: "Record") -> Figure | None:
+def history(record: Record) -> Figure | None:
     """The best score after every mixture, in the order in which they were scored, and how many rows each was shown."""
     order = record.order
     if len(order) < 3:
@@ -165,7 +163,7 @@ def history(record: "Record") -> Figure | None:
                       label="left a race", rasterized=len(order) > POINTS)  # fmt: skip
     upper.step(places, np.maximum.accumulate(np.where(complete, values, -np.inf)), where="post", color=FIRST,
                label="best so far")  # fmt: skip
-    upper.set_ylabel(record.metric)
+    upper.set_ylabel(short(record.metric))
     upper.legend(loc="lower right")
     if lower is not None:
         rows = [max(trial.rung for trial in one.trials.values()) for one in order]
@@ -175,7 +173,7 @@ def history(record: "Record") -> Figure | None:
     return figure
 
 
-def fidelity(record: "Record") -> Figure | None:
+def fidelity(record: Record) -> Figure | None:
     """What mixtures were predicted to score against what they score fine-tuned, by surrogate."""
     found = record.fidelity
     if not found:
@@ -198,7 +196,7 @@ def fidelity(record: "Record") -> Figure | None:
             ends = [min(x.min(), y.min()), max(x.max(), y.max())]
             axes.plot(ends, ends, color=LINE, lw=1, zorder=0)
             r = found["agreement"][kind].get(measure, {}).get("pearson", {}).get("value")
-            axes.set_title(f"{kind}, {record.metric if measure == 'score' else 'log-probability'}", fontsize=9)
+            axes.set_title(f"{kind}, {short(record.metric) if measure == 'score' else 'log-probability'}", fontsize=9)
             if r is not None:
                 axes.annotate(f"r = {r:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
             if row == len(measures) - 1:
@@ -209,7 +207,7 @@ def fidelity(record: "Record") -> Figure | None:
     return figure
 
 
-def resilience(record: "Record") -> Figure | None:
+def resilience(record: Record) -> Figure | None:
     """By how much every mixture changes the base model, fine-tuned and merged."""
     found = record.fidelity
     base = record.base
@@ -228,12 +226,12 @@ def resilience(record: "Record") -> Figure | None:
     axes.axvline(0, color=INK, lw=0.8)
     axes.set_yticks(range(len(lines)), [short(" + ".join(one["mixture"]), 40) for one in lines], fontsize=7.5)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"change of {record.metric} against the base model")
+    axes.set_xlabel(f"change of {short(record.metric)} against the base model")
     axes.legend(loc="lower right")
     return figure
 
 
-def curves(record: "Record") -> Figure | None:
+def curves(record: Record) -> Figure | None:
     """The training loss of every adapter."""
     known = {name: one.get("loss_curve") or [] for name, one in record.training.items()}
     if not any(len(curve) > 1 for curve in known.values()):
@@ -250,7 +248,7 @@ def curves(record: "Record") -> Figure | None:
     return figure
 
 
-PICTURES: dict[str, Callable[["Record"], Figure | None]] = {
+PICTURES: dict[str, Callable[[Record], Figure | None]] = {
     "ranking": ranking,
     "sizes": sizes,
     "worth": worth,
@@ -262,7 +260,7 @@ PICTURES: dict[str, Callable[["Record"], Figure | None]] = {
 }
 
 
-def draw(record: "Record", folder: Path) -> dict[str, str]:
+def draw(record: Record, folder: Path) -> dict[str, str]:
     """Draws all pictures that there are data for; writes them as PNG into `folder`.
 
     Returns:

@@ -1,8 +1,5 @@
 """`report.html`: one self-contained page about a run, made from the files of its run folder; nothing is loaded or measured."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,137 +9,13 @@ import yaml
 from . import __version__
 from .certainty import paired, scores_of
 from .console import duration
-from .errors import InputError
 from .fidelity import LARGER, VERDICTS
-from .journal import Journal, Keys, RunFolder, read_json, write_atomic
-from .mixture import BASE, Mixture, Score, Standing, Trial
+from .journal import RunFolder, write_atomic
+from .mixture import Mixture
 from .plots import INTERVAL, draw
+from .record import Record
 
 TABLE = 40  # mixtures in the page's table
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the run folder holds.
-
-    Args:
-        config: `config.yaml`.
-        summary: `summary.json`.
-        training: candidate -> `adapters/<candidate>/training.json`.
-        final: `final/training.json`, or None.
-        fidelity: `fidelity.json`, or None.
-        order: how every mixture stands by the search's objective, in the order in which it was first scored; the base model's
-            is not among them.
-        base_standing: the base model's, where it has one.
-    """
-
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    training: Mapping[str, Mapping[str, Any]]
-    final: Mapping[str, Any] | None
-    fidelity: Mapping[str, Any] | None
-    order: list[Standing]
-    base_standing: Standing | None
-
-    @classmethod
-    def read(cls, run: RunFolder) -> "Record":
-        """Reads a run folder.
-
-        Raises:
-            InputError: there is no finished search in it, or a file is damaged.
-        """
-        if not run.config.exists() or not run.summary.exists():
-            raise InputError(
-                f"{run.root} holds no finished search: it has no {'config.yaml' if not run.config.exists() else 'summary.json'}; "
-                "expected the output_dir of m2m search or m2m select"
-            )
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        summary = read_json(run.summary)
-        training = {name: read_json(run.adapters / name / "training.json") for name in sorted(config["candidates"])}
-        final = run.final / "training.json"
-        standings = recorded(Journal(run.trials), summary, training)
-        return cls(
-            config,
-            summary,
-            training,
-            read_json(final) if summary["final"] and final.exists() else None,
-            read_json(run.fidelity) if run.fidelity.exists() else None,
-            [one for one in standings if one.mixture.items],
-            next((one for one in standings if not one.mixture.items), None),
-        )
-
-    @property
-    def candidates(self) -> list[str]:
-        return list(self.training)
-
-    @property
-    def best(self) -> Mixture:
-        return Mixture.of(self.summary["best"]["mixture"])
-
-    @property
-    def base(self) -> float | None:
-        return self.summary["base"]["score"] if self.summary["base"] else None
-
-    @property
-    def metric(self) -> str:
-        """What is plotted: the only target's metric, or the mean of several."""
-        metrics = [one["metric"] or "score" for one in self.summary["targets"].values()]
-        return metrics[0] if len(metrics) == 1 else "weighted mean"
-
-    @staticmethod
-    def score(standing: Standing) -> Score:
-        """The score of a standing, corrected where it left a race."""
-        assert standing.score is not None
-        return Score(standing.score.value + standing.offset, standing.score.stderr)
-
-    @cached_property
-    def scored(self) -> list[Standing]:
-        """The mixtures that were scored on all rows."""
-        return [one for one in self.order if one.complete]
-
-    @cached_property
-    def ranked(self) -> list[Standing]:
-        """Those that may be chosen, best first, the chosen one before its equals."""
-        allowed = [one for one in self.scored if not one.short]
-        return sorted(allowed, key=lambda one: (-self.score(one).value, one.mixture != self.best, len(one.mixture)))
-
-
-def recorded(journal: Journal, summary: Mapping[str, Any], training: Mapping[str, Mapping[str, Any]]) -> list[Standing]:
-    """How mixtures stand by the journal lines that belong to this run: those whose key is what the run gives them now."""
-    targets = summary["targets"]
-    adapters = {name: one["fingerprint"] for name, one in training.items()}
-    keys = {
-        name: Keys(one["fingerprints"]["base"], one["fingerprints"]["scorer"], one["validation_rows"], adapters)
-        for name, one in targets.items()
-    }
-    found: dict[Mixture, dict[str, Trial]] = {}
-    for trial in journal.trials.values():
-        if (
-            trial.objective == summary["objective"]
-            and trial.target in keys
-            and set(trial.mixture.names) <= set(adapters)
-        ):
-            of = keys[trial.target]
-            if trial.objective == "ensemble":
-                expected = of.ensemble(trial.mixture)
-            else:
-                expected = of.merged(trial.mixture, trial.rung, trial.objective)
-            if trial.key == expected and trial.score is not None:
-                known = found.setdefault(trial.mixture, {}).get(trial.target)
-                if known is None or known.rung <= trial.rung:
-                    found[trial.mixture][trial.target] = trial
-    weights = {name: one["weight"] for name, one in targets.items()}
-    whole = {mixture: trials for mixture, trials in found.items() if len(trials) == len(targets)}
-    base = whole.get(BASE, {})
-    standings = []
-    for mixture, trials in whole.items():
-        short = []
-        for name, trial in trials.items():
-            least, reference = targets[name]["min_delta"], base.get(name)
-            if mixture.items and least is not None and reference and reference.score and trial.score:
-                short += [name] if trial.score.value < reference.score.value - least else []
-        standings.append(Standing(mixture, trials, weights, tuple(short)))
-    return standings
 
 
 def interval(value: float, stderr: float | None) -> str:

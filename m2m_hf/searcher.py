@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -537,10 +537,10 @@ class MergeToMixSearcher:
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
         return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}
 
-    def _objectives(self, kind: str) -> list[Objective]:
-        """What scores mixtures, `merged` or `ensemble`; one for every target."""
+    def _objectives(self, kind: str, method: MergeMethod | None = None) -> list[Objective]:
+        """What scores mixtures, `merged` (as the run merges, or by another method) or `ensemble`; one for every target."""
         made: list[Objective] = []
-        method = self.merge_method if kind == "merged" else AVERAGE
+        method = (method or self.merge_method) if kind == "merged" else AVERAGE
         for name, target in self.targets.items():
             scorer = self.scorers[name]["validation"]
             merged = MergedObjective(
@@ -693,6 +693,29 @@ class MergeToMixSearcher:
     @property
     def _test_scorers(self) -> dict[str, Scorer]:
         return {name: parts["test"] for name, parts in self.scorers.items() if "test" in parts}
+
+    def truth(self) -> tuple[list[Mixture], list[Standing], bool]:
+        """(mixtures, how they stand fine-tuned, whether these are all that there are) of the correlation study.
+
+        The study is made where it is missing.
+        """
+        result = self._result or self.search()
+        found = read_json(self.run.fidelity) if self.run.fidelity.exists() else self.fidelity()
+        mixtures = [Mixture.of(one["mixture"]) for one in found["mixtures"]]
+        return mixtures, self.study.trained_standings(mixtures, result.base), found["all_mixtures"]
+
+    def surrogate(
+        self, mixtures: Sequence[Mixture], kind: str = "merged", method: MergeMethod | None = None
+    ) -> list[Standing]:
+        """How mixtures stand by a surrogate, `merged` or `ensemble`, scored on all rows; trains missing adapters first.
+
+        Args:
+            method: how to merge, if not as the run does.
+        """
+        self.train_adapters()
+        self.prepare()
+        label = (method or self.merge_method).label if kind == "merged" else kind
+        return self.study.standings(self._objectives(kind, method), mixtures, f"scoring mixtures, {label}")
 
     def _uniformly(self) -> str:
         """By what rule mixtures of different size train alike."""

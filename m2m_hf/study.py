@@ -367,5 +367,5 @@ def nested(order: Sequence[str]) -> Iterator[Mixture]:
 
 
 def best_of(mixtures: Sequence[Mixture], standings: Mapping[Mixture, Standing]) -> Mixture:
-    """The mixture with the highest score; of equal ones the first."""
-    return max(mixtures, key=lambda mixture: score_of(standings[mixture]).value)
+    """The mixture with the highest score; of equal ones that with the likelier right answers, or else the first."""
+    return max(mixtures, key=lambda one: (score_of(standings[one]).value, standings[one].mean_logprob))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .console import duration
-from .fidelity import LARGER, VERDICTS
+from .fidelity import LARGER, VERDICTS, Agreement
 from .mixture import Mixture, Score, Standing
 from .outcome import Outcome, cautions, one_of_the_worse, summarise
 
@@ -194,6 +194,27 @@ def fidelity_tables(found: Mapping[str, Any]) -> list[Table]:
         rows.append(["  of a random choice", *(number(one["random_regret"], 3) for one in parts)])
         tables.append((f"{measure}: predicted against fine-tuned, 95 % intervals", columns, rows))
     return tables
+
+
+def comparison_table(title: str, found: Mapping[str, Mapping[str, Agreement]]) -> Table:
+    """(title, columns, rows) of several surrogates: correlations over mixtures of two or more candidates, regret over all."""
+    measures = [one for one in ("score", "logprob") if all(one in of for of in found.values())]
+    columns = [""]
+    for measure in measures:
+        columns += [f"{measure}: Pearson", "on other rows", "Spearman", "regret"]
+    rows = []
+    for name, of in found.items():
+        cells = [name]
+        for measure in measures:
+            one = of.get(measure + LARGER)
+            if one is None:
+                cells += ["–", "–", "–"]
+            else:
+                figures = one.pearson.to_json()
+                cells += [number(figures["value"]), span(figures["here"]), number(one.spearman.to_json()["value"])]
+            cells.append(number(of[measure].regret.value, 3))
+        rows.append(cells)
+    return title, columns, rows
 
 
 def baselines_table(found: Mapping[str, Any]) -> Table:

@@ -22,8 +22,9 @@ FLOORS = (
     ("objectives", "external", "benchmark", "baselines"),
     ("ensemble", "trained"),
     ("search", "replay", "worth", "fidelity", "certainty"),
-    ("outcome", "study", "plots"),
-    ("tables", "report"),
+    ("outcome", "study", "record"),
+    ("tables", "plots"),
+    ("report",),
     ("searcher",),
     ("cli",),
 )

@@ -1,0 +1,106 @@
+"""What if the adapters are not trained alike? Varies one setting between candidates on purpose, and measures what is lost.
+
+```bash
+python recipes/ablate_uniformity.py --config x.yaml --vary learning_rate=2 learning_rate=4 seed
+```
+
+The truth is that of the run's own correlation study (`m2m fidelity`, which is made first where it is missing): mixtures really
+fine-tuned with the uniform settings. For every setting to vary, one more bank of adapters is trained in OUT/ablation/, in which
+half of the candidates, drawn at random, have it raised and the others lowered, so that `learning_rate=4` means that the highest
+is four times the lowest; `seed` gives every candidate one of its own. What its averages predict is then held against the same
+truth.
+"""
+
+import sys
+
+sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
+
+from m2m_hf.console import LibraryLog, Terminal
+
+LOG = LibraryLog()  # libraries have things to say when they are imported
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+from m2m_hf.cli import report_errors
+from m2m_hf.errors import InputError
+from m2m_hf.journal import write_json
+from m2m_hf.parsing import parse, read_yaml
+from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.study import compare
+from m2m_hf.tables import comparison_table
+
+VARIED = ("learning_rate=2", "learning_rate=4", "num_train_epochs=4", "per_device_train_batch_size=4", "seed")
+
+
+def settings(searcher: MergeToMixSearcher, field: str, factor: float | None) -> dict[str, Any]:
+    """Name -> what the candidate's adapter is trained with in place of the run's own setting.
+
+    Raises:
+        InputError: a setting that is not a number, or that plays no part in this run.
+    """
+    names = list(searcher.candidates)
+    if field == "seed":
+        return {name: searcher.args.seed + 1 + number for number, name in enumerate(names)}
+    own = getattr(searcher.args, field, None)
+    if not isinstance(own, (int, float)) or isinstance(own, bool) or factor is None or factor <= 1:
+        raise InputError(
+            f"--vary {field}={factor}: expected seed, or a field of SFTConfig that is a number, =FACTOR above 1"
+        )
+    if field == "num_train_epochs" and searcher.args.max_steps > 0:
+        raise InputError("--vary num_train_epochs: this run goes by max_steps; vary that")
+    raised = set(random.Random(searcher.args.seed).sample(names, len(names) // 2))
+    whole = isinstance(own, int)
+    found = {}
+    for name in names:
+        value = own * factor**0.5 if name in raised else own / factor**0.5
+        found[name] = max(1, round(value)) if whole else value
+    return found
+
+
+def main() -> None:
+    """Trains the banks, scores, compares and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML")
+    parser.add_argument(
+        "--vary", nargs="+", default=VARIED, metavar="FIELD=FACTOR", help=f"default: {' '.join(VARIED)}"
+    )
+    given, flags = parser.parse_known_args()
+    LOG.silence_libraries()
+    terminal = Terminal()
+    run = MergeToMixSearcher(*parse(given.config, flags), terminal)
+    run.check()
+    run.prepare()
+    LOG.open(run.run.log)
+    mixtures, true, complete = run.truth()
+    found = {"uniform": compare(mixtures, run.surrogate(mixtures), true, complete)}
+    for asked in given.vary:
+        field, _, factor = asked.partition("=")
+        values = settings(run, field, float(factor) if factor else None)
+        terminal.say(f"\n{asked}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()), "bold")
+        candidates = read_yaml(given.config)["candidates"]
+        for name, value in values.items():
+            candidates[name]["training"] = {**candidates[name].get("training", {}), field: value}
+        other = MergeToMixSearcher(
+            *parse(
+                given.config,
+                flags,
+                {
+                    "candidates": candidates,
+                    "allow_mixed_training": True,
+                    "output_dir": str(run.run.root / "ablation" / asked.replace("=", "-")),
+                },
+            ),
+            Terminal(quiet=True),
+        )
+        other.terminal = terminal
+        found[asked] = compare(mixtures, other.surrogate(mixtures), true, complete)
+        terminal.table(*comparison_table("how well averages of mixed adapters predict what was fine-tuned", found))
+    shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
+    write_json(run.run.root / "ablation" / "ablation.json", shown)
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

@@ -1,0 +1,82 @@
+"""Which merge method predicts fine-tuned mixtures best? Scores the mixtures of a correlation study with each, and compares.
+
+```bash
+python recipes/compare_merge_methods.py --config x.yaml
+python recipes/compare_merge_methods.py --config x.yaml --methods average ties:density=0.5 svd:rank=4
+```
+
+The truth is that of the run's own correlation study (`m2m fidelity`, which is made first where it is missing). Nothing more is
+trained; every score is a line of the journal, so that the comparison goes on from where it stands.
+"""
+
+import sys
+
+sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
+
+from m2m_hf.console import LibraryLog, Terminal
+
+LOG = LibraryLog()  # libraries have things to say when they are imported
+
+import argparse
+from pathlib import Path
+
+from m2m_hf.cli import report_errors
+from m2m_hf.config import MERGE_PARAMETERS
+from m2m_hf.errors import InputError
+from m2m_hf.journal import write_json
+from m2m_hf.methods import MergeMethod
+from m2m_hf.parsing import parse
+from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.study import compare
+from m2m_hf.tables import comparison_table
+
+METHODS = (
+    "average", "task_arithmetic", "task_arithmetic:scaling=1", "ties", "ties:density=0.5", "dare", "dare:density=0.1", "svd",
+    "linear",
+)  # fmt: skip
+
+
+def method(text: str, seed: int) -> MergeMethod:
+    """The method that `name:parameter=value,...` names.
+
+    Raises:
+        InputError: no such method, or a parameter that it does not take.
+    """
+    name, _, rest = text.partition(":")
+    if name not in MERGE_PARAMETERS:
+        raise InputError(f"--methods: expected one of {', '.join(MERGE_PARAMETERS)}, got {name!r}")
+    parameters = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in MERGE_PARAMETERS[name]:
+            raise InputError(f"--methods: {name} takes {', '.join(MERGE_PARAMETERS[name]) or 'nothing'}, got {key!r}")
+        parameters[key] = int(value) if key == "rank" else float(value)
+    return MergeMethod.of(name, parameters, seed)
+
+
+def main() -> None:
+    """Scores, compares and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}")
+    given, flags = parser.parse_known_args()
+    LOG.silence_libraries()
+    terminal = Terminal()
+    run = MergeToMixSearcher(*parse(given.config, flags), terminal)
+    run.check()
+    methods = [method(text, run.args.seed) for text in given.methods]
+    run.prepare()
+    LOG.open(run.run.log)
+    mixtures, true, complete = run.truth()
+    found = {}
+    for one in methods:
+        found[one.label] = compare(mixtures, run.surrogate(mixtures, method=one), true, complete)
+    if "ensemble" in run.study.surrogates:
+        found["ensemble"] = compare(mixtures, run.surrogate(mixtures, "ensemble"), true, complete)
+    terminal.table(*comparison_table("how well merged models predict what was fine-tuned", found))
+    shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
+    write_json(run.run.root / "merge_methods.json", shown)
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(main))

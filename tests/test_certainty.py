@@ -1,0 +1,112 @@
+"""The winner's curse and what goes with it, on made-up scores of which the truth is known."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from m2m_hf.certainty import certainty, paired, probability_best, told_apart
+from m2m_hf.mixture import BASE, Mixture, Score, Standing, Trial
+
+NAMES = [f"d{number}" for number in range(5)]
+MIXTURES = [Mixture.subset(some) for size in range(1, 6) for some in combinations(NAMES, size)]
+
+
+def standing(mixture: Mixture, *values, weights=(1.0, 1.0)) -> Standing:
+    """How a mixture stands that scored these values on the rows of one target or several."""
+    trials = {
+        f"t{n}": Trial("k", mixture, "merged", f"t{n}", len(rows), "complete", Score.of([float(v) for v in rows]), 0.0)
+        for n, rows in enumerate(values)
+    }
+    return Standing(mixture, trials, {f"t{n}": weights[n] for n in range(len(values))})
+
+
+def study(draw, spread: float, rows: int = 300) -> tuple[np.ndarray, list[Standing], Standing]:
+    """(true scores, how all mixtures stand, best first; how the base stands) on rows that are easy or hard for all alike."""
+    true = 0.5 + spread * draw.standard_normal(len(MIXTURES))
+    common = 0.6 * draw.standard_normal(rows)
+
+    def answers(level):
+        return common + 0.8 * draw.standard_normal(rows) < norm.ppf(level)
+
+    standings = [standing(mixture, answers(level)) for mixture, level in zip(MIXTURES, true, strict=True)]
+    base = standing(BASE, answers(0.45))
+    return true, sorted(standings, key=lambda one: -one.score.value), base
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.03])
+def test_the_luck_of_the_best_of_many_is_taken_off(spread):
+    raw, corrected, held = [], [], 0
+    for seed in range(40):
+        true, ranking, base = study(np.random.default_rng(seed), spread)
+        best = ranking[0]
+        level = true[MIXTURES.index(best.mixture)]
+        sure = certainty(ranking, best, {"base": base}, seed)
+        raw.append(best.score.value - level)
+        corrected.append(sure.corrected - level)
+        _, low, high = sure.differences["base"]
+        held += low <= level - 0.45 <= high
+    assert np.mean(raw) > 0.025
+    assert abs(np.mean(corrected)) < 0.5 * np.mean(raw)
+    assert held >= 34
+
+
+def test_the_probability_of_being_the_best_is_that():
+    """Over many studies the chosen mixture is the best about as often as it is said to be."""
+    said, happened = [], []
+    for seed in range(60):
+        true, ranking, base = study(np.random.default_rng(seed), 0.04)
+        said.append(certainty(ranking, ranking[0], {"base": base}, seed).probability_best)
+        happened.append(true[MIXTURES.index(ranking[0].mixture)] == true.max())
+    assert np.mean(said) == pytest.approx(np.mean(happened), abs=0.15)
+
+
+def test_a_clear_winner_is_sure_and_equals_are_not():
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(3, 400))
+    clear = [standing(mixture, row) for mixture, row in zip(MIXTURES, values + np.array([[3], [0], [0]]), strict=False)]
+    sure = certainty(clear, clear[0], {})
+    assert sure.probability_best > 0.99
+    assert sure.tied == 1
+    assert sure.rows_needed < 1
+    assert sure.optimism < 0.1
+    same = [standing(mixture, values[0]) for mixture in MIXTURES[:4]]
+    sure = certainty(same, same[0], {})
+    assert sure.probability_best == pytest.approx(0.25)
+    assert sure.tied == 4
+    assert sure.rows_needed is None
+    assert probability_best(np.array([0.3]), np.zeros((1, 1))) == 1.0
+
+
+def test_so_many_rows_tell_them_apart():
+    """With the rows that it asks for, a paired two-sided test at 5 % tells the two apart in about 80 of 100 tries."""
+    draw = np.random.default_rng(1)
+    pair = [standing(MIXTURES[n], draw.normal(size=500) + shift) for n, shift in enumerate((0.1, 0.0))]
+    pair.sort(key=lambda one: -one.score.value)
+    sure = certainty(pair, pair[0], {})
+    difference, stderr = paired(*({"t0": one.trials["t0"].score} for one in pair), {"t0": 1.0})
+    rows = round(500 * sure.rows_needed)
+    told = 0
+    for _ in range(400):
+        values = difference + stderr * 500**0.5 * draw.normal(size=rows)
+        told += abs(values.mean()) > 1.96 * values.std(ddof=1) / rows**0.5
+    assert told / 400 == pytest.approx(0.8, abs=0.07)
+
+
+def test_paired_differences_and_several_targets():
+    a, b = standing(MIXTURES[0], [1, 1, 0, 1], [0.5, 0.7]), standing(MIXTURES[1], [1, 0, 0, 0], [0.4, 0.6])
+    scores = [{target: trial.score for target, trial in one.trials.items()} for one in (a, b)]
+    value, stderr = paired(*scores, {"t0": 3.0, "t1": 1.0})
+    assert value == pytest.approx(0.75 * 0.5 + 0.25 * 0.1)
+    expected = 0.75 * np.std([0, 1, 0, 1], ddof=1) / 2  # of the other target both differ by the same on every row
+    assert stderr == pytest.approx(expected)
+    assert not told_apart(b, a)
+
+
+def test_without_values_by_row_nothing_is_said():
+    number = Standing(
+        MIXTURES[0], {"t": Trial("k", MIXTURES[0], "merged", "t", 0, "complete", Score(0.5), 0.0)}, {"t": 1.0}
+    )
+    assert certainty([number], number, {}) is None
+    assert paired({"t": Score(0.5)}, {"t": Score(0.25)}, {"t": 1.0}) == (0.25, None)

@@ -1,0 +1,194 @@
+"""The statistics of the correlation study: against SciPy, against simulations of which the truth is known."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from m2m_hf import fidelity
+from m2m_hf.fidelity import Agreement, Figure, Rows, agreement, jackknife, sample, verdict
+from m2m_hf.mixture import Mixture, SearchSpace
+
+
+def subsets(count: int) -> list[Mixture]:
+    names = [f"d{number}" for number in range(count)]
+    return [Mixture.subset(some) for size in range(1, count + 1) for some in combinations(names, size)]
+
+
+def constant_rows(values) -> np.ndarray:
+    """Values that are the same on all rows."""
+    return np.repeat(np.array(values, dtype=float)[:, None], 20, axis=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weighted_correlations_are_those_of_repeated_points(seed):
+    draw = np.random.default_rng(seed)
+    x, y = draw.integers(0, 6, size=(2, 12)).astype(float)  # with ties
+    counts = draw.integers(1, 4, size=12)
+    long_x, long_y = np.repeat(x, counts), np.repeat(y, counts)
+    weights = counts[None].astype(float)
+    expected = stats.pearsonr(long_x, long_y).statistic
+    assert fidelity.weighted_pearson(x[None], y[None], weights)[0] == pytest.approx(expected)
+    expected = stats.spearmanr(long_x, long_y).statistic
+    assert fidelity.weighted_spearman(x[None], y[None], weights)[0] == pytest.approx(expected)
+    expected = stats.kendalltau(long_x, long_y).statistic
+    assert fidelity.weighted_kendall(x[None], y[None], weights)[0] == pytest.approx(expected)
+
+
+def test_a_perfect_surrogate_and_its_opposite():
+    mixtures = subsets(4)
+    draw = np.random.default_rng(0)
+    true = draw.normal(size=(15, 1)) + 0.01 * draw.normal(size=(15, 200))
+    best = agreement(mixtures, [Rows(2 * true + 1, true)])
+    for one in (best.pearson, best.spearman, best.kendall):
+        assert one.value == pytest.approx(1)
+        assert one.here[0] > 0.9
+    assert best.regret.value == 0
+    assert best.rank_of_best == 1
+    assert best.tied
+    assert {k: one.value for k, one in best.recall.items()} == {1: 1, 3: 1, 5: 1}
+    worst = agreement(mixtures, [Rows(-true, true)])
+    assert worst.spearman.value == pytest.approx(-1)
+    assert worst.rank_of_best == 15
+    assert worst.regret.value == pytest.approx(np.ptp(true.mean(1)))
+    assert not worst.tied
+    assert worst.random_regret == pytest.approx(true.mean(1).max() - true.mean())
+
+
+def test_targets_are_weighed():
+    mixtures = subsets(3)
+    draw = np.random.default_rng(1)
+    a, b = draw.normal(size=(2, 7, 30))
+    noise = draw.normal(size=(7, 30))
+    both = agreement(mixtures, [Rows(a, b, 0.75), Rows(noise, a, 0.25)])
+    expected = stats.pearsonr(0.75 * a.mean(1) + 0.25 * noise.mean(1), 0.75 * b.mean(1) + 0.25 * a.mean(1)).statistic
+    assert both.pearson.value == pytest.approx(expected)
+
+
+def test_what_does_not_vary_has_no_correlation_and_no_warning():
+    mixtures = subsets(4)
+    one = agreement(mixtures, [Rows(constant_rows([0.5] * 15), constant_rows(range(15)))])
+    assert np.isnan(one.pearson.value)
+    assert one.pearson.to_json() == {"value": None, "here": None, "elsewhere": None}
+    assert verdict(one, one)[0] == "distrust"
+
+
+def test_without_values_by_row_there_is_no_interval_here():
+    draw = np.random.default_rng(2)
+    one = agreement(subsets(4), [Rows(draw.normal(size=(15, 1)), draw.normal(size=(15, 1)))])
+    assert one.pearson.here is None
+    assert one.halves is None
+    assert one.tied is None
+    assert one.pearson.elsewhere is not None  # candidates can be left out all the same
+
+
+def test_noise_of_shared_rows_does_not_help_across_halves():
+    draw = np.random.default_rng(3)
+    noise = draw.normal(size=(15, 60))  # both sides get the same rows wrong, and nothing else is there
+    one = agreement(subsets(4), [Rows(noise, noise + 0.1 * draw.normal(size=(15, 60)))])
+    assert one.pearson.value > 0.9
+    assert abs(one.halves) < 0.35
+
+
+def test_intervals_for_other_rows_hold_the_truth():
+    """The correlation over endless rows lies in the interval of nearly all studies with 80 rows each."""
+    mixtures = subsets(4)
+    held = 0
+    for seed in range(30):
+        draw = np.random.default_rng(seed)
+        level = draw.normal(size=15)
+        other = 0.8 * level + 0.6 * draw.normal(size=15)
+        x, y = (side[:, None] + 3 * draw.normal(size=(15, 80)) for side in (level, other))
+        low, high = agreement(mixtures, [Rows(x, y)], seed=seed).pearson.here
+        held += low - 0.15 <= stats.pearsonr(level, other).statistic <= high + 0.15
+    assert held >= 27
+
+
+def test_intervals_for_other_candidates_hold_the_truth_where_naive_ones_do_not():
+    """Candidates whose quality the surrogate sees through noise of their own; mixtures average it."""
+    mixtures = subsets(6)
+    members = np.array([[f"d{n}" in mixture.weights for n in range(6)] for mixture in mixtures]) / 1.0
+    members /= members.sum(1, keepdims=True)
+    draw = np.random.default_rng(0)
+
+    def study():
+        quality = draw.normal(size=6)
+        return members @ (quality + draw.normal(size=6)), members @ quality
+
+    truth = np.tanh(np.mean([np.arctanh(stats.pearsonr(*study()).statistic) for _ in range(400)]))
+    ours = naive = 0
+    for _ in range(60):
+        x, y = study()
+        low, high = jackknife(stats.pearsonr, mixtures, x, y)
+        ours += low <= truth <= high
+        z, reach = np.arctanh(stats.pearsonr(x, y).statistic), 1.96 / np.sqrt(len(x) - 3)
+        naive += np.tanh(z - reach) <= truth <= np.tanh(z + reach)
+    assert ours >= 54
+    assert naive <= 36
+
+
+def test_fewer_than_four_candidates_say_nothing_of_others():
+    draw = np.random.default_rng(0)
+    assert jackknife(stats.pearsonr, subsets(3), *draw.normal(size=(2, 7))) is None
+
+
+def figure(value: float, low: float) -> Figure:
+    return Figure(value, (low, 1.0))
+
+
+def made(low: float, tied: bool, place: int, mixtures: int = 12) -> Agreement:
+    rho = figure(0.7, low)
+    return Agreement(mixtures, rho, rho, rho, 0.5, {}, Figure(0.0), 0.1, place, tied)
+
+
+@pytest.mark.parametrize(
+    ("low", "tied", "place", "expected"),
+    [
+        (0.2, True, 1, "trust"),
+        (0.2, True, 9, "trust"),
+        (0.2, False, 4, "prune"),
+        (0.2, False, 5, "distrust"),
+        (-0.1, True, 1, "distrust"),
+        (0.0, True, 1, "distrust"),
+    ],
+)
+def test_the_verdict_follows_its_rule(low, tied, place, expected):
+    assert verdict(made(low, tied, place), made(low, tied, place))[0] == expected
+
+
+def test_no_verdict_on_few_mixtures():
+    one = made(0.5, True, 1, mixtures=5)
+    assert verdict(one, one)[0] == "unknown"
+    assert verdict(made(0.5, True, 1), None)[0] == "unknown"
+
+
+def test_samples_hold_everything_where_that_is_little():
+    space = SearchSpace(tuple("abcd"))
+    assert sorted(map(str, sample(space, [], None, 0))) == sorted(map(str, space.subsets()))
+
+
+def test_samples_hold_the_top_all_together_singles_and_random_ones():
+    names = tuple("abcdefgh")
+    space = SearchSpace(names)
+    everything = list(space.subsets())
+    ranking = everything[100:] + everything[:100]
+    found = sample(space, ranking, None, 0)
+    assert len(found) == len(set(found)) == fidelity.SAMPLE
+    assert set(ranking[:3]) <= set(found)
+    assert Mixture.subset(names) in found
+    assert {Mixture.subset([name]) for name in names} <= set(found)
+    assert found == sample(space, ranking, None, 0)
+    assert found != sample(space, ranking, None, 1)
+    assert len(sample(space, ranking, 30, 0)) == 30
+
+
+def test_samples_of_many_candidates_are_not_all_singles():
+    space = SearchSpace(tuple(f"n{number:02d}" for number in range(40)), max_datasets=5)
+    ranking = [Mixture.subset(["n07", "n09"]), Mixture.subset(["n07"]), Mixture.subset(["n01", "n09"])]
+    found = sample(space, ranking, 16, 0)
+    singles = [one for one in found if len(one) == 1]
+    assert len(found) == 16
+    assert Mixture.subset(["n07"]) in singles
+    assert len(singles) <= 9
+    assert all(one in space or len(one) == 40 for one in found)

@@ -1,0 +1,259 @@
+"""The correlation study and verification through the command line, on a pico model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+from conftest import choice_rows, write_rows
+
+from m2m_hf import adapters, trained
+from m2m_hf.cli import main
+from m2m_hf.console import Terminal
+from m2m_hf.journal import Journal
+from m2m_hf.mixture import Mixture
+from m2m_hf.parsing import parse
+from m2m_hf.scoring import ChoiceScorer
+from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.study import compare
+
+
+def m2m(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def configure(project, **changes) -> object:
+    """The project's YAML with these fields changed."""
+    path = project / "run.yaml"
+    given = yaml.safe_load(path.read_text())
+    given |= changes
+    path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
+    return path
+
+
+def searcher(project, *flags: str) -> MergeToMixSearcher:
+    return MergeToMixSearcher(*parse(project / "run.yaml", flags), Terminal(quiet=True))
+
+
+def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
+    write_rows(project / "validation.jsonl", choice_rows(40))
+    target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"] | {"metric": "logprob"}
+    path = configure(project, targets={"colours": target})
+    assert m2m("fidelity", "--config", path) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for word in (
+        "Pearson",
+        "on other rows",
+        "with other candidates",
+        "sealed test",
+        "equally many rows",
+        "merged: ",
+        "ensemble: ",
+    ):
+        assert word in printed.out
+    found = json.loads((project / "out" / "fidelity.json").read_text())
+    assert found["all_mixtures"]
+    assert found["uniform"] == "each for the same 3 steps"
+    assert len(found["mixtures"]) == 7
+    assert set(found["agreement"]) == {"merged", "ensemble"}
+    assert set(found["baselines"]) >= {
+        "chosen",
+        "all",
+        "best_single",
+        "similarity",
+        "stratified",
+        "random_1",
+        "oracle",
+        "base",
+    }
+    best = max(found["mixtures"], key=lambda one: one["trained"]["score"])
+    assert found["baselines"]["oracle"]["validation"]["score"] == pytest.approx(best["trained"]["score"])
+    assert found["baselines"]["chosen"]["validation"]["over_chosen"] == {"value": 0.0, "stderr": 0.0}
+    assert (project / "out" / "report.html").exists()
+
+    # Once more: nothing is trained, scored or looked at again, and the answer is the same to the letter.
+    before = (project / "out" / "fidelity.json").read_bytes(), (project / "out" / "trials.jsonl").read_bytes()
+
+    def fail(*args, **kwargs):
+        raise AssertionError("this was done before")
+
+    monkeypatch.setattr(trained, "train_lora", fail)
+    monkeypatch.setattr(adapters, "train_lora", fail)
+    monkeypatch.setattr(ChoiceScorer, "score", fail)
+    assert m2m("fidelity", "--config", path) == 0
+    assert ((project / "out" / "fidelity.json").read_bytes(), (project / "out" / "trials.jsonl").read_bytes()) == before
+
+
+def test_a_study_that_was_interrupted_ends_the_same(project, capsys, monkeypatch):
+    path = project / "run.yaml"
+    assert m2m("fidelity", "--config", path) == 0
+    whole = json.loads((project / "out" / "fidelity.json").read_text())
+    again = project / "again"
+    done = 0
+    real = trained.train_lora
+
+    def stops(*args, **kwargs):
+        nonlocal done
+        done += 1
+        if done == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trained, "train_lora", stops)
+    assert m2m("fidelity", "--config", path, "--output_dir", again) == 130
+    assert m2m("fidelity", "--config", path, "--output_dir", again) == 0
+    found = json.loads((again / "fidelity.json").read_text())
+    assert done == 7 + 1  # seven mixtures, one of them twice; the stratified one is all together here
+    assert [one["trained"] for one in found["mixtures"]] == [one["trained"] for one in whole["mixtures"]]
+    assert found["agreement"] == whole["agreement"]
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
+    """Bit for bit; and the one is not trained again where the other is there."""
+    one = searcher(project)
+    one.search()
+    best = one._result.best.mixture
+    counts = one.models.counts(best)
+    folder = one.models.train(counts)
+    other = searcher(project, "--output_dir", str(project / "other"))
+    other.train_final()
+    ours, theirs = ((place / "adapter_model.safetensors").read_bytes() for place in (folder, other.run.final))
+    assert ours == theirs
+    objective = one.study.trained[0]
+    validation = json.loads((other.run.final / "training.json").read_text())["scores"]["colours"]["final"]["validation"]
+    assert objective([best])[0].value == validation["score"]
+    one.train_final()
+    assert (one.run.final / "adapter_model.safetensors").read_bytes() == theirs
+    assert "counts" in json.loads((one.run.final / "training.json").read_text())  # it is a copy
+
+
+def test_a_fine_tuned_single_is_its_adapter_but_for_the_order_of_its_rows(project):
+    one = searcher(project)
+    one.search()
+    counts = one.models.counts(Mixture.subset(["alpha"]))
+    record = json.loads((one.models.train(counts) / "training.json").read_text())
+    adapter = json.loads((one.run.adapters / "alpha" / "training.json").read_text())
+    assert (record["steps"], record["counts"]) == (adapter["steps"], {"alpha": 12})
+
+
+def test_verification_chooses_by_what_was_fine_tuned(project, capsys):
+    write_rows(project / "validation.jsonl", choice_rows(40))
+    target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"] | {"metric": "logprob"}
+    path = configure(project, targets={"colours": target})
+    assert m2m("select", "--config", path, "--verify_top_k", 7) == 0
+    printed = capsys.readouterr().out
+    assert "fine-tuned before choosing" in printed
+    assert "ways of choosing" in printed
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    tried = summary["verified"]["mixtures"]
+    assert len(tried) == 7
+    best = max(tried, key=lambda one: one["trained"]["score"])
+    assert summary["best"]["mixture"] == best["mixture"]
+    assert summary["final"]["validation"] == pytest.approx(best["trained"]["score"])
+    recipe = (project / "out" / "recipe.yaml").read_text()
+    assert " + ".join(best["mixture"]) in recipe
+    if summary["verified"]["by_search"] != best["mixture"]:
+        assert any(one["code"] == "overruled" for one in summary["warnings"])
+    assert summary["verified"]["baselines"]["chosen"]["test"]["score"] == pytest.approx(summary["final"]["test"])
+    assert m2m("select", "--config", path, "--verify_top_k", 7) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert json.loads((project / "out" / "summary.json").read_text()) == summary
+
+
+def test_test_rows_are_sealed_from_verification(project, monkeypatch):
+    """Everything is chosen when the test set is first looked at, and every model meets it once."""
+    one = searcher(project, "--verify_top_k", "2")
+    events = []
+    real = ChoiceScorer.score
+
+    def score(self, stack, mixtures, *rest):
+        if self is one.scorers["colours"]["test"]:
+            events.append(one._verified is not None)
+        return real(self, stack, mixtures, *rest)
+
+    monkeypatch.setattr(ChoiceScorer, "score", score)
+    one.select()
+    assert events
+    assert all(events)
+    seen = len(events)
+    again = searcher(project, "--verify_top_k", "2")
+    monkeypatch.setattr(ChoiceScorer, "score", lambda *args: pytest.fail("scored again"))
+    again.select()
+    assert len(events) == seen
+
+
+def test_mixed_training_must_be_allowed_and_is_then_done(project, capsys):
+    path = project / "run.yaml"
+    candidates = yaml.safe_load(path.read_text())["candidates"]
+    candidates["beta"]["training"] = {"learning_rate": 5e-3, "lora_r": 2}
+    configure(project, candidates=candidates)
+    assert m2m("search", "--config", path) == 2
+    assert "candidates.beta.training" in capsys.readouterr().err
+    configure(project, allow_mixed_training=True)
+    assert m2m("search", "--config", path) == 0
+    records = {
+        name: json.loads((project / "out/adapters" / name / "training.json").read_text()) for name in ("alpha", "beta")
+    }
+    assert records["alpha"]["uniform"]["learning_rate"] == 1e-2
+    assert records["beta"]["uniform"]["learning_rate"] == 5e-3
+    assert json.loads((project / "out/adapters/beta/adapter_config.json").read_text())["r"] == 2
+    assert m2m("search", "--config", path) == 0  # and goes on from there
+    candidates["beta"]["training"] = {"learning_rates": 5e-3}
+    configure(project, candidates=candidates)
+    capsys.readouterr()
+    assert m2m("search", "--config", path) == 2
+    assert "learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "svd", "linear"])
+def test_other_merge_methods_search_too(method, project):
+    one = searcher(project, "--merge_method", method)
+    result = one.search()
+    assert len(result.ranking) == 7
+    assert {trial.objective for trial in result.trials} == {one.merge_method.label}
+    average = searcher(project).search()  # in the same folder: a journal holds both apart
+    assert {trial.objective for trial in average.trials} == {"merged"}
+    keys = {trial.key for trial in (*result.trials, *average.trials)}
+    assert len(keys) == len(Journal(one.run.trials).trials) == 16
+    if method == "svd":  # of one adapter it is that adapter
+        single = Mixture.subset(["alpha"])
+        ours, exact = (of.standings[single].score for of in (result, average))
+        assert ours.logprobs == pytest.approx(exact.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"merge_parameters": {"density": 0.5}}, "takes none"),
+        ({"merge_method": "ties", "merge_parameters": {"density": 1.5}}, "at most 1"),
+        ({"merge_method": "svd", "merge_parameters": {"rank": 2.5}}, "an integer"),
+        ({"merge_method": "ties", "merge_parameters": {"densiti": 0.5}}, "scaling, density"),
+        ({"merge_method": "tise"}, "expected average or"),
+        ({"merge_method": "ties", "weights": "continuous", "strategy": "random"}, "needs merge_method: average"),
+        ({"merge_method": "ties", "strategy": "gradient"}, "merge_method: average"),
+        ({"verify_top_k": -1}, "at least 0"),
+        ({"fidelity_mixtures": 2}, "at least 4"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_trained(given, word, project, capsys):
+    path = configure(project, **given)
+    assert m2m("search", "--config", path) == 2
+    assert word in capsys.readouterr().err
+    assert not (project / "out").exists()
+
+
+def test_comparisons_leave_out_what_the_surrogate_could_not_score(project):
+    one = searcher(project)
+    one.fidelity()
+    mixtures, true, complete = one.truth()
+    ours = one.surrogate(mixtures)
+    assert complete
+    whole = compare(mixtures, ours, true, complete)
+    assert whole["score"].mixtures == 7
+    assert whole["score, two or more"].mixtures == 4
+    failed = replace(
+        ours[0], trials={name: replace(trial, score=None, state="failed") for name, trial in ours[0].trials.items()}
+    )
+    assert compare(mixtures, [failed, *ours[1:]], true, complete)["score"].mixtures == 6

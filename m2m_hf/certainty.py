@@ -181,7 +181,10 @@ def probability_best(scores: Any, covariance: Any, seed: int = 0) -> float:
     count = len(scores)
     if count == 1:
         return 1.0
-    noise = covariance.trace() / count - (covariance.sum() - covariance.trace()) / (count * (count - 1))
+    # Only differences count: what all mixtures owe to the same rows is taken out.
+    centre = np.eye(count) - 1 / count
+    covariance = centre @ covariance @ centre
+    noise = covariance.trace() / (count - 1)
     spread = max(float(scores.var(ddof=1) - noise), 0.0)
     if spread <= 1e-12:
         return 1 / count

@@ -159,6 +159,8 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
 
     def correlation(statistic: Any, weighted: Any) -> Figure:
         value = constant_aware(statistic, predicted, true)
+        if not np.isfinite(value):
+            return Figure(value)
         return Figure(value, here(weighted(*again, weights)), jackknife(statistic, mixtures, predicted, true))
 
     first, best = int(predicted.argmax()), int(true.argmax())
@@ -181,7 +183,7 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
             if 2 * k < count
         },
         Figure(float(true[best] - true[first]), interval(regrets(*again)) if by_row else None),
-        float(true[best] - true.mean()),
+        max(0.0, float(true[best] - true.mean())),
         int((predicted > predicted[best]).sum()) + 1,
         tied,
     )

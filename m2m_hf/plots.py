@@ -16,12 +16,12 @@ INK, MUTED, LINE, FIRST, SECOND, BAD = "#1b1c1d", "#6b6c6d", "#d0d1d2", "#1d6fb8
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FIRST: "first", SECOND: "second", BAD: "bad"}
 STYLE = {
     "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "axes.spines.right": False, "axes.spines.top": False,
-    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.labelsize": 9,
-    "text.color": INK, "text.parse_math": False, "font.size": 9, "xtick.color": MUTED, "ytick.color": MUTED,
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "legend.fontsize": 8,
+    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.labelsize": 10,
+    "text.color": INK, "text.parse_math": False, "font.size": 10, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "legend.fontsize": 9,
     "svg.fonttype": "none", "svg.hashsalt": "m2m_hf", "figure.constrained_layout.use": True, "axes.unicode_minus": True,
 }  # fmt: skip
-WIDTH = 5.2  # inches: readable on a phone, two beside each other on a screen
+WIDTH = 4.6  # inches: readable on a phone, two beside each other on a screen
 SHOWN = 24  # mixtures in the picture of the ranking
 POINTS = 1500  # from which on points are drawn as an image
 INTERVAL = 1.96  # standard errors
@@ -51,8 +51,8 @@ def ranking(record: Record) -> Figure | None:
         upper.errorbar(x, score.value, error, fmt="o", ms=4.5, color=colour, ecolor=colour, elinewidth=1.2)
     if record.base is not None:
         upper.axhline(record.base, color=SECOND, lw=1, ls="--")
-        upper.annotate("base model", (1, record.base), xycoords=("axes fraction", "data"), color=SECOND, fontsize=8,
-                       ha="right", va="bottom")  # fmt: skip
+        upper.annotate("base model", (0.01, record.base), xycoords=("axes fraction", "data"), color=SECOND, fontsize=9,
+                       va="bottom")  # fmt: skip
     upper.set_ylabel(short(record.metric))
     upper.tick_params(bottom=False)
     for row, name in enumerate(names):
@@ -110,7 +110,7 @@ def worth(record: Record) -> Figure | None:
     axes.axvline(0, color=INK, lw=0.8)
     axes.set_yticks(range(len(items)), [short(name) for name, _ in items])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"what it adds to {short(record.metric)}, on average over the orders of joining")
+    axes.set_xlabel(f"what it adds to {short(record.metric)}")
     return figure
 
 
@@ -133,7 +133,7 @@ def interactions(record: Record) -> Figure | None:
         if np.isfinite(value) and len(names) <= 8:
             dark = abs(value) > 0.6 * most
             axes.text(column + 0.5, row + 0.5, f"{value:+.3f}".replace("0.", ".", 1), ha="center", va="center",
-                      fontsize=7.5, color="#ffffff" if dark else "#202122")  # fmt: skip
+                      fontsize=8.5, color="#ffffff" if dark else "#202122")  # fmt: skip
     axes.set_xticks(np.arange(len(names) - 1) + 0.5, [short(name, 18) for name in names[:-1]], rotation=40, ha="right")
     axes.set_yticks(np.arange(len(names) - 1) + 0.5, [short(name, 18) for name in names[1:]])
     axes.invert_yaxis()
@@ -196,7 +196,7 @@ def fidelity(record: Record) -> Figure | None:
             ends = [min(x.min(), y.min()), max(x.max(), y.max())]
             axes.plot(ends, ends, color=LINE, lw=1, zorder=0)
             r = found["agreement"][kind].get(measure, {}).get("pearson", {}).get("value")
-            axes.set_title(f"{kind}, {short(record.metric) if measure == 'score' else 'log-probability'}", fontsize=9)
+            axes.set_title(f"{kind}, {short(record.metric) if measure == 'score' else 'log-probability'}", fontsize=10)
             if r is not None:
                 axes.annotate(f"r = {r:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
             if row == len(measures) - 1:
@@ -216,18 +216,28 @@ def resilience(record: Record) -> Figure | None:
     lines = sorted(found["mixtures"], key=lambda one: one["trained"]["score"])
     kind = next(iter(found["agreement"]))
     lines = [one for one in lines if one[kind]["score"] is not None]
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.2 * len(lines)))
-    axes = figure.subplots()
+    names = record.candidates
+    longest = max(map(len, map(short, names)))
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(lines) + 0.055 * longest))
+    left, axes = figure.subplots(1, 2, sharey=True, width_ratios=[0.24 * len(names), 3.0])
     for row, one in enumerate(lines):
+        inside = [place for place, name in enumerate(names) if name in one["mixture"]]
+        left.scatter(range(len(names)), [row] * len(names), s=10, color=LINE)
+        left.scatter(inside, [row] * len(inside), s=20, color=INK)
         ends = one["trained"]["score"] - base, one[kind]["score"] - base
         axes.plot(ends, [row, row], color=LINE, lw=2, zorder=1)
         axes.scatter(ends[0], row, s=24, color=SECOND, zorder=2, label="fine-tuned" if not row else None)
         axes.scatter(ends[1], row, s=24, color=FIRST, zorder=2, label=kind if not row else None)
-    axes.axvline(0, color=INK, lw=0.8)
-    axes.set_yticks(range(len(lines)), [short(" + ".join(one["mixture"]), 40) for one in lines], fontsize=7.5)
+    left.set_xticks(range(len(names)), [short(name) for name in names], rotation=90)
+    left.set_xlim(-0.6, len(names) - 0.4)
+    left.set_yticks([])
+    left.tick_params(length=0)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"change of {short(record.metric)} against the base model")
-    axes.legend(loc="lower right")
+    for spine in (*left.spines.values(), axes.spines["left"]):
+        spine.set_visible(False)
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_xlabel(f"change of {short(record.metric)}")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 

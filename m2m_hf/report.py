@@ -19,12 +19,8 @@ TABLE = 40  # mixtures in the page's table
 
 
 def interval(value: float, stderr: float | None) -> str:
-    """`0.842 [0.777, 0.907]`"""
-    return (
-        f"{value:.3f}"
-        if stderr is None
-        else f"{value:.3f} [{value - INTERVAL * stderr:.3f}, {value + INTERVAL * stderr:.3f}]"
-    )
+    """`0.777 to 0.907`: 95 %."""
+    return "" if stderr is None else f"{value - INTERVAL * stderr:.3f} to {value + INTERVAL * stderr:.3f}"
 
 
 def signed(value: float | None, stderr: float | None = None) -> str:
@@ -45,7 +41,7 @@ def ranking_rows(record: Record) -> list[dict[str, Any]]:
             {
                 "place": place,
                 "mixture": one.mixture,
-                "score": interval(score.value, score.stderr),
+                "score": score,
                 "behind": "" if one.mixture == record.best else signed(*behind),
                 "chosen": one.mixture == record.best,
             }

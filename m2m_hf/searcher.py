@@ -721,7 +721,8 @@ class MergeToMixSearcher:
         """By what rule mixtures of different size train alike."""
         if self.args.max_steps > 0:
             return f"each for the same {self.args.max_steps} steps"
-        return f"each for the same {self.args.num_train_epochs:g} epochs"
+        epochs = self.args.num_train_epochs
+        return f"each for the same {epochs:g} epoch{'' if epochs == 1 else 's'}"
 
     def _choices(self, result: SearchResult, random: int = 0) -> dict[str, Choice]:
         """What this and other ways of choosing come to."""

@@ -130,7 +130,7 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
     uniform = (
         f"for the same {steps} steps"
         if steps
-        else f"for the same {epochs:g} epochs, so steps in proportion to its rows"
+        else f"for the same {epochs:g} epoch{'' if epochs == 1 else 's'}, so steps in proportion to its rows"
     )
     lines.append(
         f"final model: {'' if final else 'to be '}fine-tuned on the chosen mixture, "
@@ -249,9 +249,9 @@ def fidelity_remarks(found: Mapping[str, Any]) -> list[str]:
             if one["hurt"]:
                 shielded = figure(Score(one["shielded"]["value"], one["shielded"]["stderr"]))
                 lines.append(
-                    f"mixtures that hurt, by {measure}: {one['hurt']} of {one['mixtures']}; fine-tuned they fall by "
-                    f"{-one['trained']:.3f}, {name} by {-one['surrogate']:.3f} (less by {shielded}); {name} sees "
-                    f"{one['noticed']} of them"
+                    f"mixtures that hurt, by {measure}: {one['hurt']} of {one['mixtures']}; fine-tuned they change by "
+                    f"{one['trained']:+.3f} on average, {name} by {one['surrogate']:+.3f} (paired, higher by {shielded}); "
+                    f"{name} is below the base model too for {one['noticed']} of them"
                 )
     return lines
 

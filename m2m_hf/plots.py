@@ -196,7 +196,7 @@ def fidelity(record: Record) -> Figure | None:
             ends = [min(x.min(), y.min()), max(x.max(), y.max())]
             axes.plot(ends, ends, color=LINE, lw=1, zorder=0)
             r = found["agreement"][kind].get(measure, {}).get("pearson", {}).get("value")
-            axes.set_title(f"{kind}, {short(record.metric) if measure == 'score' else 'log-probability'}", fontsize=10)
+            axes.set_title(f"{kind}, {short(record.metric) if measure == 'score' else 'log-prob.'}", fontsize=10)
             if r is not None:
                 axes.annotate(f"r = {r:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
             if row == len(measures) - 1:

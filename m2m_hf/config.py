@@ -71,6 +71,25 @@ def check_name(name: Any, what: str) -> str:
     return name
 
 
+def check_merge_parameters(method: str, given: Any, where: str) -> None:
+    """Refuses parameters that a merge method does not take.
+
+    Raises:
+        InputError: with what it takes.
+    """
+    taken = MERGE_PARAMETERS[method]
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where}: expected names and numbers, got {given!r}")
+    value: Any
+    for key, value in given.items():
+        if key not in taken:
+            raise InputError(f"{where}.{key}: merge_method {method} takes {', '.join(taken) or 'none'}")
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        if not right or (key == "density" and value > 1) or (key == "rank" and not isinstance(value, int)):
+            words = {"rank": "an integer above 0", "density": "a share above 0, at most 1"}.get(key, "a number above 0")
+            raise InputError(f"{where}.{key}: expected {words}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What `load_dataset` takes, and how its rows become ours.
@@ -554,7 +573,9 @@ class MergeToMixConfig:
             raise InputError(
                 f"strategy: {self.strategy} proposes subsets only; for weights: continuous expected {', '.join(CONTINUOUS)}"
             )
-        self._check_merge_method()
+        check_merge_parameters(self.merge_method, self.merge_parameters, "merge_parameters")
+        if self.merge_method != "average" and self.weights == "continuous":
+            raise InputError(f"weights: continuous needs merge_method: average, got {self.merge_method}")
         folder = Path(self.folder or ".").absolute()
         names = [check_name(name, "candidate") for name in self.candidates]
         twice = {name.lower() for name in names if [other.lower() for other in names].count(name.lower()) > 1}
@@ -574,25 +595,6 @@ class MergeToMixConfig:
             check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", folder)
             for name, given in self.targets.items()
         }
-
-    def _check_merge_method(self) -> None:
-        taken = MERGE_PARAMETERS[self.merge_method]
-        given: Any = self.merge_parameters
-        if not isinstance(given, Mapping):
-            raise InputError(f"merge_parameters: expected names and numbers, got {given!r}")
-        value: Any
-        for key, value in given.items():
-            if key not in taken:
-                takes = ", ".join(taken) or "none"
-                raise InputError(f"merge_parameters.{key}: merge_method {self.merge_method} takes {takes}")
-            right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-            if not right or (key == "density" and value > 1) or (key == "rank" and not isinstance(value, int)):
-                words = {"rank": "an integer above 0", "density": "a share above 0, at most 1"}.get(
-                    key, "a number above 0"
-                )
-                raise InputError(f"merge_parameters.{key}: expected {words}, got {value!r}")
-        if self.merge_method != "average" and self.weights == "continuous":
-            raise InputError(f"weights: continuous needs merge_method: average, got {self.merge_method}")
 
     def to_yaml(self) -> dict[str, Any]:
         """The fields as they are written to `OUT/config.yaml`: paths resolved, defaults included."""

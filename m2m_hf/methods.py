@@ -153,8 +153,8 @@ class DenseStack:
             return truncated(a, b, method.rank or max(len(a) for a, _, _ in factors.values()))
         deltas = {name: scale * (b @ a) for name, (a, b, scale) in factors.items()}
         if method.name == "ties":
-            for name in weights:
-                self._thresholds.setdefault(name, self._threshold(name, device))
+            for name in set(weights) - set(self._thresholds):
+                self._thresholds[name] = self._threshold(name, device)
             return method.scaling * ties(deltas, weights, self._thresholds)
         kept = {
             name: dare(delta, method.density, fingerprint([method.seed, name, layer])) for name, delta in deltas.items()
@@ -229,7 +229,7 @@ def truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> torch.Tensor:
     """The best approximation of B A of this rank (Eckart and Young, 1936), by the SVD of a small core."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     product: torch.Tensor = ((q_b @ u[:, :rank]) * s[:rank]) @ (q_a @ v[:rank].T).T
     return product
 

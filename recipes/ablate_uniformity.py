@@ -45,6 +45,8 @@ def settings(searcher: MergeToMixSearcher, field: str, factor: float | None) -> 
     if field == "seed":
         return {name: searcher.args.seed + 1 + number for number, name in enumerate(names)}
     own = getattr(searcher.args, field, None)
+    if field == "num_train_epochs":
+        own = float(searcher.args.num_train_epochs)
     if not isinstance(own, (int, float)) or isinstance(own, bool) or factor is None or factor <= 1:
         raise InputError(
             f"--vary {field}={factor}: expected seed, or a field of SFTConfig that is a number, =FACTOR above 1"
@@ -56,7 +58,11 @@ def settings(searcher: MergeToMixSearcher, field: str, factor: float | None) -> 
     found = {}
     for name in names:
         value = own * factor**0.5 if name in raised else own / factor**0.5
-        found[name] = max(1, round(value)) if whole else value
+        found[name] = round(value) if whole else value
+    if min(found.values()) <= 0 or abs(max(found.values()) / min(found.values()) / factor - 1) > 0.3:
+        raise InputError(
+            f"--vary {field}={factor:g}: {own} cannot be varied so in whole numbers; take a larger {field}"
+        )
     return found
 
 
@@ -72,34 +78,37 @@ def main() -> None:
     terminal = Terminal()
     run = MergeToMixSearcher(*parse(given.config, flags), terminal)
     run.check()
+    varied = {}
+    for asked in given.vary:
+        field, _, factor = asked.partition("=")
+        try:
+            varied[asked] = settings(run, field, float(factor) if factor else None)
+        except ValueError:
+            raise InputError(f"--vary {asked}: expected FIELD=FACTOR, such as learning_rate=4") from None
     run.prepare()
     LOG.open(run.run.log)
     mixtures, true, complete = run.truth()
     found = {"uniform": compare(mixtures, run.surrogate(mixtures), true, complete)}
-    for asked in given.vary:
-        field, _, factor = asked.partition("=")
-        values = settings(run, field, float(factor) if factor else None)
+    for asked, values in varied.items():
         terminal.say(f"\n{asked}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()), "bold")
         candidates = read_yaml(given.config)["candidates"]
         for name, value in values.items():
-            candidates[name]["training"] = {**candidates[name].get("training", {}), field: value}
+            own = candidates[name].get("training", {})
+            candidates[name]["training"] = {**own, asked.partition("=")[0]: value}
+        folder = run.run.root / "ablation" / asked.replace("=", "-")
         other = MergeToMixSearcher(
             *parse(
                 given.config,
-                flags,
-                {
-                    "candidates": candidates,
-                    "allow_mixed_training": True,
-                    "output_dir": str(run.run.root / "ablation" / asked.replace("=", "-")),
-                },
+                [*flags, "--output_dir", str(folder)],
+                {"candidates": candidates, "allow_mixed_training": True},
             ),
             Terminal(quiet=True),
         )
         other.terminal = terminal
         found[asked] = compare(mixtures, other.surrogate(mixtures), true, complete)
         terminal.table(*comparison_table("how well averages of mixed adapters predict what was fine-tuned", found))
-    shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
-    write_json(run.run.root / "ablation" / "ablation.json", shown)
+        shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
+        write_json(run.run.root / "ablation" / "ablation.json", shown)
 
 
 if __name__ == "__main__":

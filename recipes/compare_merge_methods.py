@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from m2m_hf.cli import report_errors
-from m2m_hf.config import MERGE_PARAMETERS
+from m2m_hf.config import MERGE_PARAMETERS, check_merge_parameters
 from m2m_hf.errors import InputError
 from m2m_hf.journal import write_json
 from m2m_hf.methods import MergeMethod
@@ -45,12 +45,14 @@ def method(text: str, seed: int) -> MergeMethod:
     name, _, rest = text.partition(":")
     if name not in MERGE_PARAMETERS:
         raise InputError(f"--methods: expected one of {', '.join(MERGE_PARAMETERS)}, got {name!r}")
-    parameters = {}
+    parameters: dict[str, float] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
-        if key not in MERGE_PARAMETERS[name]:
-            raise InputError(f"--methods: {name} takes {', '.join(MERGE_PARAMETERS[name]) or 'nothing'}, got {key!r}")
-        parameters[key] = int(value) if key == "rank" else float(value)
+        try:
+            parameters[key] = int(value) if key == "rank" else float(value)
+        except ValueError:
+            raise InputError(f"--methods {text}: expected {name}:parameter=number, got {part!r}") from None
+    check_merge_parameters(name, parameters, f"--methods {text}")
     return MergeMethod.of(name, parameters, seed)
 
 
@@ -68,9 +70,7 @@ def main() -> None:
     run.prepare()
     LOG.open(run.run.log)
     mixtures, true, complete = run.truth()
-    found = {}
-    for one in methods:
-        found[one.label] = compare(mixtures, run.surrogate(mixtures, method=one), true, complete)
+    found = {one.label: compare(mixtures, run.surrogate(mixtures, method=one), true, complete) for one in methods}
     if "ensemble" in run.study.surrogates:
         found["ensemble"] = compare(mixtures, run.surrogate(mixtures, "ensemble"), true, complete)
     terminal.table(*comparison_table("how well merged models predict what was fine-tuned", found))

@@ -52,6 +52,10 @@ LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
 
 
+class DivergedError(InputError):
+    """A training whose loss or weights are no numbers any more."""
+
+
 def lora_config(model_args: ModelConfig) -> LoraConfig:
     """The LoRA shape that `model_args` describe, as TRL builds it.
 
@@ -314,7 +318,7 @@ def train_lora(
         What the run used: see `TrainingRecorder`.
 
     Raises:
-        InputError: the training diverged; nothing is saved.
+        DivergedError: nothing is saved.
     """
     args = copy.deepcopy(args)
     args.output_dir = str(folder)
@@ -342,7 +346,7 @@ def train_lora(
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()
         finite = [all(tensor.isfinite().all() for name, tensor in state.items() if "lora_" in name)]
         if not broadcast_object_list(finite)[0] or not math.isfinite(loss):
-            raise InputError(
+            raise DivergedError(
                 f"training for {folder.name.strip('.').removesuffix('.partial')} diverged: loss {loss}, weights not finite. "
                 f"Try a lower learning_rate (now {args.learning_rate:g}) or max_grad_norm"
             )

@@ -72,7 +72,8 @@ class Certainty:
     Args:
         corrected: its score without the winner's curse.
         optimism: by how much its own score is too high.
-        probability_best: that it truly is the best of those that may be chosen; see `probability_best`.
+        probability_best: that it truly is the best of those that may be chosen, see `probability_best`; None where the scores
+            of too few others are known.
         differences: name (`base`, `all`, `best_single`, `second`) -> (difference, low, high): how much better than that the
             chosen one is, with a 95 % interval; corrected for the winner's curse except against `second`.
         rows_needed: how many times the rows there are it would take to tell the chosen mixture from the second (a paired test
@@ -82,7 +83,7 @@ class Certainty:
 
     corrected: float
     optimism: float
-    probability_best: float
+    probability_best: float | None
     differences: Mapping[str, tuple[float, float, float]]
     rows_needed: float | None
     tied: int
@@ -102,14 +103,23 @@ class Certainty:
 
 
 def certainty(
-    ranking: Sequence[Standing], best: Standing, against: Mapping[str, Standing], seed: int = 0
+    ranking: Sequence[Standing],
+    best: Standing,
+    against: Mapping[str, Standing],
+    others: Sequence[float] | None = (),
+    seed: int = 0,
 ) -> Certainty | None:
     """What the rows tell about the chosen mixture; None where a scorer gives no values by row.
+
+    Mixtures that left a race are not chosen again on resampled rows; since they had little chance to win, what the correction
+    misses by that is little too.
 
     Args:
         ranking: the mixtures that may be chosen, best first, scored on all rows.
         best: the chosen one.
         against: name -> what to compare it with.
+        others: estimated scores of mixtures that may be chosen and are not in `ranking`, such as those that left a race; None
+            where there are more whose scores nobody knows, and these are not like the ones that are known.
         seed: of the resamples.
     """
     contenders = list(dict.fromkeys([best.mixture, *(one.mixture for one in ranking[:CONTENDERS])]))
@@ -118,7 +128,7 @@ def certainty(
     total = sum(best.weights.values())
     drawn = np.zeros((RESAMPLES, len(standings)))  # scores on the rows drawn
     left = np.zeros((RESAMPLES, len(standings)))  # and on those left out
-    covariance = np.zeros((len(standings), len(standings)))  # of the scores, over the rows
+    covariance = np.zeros((len(standings), len(standings)))  # of the scores less their mean, over the rows
     draw = np.random.default_rng(seed)
     for target, weight in best.weights.items():
         values = [score.values for one in standings if (score := one.trials[target].score)]
@@ -127,70 +137,72 @@ def certainty(
         table = np.array(values)
         size = table.shape[1]
         share = weight / total
-        covariance += share**2 * np.cov(table).reshape(covariance.shape) / size
+        covariance += share**2 * np.cov(table - table.mean(0)).reshape(covariance.shape) / size
         for start in range(0, RESAMPLES, step := max(1, NUMBERS // size)):
             block = slice(start, min(start + step, RESAMPLES))
             counts = draw.multinomial(size, np.full(size, 1 / size), size=block.stop - block.start)
             drawn[block] += share * (counts @ table.T) / size
             out = (counts == 0).astype(float)
             left[block] += share * (out @ table.T) / np.maximum(out.sum(1, keepdims=True), 1)
-    scores = np.array([one.score.value for one in standings if one.score])
-    top = drawn.max(1, keepdims=True)
-    winners = np.isclose(drawn, top, rtol=0, atol=1e-12)
+    winners = np.isclose(drawn, drawn.max(1, keepdims=True), rtol=0, atol=1e-12)
     winners = winners / winners.sum(1, keepdims=True)
-    score = best.score
-    assert score is not None
-    optimism = max(0.0, score.value - float((winners * left).sum(1).mean()))
+    scores = np.array([one.score.value for one in standings if one.score])
+    optimism = max(0.0, float(scores[0] - (winners * left).sum(1).mean()))
     quantile = float(norm.ppf(0.975))
     differences = {}
-    for name, other in against.items():
-        if other.score is None or other.mixture == best.mixture:
-            continue
+
+    def compare(name: str, other: Standing, correction: float) -> tuple[float, float]:
         value, stderr = paired(scores_of(best), scores_of(other), best.weights)
-        value -= optimism
-        differences[name] = (value, value - quantile * (stderr or 0.0), value + quantile * (stderr or 0.0))
+        reach = quantile * (stderr or 0.0)
+        differences[name] = (value - correction, value - correction - reach, value - correction + reach)
+        return value, stderr or 0.0
+
+    for name, other in against.items():
+        if other.score is not None and other.mixture != best.mixture:
+            compare(name, other, optimism)
     rows_needed = None
     rivals = [one for one in ranking if one.mixture != best.mixture]
     if rivals:
-        value, stderr = paired(scores_of(best), scores_of(rivals[0]), best.weights)
-        differences["second"] = (value, value - quantile * (stderr or 0.0), value + quantile * (stderr or 0.0))
-        if value > 0 and stderr:
-            rows_needed = ((norm.ppf(1 - RISK / 2) + norm.ppf(POWER)) * stderr / value) ** 2
+        value, stderr = compare("second", rivals[0], 0.0)
+        if value > 0 and stderr > 0:
+            rows_needed = float(((norm.ppf(1 - RISK / 2) + norm.ppf(POWER)) * stderr / value) ** 2)
+    probability = None
+    if others is not None:
+        every = [one.score.value for one in ranking if one.score]
+        probability = probability_best(scores, covariance, np.array([*every, *others]), seed)
     return Certainty(
-        score.value - optimism,
+        float(scores[0]) - optimism,
         optimism,
-        probability_best(scores, covariance, seed),
+        probability,
         differences,
-        None if rows_needed is None else float(rows_needed),
+        rows_needed,
         sum(not told_apart(best, one) for one in ranking),
     )
 
 
-def probability_best(scores: Any, covariance: Any, seed: int = 0) -> float:
+def probability_best(scores: Any, covariance: Any, every: Any, seed: int = 0) -> float:
     """The probability that the first of some mixtures is truly the best one.
 
     Counting how often it comes out first on resampled rows would be too sure of it, since its score is high by chance too.
-    So the true scores are taken as drawn from a normal distribution whose spread the scores themselves show (empirical Bayes;
-    Efron and Morris, 1975), and the share of draws from what the rows leave possible is counted in which it is the highest.
+    So the true scores are taken as drawn from a normal distribution whose spread the scores of all mixtures show (empirical
+    Bayes; Efron and Morris, 1975), and the share of draws from what the rows leave possible is counted in which it is the
+    highest.
 
     Args:
-        scores: of the mixtures, of shape (mixtures,).
-        covariance: of their errors, of shape (mixtures, mixtures).
+        scores: of the best mixtures, of shape (mixtures,).
+        covariance: of the errors of these, less what all have in common, of shape (mixtures, mixtures).
+        every: the scores of all mixtures, these among them, from which mean and spread are taken.
         seed: of the draws.
     """
     count = len(scores)
-    if count == 1:
+    if len(every) == 1:
         return 1.0
-    # Only differences count: what all mixtures owe to the same rows is taken out.
-    centre = np.eye(count) - 1 / count
-    covariance = centre @ covariance @ centre
-    noise = covariance.trace() / (count - 1)
-    spread = max(float(scores.var(ddof=1) - noise), 0.0)
+    noise = covariance.trace() / max(1, count - 1)
+    spread = float(every.var(ddof=1) - noise)
     if spread <= 1e-12:
-        return 1 / count
+        return 1 / len(every)
     gain = spread * np.linalg.inv(spread * np.eye(count) + covariance)
-    mean = scores.mean() + gain @ (scores - scores.mean())
-    draws = np.random.default_rng(seed).multivariate_normal(
-        mean, spread * (np.eye(count) - gain), size=4000, method="eigh"
-    )
+    mean = every.mean() + gain @ (scores - every.mean())
+    posterior = spread * (np.eye(count) - gain)
+    draws = np.random.default_rng(seed).multivariate_normal(mean, posterior, size=4000, method="eigh")
     return float((draws.argmax(1) == 0).mean())

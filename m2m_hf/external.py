@@ -108,6 +108,8 @@ class CommandScorer(ExternalScorer):
         base: the base model's folder or Hub id.
     """
 
+    needs_adapter = True
+
     def __init__(self, command: Sequence[str], key: str, base: str) -> None:
         self.command, self.key, self.base = tuple(command), key, base
         self.examples = 0

@@ -1,16 +1,17 @@
 """Fidelity: how well a surrogate predicts what really fine-tuned mixtures score. Statistics only; nothing is measured here.
 
-A correlation over mixtures has two intervals, for two questions. *Here*: what would it be on other validation rows? The rows of
-every target are resampled, the same for all mixtures and both scores; where only a sample of the mixtures was fine-tuned, the
-mixtures are too. *Elsewhere*: what would it be with other candidates? Mixtures that share datasets do not vary apart from
-each other, so each candidate is left out in turn, with all mixtures that hold it, and the spread of Fisher's z over the N
-results gives a jackknife interval with N − 1 degrees of freedom. With four to seven candidates that one is wide, and has to
-be: 63 mixtures of six datasets are six observations. (In simulations it holds the true value in 93 to 99 of 100 studies; an
+A correlation over mixtures has two intervals, for two questions. *Here*: what would it be without the noise of the validation
+rows? The rows of every target are resampled, the same for all mixtures and both scores; where only a sample of the mixtures was
+fine-tuned, the mixtures are too. *Elsewhere*: what would it be with other candidates? Mixtures that share datasets do not vary
+apart from each other, so each candidate is left out in turn, with all mixtures that hold it, and the spread of Fisher's z over
+the N results gives a jackknife interval with N − 1 degrees of freedom. With four to seven candidates that one is wide, and has
+to be: 63 mixtures of six datasets are six observations. (In simulations it holds the true value in 93 to 99 of 100 studies; an
 interval that takes the mixtures as independent does in 33 to 78.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -32,6 +33,8 @@ TOP = 3  # of the surrogate's ranking that every sample holds
 def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, seed: int) -> list[Mixture]:
     """The mixtures to fine-tune: all where there are few; else the top of the ranking, all together, singles and random ones.
 
+    Singles, the best ones first, are up to half of the rest.
+
     Args:
         space: the mixtures that may be chosen; singles and all together are taken whether or not they may.
         ranking: the surrogate's, best first.
@@ -40,14 +43,15 @@ def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, se
     """
     singles = [Mixture.subset([name]) for name in space.names]
     everything = Mixture.subset(space.names)
-    if space.at_most(count or ALL_UP_TO):
-        whole = dict.fromkeys([*singles, *space.subsets(), everything])
-        if len(whole) <= (count or ALL_UP_TO):
-            return list(whole)
+    subsets = list(islice(space.subsets(), (count or ALL_UP_TO) + 1))
+    if len(subsets) <= (count or ALL_UP_TO):
+        whole = list(dict.fromkeys([*subsets, everything, *singles]))
+        return whole[: max(count or ALL_UP_TO, len(subsets) + 1)]
     count = count or SAMPLE
+    top = ranking[: min(TOP, max(1, count // 4))]
     place = {mixture: number for number, mixture in enumerate(ranking)}
     singles.sort(key=lambda one: place.get(one, len(ranking)))
-    chosen = dict.fromkeys([*ranking[:TOP], everything, *singles[: count // 2]])
+    chosen = dict.fromkeys([*top, everything, *singles[: max(1, (count - len(top) - 1) // 2)]])
     draw = Random(seed)
     for _ in range(100 * count):
         if len(chosen) >= count:
@@ -58,7 +62,7 @@ def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, se
 
 @dataclass(frozen=True)
 class Figure:
-    """A value with its two intervals (95 %): for other rows, and for other candidates; None where one cannot be known."""
+    """A value with its two intervals (95 %): for endless rows, and for other candidates; None where one cannot be known."""
 
     value: float
     here: tuple[float, float] | None = None
@@ -103,6 +107,7 @@ class Agreement:
         random_regret: the same of a mixture taken at random, on average.
         rank_of_best: place of the best trained mixture in the surrogate's ranking, from 1.
         tied: whether a paired test at 5 % cannot tell the surrogate's first from the best trained.
+        above_random: whether such a test tells that it is better than a mixture taken at random.
     """
 
     mixtures: int
@@ -115,6 +120,7 @@ class Agreement:
     random_regret: float
     rank_of_best: int
     tied: bool | None
+    above_random: bool | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -128,6 +134,7 @@ class Agreement:
             "random_regret": self.random_regret,
             "rank_of_best": self.rank_of_best,
             "tied": self.tied,
+            "above_random": self.above_random,
         }
 
 
@@ -154,21 +161,18 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
     if not complete:
         weights = draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
 
-    def here(values: Any) -> tuple[float, float] | None:
-        return interval(values) if by_row or not complete else None
-
     def correlation(statistic: Any, weighted: Any) -> Figure:
         value = constant_aware(statistic, predicted, true)
         if not np.isfinite(value):
             return Figure(value)
-        return Figure(value, here(weighted(*again, weights)), jackknife(statistic, mixtures, predicted, true))
+        here = reflected(value, weighted(*again, weights)) if by_row or not complete else None
+        return Figure(value, here, jackknife(statistic, mixtures, predicted, true))
 
     first, best = int(predicted.argmax()), int(true.argmax())
-    tied = None
+    tied = above_random = None
     if by_row:
-        lost = [one.weight * (one.trained[best] - one.trained[first]) for one in rows]
-        variance = sum(values.var(ddof=1) / len(values) for values in lost)
-        tied = bool(true[best] - true[first] <= norm.ppf(0.95) * variance**0.5)
+        tied = not told(rows, lambda trained: trained[best] - trained[first])
+        above_random = told(rows, lambda trained: trained[first] - trained.mean(0))
     return Agreement(
         count,
         correlation(pearsonr, weighted_pearson),
@@ -186,7 +190,15 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
         max(0.0, float(true[best] - true.mean())),
         int((predicted > predicted[best]).sum()) + 1,
         tied,
+        above_random,
     )
+
+
+def told(rows: Sequence[Rows], difference: Callable[[Any], Any]) -> bool:
+    """Whether a one-sided paired test at 5 % tells that a difference of trained scores, row by row, is above 0."""
+    found = [one.weight * difference(one.trained) for one in rows]
+    variance = sum(values.var(ddof=1) / len(values) for values in found)
+    return bool(sum(values.mean() for values in found) > norm.ppf(0.95) * variance**0.5)
 
 
 def constant_aware(statistic: Any, x: Any, y: Any) -> float:
@@ -201,6 +213,20 @@ def interval(values: Any) -> tuple[float, float] | None:
         return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def reflected(value: float, resampled: Any) -> tuple[float, float] | None:
+    """A correlation's interval from resampled ones, turned around it on Fisher's z (the basic bootstrap).
+
+    Resampling adds the noise of the rows once more and so moves correlations, mostly towards 0; the noise that is in the value
+    has moved it as far from what endless rows would show. In simulations it held the truth in about 90 of 100 studies with noise
+    up to a third of the differences between mixtures, and in 75 where both scores had noise of that size of their own.
+    """
+    ends = interval(np.arctanh(np.clip(resampled, -0.9999, 0.9999)))
+    if ends is None:
+        return None
+    z = np.arctanh(np.clip(value, -0.9999, 0.9999))
+    return float(np.tanh(2 * z - ends[1])), float(np.tanh(2 * z - ends[0]))
 
 
 def jackknife(statistic: Any, mixtures: Sequence[Mixture], x: Any, y: Any) -> tuple[float, float] | None:
@@ -291,10 +317,11 @@ VERDICTS = {
 def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str]:
     """(a key of `VERDICTS`, why).
 
-    A surrogate must order mixtures of two or more candidates, on other rows too: the 95 % interval *here* of Spearman's ρ lies
+    A surrogate must order mixtures of two or more candidates whatever the rows: the 95 % interval *here* of Spearman's ρ lies
     above 0. (Singles do not count here: there the merged model is itself a model trained on the mixture.) It is then trusted
-    where a paired test cannot tell its first mixture from the best trained one, trusted to leave out where the best trained
-    one is in the first third of its ranking, and otherwise not.
+    where paired tests tell that its first mixture is better fine-tuned than one taken at random, and do not tell that it is worse
+    than the best; trusted to leave out where the best is in the first third of its ranking, or nothing can be told of its first
+    mixture; and otherwise not.
 
     Args:
         whole: over all mixtures that were trained.
@@ -302,11 +329,21 @@ def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str
     """
     if whole is None or larger is None or larger.mixtures < FEWEST:
         return "unknown", f"fewer than {FEWEST} mixtures of two or more candidates were fine-tuned"
+    if whole.tied is None:
+        return "unknown", "the scorer gives no values by row, so nothing tells what is chance"
     here = larger.spearman.here
     if here is None or not here[0] > 0:
-        return "distrust", "on other rows it might not order mixtures of two or more candidates at all"
+        return "distrust", "for all that the rows tell, it may not order mixtures of two or more candidates at all"
+    if whole.tied and whole.above_random:
+        return (
+            "trust",
+            "its first mixture is better than a random one, and cannot be told from the best that was fine-tuned",
+        )
     if whole.tied:
-        return "trust", "its first mixture cannot be told from the best that was fine-tuned"
+        return (
+            "prune",
+            "the rows do not tell its first mixture from the best, and neither from a random one",
+        )
     place = f"the best that was fine-tuned is number {whole.rank_of_best} of {whole.mixtures} in its ranking"
     if whole.rank_of_best <= -(-whole.mixtures // 3):
         return "prune", place

@@ -130,7 +130,9 @@ class Keys:
         return fingerprint(["trained", self.base, self.scorer, self.examples, self.model(counts)])
 
     def model(self, counts: Mapping[str, int]) -> str:
-        """Fingerprint of that model itself, whatever it is scored on."""
+        """Fingerprint of that model itself, whatever it is scored on; without rows, of the base model."""
+        if not counts:
+            return fingerprint(["model", self.base])
         return fingerprint(["model", [[name, count, self.adapters[name]] for name, count in sorted(counts.items())]])
 
 

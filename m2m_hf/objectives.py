@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from random import Random
 from typing import Protocol
 
+from .errors import InputError
 from .forward import Stack
 from .journal import Keys
 from .methods import AVERAGE, MergeMethod
 from .mixture import Failure, Mixture, Score
+from .racing import order
 from .scoring import LogprobScorer, Scorer
 
 
@@ -61,6 +62,9 @@ class MergedObjective:
         weight: the target's, in a search with several.
         min_delta: by how much at most a mixture may be worse on this target than the base.
         method: how adapters are merged; the average is the paper's.
+
+    Raises:
+        InputError: a scorer that needs the mixture as an adapter, and a method that makes none.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class MergedObjective:
         min_delta: float | None = None,
         method: MergeMethod = AVERAGE,
     ) -> None:
+        if scorer.needs_adapter and not method.gated:
+            raise InputError(f"merge_method: {method.name} gives no adapter to hand to a command; expected average")
         self.name = method.label
         self._method = method
         self._open_stack = open_stack
@@ -87,8 +93,7 @@ class MergedObjective:
         self.min_delta = min_delta
         self.order: tuple[int, ...] = ()
         if scorer.by_row:
-            # From the target alone, so that rungs of one run are good for another.
-            self.order = tuple(Random(scorer.fingerprint).sample(range(scorer.examples), scorer.examples))
+            self.order = order(scorer.fingerprint, scorer.examples)
 
     def at_once(self, rows: int) -> int:
         return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)

@@ -1,5 +1,6 @@
 """What a run has come to, in figures: `summary.json`, and what a user should be warned of."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ from .certainty import Certainty, certainty
 from .data import Candidate, Target
 from .fidelity import VERDICTS
 from .journal import Keys
-from .mixture import Mixture, Score, Standing, mean_over_targets
+from .mixture import Mixture, Score, SearchSpace, Standing, mean_over_targets
 from .search import SearchResult, score_of
 from .worth import Worth, worth
 
@@ -26,10 +27,13 @@ class Outcome:
         training: name -> `training.json` of every adapter.
         final: `final/training.json`, or None while there is no final model of the chosen mixture.
         keys: of every target, by which a reader of the journal knows the lines of this run.
+        space: the mixtures that may be chosen.
+        study: fingerprint that a correlation study of this run has.
         overlap: (candidate, target) -> rows of the target that stand in the candidate too.
-        fidelity: `fidelity.json`, where there is one.
-        verified: `verified.json`, where mixtures were fine-tuned before choosing.
+        fidelity: `fidelity.json`, where there is one of this very run.
+        verified: what is in the summary of mixtures that were fine-tuned before choosing, where any were.
         fine_tuned: how these stand as fine-tuned, best first.
+        compare_seconds: time spent fine-tuning mixtures to compare.
     """
 
     result: SearchResult
@@ -39,10 +43,13 @@ class Outcome:
     training: Mapping[str, Mapping[str, Any]]
     final: Mapping[str, Any] | None
     keys: Mapping[str, Keys]
+    space: SearchSpace
+    study: str
     overlap: Mapping[tuple[str, str], int] = field(default_factory=dict)
     fidelity: Mapping[str, Any] | None = None
     verified: Mapping[str, Any] | None = None
     fine_tuned: Sequence[Standing] = ()
+    compare_seconds: float = 0.0
 
     @cached_property
     def worth(self) -> Worth | None:
@@ -55,25 +62,40 @@ class Outcome:
         singles = [one for name in self.candidates if (one := self.merged([name])).score]
         return max(singles, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
 
+    @property
+    def choice(self) -> Standing:
+        """How the chosen mixture stands by the scores that it was chosen by: those of fine-tuned models where it was verified."""
+        mixture = self.result.best.mixture
+        return next((one for one in self.fine_tuned if one.mixture == mixture), self.result.best)
+
     @cached_property
     def certainty(self) -> Certainty | None:
-        """How sure the choice is, by the scores that it was made by: those of fine-tuned models where it was verified."""
+        """How sure the choice is, by the scores that it was made by.
+
+        Of a verified one only the luck among the fine-tuned mixtures is known, not that of coming among these.
+        """
         ranking = list(self.fine_tuned) or self.result.ranking
-        by_mixture = {one.mixture: one for one in ranking}
-        best = by_mixture.get(self.result.best.mixture, self.result.best)
-        references = {
-            "base": self.result.base,
-            "all": self.merged(list(self.candidates)),
-            "best_single": self.best_single,
-        }
-        against = {
-            name: by_mixture.get(one.mixture, one if name == "base" or not self.fine_tuned else None)
-            for name, one in references.items()
-            if one is not None
-        }
+        fine_tuned = {one.mixture: one for one in self.fine_tuned}
+        references = {"all": self.merged(list(self.candidates)), "best_single": self.best_single}
+        against = {"base": self.result.base}
+        for name, one in references.items():
+            if one is not None and (not fine_tuned or one.mixture in fine_tuned):
+                against[name] = fine_tuned.get(one.mixture, one)
         return certainty(
-            ranking, best, {name: one for name, one in against.items() if one is not None and one.complete}
+            ranking, self.choice, {name: one for name, one in against.items() if one.complete}, self._others()
         )
+
+    def _others(self) -> list[float] | None:
+        """Estimated scores of mixtures that might have been chosen and left a race; None where most are not known at all."""
+        if self.fine_tuned:
+            return []
+        standings = self.result.standings.values()
+        ensemble = next(iter(self.result.best.trials.values())).objective == "ensemble"
+        if ensemble and not self.space.at_most(sum(one.mixture in self.space for one in standings)):
+            return None  # only the best thousand were kept
+        return [
+            one.estimate for one in standings if one.pruned and one.mixture in self.space and one.estimate is not None
+        ]
 
     def merged(self, names: Sequence[str]) -> Standing:
         """How the equal-weight mixture of `names` stands."""
@@ -148,6 +170,17 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     validation, test = outcome.final_score("final", "validation"), outcome.final_score("final", "test")
     return {
         "objective": next(iter(result.best.trials.values())).objective,
+        "candidates": list(outcome.candidates),
+        "space": {
+            "names": list(outcome.space.names),
+            "required": sorted(outcome.space.required),
+            "min_datasets": outcome.space.min_datasets,
+            "max_datasets": outcome.space.max_datasets,
+            "costs": dict(outcome.space.costs),
+            "max_cost": None if math.isinf(outcome.space.max_cost) else outcome.space.max_cost,
+            "continuous": outcome.space.continuous,
+        },
+        "study": outcome.study,
         "best": standing_json(result.best),
         "base": standing_json(result.base),
         "all": standing_json(outcome.merged(list(outcome.candidates))),
@@ -189,6 +222,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
             "train_seconds": round(sum(record["seconds"] for record in training), 3),
             "search_seconds": round(result.seconds, 3),
             "final_seconds": final["total_seconds"] if final else None,
+            "compare_seconds": round(outcome.compare_seconds, 3),
             "example_evaluations": result.evaluations,
             "adapter_steps": sum(record["steps"] for record in training),
         },
@@ -198,22 +232,24 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
 def cautions(outcome: Outcome) -> list[tuple[str, str]]:
     """(code, text) of everything that a user should know before believing the result, the gravest first."""
     result, found = outcome.result, []
-    best, base = result.best, result.base
+    choice, base = outcome.choice, result.base
+    best = result.best
     sure = outcome.certainty
-    if base.score and score_of(best).value <= base.score.value:
-        found.append(
-            (
-                "negative_transfer",
-                f"negative transfer: no mixture scores above the base model ({best.mixture} is the best)",
-            )
-        )
+    how = "fine-tuned, " if outcome.fine_tuned else ""
+    if base.score and score_of(choice).value <= base.score.value:
+        top = list(outcome.fine_tuned) or result.ranking
+        if score_of(top[0]).value <= base.score.value:
+            text = f"negative transfer: {how}no mixture that may be chosen scores above the base model"
+        else:
+            text = "the chosen mixture does not score above the base model"
+        found.append(("negative_transfer", text))
     elif sure and "base" in sure.differences and sure.differences["base"][1] <= 0:
         value, low, high = sure.differences["base"]
+        told = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
         found.append(
             (
                 "not_above_base",
-                f"the chosen mixture cannot be told from the base model: {value:+.3f} [{low:+.3f}, {high:+.3f}], chance in "
-                "choosing taken off",
+                f"the chosen mixture cannot be told from the base model: {told}, the luck of the best of many taken off",
             )
         )
     for name in outcome.candidates:
@@ -247,10 +283,10 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
     if sure and sure.tied > 1:
         more = ""
         if sure.rows_needed is not None and sure.rows_needed > 1:
-            rows = sum(part.get("validation", 0) for part in outcome.examples.values())
+            rows = sum(len(trial.score.values) for trial in choice.trials.values() if trial.score)
             more = f"; to tell it from the second best it would take about {rounded(rows * sure.rows_needed)} rows, not {rows:,}"
         found.append(("few_rows", f"the rows cannot tell {sure.tied} mixtures apart, the chosen one among them{more}"))
-    elif score_of(best).stderr is None:
+    elif score_of(choice).stderr is None:
         found.append(
             ("no_stderr", "the scorer gives no standard error, so nothing tells how much of the differences is chance")
         )
@@ -262,18 +298,18 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
         )
     if outcome.verified and outcome.verified["by_search"] != best.mixture.weights:
         first = Mixture.of(outcome.verified["by_search"])
-        found.append(
-            ("overruled", f"fine-tuned, {best.mixture} scores higher than {first}, which the search put first")
-        )
-    stratified = ((outcome.verified or {}).get("baselines") or {}).get("stratified")
-    if stratified and stratified["validation"]["over_chosen"]["value"] > 0:
-        value = stratified["validation"]["over_chosen"]["value"]
+        found.append(("overruled", f"fine-tuned, {best.mixture} scores higher than {first}, the choice of the search"))
+    stratified = (((outcome.verified or {}).get("baselines") or {}).get("stratified") or {}).get("validation")
+    over = (stratified or {}).get("over_chosen")
+    if over and over["value"] > 1.645 * (over["stderr"] or 0.0):
         found.append(
             (
                 "stratified",
-                f"fine-tuned on equally many rows of each candidate it scores higher than the chosen one, by {value:.3f}",
+                f"fine-tuned on equally many rows of every candidate it scores higher than the chosen, by {over['value']:.3f}",
             )
         )
+    for one in (outcome.verified or {}).get("failed", []):
+        found.append(("failed", f"{Mixture.of(one['mixture'])} could not be fine-tuned and scored: {one['reason']}"))
     return found
 
 

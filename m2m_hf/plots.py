@@ -161,8 +161,9 @@ def history(record: Record) -> Figure | None:
     if raced:
         upper.scatter(places[~complete], values[~complete], s=10, facecolor="none", edgecolor=MUTED, lw=0.7, alpha=0.6,
                       label="left a race", rasterized=len(order) > POINTS)  # fmt: skip
-    upper.step(places, np.maximum.accumulate(np.where(complete, values, -np.inf)), where="post", color=FIRST,
-               label="best so far")  # fmt: skip
+    allowed = complete & np.array([one.mixture in record.space and not one.short for one in order])
+    best = np.maximum.accumulate(np.where(allowed, values, -np.inf))
+    upper.step(places[np.isfinite(best)], best[np.isfinite(best)], where="post", color=FIRST, label="best so far")
     upper.set_ylabel(short(record.metric))
     upper.legend(loc="lower right")
     if lower is not None:
@@ -189,6 +190,8 @@ def fidelity(record: Record) -> Figure | None:
                 (one[kind][measure], one["trained"][measure], len(one["mixture"])) for one in found["mixtures"]
                 if one[kind][measure] is not None
             ]  # fmt: skip
+            if not points:
+                continue
             x, y, size = np.array(points).T
             for single, label in ((True, "single"), (False, "two or more")):
                 kept = (size == 1) == single

@@ -7,6 +7,7 @@ it the winner by a margin that all examples together can tell. What stays to the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,16 @@ def rungs(examples: int) -> list[int]:
         steps.append(round(size))
         size *= GROWTH
     return [*steps, examples]
+
+
+def order(scorer: str, examples: int) -> tuple[int, ...]:
+    """The order in which races see the examples; from the target alone, so that rungs of one run are good for another.
+
+    Args:
+        scorer: the scorer's fingerprint.
+        examples: how many there are.
+    """
+    return tuple(Random(scorer).sample(range(examples), examples))
 
 
 @dataclass(frozen=True)

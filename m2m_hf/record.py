@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import yaml
 
 from .errors import InputError
 from .journal import Journal, Keys, RunFolder, read_json
-from .mixture import BASE, Mixture, Score, Standing, Trial
+from .mixture import BASE, Mixture, Score, SearchSpace, Standing, Trial
+from .racing import order
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,16 @@ class Record:
             )
         config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         summary = read_json(run.summary)
-        training = {name: read_json(run.adapters / name / "training.json") for name in sorted(config["candidates"])}
+        training = {name: read_json(run.adapters / name / "training.json") for name in summary["candidates"]}
         final = run.final / "training.json"
+        study = read_json(run.fidelity) if run.fidelity.exists() else {}
         standings = recorded(Journal(run.trials), summary, training)
         return cls(
             config,
             summary,
             training,
             read_json(final) if summary["final"] and final.exists() else None,
-            read_json(run.fidelity) if run.fidelity.exists() else None,
+            study if study.get("fingerprint") == summary["study"] else None,
             [one for one in standings if one.mixture.items],
             next((one for one in standings if not one.mixture.items), None),
         )
@@ -80,6 +83,14 @@ class Record:
         metrics = [one["metric"] or "score" for one in self.summary["targets"].values()]
         return metrics[0] if len(metrics) == 1 else "weighted mean"
 
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The mixtures that may be chosen."""
+        given = dict(self.summary["space"])
+        given["names"], given["required"] = tuple(given["names"]), frozenset(given["required"])
+        given["max_cost"] = inf if given["max_cost"] is None else given["max_cost"]
+        return SearchSpace(**given)
+
     @staticmethod
     def score(standing: Standing) -> Score:
         """The score of a standing, corrected where it left a race."""
@@ -94,7 +105,7 @@ class Record:
     @cached_property
     def ranked(self) -> list[Standing]:
         """Those that may be chosen, best first, the chosen one before its equals."""
-        allowed = [one for one in self.scored if not one.short]
+        allowed = [one for one in self.scored if one.mixture in self.space and not one.short]
         return sorted(allowed, key=lambda one: (-self.score(one).value, one.mixture != self.best, len(one.mixture)))
 
 
@@ -123,14 +134,21 @@ def recorded(journal: Journal, summary: Mapping[str, Any], training: Mapping[str
                 if known is None or known.rung <= trial.rung:
                     found[trial.mixture][trial.target] = trial
     weights = {name: one["weight"] for name, one in targets.items()}
+    total = sum(weights.values())
+    orders = {name: order(of.scorer, of.examples) for name, of in keys.items()}
     whole = {mixture: trials for mixture, trials in found.items() if len(trials) == len(targets)}
     base = whole.get(BASE, {})
+    control = whole.get(Mixture.subset(training), {})  # scored in full; what pruned mixtures are compared with
     standings = []
     for mixture, trials in whole.items():
         short = []
+        offset = 0.0
         for name, trial in trials.items():
             least, reference = targets[name]["min_delta"], base.get(name)
             if mixture.items and least is not None and reference and reference.score and trial.score:
                 short += [name] if trial.score.value < reference.score.value - least else []
-        standings.append(Standing(mixture, trials, weights, tuple(short)))
+            if trial.state == "pruned" and name in control and (score := control[name].score) and score.values:
+                alike = sum(score.values[row] for row in orders[name][: trial.rung]) / trial.rung
+                offset += weights[name] / total * (score.value - alike)
+        standings.append(Standing(mixture, trials, weights, tuple(short), offset))
     return standings

@@ -56,15 +56,13 @@ def costs(record: Record) -> list[tuple[str, str, str]]:
     rows = [
         (f"{counts['candidates']} adapters", f"{spent['adapter_steps']:,} steps", duration(spent["train_seconds"])),
         (
-            f"{len(record.order) + 1} mixtures scored",
+            f"{record.summary['counts']['trials']} trials",
             f"{spent['example_evaluations']:,} examples",
             duration(spent["search_seconds"]),
         ),
     ]
-    if record.fidelity:
-        trained = record.fidelity["mixtures"]
-        steps, seconds = (sum(one[key] for one in trained) for key in ("steps", "seconds"))
-        rows.append((f"{len(trained)} mixtures fine-tuned to compare", f"{steps:,} steps", duration(seconds)))
+    if spent["compare_seconds"]:
+        rows.append(("mixtures fine-tuned to compare", "", duration(spent["compare_seconds"])))
     if record.final:
         rows.append(("final model", f"{record.final['steps']:,} steps", duration(spent["final_seconds"])))
     return rows

@@ -37,6 +37,7 @@ class Scorer(ABC):
         cut: rows whose beginning did not fit into the model.
         fingerprint: what a score depends on beside the model.
         by_row: whether every row has a value that does not depend on the other rows, so that some of them can be scored alone.
+        needs_adapter: whether it is given the mixture as a LoRA adapter rather than as a model.
     """
 
     examples: int
@@ -44,6 +45,7 @@ class Scorer(ABC):
     cut: int = 0
     fingerprint: str
     by_row: bool = False
+    needs_adapter: bool = False
 
     @abstractmethod
     def score(

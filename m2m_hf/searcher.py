@@ -4,12 +4,11 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import yaml
@@ -60,7 +59,7 @@ from .report import write_report
 from .scoring import LogprobScorer, Scorer, make_scorer
 from .search import Budget, SearchResult, default_budget, score_of, search
 from .strategies import Strategy, Task, exhaustive, listed
-from .study import RANDOM, Choice, Study, best_of, nested
+from .study import RANDOM, Choice, Study
 from .surrogates import FEW, STRATEGIES, choose_strategy
 from .tables import baselines_table, end_table, fidelity_remarks, fidelity_tables, remarks, verified_table
 from .trained import TrainedMixtures, TrainedObjective
@@ -70,7 +69,7 @@ FREE = {
     "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
     "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
     "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
-    "merge_method", "merge_parameters",
+    "merge_method", "merge_parameters", "allow_mixed_training",
     "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
@@ -122,6 +121,7 @@ class MergeToMixSearcher:
         self._stack: Stack | None = None
         self._stack_method = AVERAGE
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
+        self._journal: Journal | None = None
         self._result: SearchResult | None = None
         self._verified: dict[str, Any] | None = None
         self._fine_tuned: list[Standing] = []
@@ -413,7 +413,7 @@ class MergeToMixSearcher:
         space = self.space
         objectives = self._objectives(config.objective)
         strategy = self._strategy(space, objectives)
-        journal = Journal(self.run.trials)
+        journal = self._journal = Journal(self.run.trials)
         self.state.wait_for_everyone()
         budget = Budget(
             config.max_trials or math.inf,
@@ -595,10 +595,28 @@ class MergeToMixSearcher:
         surrogates = {"merged": self._objectives("merged")}
         if all(has_ensemble(self.scorers[name]["validation"], one.config.metric) for name, one in self.targets.items()):
             surrogates["ensemble"] = self._objectives("ensemble")
-        trained = [
+        if self._journal is None:
+            self._journal = Journal(self.run.trials)
+            self.state.wait_for_everyone()
+        mixed = any(one.config.training for one in self.candidates.values())
+        return Study(
+            self.space,
+            surrogates,
+            self._trained_objectives,
+            self._journal,
+            write=self.state.is_main_process,
+            agree=self._agree,
+            progress=self.terminal.progress,
+            uniform=self.merge_method == AVERAGE and not mixed,
+        )
+
+    @cached_property
+    def _trained_objectives(self) -> list[TrainedObjective]:
+        return [
             TrainedObjective(
                 self.models,
                 self._plain_base,
+                partial(self._open_stack, AVERAGE),
                 self.scorers[name]["validation"],
                 self.keys[name],
                 target=name,
@@ -608,43 +626,56 @@ class MergeToMixSearcher:
             )
             for name, target in self.targets.items()
         ]
-        return Study(
-            self.space,
-            surrogates,
-            trained,
-            Journal(self.run.trials),
-            write=self.state.is_main_process,
-            agree=self._agree,
-            progress=self.terminal.progress,
-        )
+
+    def choose(self) -> SearchResult:
+        """The search, and what `verify_top_k` makes of it."""
+        result = self._result or self.search()
+        return self.verify() if self.config.verify_top_k else result
+
+    @cached_property
+    def _study_fingerprint(self) -> str:
+        """What a correlation study depends on: one that has another is of another run."""
+        weights = {name: one.config.weight for name, one in self.targets.items()}
+        keys = {name: asdict(one) for name, one in self.keys.items()}
+        return fingerprint([keys, weights, self.merge_method.label, list(self.space.names)])
+
+    def _read_study(self) -> dict[str, Any] | None:
+        found = read_json(self.run.fidelity) if self.run.fidelity.exists() else {}
+        return found if found.get("fingerprint") == self._study_fingerprint else None
 
     def fidelity(self) -> dict[str, Any]:
         """The correlation study: fine-tunes mixtures, and compares what they score with what the surrogates said they would.
 
         Beside them the baselines (all, best single, similarity, stratified, random, and the best of all where all were
-        fine-tuned), trained and scored alike. Models that were fine-tuned before are not trained again.
+        fine-tuned), trained and scored alike. Models that were fine-tuned before are not trained again. The sealed test set is
+        scored only where the final model of the chosen mixture is there, so that nothing is chosen after it was seen.
 
         Returns:
             What stands in `OUT/fidelity.json`.
         """
-        result = self._result or self.search()
+        result = self.choose()
         ranking = [one.mixture for one in result.ranking]
         mixtures = sample(self.space, ranking, self.config.fidelity_mixtures, self.args.seed)
         study = self.study
         self.terminal.say(f"fidelity: {len(mixtures)} mixtures to fine-tune and score, {self._uniformly()}")
         found = study.run(mixtures, result.base)
-        best_trained = None
+        choices = self._choices(result, random=RANDOM)
         if found["all_mixtures"]:
-            allowed = [number for number, mixture in enumerate(mixtures) if mixture in self.space]
-            best_trained = mixtures[max(allowed, key=lambda number: found["mixtures"][number]["trained"]["score"])]
-        choices = self._choices(result, random=RANDOM) | (
-            {"oracle": study.choice(best_trained)} if best_trained else {}
-        )
+            allowed = [one for one in study.trained_standings(mixtures, result.base) if one.may_be_chosen]
+            allowed = [one for one in allowed if one.mixture in self.space]
+            if allowed:
+                choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
+        sealed = self._test_scorers if self._read_final(result.best.mixture) else {}
+        if self._test_scorers and not sealed:
+            self.terminal.say(
+                "the sealed test set stays sealed until m2m select or m2m sft has made the final model", "dim"
+            )
         found = {
+            "fingerprint": self._study_fingerprint,
             "uniform": self._uniformly(),
             **found,
             "similarity": self._similarities,
-            "baselines": study.baselines(choices, result.base, self._test_scorers),
+            "baselines": study.baselines(choices, result.base, sealed),
         }
         if self.state.is_main_process:
             write_json(self.run.fidelity, found)
@@ -656,32 +687,45 @@ class MergeToMixSearcher:
 
         Mixtures that make a target worse than the base model by more than its `min_delta` cannot be chosen. The stratified
         baseline is no mixture of whole candidates and is compared, not chosen.
+
+        Raises:
+            InputError: not one of them could be fine-tuned, or may be chosen.
         """
         result = self._result or self.search()
         if self._verified is not None:
             return result
         study = self.study
-        top = [one.mixture for one in result.ranking[: self.config.verify_top_k]]
+        top = dict.fromkeys([result.best.mixture, *(one.mixture for one in result.ranking)])
         choices = self._choices(result)
         others = [choices[name].mixture for name in ("all", "best_single", "similarity") if name in choices]
-        mixtures = list(dict.fromkeys([*top, *(one for one in others if one in self.space)]))
+        mixtures = list(
+            dict.fromkeys([*list(top)[: self.config.verify_top_k], *(one for one in others if one in self.space)])
+        )
         self.terminal.say(f"verifying: {len(mixtures)} mixtures to fine-tune and score, {self._uniformly()}")
         found = study.run(mixtures, result.base)
-        standings = study.trained_standings(mixtures, result.base)
-        self._fine_tuned = sorted(
-            (one for one in standings if not one.short), key=lambda one: -score_of(one).value
-        )  # stable, so that of equal ones the search's order holds
-        best = self._fine_tuned[0].mixture if self._fine_tuned else result.best.mixture
-        for standing in study.standings(self._objectives(self.config.objective), [best], "scoring mixtures"):
-            result.standings.setdefault(best, standing)
+        allowed = [one for one in study.trained_standings(mixtures, result.base) if one.may_be_chosen]
+        if not allowed:
+            raise InputError(
+                "fine-tuned, every mixture makes a target worse than the base model by more than its min_delta allows; raise it, "
+                "or a larger verify_top_k. What was trained and scored is kept"
+            )
+        # Stable, so that of equal ones the search's order holds.
+        self._fine_tuned = sorted(allowed, key=lambda one: -score_of(one).value)
+        best = self._fine_tuned[0].mixture
+        (standing,) = study.standings(self._objectives(self.config.objective), [best], "scoring mixtures")
+        result.standings[best] = replace(standing, short=())
         self._verified = {
             "by_search": result.best.mixture.weights,
             "uniform": self._uniformly(),
-            **{key: found[key] for key in ("mixtures", "agreement", "training_noise")},
+            **{key: found[key] for key in ("mixtures", "failed", "agreement", "training_noise")},
             "baselines": None,
         }
         self._result = replace(result, best=result.standings[best])
         return self._result
+
+    def _choices(self, result: SearchResult, random: int = 0) -> dict[str, Choice]:
+        objectives = self._objectives(self.config.objective)
+        return self.study.choices(result, objectives, list(self._similarities), random, self.args.seed)
 
     def _compare_with_baselines(self) -> None:
         """At the very end of a verified run: every baseline's fine-tuned model on validation and sealed test rows."""
@@ -700,7 +744,7 @@ class MergeToMixSearcher:
         The study is made where it is missing.
         """
         result = self._result or self.search()
-        found = read_json(self.run.fidelity) if self.run.fidelity.exists() else self.fidelity()
+        found = self._read_study() or self.fidelity()
         mixtures = [Mixture.of(one["mixture"]) for one in found["mixtures"]]
         return mixtures, self.study.trained_standings(mixtures, result.base), found["all_mixtures"]
 
@@ -724,31 +768,6 @@ class MergeToMixSearcher:
         epochs = self.args.num_train_epochs
         return f"each for the same {epochs:g} epoch{'' if epochs == 1 else 's'}"
 
-    def _choices(self, result: SearchResult, random: int = 0) -> dict[str, Choice]:
-        """What this and other ways of choosing come to."""
-        study, names = self.study, self.space.names
-        singles = [one for one in map(Mixture.subset, ([name] for name in names)) if result.standings[one].score]
-        choices = {
-            "chosen": study.choice(result.best.mixture),
-            "all": study.choice(Mixture.subset(names)),
-            "best_single": study.choice(best_of(singles, result.standings)),
-        }
-        if order := list(self._similarities):
-            steps = [one for one in nested(order) if one in self.space]
-            unknown = [one for one in steps if one not in result.standings or not result.standings[one].complete]
-            more = self.study.standings(self._objectives(self.config.objective), unknown, "scoring mixtures")
-            known = {**result.standings, **dict(zip(unknown, more, strict=True))}
-            if steps := [one for one in steps if known[one].score]:
-                choices["similarity"] = study.choice(best_of(steps, known))
-        choices["stratified"] = study.stratified()
-        draw = Random(self.args.seed)
-        for _ in range(100 * random):
-            mixture = self.space.draw(draw)
-            taken = [one.mixture for name, one in choices.items() if name.startswith("random")]
-            if len(taken) < random and mixture not in taken:
-                choices[f"random_{len(taken) + 1}"] = study.choice(mixture)
-        return choices
-
     @cached_property
     def _similarities(self) -> dict[str, float]:
         """Name -> cosine with the targets in the base model's hidden states, most similar first; kept on the disk."""
@@ -759,7 +778,8 @@ class MergeToMixSearcher:
         weights = {name: self.targets[name].config.weight for name in asked}
         path = self.run.trained / "similarity.json"
         of = fingerprint([weights, {name: asdict(keys) for name, keys in self.keys.items()}, list(self.space.names)])
-        if path.exists() and (known := read_json(path)).get("fingerprint") == of:
+        known = self._agree(read_json(path) if path.exists() else {})
+        if known.get("fingerprint") == of:
             return dict(known["cosine"])
         base = self._plain_base()
         texts = {
@@ -781,7 +801,7 @@ class MergeToMixSearcher:
         Returns:
             The summary, as in `OUT/summary.json`.
         """
-        result = self._result or self.search()
+        result = self.choose()
         summary = summarise(self._outcome())
         if self.state.is_main_process:
             write_recipe(self.run, result.best.mixture, self.candidates, self._data[0], *self._final_settings())
@@ -810,7 +830,7 @@ class MergeToMixSearcher:
         Returns:
             The summary, as in `OUT/summary.json`.
         """
-        result = self.verify() if self.config.verify_top_k else self._result or self.search()
+        result = self.choose()
         summary = self.write_outcome()
         if summary["final"] is None:
             self._worked = True
@@ -826,8 +846,14 @@ class MergeToMixSearcher:
         """The models that were fine-tuned on mixtures to be compared; the adapters must be there."""
         return TrainedMixtures(
             self.run.trained, self.candidates, self._data[0], next(iter(self.keys.values())), self._base_to_train,
-            self.tokenizer, self.args, self.lora,
+            self.tokenizer, self.args, self.lora, self._launched_otherwise,
         )  # fmt: skip
+
+    @property
+    def _launched_otherwise(self) -> list[str]:
+        """In what this launch differs from the one that trained the adapters."""
+        there = next(iter(self.bank.training().values()))["uniform"]
+        return differing({name: self.facts.get(name) for name in LAUNCH}, {name: there.get(name) for name in LAUNCH})
 
     def _train_and_score_final(self, result: SearchResult) -> None:
         mixture = result.best.mixture
@@ -835,38 +861,44 @@ class MergeToMixSearcher:
         counts = self.models.counts(mixture)
         folder = self.run.root / ".final.partial"
         start = time.monotonic()
-        if not self.config.final and self.models.is_trained(counts):
-            record = self.models.record(counts)  # the same model, made to be compared with others
-            if self.state.is_main_process:
-                shutil.copytree(self.models.folder(counts), folder, dirs_exist_ok=True)
-            self.state.wait_for_everyone()
-        else:
-            rows = mixture_dataset(counts, self.candidates, self._data[0], args.seed)
-            steps = mixture_steps(args, self.candidates, counts)
-            with self.terminal.progress(f"final fine-tune on {mixture}", steps) as bar:
-                progress = BankProgress(bar, 0, "")
-                record = train_lora(
-                    self._base_to_train(), self.tokenizer, rows, args, lora_config(model_args), folder, [progress]
-                )
+        # Without settings of its own it is the very model that a study would fine-tune on the mixture.
+        shared = not self.config.final and (self.models.is_trained(counts) or not self._launched_otherwise)
+        with self.terminal.progress(
+            f"final fine-tune on {mixture}", mixture_steps(args, self.candidates, counts)
+        ) as bar:
+            if shared:
+                trained = self.models.train(counts, bar)
+                record = self.models.record(counts)
+                if self.state.is_main_process:
+                    shutil.copytree(trained, folder, dirs_exist_ok=True)
+                self.state.wait_for_everyone()
+            else:
+                rows = mixture_dataset(counts, self.candidates, self._data[0], args.seed)
+                base, progress = self._base_to_train(), [BankProgress(bar, 0, "")]
+                record = train_lora(base, self.tokenizer, rows, args, lora_config(model_args), folder, progress)
         seconds = time.monotonic() - start
-        stack = GatedStack(self._plain_base(), {"final": Adapter.load(folder)})
         scores: dict[str, Any] = {}
         total = sum(2 * len(parts) for parts in self.scorers.values())
         with self.terminal.progress("scoring base and final model", total) as bar:
-            for target, parts in self.scorers.items():
-                for part, scorer in parts.items():
+            for objective in self._trained_objectives:
+                target = objective.target
+                scores[target] = {"base": {}, "final": {}}
+                for part, scorer in self.scorers[target].items():
                     found: dict[str, Score] = {}
-                    for who, weights in (("base", {}), ("final", {"final": 1.0})):
-                        score = scorer.score(stack, [weights], self._tokens_per_batch)[0]
+                    for who, of in (("base", {}), ("final", counts)):
+                        if who == "base" or shared:
+                            score = self._score_of(objective, of, part, scorer)
+                        else:
+                            stack = GatedStack(self._plain_base(), {"final": Adapter.load(folder)})
+                            score = scorer.score(stack, [{"final": 1.0}], self._tokens_per_batch)[0]
+                            stack.detach()
                         if isinstance(score, Failure):
                             raise InputError(f"the {who} model has no score on {target}: {score.reason}")
                         found[who] = score
-                        shown = {"score": score.value, "stderr": score.stderr}
-                        scores.setdefault(target, {}).setdefault(who, {})[part] = shown
+                        scores[target][who][part] = {"score": score.value, "stderr": score.stderr}
                         bar.advance()
                     value, stderr = paired({target: found["final"]}, {target: found["base"]}, {target: 1.0})
                     scores[target]["final"][part]["over_base"] = {"value": value, "stderr": stderr}
-        stack.detach()
         self._put_old_final_aside()
         publish(
             folder,
@@ -880,6 +912,14 @@ class MergeToMixSearcher:
                 "total_seconds": round(max(seconds, record["seconds"]), 3),
             },
         )
+
+    def _score_of(
+        self, objective: TrainedObjective, counts: Mapping[str, int], part: str, scorer: Scorer
+    ) -> Score | Failure:
+        """A model's score on validation or sealed test rows; the latter are looked at once."""
+        if part == "test":
+            return objective.sealed(counts, scorer, self.state.is_main_process, self._agree)
+        return objective.score(counts)
 
     def _put_old_final_aside(self) -> None:
         """A final model of another mixture or of other arguments is renamed, not overwritten."""
@@ -898,7 +938,7 @@ class MergeToMixSearcher:
         return final if final.get("fingerprint") == self._final_fingerprint(mixture) else None
 
     def _outcome(self) -> Outcome:
-        result = self._result or self.search()
+        result = self.choose()
         return Outcome(
             result=result,
             candidates=self.candidates,
@@ -909,10 +949,13 @@ class MergeToMixSearcher:
             training=self.bank.training(),
             final=self._read_final(result.best.mixture),
             keys=self.keys,
+            space=self.space,
+            study=self._study_fingerprint,
             overlap=self.overlap,
-            fidelity=read_json(self.run.fidelity) if self.run.fidelity.exists() else None,
+            fidelity=self._read_study(),
             verified=self._verified,
             fine_tuned=self._fine_tuned,
+            compare_seconds=self.models.seconds(self.models.counts(result.best.mixture)),
         )
 
     def show(self) -> None:
@@ -942,12 +985,10 @@ class MergeToMixSearcher:
             The summary, as in `OUT/summary.json`.
         """
         self.check()
-        self.search()
-        if self.config.verify_top_k:
-            self.verify()
+        self.choose()
         summary = self.train_final() if self.config.train_final else self.write_outcome()
         self.show()
-        if not self._worked:
+        if not self._worked and not self.study.worked:
             self.terminal.say(f"nothing to do: {os.path.relpath(self.run.root)} is complete", style="green")
         return summary
 

@@ -1,20 +1,22 @@
 """The correlation study: fine-tunes mixtures, and holds the surrogates and other ways of choosing against what they score."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
+from random import Random
 from typing import Any
 
 import numpy as np
 
+from .adapters import DivergedError
 from .certainty import paired, scores_of
 from .errors import InputError
 from .fidelity import LARGER, Agreement, Rows, agreement, verdict
-from .journal import Journal, read_json, write_json
+from .journal import Journal
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing, mean_over_targets
 from .objectives import Objective
 from .scoring import Scorer
-from .search import Budget, Search, score_of, trial_of
+from .search import Budget, Search, SearchResult, score_of, trial_of
 from .trained import Counts, TrainedMixtures, TrainedObjective
 
 RANDOM = 3  # mixtures drawn at random to compare with
@@ -44,6 +46,8 @@ class Study:
         write: whether this process writes it.
         agree: gives every process what the main one has.
         progress: `Terminal.progress`.
+        uniform: whether merged singles are adapters that were trained as everything else: the average of a bank without mixed
+            training.
     """
 
     def __init__(
@@ -56,7 +60,9 @@ class Study:
         write: bool,
         agree: Callable[[Any], Any],
         progress: Callable[[str, int], Any],
+        uniform: bool = True,
     ) -> None:
+        self.uniform = uniform
         self.space = space
         self.surrogates = surrogates
         self.trained = trained
@@ -65,6 +71,7 @@ class Study:
         self._write = write
         self._agree = agree
         self._progress = progress
+        self.worked = False  # whether anything was trained
 
     def standings(self, objectives: Sequence[Objective], mixtures: Sequence[Mixture], title: str) -> list[Standing]:
         """How mixtures stand by some objectives; what the journal does not hold is measured."""
@@ -76,20 +83,28 @@ class Study:
             state.fixed(mixtures)
         return [state.standings[mixture] for mixture in mixtures]
 
-    def fine_tune(self, choices: Sequence[Counts]) -> None:
-        """Trains the models that are missing.
-
-        Raises:
-            InputError: a training diverged.
-        """
-        missing = {self.models.folder(counts): counts for counts in choices if not self.models.is_trained(counts)}
+    def fine_tune(self, choices: Sequence[Choice]) -> None:
+        """Trains the models that are missing; one that diverges is a failed trial of the journal."""
+        missing = {self.models.folder(one.counts): one for one in choices if not self.models.is_trained(one.counts)}
+        for folder, one in list(missing.items()):
+            trials = [self._journal.get(objective.keys.trained(one.counts)) for objective in self.trained]
+            if any(trial and trial.state == "failed" for trial in trials):
+                del missing[folder]
         if not missing:
             return
-        steps = [self.models.steps(counts) for counts in missing.values()]
+        self.worked = True
+        steps = [self.models.steps(one.counts) for one in missing.values()]
         with self._progress("fine-tuning mixtures", sum(steps)) as bar:
             starts = accumulate(steps, initial=0)
-            for number, (counts, before) in enumerate(zip(missing.values(), starts, strict=False), start=1):
-                self.models.train(counts, bar, before, f"{number} of {len(missing)}: {' + '.join(counts)}")
+            for number, (one, before) in enumerate(zip(missing.values(), starts, strict=False), start=1):
+                try:
+                    self.models.train(one.counts, bar, before, f"{number} of {len(missing)}: {' + '.join(one.counts)}")
+                except DivergedError as error:
+                    for objective in self.trained:
+                        key = objective.keys.trained(one.counts)
+                        failed = Failure(str(error))
+                        trial = trial_of(objective, one.mixture, failed, 0.0, objective.examples, key, "trained")
+                        self._journal.append(trial, write=self._write)
 
     def counts(self, mixture: Mixture) -> dict[str, int]:
         return self.models.counts(mixture)
@@ -97,10 +112,39 @@ class Study:
     def choice(self, mixture: Mixture) -> Choice:
         return Choice(mixture, self.counts(mixture))
 
-    def stratified(self) -> Choice:
-        """All candidates with equally many rows, as many as the smallest has."""
-        rows = {name: len(self.models.candidates[name].rows) for name in self.space.names}
-        return Choice(Mixture.subset(rows), dict.fromkeys(sorted(rows), min(rows.values())))
+    def choices(
+        self, result: SearchResult, objectives: Sequence[Objective], similar: Sequence[str], random: int, seed: int
+    ) -> dict[str, Choice]:
+        """What this and other ways of choosing come to, by name.
+
+        Args:
+            result: the search; its standings come to hold what had to be scored.
+            objectives: the search's.
+            similar: the candidates, those most similar to the targets first; empty where that cannot be told.
+            random: mixtures to draw at random.
+            seed: of these.
+        """
+        names = self.space.names
+        choices = {"chosen": self.choice(result.best.mixture), "all": self.choice(Mixture.subset(names))}
+        singles = [Mixture.subset([name]) for name in names]
+        if singles := [one for one in singles if result.standings[one].score]:
+            choices["best_single"] = self.choice(best_of(singles, result.standings))
+        steps = [Mixture.subset(similar[:size]) for size in range(1, len(similar) + 1)]
+        steps = [one for one in steps if one in self.space]
+        unknown = [one for one in steps if one not in result.standings or not result.standings[one].complete]
+        more = self.standings(objectives, unknown, "scoring mixtures") if unknown else []
+        result.standings.update(zip(unknown, more, strict=True))
+        if steps := [one for one in steps if result.standings[one].score]:
+            choices["similarity"] = self.choice(best_of(steps, result.standings))
+        rows = {name: len(self.models.candidates[name].rows) for name in names}
+        choices["stratified"] = Choice(Mixture.subset(rows), dict.fromkeys(sorted(rows), min(rows.values())))
+        draw = Random(seed)
+        drawn: list[Mixture] = []
+        for _ in range(100 * random):
+            mixture = self.space.draw(draw)
+            if len(drawn) < random and mixture not in drawn:
+                drawn.append(mixture)
+        return choices | {f"random_{number}": self.choice(one) for number, one in enumerate(drawn, start=1)}
 
     def trained_standing(self, choice: Choice) -> Standing:
         """How a model stands that was trained on rows which are not its mixture's usual ones."""
@@ -116,7 +160,11 @@ class Study:
         return Standing(choice.mixture, trials, {one.target: one.weight for one in self.trained})
 
     def trained_standings(self, mixtures: Sequence[Mixture], base: Standing) -> list[Standing]:
-        """How the models fine-tuned on mixtures stand, and on which targets they fall short of the base model's `min_delta`."""
+        """How models fine-tuned on mixtures stand, trained now where they are missing.
+
+        `short` names the targets on which they fall short of the base model's `min_delta`.
+        """
+        self.fine_tune([self.choice(mixture) for mixture in mixtures])
         reference = scores_of(base)
         least = {
             one.target: reference[one.target].value - one.min_delta for one in self.trained if one.min_delta is not None
@@ -124,7 +172,7 @@ class Study:
         found = []
         for standing in self.standings(self.trained, mixtures, "scoring what was fine-tuned"):
             scores = scores_of(standing)
-            short = tuple(target for target, value in least.items() if scores[target].value < value)
+            short = tuple(name for name, value in least.items() if name in scores and scores[name].value < value)
             found.append(replace(standing, short=short))
         return found
 
@@ -134,17 +182,20 @@ class Study:
         Args:
             base: how the base model stands.
 
+        Mixtures whose training diverges, or that have no score, are left out and named.
+
         Raises:
-            InputError: a training diverged, or a fine-tuned model has no score.
+            InputError: not one could be fine-tuned and scored.
         """
-        self.fine_tune([self.counts(mixture) for mixture in mixtures])
-        true = self.standings(self.trained, mixtures, "scoring what was fine-tuned")
+        asked, true, failed = mixtures, self.trained_standings(mixtures, base), []
         for standing in true:
-            for trial in standing.trials.values():
-                if trial.score is None:
-                    raise InputError(
-                        f"the model fine-tuned on {standing.mixture} has no score on {trial.target}: {trial.reason}"
-                    )
+            if standing.score is None:
+                reason = next(trial.reason for trial in standing.trials.values() if trial.score is None)
+                failed.append({"mixture": standing.mixture.weights, "reason": reason})
+        true = [one for one in true if one.score is not None]
+        mixtures = [one.mixture for one in true]
+        if not mixtures:
+            raise InputError(f"not one mixture could be fine-tuned and scored: {failed[0]['reason']}")
         found = {
             name: self.standings(objectives, mixtures, f"scoring mixtures ({name})")
             for name, objectives in self.surrogates.items()
@@ -161,17 +212,18 @@ class Study:
             }
             line |= {name: figures(standings[number]) for name, standings in found.items()}
             shown.append(line)
-        complete = self.space.at_most(len(mixtures)) and set(self.space.subsets()) <= set(mixtures)
+        complete = set(islice(self.space.subsets(), len(asked) + 1)) <= set(asked)
         compared = {name: compare(mixtures, standings, true, complete) for name, standings in found.items()}
         return {
             "all_mixtures": complete,
             "mixtures": shown,
+            "failed": failed,
             "agreement": {name: {key: one.to_json() for key, one in of.items()} for name, of in compared.items()},
             "verdict": {
                 name: dict(zip(("verdict", "why"), verdict(of.get("score"), of.get("score" + LARGER)), strict=True))
                 for name, of in compared.items()
             },
-            "training_noise": training_noise(found.get("merged", []), true),
+            "training_noise": training_noise(found["merged"], true) if self.uniform else None,
             "resilience": {name: resilience(base, standings, true) for name, standings in found.items()},
         }
 
@@ -187,11 +239,20 @@ class Study:
             base: how the base model stands.
             scorers: target -> scorer of its test rows, where it has any.
         """
-        self.fine_tune([choice.counts for choice in choices.values()])
+        self.fine_tune(list(choices.values()))
         stand = {name: scores_of(self.trained_standing(choice)) for name, choice in choices.items()}
         stand["base"] = scores_of(base)
         weights = {one.target: one.weight for one in self.trained}
-        tests = self._test_scores({name: choice.counts for name, choice in choices.items()} | {"base": {}}, scorers)
+        counts = {name: choice.counts for name, choice in choices.items()} | {"base": {}}
+        tests: dict[str, dict[str, Score]] = {name: {} for name in counts}
+        if scorers:
+            with self._progress("scoring the sealed test set", len(counts) * len(scorers)) as bar:
+                for name, of in counts.items():
+                    for objective in self.trained:
+                        if objective.target in scorers and stand[name]:
+                            scorer = scorers[objective.target]
+                            tests[name][objective.target] = objective.sealed(of, scorer, self._write, self._agree)
+                            bar.advance()
         shown = {}
         for name, scores in stand.items():
             choice = choices.get(name)
@@ -208,39 +269,10 @@ class Study:
                     line[part] = None
                     continue
                 value, stderr = mean_over_targets(ours, weights)
-                behind = paired(ours, reference, weights)
-                line[part] = {"score": value, "stderr": stderr, "over_chosen": pair(behind)}
+                over = pair(paired(ours, reference, weights)) if len(reference) == len(weights) else None
+                line[part] = {"score": value, "stderr": stderr, "over_chosen": over}
             shown[name] = line
         return shown
-
-    def _test_scores(self, choices: Mapping[str, Counts], scorers: Mapping[str, Scorer]) -> dict[str, dict[str, Score]]:
-        """Of every choice and every target with a sealed test set its score; models that are the same are scored once."""
-        found: dict[str, dict[str, Score]] = {name: {} for name in choices}
-        if not scorers:
-            return found
-        with self._progress("scoring the sealed test set", len(choices) * len(scorers)) as bar:
-            for name, counts in choices.items():
-                for objective in self.trained:
-                    if objective.target in scorers:
-                        found[name][objective.target] = self._test_score(
-                            name, counts, objective, scorers[objective.target]
-                        )
-                        bar.advance()
-        return found
-
-    def _test_score(self, name: str, counts: Counts, objective: TrainedObjective, scorer: Scorer) -> Score:
-        """One model's score on a sealed test set, looked at once: it is kept beside the model."""
-        path = self.models.folder(counts) / "test.json"
-        known = read_json(path) if path.exists() else {}
-        if scorer.fingerprint not in known:
-            score = objective.score(counts, scorer)
-            if isinstance(score, Failure):
-                raise InputError(f"{name} has no score on the test set of {objective.target}: {score.reason}")
-            known[scorer.fingerprint] = asdict(score)
-            if self._write:
-                write_json(path, known)
-        one = known[scorer.fingerprint]
-        return Score(one["value"], one["stderr"], tuple(one["values"]), tuple(one["logprobs"]))
 
 
 def pair(found: tuple[float, float | None]) -> dict[str, float | None]:
@@ -262,37 +294,58 @@ def training_noise(merged: Sequence[Standing], true: Sequence[Standing]) -> floa
     return float(np.sqrt(np.mean(np.square(apart)))) if apart else None
 
 
-def resilience(base: Standing, surrogate: Sequence[Standing], true: Sequence[Standing]) -> dict[str, Any]:
-    """How far the surrogate's and the trained models fall below the base model on mixtures that hurt, on the same rows.
+def resilience(
+    base: Standing, surrogate: Sequence[Standing], true: Sequence[Standing], seed: int = 0
+) -> dict[str, Any]:
+    """How far the surrogate's and the trained models fall below the base model on mixtures that hurt.
 
-    By measure (`score`, and `logprob` where there is one): `hurt`, the mixtures whose trained model lies below the base; the mean
-    change of both; how much less the surrogate falls than the trained models (`shielded`), with its standard error over the
-    rows; and how many of those mixtures lie below the base by the surrogate too (`noticed`).
+    Mixtures that hurt are picked on one half of the rows and measured on the other, and the other way round, or they would be
+    picked for their bad luck too. By measure (`score`, and `logprob` where there is one): `hurt`, mixtures whose trained model
+    lies below the base on all rows, and `noticed`, those of them that do by the surrogate too; and over the halves the mean
+    change of both, and how much less the surrogate falls (`shielded`) with its standard error over the rows. The latter three are
+    missing where no mixture hurts on a half, or there are no values by row.
     """
-    reference = scores_of(base)
     kept = [(one, other) for one, other in zip(surrogate, true, strict=True) if one.score]
-    measures = ["score", *(["logprob"] if has_logprobs([base, *surrogate, *true]) else [])]
     shown: dict[str, Any] = {}
-    for measure in measures:
-        changes = [
-            [paired(scores_of(one), reference, base.weights, measure)[0] for one in both] for both in kept
-        ]  # (surrogate, trained)
-        hurt = [number for number, (_, trained) in enumerate(changes) if trained < 0]
-        shown[measure] = {"mixtures": len(kept), "hurt": len(hurt)}
-        if hurt:
-            rows = by_rows([kept[n][0] for n in hurt], [kept[n][1] for n in hurt], measure)
-            means = [one.weight * (one.surrogate - one.trained).mean(0) for one in rows]
-            variance = sum(values.var(ddof=1) / len(values) if len(values) > 1 else np.nan for values in means)
+    for measure in ("score", *(["logprob"] if has_logprobs([base, *surrogate, *true]) else [])):
+        rows = by_rows([one for one, _ in kept], [one for _, one in kept], measure)
+        level = [one.trained[0] for one in by_rows([base], [base], measure)]
+        above = [
+            (one.weight, one.surrogate - own, one.trained - own) for one, own in zip(rows, level, strict=True)
+        ]  # of every target its weight, and what mixtures score above the base, row by row
+        means = [sum(weight * side.mean(1) for weight, *sides in above for side in [sides[k]]) for k in (0, 1)]
+        hurt = means[1] < 0
+        shown[measure] = {
+            "mixtures": len(kept), "hurt": int(hurt.sum()), "noticed": int((means[0][hurt] < 0).sum()),
+            "surrogate": None, "trained": None, "shielded": None,
+        }  # fmt: skip
+        if any(one.shape[1] < 4 for _, one, _ in above):
+            continue
+        draw = np.random.default_rng(seed)
+        orders = [draw.permutation(one.shape[1]) for _, one, _ in above]
+        found = []
+        for first in (True, False):
+            picked = measured = 0.0
+            variance = 0.0
+            halves = [np.array_split(order, 2)[:: 1 if first else -1] for order in orders]
+            picked = (
+                sum(w * trained[:, half[0]].mean(1) for (w, _, trained), half in zip(above, halves, strict=True)) < 0
+            )
+            if not picked.any():
+                continue
+            changes = []
+            for (weight, predicted, trained), (_, half) in zip(above, halves, strict=True):
+                sides = [side[picked][:, half].mean(0) for side in (predicted, trained)]
+                changes.append([weight * side.mean() for side in sides])
+                variance += float((weight * (sides[0] - sides[1])).var(ddof=1) / len(half))
+            measured = np.sum(changes, 0)
+            found.append((*measured, variance))
+        if found:
+            fell = np.mean(found, 0)
             shown[measure] |= {
-                "surrogate": float(np.mean([changes[n][0] for n in hurt])),
-                "trained": float(np.mean([changes[n][1] for n in hurt])),
-                "shielded": pair(
-                    (
-                        float(sum(values.mean() for values in means)),
-                        float(variance**0.5) if variance == variance else None,
-                    )
-                ),
-                "noticed": sum(changes[n][0] < 0 for n in hurt),
+                "surrogate": float(fell[0]),
+                "trained": float(fell[1]),
+                "shielded": pair((float(fell[0] - fell[1]), float(np.sqrt(fell[2] / len(found))))),
             }
     return shown
 
@@ -358,12 +411,6 @@ def compare(
             for target, rows in zip(true[0].weights, by_rows(ours, theirs, "score"), strict=True):
                 compared[f"score of {target}{suffix}"] = agreement(chosen, [replace(rows, weight=1.0)], complete)
     return compared
-
-
-def nested(order: Sequence[str]) -> Iterator[Mixture]:
-    """The first of the names, the first two, …, all."""
-    for size in range(1, len(order) + 1):
-        yield Mixture.subset(order[:size])
 
 
 def best_of(mixtures: Sequence[Mixture], standings: Mapping[Mixture, Standing]) -> Mixture:

@@ -65,9 +65,13 @@ def certainty_lines(outcome: Outcome) -> list[str]:
     sure = outcome.certainty
     if sure is None:
         return []
+    what = "its fine-tuned score" if outcome.fine_tuned else "its score"
+    chance = ""
+    if sure.probability_best is not None:
+        among = "those fine-tuned" if outcome.fine_tuned else "the mixtures looked at"
+        chance = f"; it truly is the best of {among} with a probability of {sure.probability_best:.2f}"
     lines = [
-        f"how sure: its score is {sure.corrected:.3f} with the luck of the best of many taken off ({-sure.optimism:+.3f}); it is "
-        f"the best one with a probability of {sure.probability_best:.2f}"
+        f"how sure: {what} is {sure.corrected:.3f} with the luck of the best of many taken off ({-sure.optimism:+.3f}){chance}"
     ]
     words = {"base": "base model", "all": "all together", "best_single": "best single"}
     shown = [
@@ -126,7 +130,12 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
             f"worth: what a candidate adds when all join the base model one by one, on average {how} (Shapley value); the "
             "first to join adds the most"
         )
-    lines.append("merged: the exact average of the adapters, not trained")
+    kind = next(iter(result.best.trials.values())).objective
+    explained = {
+        "merged": "merged: the exact average of the adapters, not trained",
+        "ensemble": "merged: scored by the average of the adapters' probabilities, not trained",
+    }
+    lines.append(explained.get(kind, f"merged: the adapters by {kind}, not trained"))
     uniform = (
         f"for the same {steps} steps"
         if steps
@@ -142,7 +151,9 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
     )
     lines.append(
         f"cost: adapters {duration(costs['train_seconds'])}, {len(result.standings)} mixtures scored in "
-        f"{duration(costs['search_seconds'])}" + (f", final model {duration(costs['final_seconds'])}" if final else "")
+        f"{duration(costs['search_seconds'])}"
+        + (f", mixtures fine-tuned to compare {duration(costs['compare_seconds'])}" if costs["compare_seconds"] else "")
+        + (f", final model {duration(costs['final_seconds'])}" if final else "")
     )
     return lines
 
@@ -184,7 +195,7 @@ def fidelity_tables(found: Mapping[str, Any]) -> list[Table]:
         rows = [["mixtures", *(str(one["mixtures"]) for one in parts)]]
         for key in ("pearson", "spearman", "kendall"):
             rows.append([key.title(), *(number(one[key]["value"]) for one in parts)])
-            rows.append(["  on other rows", *(span(one[key]["here"]) for one in parts)])
+            rows.append(["  with endless rows", *(span(one[key]["here"]) for one in parts)])
             rows.append(["  with other candidates", *(span(one[key]["elsewhere"]) for one in parts)])
         rows.append(["Pearson across halves of the rows", *(number(one["halves"]) for one in parts)])
         for k in ("1", "3", "5"):
@@ -196,25 +207,24 @@ def fidelity_tables(found: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def comparison_table(title: str, found: Mapping[str, Mapping[str, Agreement]]) -> Table:
-    """(title, columns, rows) of several surrogates: correlations over mixtures of two or more candidates, regret over all."""
-    measures = [one for one in ("score", "logprob") if all(one in of for of in found.values())]
-    columns = [""]
-    for measure in measures:
-        columns += [f"{measure}: Pearson", "on other rows", "Spearman", "regret"]
-    rows = []
-    for name, of in found.items():
-        cells = [name]
-        for measure in measures:
-            one = of.get(measure + LARGER)
-            if one is None:
-                cells += ["–", "–", "–"]
-            else:
-                figures = one.pearson.to_json()
-                cells += [number(figures["value"]), span(figures["here"]), number(one.spearman.to_json()["value"])]
-            cells.append(number(of[measure].regret.value, 3))
-        rows.append(cells)
-    return title, columns, rows
+def comparison_tables(title: str, found: Mapping[str, Mapping[str, Agreement]]) -> list[Table]:
+    """(title, columns, rows) by measure: of surrogates the correlations over mixtures of two or more, and regret over all."""
+    columns = ["", "Pearson", "with endless rows", "Spearman", "with endless rows", "regret", "of random"]
+    tables = []
+    for measure in ("score", "logprob"):
+        if not all(measure in of for of in found.values()):
+            continue
+        rows = []
+        for name, of in found.items():
+            cells = [name]
+            for figure in (
+                (of[measure + LARGER].pearson, of[measure + LARGER].spearman) if measure + LARGER in of else ()
+            ):
+                cells += [number(figure.to_json()["value"]), span(figure.here)]
+            cells += ["–"] * (5 - len(cells))
+            rows.append([*cells, number(of[measure].regret.value, 3), number(of[measure].random_regret, 3)])
+        tables.append((f"{measure}: {title}", columns, rows))
+    return tables
 
 
 def baselines_table(found: Mapping[str, Any]) -> Table:
@@ -247,12 +257,19 @@ def fidelity_remarks(found: Mapping[str, Any]) -> list[str]:
     for name, measures in found["resilience"].items():
         for measure, one in measures.items():
             if one["hurt"]:
-                shielded = figure(Score(one["shielded"]["value"], one["shielded"]["stderr"]))
-                lines.append(
-                    f"mixtures that hurt, by {measure}: {one['hurt']} of {one['mixtures']}; fine-tuned they change by "
-                    f"{one['trained']:+.3f} on average, {name} by {one['surrogate']:+.3f} (paired, higher by {shielded}); "
-                    f"{name} is below the base model too for {one['noticed']} of them"
+                line = (
+                    f"mixtures that hurt, by {measure}: {one['hurt']} of {one['mixtures']}; {name} is below the base model too "
+                    f"for {one['noticed']} of them"
                 )
+                if one["shielded"]:
+                    shielded = figure(Score(one["shielded"]["value"], one["shielded"]["stderr"]))
+                    line += (
+                        f"; picked and measured on different rows, fine-tuned {one['trained']:+.3f}, {name} "
+                        f"{one['surrogate']:+.3f}, which is higher by {shielded}"
+                    )
+                lines.append(line)
+    for one in found["failed"]:
+        lines.append(f"left out: {Mixture.of(one['mixture'])} could not be fine-tuned and scored: {one['reason']}")
     return lines
 
 
@@ -260,6 +277,7 @@ def verified_table(found: Mapping[str, Any]) -> tuple[str, list[str], list[list[
     """(title, columns, rows) of what was fine-tuned before choosing, best first."""
     rows = []
     for one in sorted(found["mixtures"], key=lambda one: -one["trained"]["score"]):
-        trained, merged = (Score(one[key]["score"], one[key]["stderr"]) for key in ("trained", "merged"))
-        rows.append([str(Mixture.of(one["mixture"])), figure(trained), figure(merged), f"{one['steps']:,}"])
+        cells = [one[key] and Score(one[key]["score"], one[key]["stderr"]) for key in ("trained", "merged")]
+        shown = [figure(score) if score.value is not None else "failed" for score in cells]
+        rows.append([str(Mixture.of(one["mixture"])), *shown, f"{one['steps']:,}"])
     return "fine-tuned before choosing, validation ± standard error", ["", "fine-tuned", "merged", "steps"], rows

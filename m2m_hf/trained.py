@@ -1,6 +1,7 @@
 """Models really fine-tuned on mixtures: the truth that the surrogates stand in for."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .adapters import mixture_steps, publish, train_lora
+from .adapters import DivergedError, mixture_steps, publish, train_lora
 from .callbacks import BankProgress
 from .console import Bar
 from .data import Candidate, mixture_dataset
-from .journal import Keys, read_json
+from .errors import InputError
+from .forward import Stack
+from .journal import Keys, read_json, write_json
 from .merging import Adapter, GatedStack
 from .mixture import Failure, Mixture, Score, row_counts
 from .scoring import Scorer
@@ -34,6 +37,7 @@ class TrainedMixtures:
         tokenizer: the run's.
         args: the uniform training arguments.
         config: the uniform LoRA shape.
+        launch: in what this launch differs from the one that trained the adapters.
     """
 
     def __init__(
@@ -46,7 +50,9 @@ class TrainedMixtures:
         tokenizer: PreTrainedTokenizerBase,
         args: SFTConfig,
         config: LoraConfig,
+        launch: Sequence[str] = (),
     ) -> None:
+        self._launch = launch
         self.root = folder
         self.candidates = candidates
         self._data_format = data_format
@@ -77,10 +83,16 @@ class TrainedMixtures:
             bar: counts optimizer steps, of which `before` are done; with `note` behind it.
 
         Raises:
-            InputError: the training diverged.
+            DivergedError: see `train_lora`.
+            InputError: the adapters were trained by another number of processes, so that this would be another batch.
         """
         folder = self.folder(counts)
         if not self.is_trained(counts):
+            if self._launch:
+                raise InputError(
+                    "models to compare must be trained as the adapters were, which were launched otherwise: "
+                    f"{'; '.join(self._launch)}. Start with as many processes"
+                )
             partial = folder.with_name(f".{folder.name}.partial")
             watching = [] if bar is None else [BankProgress(bar, before, note)]
             rows = mixture_dataset(counts, self.candidates, self._data_format, self._args.seed)
@@ -93,6 +105,11 @@ class TrainedMixtures:
         found: dict[str, Any] = read_json(self.folder(counts) / "training.json")
         return found
 
+    def seconds(self, without: Counts) -> float:
+        """Time spent training all models here but that one."""
+        records = sorted(self.root.glob("*/training.json"))
+        return float(sum(read_json(path)["seconds"] for path in records if path.parent != self.folder(without)))
+
 
 class TrainedObjective:
     """The score of the model that was fine-tuned on a mixture: what the surrogates predict.
@@ -100,6 +117,7 @@ class TrainedObjective:
     Args:
         models: where they are, or are made.
         base: gives the base model to score on, free of any other stack.
+        bare: gives it as a stack of the bank's adapters, to score the base model itself.
         scorer: of the target's validation rows.
         keys: of the target's trials.
         target: name of the target.
@@ -116,6 +134,7 @@ class TrainedObjective:
         self,
         models: TrainedMixtures,
         base: Callable[[], PreTrainedModel],
+        bare: Callable[[], Stack],
         scorer: Scorer,
         keys: Keys,
         *,
@@ -126,6 +145,7 @@ class TrainedObjective:
     ) -> None:
         self.models = models
         self._base = base
+        self._bare = bare
         self._scorer = scorer
         self.keys = keys
         self._tokens_per_batch = tokens_per_batch
@@ -144,14 +164,46 @@ class TrainedObjective:
         return [self.score(self.models.counts(mixture)) for mixture in mixtures]
 
     def score(self, counts: Counts, scorer: Scorer | None = None) -> Score | Failure:
-        """The score of the model fine-tuned on so many rows of each candidate, on the validation rows or by another scorer."""
-        trained = {"trained": Adapter.load(self.models.train(counts))} if counts else {}
-        stack = GatedStack(self._base(), trained)
+        """The score of the model fine-tuned on so many rows of each candidate, on the validation rows or by another scorer.
+
+        Without rows it is that of the base model.
+        """
+        scorer = scorer or self._scorer
+        if not counts:
+            return scorer.score(self._bare(), [{}], self._tokens_per_batch)[0]
         try:
-            weights: dict[str, float] = dict.fromkeys(trained, 1.0)
-            return (scorer or self._scorer).score(stack, [weights], self._tokens_per_batch)[0]
+            folder = self.models.train(counts)
+        except DivergedError as error:
+            return Failure(str(error))
+        stack = GatedStack(self._base(), {"trained": Adapter.load(folder)})
+        try:
+            return scorer.score(stack, [{"trained": 1.0}], self._tokens_per_batch)[0]
         finally:
             stack.detach()
+
+    def sealed(self, counts: Counts, scorer: Scorer, write: bool, agree: Callable[[Any], Any]) -> Score:
+        """The score on sealed test rows; a model looks at them once, what it scored is kept beside it.
+
+        Args:
+            scorer: of the test rows.
+            write: whether this process writes.
+            agree: gives every process what the main one has.
+
+        Raises:
+            InputError: there is no score.
+        """
+        path = self.models.folder(counts) / "test.json"
+        known = agree(read_json(path) if path.exists() else {})
+        if scorer.fingerprint not in known:
+            score = self.score(counts, scorer)
+            if isinstance(score, Failure):
+                what = " + ".join(counts) or "the base model"
+                raise InputError(f"{what} has no score on the test set of {self.target}: {score.reason}")
+            known[scorer.fingerprint] = asdict(score)
+            if write:
+                write_json(path, known)
+        one = known[scorer.fingerprint]
+        return Score(one["value"], one["stderr"], tuple(one["values"]), tuple(one["logprobs"]))
 
     def whole(self, score: Score) -> Score:
         return self._scorer.whole(score)

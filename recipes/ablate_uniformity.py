@@ -30,7 +30,7 @@ from m2m_hf.journal import write_json
 from m2m_hf.parsing import parse, read_yaml
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.study import compare
-from m2m_hf.tables import comparison_table
+from m2m_hf.tables import comparison_tables
 
 VARIED = ("learning_rate=2", "learning_rate=4", "num_train_epochs=4", "per_device_train_batch_size=4", "seed")
 
@@ -80,11 +80,12 @@ def main() -> None:
     run.check()
     varied = {}
     for asked in given.vary:
-        field, _, factor = asked.partition("=")
+        field, _, text = asked.partition("=")
         try:
-            varied[asked] = settings(run, field, float(factor) if factor else None)
+            factor = float(text) if text else None
         except ValueError:
             raise InputError(f"--vary {asked}: expected FIELD=FACTOR, such as learning_rate=4") from None
+        varied[asked] = settings(run, field, factor)
     run.prepare()
     LOG.open(run.run.log)
     mixtures, true, complete = run.truth()
@@ -106,7 +107,8 @@ def main() -> None:
         )
         other.terminal = terminal
         found[asked] = compare(mixtures, other.surrogate(mixtures), true, complete)
-        terminal.table(*comparison_table("how well averages of mixed adapters predict what was fine-tuned", found))
+        for table in comparison_tables("how well averages of mixed adapters predict what was fine-tuned", found):
+            terminal.table(*table)
         shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
         write_json(run.run.root / "ablation" / "ablation.json", shown)
 

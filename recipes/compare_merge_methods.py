@@ -28,7 +28,7 @@ from m2m_hf.methods import MergeMethod
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.study import compare
-from m2m_hf.tables import comparison_table
+from m2m_hf.tables import comparison_tables
 
 METHODS = (
     "average", "task_arithmetic", "task_arithmetic:scaling=1", "ties", "ties:density=0.5", "dare", "dare:density=0.1", "svd",
@@ -73,7 +73,8 @@ def main() -> None:
     found = {one.label: compare(mixtures, run.surrogate(mixtures, method=one), true, complete) for one in methods}
     if "ensemble" in run.study.surrogates:
         found["ensemble"] = compare(mixtures, run.surrogate(mixtures, "ensemble"), true, complete)
-    terminal.table(*comparison_table("how well merged models predict what was fine-tuned", found))
+    for table in comparison_tables("how well merged models predict what was fine-tuned", found):
+        terminal.table(*table)
     shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
     write_json(run.run.root / "merge_methods.json", shown)
 

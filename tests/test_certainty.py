@@ -42,7 +42,7 @@ def test_the_luck_of_the_best_of_many_is_taken_off(spread):
         true, ranking, base = study(np.random.default_rng(seed), spread)
         best = ranking[0]
         level = true[MIXTURES.index(best.mixture)]
-        sure = certainty(ranking, best, {"base": base}, seed)
+        sure = certainty(ranking, best, {"base": base}, seed=seed)
         raw.append(best.score.value - level)
         corrected.append(sure.corrected - level)
         _, low, high = sure.differences["base"]
@@ -57,7 +57,7 @@ def test_the_probability_of_being_the_best_is_that():
     said, happened = [], []
     for seed in range(60):
         true, ranking, base = study(np.random.default_rng(seed), 0.04)
-        said.append(certainty(ranking, ranking[0], {"base": base}, seed).probability_best)
+        said.append(certainty(ranking, ranking[0], {"base": base}, seed=seed).probability_best)
         happened.append(true[MIXTURES.index(ranking[0].mixture)] == true.max())
     assert np.mean(said) == pytest.approx(np.mean(happened), abs=0.15)
 
@@ -76,7 +76,7 @@ def test_a_clear_winner_is_sure_and_equals_are_not():
     assert sure.probability_best == pytest.approx(0.25)
     assert sure.tied == 4
     assert sure.rows_needed is None
-    assert probability_best(np.array([0.3]), np.zeros((1, 1))) == 1.0
+    assert probability_best(np.array([0.3]), np.zeros((1, 1)), np.array([0.3])) == 1.0
 
 
 def test_so_many_rows_tell_them_apart():

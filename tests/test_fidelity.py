@@ -91,18 +91,20 @@ def test_noise_of_shared_rows_does_not_help_across_halves():
     assert abs(one.halves) < 0.35
 
 
-def test_intervals_for_other_rows_hold_the_truth():
-    """The correlation over endless rows lies in the interval of nearly all studies with 80 rows each."""
+def test_intervals_for_endless_rows_hold_the_truth():
+    """With 80 rows whose noise is half the same for both, about nine of ten intervals hold what endless rows would show."""
     mixtures = subsets(4)
     held = 0
     for seed in range(30):
         draw = np.random.default_rng(seed)
         level = draw.normal(size=15)
         other = 0.8 * level + 0.6 * draw.normal(size=15)
-        x, y = (side[:, None] + 3 * draw.normal(size=(15, 80)) for side in (level, other))
+        noise = draw.normal(size=(15, 80))
+        own = (0.7 * noise + 0.7 * draw.normal(size=(15, 80)) for _ in range(2))
+        x, y = (side[:, None] + 3 * rows for side, rows in zip((level, other), own, strict=True))
         low, high = agreement(mixtures, [Rows(x, y)], seed=seed).pearson.here
-        held += low - 0.15 <= stats.pearsonr(level, other).statistic <= high + 0.15
-    assert held >= 27
+        held += low <= stats.pearsonr(level, other).statistic <= high
+    assert held >= 24
 
 
 def test_intervals_for_other_candidates_hold_the_truth_where_naive_ones_do_not():
@@ -137,24 +139,27 @@ def figure(value: float, low: float) -> Figure:
     return Figure(value, (low, 1.0))
 
 
-def made(low: float, tied: bool, place: int, mixtures: int = 12) -> Agreement:
+def made(low: float, tied: bool | None, place: int, above: bool = True, mixtures: int = 12) -> Agreement:
     rho = figure(0.7, low)
-    return Agreement(mixtures, rho, rho, rho, 0.5, {}, Figure(0.0), 0.1, place, tied)
+    return Agreement(mixtures, rho, rho, rho, 0.5, {}, Figure(0.0), 0.1, place, tied, above)
 
 
 @pytest.mark.parametrize(
-    ("low", "tied", "place", "expected"),
+    ("low", "tied", "above", "place", "expected"),
     [
-        (0.2, True, 1, "trust"),
-        (0.2, True, 9, "trust"),
-        (0.2, False, 4, "prune"),
-        (0.2, False, 5, "distrust"),
-        (-0.1, True, 1, "distrust"),
-        (0.0, True, 1, "distrust"),
+        (0.2, True, True, 1, "trust"),
+        (0.2, True, True, 9, "trust"),
+        (0.2, True, False, 1, "prune"),  # rows that tell nothing make no trust
+        (0.2, False, True, 4, "prune"),
+        (0.2, False, True, 5, "distrust"),
+        (-0.1, True, True, 1, "distrust"),
+        (0.0, True, True, 1, "distrust"),
+        (0.2, None, None, 1, "unknown"),
     ],
 )
-def test_the_verdict_follows_its_rule(low, tied, place, expected):
-    assert verdict(made(low, tied, place), made(low, tied, place))[0] == expected
+def test_the_verdict_follows_its_rule(low, tied, above, place, expected):
+    one = made(low, tied, place, above)
+    assert verdict(one, one)[0] == expected
 
 
 def test_no_verdict_on_few_mixtures():
@@ -177,10 +182,22 @@ def test_samples_hold_the_top_all_together_singles_and_random_ones():
     assert len(found) == len(set(found)) == fidelity.SAMPLE
     assert set(ranking[:3]) <= set(found)
     assert Mixture.subset(names) in found
-    assert {Mixture.subset([name]) for name in names} <= set(found)
+    assert sum(len(one) == 1 for one in found) >= 6
+    assert sum(1 < len(one) < 8 for one in found) >= 5
     assert found == sample(space, ranking, None, 0)
     assert found != sample(space, ranking, None, 1)
     assert len(sample(space, ranking, 30, 0)) == 30
+
+
+def test_samples_count_what_the_constraints_leave():
+    names = tuple("abcdefghij")
+    space = SearchSpace(names, required=frozenset(names[:7]))  # eight subsets may be chosen
+    found = sample(space, [], None, 0)
+    assert set(space.subsets()) <= set(found)
+    assert len(found) == fidelity.ALL_UP_TO
+    few = sample(SearchSpace(names), list(SearchSpace(names).subsets()), 4, 0)
+    assert len(few) == 4
+    assert Mixture.subset(names) in few
 
 
 def test_samples_of_many_candidates_are_not_all_singles():

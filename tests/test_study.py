@@ -1,21 +1,29 @@
 """The correlation study and verification through the command line, on a pico model."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import choice_rows, write_rows
 
-from m2m_hf import adapters, trained
+from m2m_hf import InputError, adapters, trained
+from m2m_hf.adapters import DivergedError
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.journal import Journal
+from m2m_hf.methods import MergeMethod
 from m2m_hf.mixture import Mixture
 from m2m_hf.parsing import parse
+from m2m_hf.record import Record
 from m2m_hf.scoring import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.study import compare
+
+ROOT = Path(__file__).parents[1]
 
 
 def m2m(*arguments: object) -> int:
@@ -44,7 +52,7 @@ def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
     assert printed.err == ""
     for word in (
         "Pearson",
-        "on other rows",
+        "with endless rows",
         "with other candidates",
         "sealed test",
         "equally many rows",
@@ -162,26 +170,177 @@ def test_verification_chooses_by_what_was_fine_tuned(project, capsys):
     assert json.loads((project / "out" / "summary.json").read_text()) == summary
 
 
-def test_test_rows_are_sealed_from_verification(project, monkeypatch):
-    """Everything is chosen when the test set is first looked at, and every model meets it once."""
+def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once(project, monkeypatch):
     one = searcher(project, "--verify_top_k", "2")
     events = []
     real = ChoiceScorer.score
 
     def score(self, stack, mixtures, *rest):
         if self is one.scorers["colours"]["test"]:
-            events.append(one._verified is not None)
+            parts = stack.adapters.items() if mixtures[0] else ()
+            shown = [(name, sum(t.double().abs().sum().item() for t in of.tensors.values())) for name, of in parts]
+            events.append((one._verified is not None, str(shown)))
         return real(self, stack, mixtures, *rest)
 
     monkeypatch.setattr(ChoiceScorer, "score", score)
     one.select()
     assert events
-    assert all(events)
-    seen = len(events)
+    assert all(verified for verified, _ in events)
+    models = [model for _, model in events]
+    assert len(models) == len(set(models))
     again = searcher(project, "--verify_top_k", "2")
     monkeypatch.setattr(ChoiceScorer, "score", lambda *args: pytest.fail("scored again"))
     again.select()
-    assert len(events) == seen
+
+
+def test_a_study_leaves_the_test_set_sealed_until_there_is_a_final_model(project, capsys):
+    path = project / "run.yaml"
+    assert m2m("fidelity", "--config", path) == 0
+    assert "stays sealed" in capsys.readouterr().out
+    assert not list((project / "out").rglob("test.json"))
+    found = json.loads((project / "out" / "fidelity.json").read_text())
+    assert all(one["test"] is None for one in found["baselines"].values())
+    assert m2m("select", "--config", path) == 0
+    assert m2m("fidelity", "--config", path) == 0
+    found = json.loads((project / "out" / "fidelity.json").read_text())
+    assert all(one["test"]["score"] is not None for one in found["baselines"].values())
+
+
+def test_a_verified_choice_stays(project, capsys):
+    """Whatever command comes next: the choice is made by the same rule."""
+    write_rows(project / "validation.jsonl", choice_rows(40))
+    target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"] | {"metric": "logprob"}
+    path = configure(project, targets={"colours": target}, verify_top_k=7)
+    assert m2m("select", "--config", path) == 0
+    out = project / "out"
+    before = json.loads((out / "summary.json").read_text()), (out / "recipe.yaml").read_bytes()
+    for command in ("search", "fidelity"):
+        assert m2m(command, "--config", path) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["best"] == before[0]["best"]
+        assert summary["final"] == before[0]["final"]
+        assert (out / "recipe.yaml").read_bytes() == before[1]
+
+
+def test_an_old_study_is_not_shown_as_this_runs(project, capsys):
+    path = project / "run.yaml"
+    assert m2m("fidelity", "--config", path) == 0
+    assert "Can the scores be trusted here?" in (project / "out" / "report.html").read_text()
+    assert m2m("search", "--config", path, "--merge_method", "ties") == 0
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert not any(one["code"] == "fidelity" for one in summary["warnings"])
+    assert "Can the scores be trusted here?" not in (project / "out" / "report.html").read_text()
+    candidates = yaml.safe_load(path.read_text())["candidates"]
+    del candidates["gamma"]
+    configure(project, candidates=candidates)
+    one = searcher(project)
+    mixtures, _, complete = one.truth()  # is made again, for two candidates
+    assert len(mixtures) == 3
+    assert complete
+
+
+def test_verification_obeys_min_delta(project, capsys):
+    target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"]
+    target |= {"metric": "logprob", "min_delta": 0.0}
+    path = configure(project, targets={"colours": target})
+    one = searcher(project, "--verify_top_k", "7")
+    found = one.search()
+    true = one.study.trained_standings([*one.space.subsets()], found.base)
+    base = found.base.score.value
+    allowed = [standing for standing in true if standing.score.value >= base]
+    assert [standing for standing in true if not standing.short] == allowed
+    if allowed:
+        best = max(allowed, key=lambda standing: standing.score.value)
+        assert one.choose().best.mixture == best.mixture
+    else:
+        with pytest.raises(InputError, match="min_delta"):
+            one.choose()
+        assert m2m("select", "--config", path, "--verify_top_k", 7) == 2
+
+
+def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, capsys):
+    path = project / "run.yaml"
+    real = trained.train_lora
+
+    def diverges(base, tokenizer, rows, *rest):
+        if (
+            len(rows) == 24
+            and any("beta" in row["prompt"] for row in rows)
+            and any("alpha" in row["prompt"] for row in rows)
+        ):
+            raise DivergedError("training for x diverged: loss nan, weights not finite")
+        return real(base, tokenizer, rows, *rest)
+
+    monkeypatch.setattr(trained, "train_lora", diverges)
+    assert m2m("fidelity", "--config", path) == 0
+    assert "left out: alpha + beta could not be fine-tuned" in capsys.readouterr().out
+    found = json.loads((project / "out" / "fidelity.json").read_text())
+    assert len(found["mixtures"]) == 6
+    assert found["failed"][0]["mixture"] == {"alpha": 0.5, "beta": 0.5}
+    monkeypatch.setattr(trained, "train_lora", lambda *args: pytest.fail("trained again"))
+    assert m2m("fidelity", "--config", path) == 0
+
+
+def test_commands_and_their_sealed_tests_are_studied_too(project):
+    """A scorer that knows only a number: no intervals by row, no verdict, and the base model is a zero adapter."""
+    script = project / "score.py"
+    script.write_text(
+        "import json, sys\nfrom safetensors.numpy import load_file\n"
+        "tensors = load_file(sys.argv[1] + '/adapter_model.safetensors')\n"
+        "value = sum(abs(t).sum().item() for n, t in tensors.items() if 'lora_B' in n)\n"
+        "json.dump({'score': value}, open(sys.argv[2], 'w'))\n"
+    )
+    command = [sys.executable, str(script), "{adapter}", "{output}"]
+    target = {"scorer": "command", "command": command, "test_command": command}
+    path = configure(project, targets={"size": target})
+    assert m2m("select", "--config", path, "--verify_top_k", 1) == 0
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert summary["verified"]["baselines"]["base"]["test"]["score"] == 0
+    one = searcher(project)
+    found = one.fidelity()
+    assert found["verdict"]["merged"]["verdict"] == "unknown"
+    assert found["agreement"]["merged"]["score"]["pearson"]["here"] is None
+    with pytest.raises(InputError, match="no adapter to hand"):
+        one.surrogate([Mixture.subset(["alpha"])], method=MergeMethod("ties"))
+
+
+def test_constraints_hold_in_the_report_and_the_study(project):
+    configure(project, min_datasets=2)
+    one = searcher(project)
+    one.select()
+    one.fidelity()
+    record = Record.read(one.run)
+    assert {len(standing.mixture) for standing in record.ranked} == {2, 3}
+    found = json.loads((project / "out" / "fidelity.json").read_text())
+    assert found["all_mixtures"]
+    assert len(found["baselines"]["oracle"]["mixture"]) >= 2
+
+
+@pytest.mark.parametrize("recipe", ["compare_merge_methods", "ablate_uniformity"])
+def test_recipes_run(recipe, project):
+    extra = (
+        ["--methods", "average", "ties:density=0.5", "svd:rank=2"]
+        if recipe == "compare_merge_methods"
+        else ["--vary", "learning_rate=4", "seed"]
+    )
+    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", "--config", project / "run.yaml", *extra]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    name = "merge_methods.json" if recipe == "compare_merge_methods" else "ablation/ablation.json"
+    found = json.loads((project / "out" / name).read_text())
+    expected = (
+        {"merged", "ties(scaling=1, density=0.5)", "svd(rank=2)", "ensemble"}
+        if recipe == "compare_merge_methods"
+        else {"uniform", "learning_rate=4", "seed"}
+    )
+    assert set(found) == expected
+    for word in expected:
+        assert word in done.stdout
+    wrong = ["--methods", "dare:density=0"] if recipe == "compare_merge_methods" else ["--vary", "num_train_epochs=4"]
+    command[-len(extra) :] = wrong
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "density" in done.stderr or "max_steps" in done.stderr
 
 
 def test_mixed_training_must_be_allowed_and_is_then_done(project, capsys):

@@ -86,9 +86,19 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
         assert whole.keys() == pieces.keys()
         for key, tensor in whole.items():
             torch.testing.assert_close(tensor, pieces[key], atol=1e-6, rtol=0)
-    for run in ("whole", "pieces"):
-        assert m2m("select", "--config", project / "run.yaml", "--output_dir", tmp_path / run) == 0
+    # Mixtures fine-tuned by two processes to verify a choice; one process finds that done, and trains none itself.
+    done = launch(project, tmp_path / "whole", "--verify_top_k", "2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["verified"]["baselines"]["all"]["test"]["score"] is not None
+    for run, top in (("whole", 2), ("pieces", 0)):
+        flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / run, "--verify_top_k")
+        assert m2m("select", *flags, top) == 0
         assert "nothing to do" in capsys.readouterr().out
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == summary
+    flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / "whole", "--verify_top_k")
+    assert m2m("select", *flags, 7) == 2
+    assert "processes (2 there, 1 now)" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys):

@@ -253,16 +253,16 @@ def jackknife(statistic: Any, mixtures: Sequence[Mixture], x: Any, y: Any) -> tu
 
 def across_halves(rows: Sequence[Rows], draw: Any, splits: int = 100) -> float | None:
     """Pearson's correlation of predictions on half of the rows with the truth on the other half, mean over random splits."""
-    found = []
-    for _ in range(splits):
-        x = y = 0.0
-        for one in rows:
+    count = len(rows[0].trained)
+    x, y = np.zeros((splits, count)), np.zeros((splits, count))
+    for one in rows:
+        for split in range(splits):
             order = draw.permutation(one.trained.shape[1])
             half = len(order) // 2
-            x = x + one.weight * one.surrogate[:, order[:half]].mean(1)
-            y = y + one.weight * one.trained[:, order[half:]].mean(1)
-        found.append(constant_aware(pearsonr, x, y))
-    return float(np.mean(found)) if np.isfinite(found).all() else None
+            x[split] += one.weight * one.surrogate[:, order[:half]].mean(1)
+            y[split] += one.weight * one.trained[:, order[half:]].mean(1)
+    found = weighted_pearson(x, y, np.ones((splits, count)))
+    return float(found.mean()) if np.isfinite(found).all() else None
 
 
 def weighted_pearson(x: Any, y: Any, weights: Any) -> Any:

@@ -287,6 +287,8 @@ def draw(record: Record, folder: Path) -> dict[str, str]:
             if (figure := picture(record)) is None:
                 path.unlink(missing_ok=True)
                 continue
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # what was laid out once need not be for every file
             figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
             drawn[name] = svg(figure, name)
     return drawn

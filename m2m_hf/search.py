@@ -566,7 +566,7 @@ def trial_of(
         rung=rung,
         state="failed" if failed else "complete" if rung == objective.examples else "pruned",
         score=None if isinstance(score, Failure) else score,
-        seconds=seconds,
+        seconds=round(seconds, 3),  # as the journal will say
         reason=score.reason if isinstance(score, Failure) else None,
     )
 

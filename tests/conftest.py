@@ -121,6 +121,18 @@ def choice_rows(count: int = 10, start: int = 100) -> list[dict]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Pages are made in every run, their pictures only where a test asks for `pictures`: drawing takes longer than all else."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("m2m_hf.plots.PICTURES", {})
+
+
+@pytest.fixture
+def pictures():
+    """Has pictures drawn."""
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
@@ -135,8 +147,7 @@ def pico(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def project(tmp_path, pico) -> Path:
+def project_folder(tmp_path: Path, pico: Path) -> Path:
     """A configuration file with three candidates and a target beside it; `run.yaml` is ready to be selected from."""
     for word in ("alpha", "beta", "gamma"):
         write_rows(tmp_path / f"{word}.jsonl", candidate_rows(word))
@@ -168,3 +179,9 @@ targets:
 """
     )
     return tmp_path
+
+
+@pytest.fixture
+def project(tmp_path, pico) -> Path:
+    """See `project_folder`."""
+    return project_folder(tmp_path, pico)

@@ -100,7 +100,7 @@ def write(folder: Path, **fields) -> Path:
             {"candidates": {"a": {**CANDIDATES["a"], "required": True, "excluded": True}}},
             r"candidates\.a: it is both required and excluded",
         ),
-        ({"verify_top_k": 3}, "verify_top_k: expected 0, got 3"),
+        ({"verify_top_k": -1}, "verify_top_k: expected an integer of at least 0, got -1"),
         ({"candidates": {"a": {**CANDIDATES["a"], "columns": {"q": 5}}}}, "both text, got {'q': 5}"),
         ({"tokens_per_batch": 0}, "tokens_per_batch: expected an integer of at least 1"),
         ({"final": ["x"]}, "final: expected fields"),

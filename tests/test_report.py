@@ -49,6 +49,9 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pico):
     """A run folder with everything in it: four candidates, a final model, a study. Copied for every test."""

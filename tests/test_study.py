@@ -1,6 +1,7 @@
 """The correlation study and verification through the command line, on a pico model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import choice_rows, write_rows
+from conftest import choice_rows, project_folder, write_rows
 
 from m2m_hf import InputError, adapters, trained
 from m2m_hf.adapters import DivergedError
@@ -37,6 +38,25 @@ def configure(project, **changes) -> object:
     given |= changes
     path.write_text(yaml.safe_dump({key: value for key, value in given.items() if value is not None}))
     return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pico):
+    """The run folder of a study of the `project` fixture's configuration, made once."""
+    folder = project_folder(tmp_path_factory.mktemp("study"), pico)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2m_hf.plots.PICTURES", {})
+        assert m2m("fidelity", "--config", folder / "run.yaml") == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def studied(project, finished):
+    """A project whose study is done."""
+    shutil.copytree(finished, project / "out", ignore=shutil.ignore_patterns(".lock"))
+    config = project / "out" / "config.yaml"
+    config.write_text(config.read_text().replace(str(finished.parent), str(project)))
+    return project
 
 
 def searcher(project, *flags: str) -> MergeToMixSearcher:
@@ -93,9 +113,8 @@ def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
     assert ((project / "out" / "fidelity.json").read_bytes(), (project / "out" / "trials.jsonl").read_bytes()) == before
 
 
-def test_a_study_that_was_interrupted_ends_the_same(project, capsys, monkeypatch):
-    path = project / "run.yaml"
-    assert m2m("fidelity", "--config", path) == 0
+def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch):
+    project, path = studied, studied / "run.yaml"
     whole = json.loads((project / "out" / "fidelity.json").read_text())
     again = project / "again"
     done = 0
@@ -193,10 +212,8 @@ def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once
     again.select()
 
 
-def test_a_study_leaves_the_test_set_sealed_until_there_is_a_final_model(project, capsys):
-    path = project / "run.yaml"
-    assert m2m("fidelity", "--config", path) == 0
-    assert "stays sealed" in capsys.readouterr().out
+def test_a_study_leaves_the_test_set_sealed_until_there_is_a_final_model(studied, capsys):
+    project, path = studied, studied / "run.yaml"
     assert not list((project / "out").rglob("test.json"))
     found = json.loads((project / "out" / "fidelity.json").read_text())
     assert all(one["test"] is None for one in found["baselines"].values())
@@ -204,6 +221,7 @@ def test_a_study_leaves_the_test_set_sealed_until_there_is_a_final_model(project
     assert m2m("fidelity", "--config", path) == 0
     found = json.loads((project / "out" / "fidelity.json").read_text())
     assert all(one["test"]["score"] is not None for one in found["baselines"].values())
+    assert "stays sealed" not in capsys.readouterr().out
 
 
 def test_a_verified_choice_stays(project, capsys):
@@ -222,9 +240,9 @@ def test_a_verified_choice_stays(project, capsys):
         assert (out / "recipe.yaml").read_bytes() == before[1]
 
 
-def test_an_old_study_is_not_shown_as_this_runs(project, capsys):
-    path = project / "run.yaml"
-    assert m2m("fidelity", "--config", path) == 0
+def test_an_old_study_is_not_shown_as_this_runs(studied, capsys):
+    project, path = studied, studied / "run.yaml"
+    assert m2m("report", project / "out") == 0
     assert "Can the scores be trusted here?" in (project / "out" / "report.html").read_text()
     assert m2m("search", "--config", path, "--merge_method", "ties") == 0
     summary = json.loads((project / "out" / "summary.json").read_text())
@@ -239,10 +257,11 @@ def test_an_old_study_is_not_shown_as_this_runs(project, capsys):
     assert complete
 
 
-def test_verification_obeys_min_delta(project, capsys):
+def test_verification_obeys_min_delta(studied, capsys):
+    project = studied
     target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"]
     target |= {"metric": "logprob", "min_delta": 0.0}
-    path = configure(project, targets={"colours": target})
+    path = configure(project, targets={"others": target})
     one = searcher(project, "--verify_top_k", "7")
     found = one.search()
     true = one.study.trained_standings([*one.space.subsets()], found.base)
@@ -304,7 +323,8 @@ def test_commands_and_their_sealed_tests_are_studied_too(project):
         one.surrogate([Mixture.subset(["alpha"])], method=MergeMethod("ties"))
 
 
-def test_constraints_hold_in_the_report_and_the_study(project):
+def test_constraints_hold_in_the_report_and_the_study(studied):
+    project = studied
     configure(project, min_datasets=2)
     one = searcher(project)
     one.select()
@@ -317,7 +337,8 @@ def test_constraints_hold_in_the_report_and_the_study(project):
 
 
 @pytest.mark.parametrize("recipe", ["compare_merge_methods", "ablate_uniformity"])
-def test_recipes_run(recipe, project):
+def test_recipes_run(recipe, studied):
+    project = studied
     extra = (
         ["--methods", "average", "ties:density=0.5", "svd:rank=2"]
         if recipe == "compare_merge_methods"
@@ -403,9 +424,8 @@ def test_wrong_settings_are_refused_before_anything_is_trained(given, word, proj
     assert not (project / "out").exists()
 
 
-def test_comparisons_leave_out_what_the_surrogate_could_not_score(project):
-    one = searcher(project)
-    one.fidelity()
+def test_comparisons_leave_out_what_the_surrogate_could_not_score(studied):
+    one = searcher(studied)
     mixtures, true, complete = one.truth()
     ours = one.surrogate(mixtures)
     assert complete

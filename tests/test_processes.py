@@ -69,15 +69,19 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
 
 
 def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys):
-    """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done."""
-    done = launch(project, tmp_path / "whole")
+    """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done.
+
+    The choice is verified, so that mixtures are fine-tuned and compared by several processes too.
+    """
+    done = launch(project, tmp_path / "whole", "--verify_top_k", "2")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "whole" / "adapters" / "alpha" / "training.json").read_text())
     assert record["uniform"]["processes"] == 2
     assert record["steps"] == 3
     (tmp_path / "pieces.py").write_text(ON_AN_ACCELERATOR + RUN)
     options = ("--mixed_precision", "no")
-    done = launch(project, tmp_path / "pieces", script=tmp_path / "pieces.py", config="fsdp2", options=options)
+    flags = ("--verify_top_k", "2")
+    done = launch(project, tmp_path / "pieces", *flags, script=tmp_path / "pieces.py", config="fsdp2", options=options)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pieces" / "adapters" / "alpha" / "training.json").read_text())
     assert record["uniform"]["sharded"]
@@ -86,16 +90,14 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
         assert whole.keys() == pieces.keys()
         for key, tensor in whole.items():
             torch.testing.assert_close(tensor, pieces[key], atol=1e-6, rtol=0)
-    # Mixtures fine-tuned by two processes to verify a choice; one process finds that done, and trains none itself.
-    done = launch(project, tmp_path / "whole", "--verify_top_k", "2")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary["verified"]["baselines"]["all"]["test"]["score"] is not None
-    for run, top in (("whole", 2), ("pieces", 0)):
-        flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / run, "--verify_top_k")
-        assert m2m("select", *flags, top) == 0
+    # What two processes fine-tuned to verify a choice one process finds done; it trains none itself.
+    for run in ("whole", "pieces"):
+        summary = json.loads((tmp_path / run / "summary.json").read_text())
+        assert summary["verified"]["baselines"]["all"]["test"]["score"] is not None
+        flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / run, "--verify_top_k", 2)
+        assert m2m("select", *flags) == 0
         assert "nothing to do" in capsys.readouterr().out
-    assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == summary
+        assert json.loads((tmp_path / run / "summary.json").read_text()) == summary
     flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / "whole", "--verify_top_k")
     assert m2m("select", *flags, 7) == 2
     assert "processes (2 there, 1 now)" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """The correlation study and verification through the command line, on a pico model."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -336,32 +336,43 @@ def test_constraints_hold_in_the_report_and_the_study(studied):
     assert len(found["baselines"]["oracle"]["mixture"]) >= 2
 
 
-@pytest.mark.parametrize("recipe", ["compare_merge_methods", "ablate_uniformity"])
-def test_recipes_run(recipe, studied):
-    project = studied
-    extra = (
-        ["--methods", "average", "ties:density=0.5", "svd:rank=2"]
-        if recipe == "compare_merge_methods"
-        else ["--vary", "learning_rate=4", "seed"]
-    )
-    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", "--config", project / "run.yaml", *extra]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    name = "merge_methods.json" if recipe == "compare_merge_methods" else "ablation/ablation.json"
-    found = json.loads((project / "out" / name).read_text())
-    expected = (
-        {"merged", "ties(scaling=1, density=0.5)", "svd(rank=2)", "ensemble"}
-        if recipe == "compare_merge_methods"
-        else {"uniform", "learning_rate=4", "seed"}
-    )
-    assert set(found) == expected
+RECIPES = {
+    "compare_merge_methods": (
+        ["--methods", "average", "ties:density=0.5", "svd:rank=2"],
+        "merge_methods.json",
+        {"merged", "ties(scaling=1, density=0.5)", "svd(rank=2)", "ensemble"},
+        ["--methods", "dare:density=0"],
+        "density: expected a share",
+    ),
+    "ablate_uniformity": (
+        ["--vary", "learning_rate=4", "seed"],
+        "ablation/ablation.json",
+        {"uniform", "learning_rate=4", "seed"},
+        ["--vary", "num_train_epochs=4"],
+        "this run goes by max_steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_run(recipe, studied, capsys, monkeypatch):
+    right, name, expected, wrong, message = RECIPES[recipe]
+    path = str(ROOT / "recipes" / f"{recipe}.py")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", [path, "--config", str(studied / "run.yaml"), *flags])
+        monkeypatch.setattr(sys, "path", [str(ROOT / "recipes"), *sys.path])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(path, run_name="__main__")
+        return ended.value.code
+
+    assert run(*right) == 0
+    printed = capsys.readouterr().out
+    assert set(json.loads((studied / "out" / name).read_text())) == expected
     for word in expected:
-        assert word in done.stdout
-    wrong = ["--methods", "dare:density=0"] if recipe == "compare_merge_methods" else ["--vary", "num_train_epochs=4"]
-    command[-len(extra) :] = wrong
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "density" in done.stderr or "max_steps" in done.stderr
+        assert word in printed
+    assert run(*wrong) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_mixed_training_must_be_allowed_and_is_then_done(project, capsys):

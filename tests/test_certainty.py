@@ -62,6 +62,27 @@ def test_the_probability_of_being_the_best_is_that():
     assert np.mean(said) == pytest.approx(np.mean(happened), abs=0.15)
 
 
+def test_the_best_of_equals_is_not_said_to_be_the_best():
+    said = []
+    for seed in range(20):
+        _, ranking, base = study(np.random.default_rng(seed), 0.0)
+        said.append(certainty(ranking, ranking[0], {"base": base}, seed=seed).probability_best)
+    assert np.mean(said) < 0.15
+
+
+def test_of_a_cut_off_ranking_the_others_count():
+    """Only the best of many are compared; how far scores spread is told by all."""
+    draw = np.random.default_rng(0)
+    said, happened = [], []
+    for _ in range(60):
+        true = 0.03 * draw.standard_normal(255)
+        scores = true + 0.02 * draw.standard_normal(255)
+        order = np.argsort(-scores)[:20]
+        said.append(probability_best(scores[order], 0.0004 * (np.eye(20) - 1 / 20), scores))
+        happened.append(true[order[0]] == true.max())
+    assert np.mean(said) == pytest.approx(np.mean(happened), abs=0.12)
+
+
 def test_a_clear_winner_is_sure_and_equals_are_not():
     draw = np.random.default_rng(0)
     values = draw.normal(size=(3, 400))

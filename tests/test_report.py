@@ -15,7 +15,7 @@ from m2m_hf.mixture import Mixture
 from m2m_hf.record import Record
 
 VOID = {"meta", "br", "img", "link", "use", "path", "rect", "line", "circle", "image"}
-HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> $\\frac{a}{$ {{ 7*7 }}'
+HOSTILE = '$\\frac{$<b>&<script>alert("x")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
 
 
 def m2m(*arguments: object) -> int:

@@ -271,8 +271,9 @@ class Trial:
     Args:
         key: fingerprint of everything the score depends on; equal keys mean the same measurement.
         mixture: what was scored.
-        objective: `merged` (the adapters' exact parameter average), `gradient` (the same with the derivatives by the weights) or
-            `ensemble` (the average of the adapters' probabilities).
+        objective: `merged` (the adapters' exact parameter average) or another merge method with its parameters, such as
+            `ties(scaling=1, density=0.2)`; `gradient` (the average with the derivatives by the weights); `ensemble` (the average
+            of the adapters' probabilities); `trained` (the model fine-tuned on the mixture).
         target: name of the target.
         rung: how many of the target's examples were seen.
         state: `complete`; `pruned` for a rung of a race, where only some examples were seen (the values of a mixture that went

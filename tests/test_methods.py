@@ -142,13 +142,26 @@ def test_task_arithmetic_adds_scaled_deltas(adapters):
     of = adapters("llama")
     method = MergeMethod("task_arithmetic", scaling=0.4)
     assert method.gated
-    assert method.gates(THIRDS) == pytest.approx(dict.fromkeys("abc", 0.4))
     assert method.gates({"a": 1.0}) == pytest.approx({"a": 0.4})
     assert MergeMethod().gates(THIRDS) == THIRDS
-    assert method.label == "task_arithmetic(scaling=0.4)"
+    gated = GatedStack(build_model("llama"), of)
+    ours = completion_logprobs(gated, [method.gates(THIRDS)], QUESTIONS, 64)[0]
+    dense = build_model("llama")
+    with torch.no_grad():
+        for module in of["a"].parts():
+            for adapter in of.values():
+                a, b, scale = adapter.parts()[module]
+                dense.get_submodule(module).weight += 0.4 * scale * (b @ a)
+    exact = completion_logprobs(GatedStack(dense, of), [{}], QUESTIONS, 64)[0]
+    assert [one for (one,) in ours] == pytest.approx([one for (one,) in exact], abs=2e-4)
+
+
+def test_labels_tell_methods_apart():
     assert MergeMethod().label == "merged"
+    assert MergeMethod.of("task_arithmetic", {}, seed=7).label == "task_arithmetic(scaling=0.4)"
+    assert MergeMethod.of("ties", {"density": 0.5}, seed=7).label == "ties(scaling=1, density=0.5)"
     assert MergeMethod.of("dare", {}, seed=7).label == "dare(density=0.5, seed=7)"
-    assert of
+    assert MergeMethod.of("svd", {}, seed=7).label == "svd()"
 
 
 @pytest.mark.parametrize("name", ["ties", "dare", "svd", "linear"])

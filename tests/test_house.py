@@ -23,7 +23,7 @@ FLOORS = (
     ("ensemble", "trained"),
     ("search", "replay", "worth", "fidelity", "certainty"),
     ("outcome", "study", "record"),
-    ("tables", "plots"),
+    ("tables", "plots", "ingredients"),
     ("report",),
     ("searcher",),
     ("cli",),

@@ -1,0 +1,496 @@
+"""What a run is made of: data, model, scorers, objectives; each loaded when it is first asked for, and checked before use."""
+
+import math
+from functools import cached_property, partial
+from importlib.util import find_spec
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from trl import ModelConfig, SFTConfig
+
+from . import parsing
+from .adapters import (
+    LAUNCH,
+    OPERATIONAL,
+    AdapterBank,
+    base_fingerprint,
+    check_model,
+    differing,
+    load_base,
+    load_tokenizer,
+    lora_config,
+    pin_revision,
+    planned_steps,
+    quantization_facts,
+    sharded,
+    uniform_facts,
+)
+from .config import MergeToMixConfig
+from .console import Terminal
+from .data import Candidate, Target, load_all, overlap
+from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
+from .errors import InputError
+from .external import CallableScorer, CommandScorer, HarnessScorer
+from .forward import Stack
+from .journal import Journal, Keys, RunFolder, fingerprint, write_atomic
+from .merging import GatedStack
+from .methods import AVERAGE, DenseStack, MergeMethod
+from .mixture import SearchSpace
+from .objectives import MergedObjective, Objective
+from .scoring import LogprobScorer, Scorer, make_scorer
+from .study import Study
+from .surrogates import choose_strategy
+from .trained import TrainedMixtures, TrainedObjective
+
+# What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
+FREE = {
+    "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
+    "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
+    "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
+    "merge_method", "merge_parameters", "allow_mixed_training",
+    "output_dir",
+    "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
+}  # fmt: skip
+
+
+def has_ensemble(scorer: Scorer, metric: str) -> bool:
+    """Whether the ensemble objective can be had of a target."""
+    return isinstance(scorer, LogprobScorer) and metric in ENSEMBLE_METRICS
+
+
+class Ingredients:
+    """What a run is made of.
+
+    Args:
+        config: candidates, target and how to search.
+        args: TRL's training arguments, the same for every adapter and for the final fine-tune.
+        model_args: base model and LoRA shape.
+        terminal: where to print; by default standard output, and nothing on processes other than the main one.
+
+    Raises:
+        InputError: from any method, for whatever is wrong with what was given.
+    """
+
+    def __init__(
+        self, config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig, terminal: Terminal | None = None
+    ) -> None:
+        parsing.check_trl(args, model_args)
+        self.config = config
+        self.args = args
+        self.model_args = pin_revision(model_args)
+        self.state = PartialState(cpu=args.use_cpu)
+        self.terminal = terminal or Terminal(quiet=not self.state.is_main_process)
+        self.lora = lora_config(model_args)
+        self.run = RunFolder(args.output_dir)
+        self._tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
+        self._checked = False
+        self._stack: Stack | None = None
+        self._stack_method = AVERAGE
+        self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
+        self._journal: Journal | None = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.model_args, self.args)
+
+    @cached_property
+    def _data(self) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
+        return load_all(
+            self.config.parsed_candidates,
+            self.config.parsed_targets,
+            self.tokenizer,
+            seed=self.args.seed,
+            max_length=None if self.args.packing else self.args.max_length,
+            assistant_only_loss=self.args.assistant_only_loss,
+        )
+
+    @property
+    def candidates(self) -> dict[str, Candidate]:
+        """The candidates by name, loaded and checked."""
+        return self._data[1]
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """The targets by name, loaded and checked."""
+        return self._data[2]
+
+    @cached_property
+    def overlap(self) -> dict[tuple[str, str], int]:
+        """(candidate, target) -> rows of the target that stand in the candidate too."""
+        return {
+            (name, target): overlap(one, self.targets[target].questions)
+            for name, one in self.candidates.items()
+            for target in self.targets
+        }
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What all adapters have in common: see `uniform_facts`."""
+        return self._facts(self.args, self.model_args)
+
+    @cached_property
+    def bank(self) -> AdapterBank:
+        mixed = {
+            name: self._facts(*self._settings(name)) for name, one in self.candidates.items() if one.config.training
+        }
+        return AdapterBank(self.run.adapters, self.candidates, self.facts, mixed)
+
+    def _settings(self, name: str) -> tuple[SFTConfig, ModelConfig]:
+        """What a candidate's adapter is trained with: the same for all, unless mixed training is allowed."""
+        overrides = self.candidates[name].config.training
+        where = f"candidates.{name}.training"
+        return (
+            parsing.with_overrides(self.args, self.model_args, overrides, where)
+            if overrides
+            else (self.args, self.model_args)
+        )
+
+    def _facts(self, args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+        """What a model depends on beside its data: see `uniform_facts`."""
+        quantization = quantization_facts(model_args)
+        return uniform_facts(
+            args,
+            lora_config(model_args),
+            self.tokenizer,
+            self._base_fingerprint,
+            model_args.dtype,
+            self._data[0],
+            quantization,
+        )
+
+    @cached_property
+    def _base_fingerprint(self) -> str:
+        return base_fingerprint(self.model_args)
+
+    @cached_property
+    def base(self) -> Any:
+        """The base model, loaded once for the adapters, the search and the final fine-tune."""
+        return self._load_base()
+
+    def _load_base(self, to_train: bool = False) -> Any:
+        self.terminal.say(f"loading {self.model_args.model_name_or_path} ({self.model_args.dtype})", style="dim")
+        return load_base(self.model_args, self.args, to_train)
+
+    def _plain_base(self) -> Any:
+        """The base model without the adapters' stack on it."""
+        if self._stack is not None:
+            self._stack.detach()
+            self._stack = None
+        return self.base
+
+    def _base_to_train(self) -> Any:
+        """The base model; one of its own for every training that cuts it into pieces."""
+        return self._load_base(to_train=True) if sharded() else self._plain_base()
+
+    def _open_stack(self, method: MergeMethod) -> Stack:
+        """The adapters on the base model, ready to be merged so; one stack at a time."""
+        wanted = AVERAGE if method.gated else method
+        if self._stack is None or self._stack_method != wanted:
+            base = self._plain_base()
+            adapters = self.bank.load()
+            self._stack = GatedStack(base, adapters) if wanted.gated else DenseStack(base, adapters, wanted)
+            self._stack_method = wanted
+        return self._stack
+
+    @cached_property
+    def scorers(self) -> dict[str, dict[str, Scorer]]:
+        """Of every target `validation` and, where there are sealed rows, `test`."""
+        positions = check_model(self.model_args, self.args, self.lora)
+        return {name: self._scorers(target, positions) for name, target in self.targets.items()}
+
+    def _scorers(self, target: Target, positions: int) -> dict[str, Scorer]:
+        config, where = target.config, f"targets.{target.name}"
+        allow = self.config.allow_metric_code
+        if config.kind == "command":
+            base = self.model_args.model_name_or_path
+            commands = {"validation": config.command, "test": config.test_command}
+            return {part: CommandScorer(one, config.metric, base) for part, one in commands.items() if one}
+        if config.kind == "lm_eval":
+            tasks = {"validation": config.task, "test": config.test_task}
+            return {
+                part: HarnessScorer(config, task, self.tokenizer, allow, where) for part, task in tasks.items() if task
+            }
+        rows = {"validation": target.rows, "test": target.test_rows}
+        if config.kind == "callable":
+            given = {part: rows[part] for part in rows if part == "validation" or rows[part]}
+            return {part: CallableScorer(config.scorer, one, self.tokenizer) for part, one in given.items()}
+        return {
+            part: make_scorer(config, one, self.tokenizer, positions, allow_metric_code=allow, where=where)
+            for part, one in rows.items()
+            if one
+        }
+
+    @property
+    def _test_scorers(self) -> dict[str, Scorer]:
+        return {name: parts["test"] for name, parts in self.scorers.items() if "test" in parts}
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The mixtures that may be proposed.
+
+        Raises:
+            InputError: there are none.
+        """
+        config, candidates = self.config, self.candidates
+        allowed = config.licenses
+        unlicensed = [name for name, one in candidates.items() if allowed and one.config.license not in allowed]
+        for name in unlicensed:
+            if candidates[name].config.required:
+                given = candidates[name].config.license
+                raise InputError(f"candidates.{name}: it is required, but its license {given!r} is not among licenses")
+        names = [name for name, one in candidates.items() if not one.config.excluded and name not in unlicensed]
+        if not names:
+            raise InputError("every candidate is excluded, by itself or by licenses: no mixture is possible")
+        return SearchSpace(
+            tuple(names),
+            frozenset(name for name in names if candidates[name].config.required),
+            config.min_datasets,
+            config.max_datasets,
+            {name: one.cost for name, one in candidates.items()},
+            math.inf if config.max_cost is None else config.max_cost,
+            config.weights == "continuous",
+        )
+
+    @cached_property
+    def keys(self) -> dict[str, Keys]:
+        """Of every target what makes the keys of its trials; the adapters must be there."""
+        adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
+        parts = ("base_model", "dtype", "tokenizer", "chat_template", "quantization")
+        base = fingerprint([self.facts.get(key) for key in parts])
+        scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
+        return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}
+
+    def _objectives(self, kind: str, method: MergeMethod | None = None) -> list[Objective]:
+        """What scores mixtures, `merged` (as the run merges, or by another method) or `ensemble`; one for every target."""
+        made: list[Objective] = []
+        method = (method or self.merge_method) if kind == "merged" else AVERAGE
+        for name, target in self.targets.items():
+            scorer = self.scorers[name]["validation"]
+            merged = MergedObjective(
+                partial(self._open_stack, method),
+                scorer,
+                self.keys[name],
+                target=name,
+                tokens_per_batch=self._tokens_per_batch,
+                weight=target.config.weight,
+                min_delta=target.config.min_delta,
+                method=method,
+            )
+            if kind == "merged":
+                made.append(merged)
+                continue
+            assert isinstance(scorer, LogprobScorer)
+            made.append(EnsembleObjective(merged, scorer, target.config, self.run.root / "ensemble"))
+        return made
+
+    @cached_property
+    def models(self) -> TrainedMixtures:
+        """The models that were fine-tuned on mixtures to be compared; the adapters must be there."""
+        return TrainedMixtures(
+            self.run.trained, self.candidates, self._data[0], next(iter(self.keys.values())), self._base_to_train,
+            self.tokenizer, self.args, self.lora, self._launched_otherwise,
+        )  # fmt: skip
+
+    @property
+    def _launched_otherwise(self) -> list[str]:
+        """In what this launch differs from the one that trained the adapters."""
+        there = next(iter(self.bank.training().values()))["uniform"]
+        return differing({name: self.facts.get(name) for name in LAUNCH}, {name: there.get(name) for name in LAUNCH})
+
+    @cached_property
+    def _trained_objectives(self) -> list[TrainedObjective]:
+        return [
+            TrainedObjective(
+                self.models,
+                self._plain_base,
+                partial(self._open_stack, AVERAGE),
+                self.scorers[name]["validation"],
+                self.keys[name],
+                target=name,
+                tokens_per_batch=self._tokens_per_batch,
+                weight=target.config.weight,
+                min_delta=target.config.min_delta,
+            )
+            for name, target in self.targets.items()
+        ]
+
+    @cached_property
+    def study(self) -> Study:
+        """Fine-tunes mixtures and compares; the adapters must be there."""
+        surrogates = {"merged": self._objectives("merged")}
+        if all(has_ensemble(self.scorers[name]["validation"], one.config.metric) for name, one in self.targets.items()):
+            surrogates["ensemble"] = self._objectives("ensemble")
+        if self._journal is None:
+            self._journal = Journal(self.run.trials)
+            self.state.wait_for_everyone()
+        mixed = any(one.config.training for one in self.candidates.values())
+        return Study(
+            self.space,
+            surrogates,
+            self._trained_objectives,
+            self._journal,
+            write=self.state.is_main_process,
+            agree=self._agree,
+            progress=self.terminal.progress,
+            uniform=self.merge_method == AVERAGE and not mixed,
+        )
+
+    def _final_settings(self) -> tuple[SFTConfig, ModelConfig]:
+        return parsing.with_overrides(self.args, self.model_args, self.config.final)
+
+    def _agree(self, value: Any) -> Any:
+        """What the main process has."""
+        return broadcast_object_list([value])[0] if self.state.num_processes > 1 else value
+
+    def check(self) -> None:
+        """Reads and checks everything that was given, and shows it in a table, before anything is trained or written.
+
+        Raises:
+            InputError: anything that would make the run fail or mislead later.
+        """
+        if self._checked:
+            return
+        candidates, targets, scorers = self.candidates, self.targets, self.scorers
+        least = len(candidates) + 2
+        if self.config.max_trials is not None and self.config.max_trials < least:
+            raise InputError(
+                f"max_trials: at least {least} are needed for the base model, every single candidate and all together, "
+                f"got {self.config.max_trials}"
+            )
+        self._check_search()
+        if self.config.final:
+            args, model_args = self._final_settings()
+            check_model(model_args, args, lora_config(model_args))
+        rows = []
+        shared = self.overlap
+        for name, one in candidates.items():
+            steps = planned_steps(self.args, one.trained_rows, one.tokens)
+            found = sum(shared[name, target] for target in targets)
+            figures = (len(one.rows), one.tokens, one.longest, one.truncated, steps, found)
+            rows.append([name, *(f"{figure:,}" for figure in figures)])
+        columns = ["", "rows", "tokens", "longest", "truncated", "steps", "in target"]
+        self.terminal.table(f"candidates ({self._data[0]} format)", columns, rows)
+        for target in targets.values():
+            self.terminal.say(f"target {target.name}: {self._describe(target)}")
+        self.terminal.say("")
+        for scored, parts in scorers.items():
+            for part, scorer in parts.items():
+                if scorer.cut:
+                    self.terminal.say(
+                        f"{scored}, {part}: {scorer.cut} prompts are too long for the model; their beginning is cut",
+                        "yellow",
+                    )
+        for name, one in candidates.items():
+            if one.dropped:
+                self.terminal.say(
+                    f"{name}: {one.dropped} rows whose prompt alone fills max_length are left out", "yellow"
+                )
+        for asked in targets:
+            leaking = [f"{name} ({shared[name, asked]})" for name in candidates if shared[name, asked]]
+            if leaking and not self.config.allow_overlap:
+                raise InputError(
+                    f"rows of target {asked!r} also stand in {', '.join(leaking)}: a candidate that holds the questions looks "
+                    "better than it is. Remove those rows, or say allow_overlap: true"
+                )
+        self._check_run_folder()
+        self.bank.check()
+        self._checked = True
+
+    def _describe(self, target: Target) -> str:
+        """What a target is scored on and how, for the line under the first table."""
+        config, parts = target.config, self.scorers[target.name]
+
+        def rows(part: str) -> str:
+            return f"{parts[part].examples:,} " if parts[part].examples else ""
+
+        own = {
+            "command": "scored by a command",
+            "lm_eval": f"harness task {config.task}",
+            "callable": "scored by a function",
+        }
+        words = [own.get(config.kind), f"{rows('validation')}validation rows" if rows("validation") else None]
+        words += [f"{rows('test')}sealed test rows" if "test" in parts else "no test set", config.metric]
+        if len(self.targets) > 1:
+            words.append(f"weight {config.weight:g}")
+        if config.min_delta is not None:
+            words.append(f"at most {config.min_delta:g} worse than the base model")
+        return ", ".join(filter(None, words))
+
+    def _check_run_folder(self) -> None:
+        """Refuses to go on in a folder whose run was configured otherwise.
+
+        Raises:
+            InputError: naming every field that differs.
+        """
+        if not self.run.config.exists() or len(self.bank.check()) == len(self.candidates):
+            return  # nothing is there yet that another configuration could spoil
+        there, now = parsing.read_yaml(self.run.config), yaml.safe_load(self.config_yaml())
+        for one in (there, now):
+            for key in (FREE | OPERATIONAL) & set(one):
+                del one[key]
+            for target in one["targets"].values():
+                for key in ("test_data", "test_command", "test_task", "weight", "min_delta"):
+                    target.pop(key, None)  # a sealed test may come later; the others only choose among scores
+        # Targets may join and go; the journal keeps what was scored. But a name stands for one thing.
+        for one, other in ((now, there), (there, now)):
+            one["targets"] = {name: target for name, target in one["targets"].items() if name in other["targets"]}
+        differences = differing(now, there)
+        if differences:
+            hint = ", or give a target that has changed another name" if now["targets"] != there["targets"] else ""
+            raise InputError(
+                f"{self.run.root} holds a run with another configuration: {'; '.join(differences)}. "
+                f"Restore these fields, or choose another --output_dir{hint}"
+            )
+
+    def _check_search(self) -> None:
+        """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
+        config, space = self.config, self.space  # making the space refuses impossible constraints
+        scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
+        likelihoods = config.objective == "merged" and config.merge_method == "average"
+        likelihoods = likelihoods and all(isinstance(one, LogprobScorer) for one in scorers.values())
+        for name, scorer in scorers.items():
+            metric = self.targets[name].config.metric
+            if config.objective == "ensemble" and not has_ensemble(scorer, metric):
+                raise InputError(
+                    f"targets.{name}: objective ensemble averages the probabilities of right answers; it needs scorer choice, "
+                    f"classification or loss with one of {', '.join(ENSEMBLE_METRICS)} as its metric"
+                )
+        if not self.merge_method.gated:
+            if self.model_args.load_in_4bit or self.model_args.load_in_8bit:
+                raise InputError(
+                    f"merge_method: {config.merge_method} writes merged weights, which a quantised base has not; expected average"
+                )
+            if any(isinstance(one, CommandScorer) for one in scorers.values()):
+                raise InputError(
+                    f"merge_method: {config.merge_method} gives no adapter to hand to a command; expected average"
+                )
+        strategy = config.strategy
+        if strategy == "gradient" and not likelihoods:
+            raise InputError(
+                "strategy: gradient needs objective: merged, merge_method: average and targets whose scorer is choice, "
+                "classification or loss"
+            )
+        alone = config.objective == "ensemble" and len(scorers) == 1
+        if strategy == "auto" and config.weights == "continuous" and not alone:
+            strategy = choose_strategy(space, likelihoods)[0]
+        if strategy == "bayes" and find_spec("optuna") is None:
+            raise InputError("strategy bayes needs Optuna. Type: pip install 'm2m_hf[bayes]'")
+
+    def config_yaml(self) -> str:
+        """The resolved configuration as one flat YAML, which `--config` takes again."""
+        fields = parsing.trl_fields(self.args, self.model_args)
+        comment = (
+            "The resolved configuration of this run: paths absolute, defaults that depend on the hardware filled in."
+        )
+        model = fields.pop("model_name_or_path")
+        return parsing.dump_yaml({"model_name_or_path": model, **fields, **self.config.to_yaml()}, comment)
+
+    def prepare(self) -> None:
+        """Claims the run folder and writes the resolved configuration."""
+        if self.state.is_main_process:
+            self.run.lock()
+            if not self.run.config.exists() or self.run.config.read_text(encoding="utf-8") != self.config_yaml():
+                write_atomic(self.run.config, self.config_yaml())
+        self.state.wait_for_everyone()

@@ -307,6 +307,7 @@ def train_lora(
     config: LoraConfig,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    what: str = "",
 ) -> dict[str, Any]:
     """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
 
@@ -314,12 +315,16 @@ def train_lora(
 
     SFTTrainer seeds itself before it makes the adapter, so every call starts from the same adapter weights.
 
+    Args:
+        what: is trained, for messages; by default the folder's name.
+
     Returns:
         What the run used: see `TrainingRecorder`.
 
     Raises:
         DivergedError: nothing is saved.
     """
+    what = what or folder.name.strip(".").removesuffix(".partial")
     args = copy.deepcopy(args)
     args.output_dir = str(folder)
     args.save_strategy = "no"
@@ -347,7 +352,7 @@ def train_lora(
         finite = [all(tensor.isfinite().all() for name, tensor in state.items() if "lora_" in name)]
         if not broadcast_object_list(finite)[0] or not math.isfinite(loss):
             raise DivergedError(
-                f"training for {folder.name.strip('.').removesuffix('.partial')} diverged: loss {loss}, weights not finite. "
+                f"training for {what} diverged: loss {loss}, weights not finite. "
                 f"Try a lower learning_rate (now {args.learning_rate:g}) or max_grad_norm"
             )
         if PartialState().is_main_process:

@@ -96,7 +96,8 @@ class TrainedMixtures:
             partial = folder.with_name(f".{folder.name}.partial")
             watching = [] if bar is None else [BankProgress(bar, before, note)]
             rows = mixture_dataset(counts, self.candidates, self._data_format, self._args.seed)
-            record = train_lora(self._base(), self._tokenizer, rows, self._args, self._config, partial, watching)
+            what = " + ".join(counts)
+            record = train_lora(self._base(), self._tokenizer, rows, self._args, self._config, partial, watching, what)
             publish(partial, folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
         return folder
 

@@ -300,6 +300,13 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
     assert m2m("fidelity", "--config", path) == 0
 
 
+def test_what_diverges_is_called_by_its_mixture(studied):
+    one = searcher(studied)
+    one.models._args.learning_rate = 1e30
+    with pytest.raises(DivergedError, match=r"training for alpha \+ beta diverged"):
+        one.models.train({"alpha": 11, "beta": 11})
+
+
 def test_commands_and_their_sealed_tests_are_studied_too(project):
     """A scorer that knows only a number: no intervals by row, no verdict, and the base model is a zero adapter."""
     script = project / "score.py"

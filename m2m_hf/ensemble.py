@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 
 from .config import TargetConfig
 from .mixture import Failure, Mixture, Score, SearchSpace
-from .objectives import MergedObjective
+from .objectives import MergedObjective, ScorerObjective
 from .scoring import ROUND, ChoiceScorer, LogprobScorer
 
 BLOCK = 1 << 24  # numbers in one temporary tensor
@@ -143,7 +143,7 @@ def subset_blocks(space: SearchSpace, size: int) -> Iterator[torch.Tensor]:
             yield bits[allowed].float()
 
 
-class EnsembleObjective:
+class EnsembleObjective(ScorerObjective):
     """The second, far cheaper surrogate of a mixture's trained model. What costs a pass is kept on the disk.
 
     Args:
@@ -154,25 +154,17 @@ class EnsembleObjective:
     """
 
     name = "ensemble"
-    order: tuple[int, ...] = ()
-    differentiable = False
+    _scorer: LogprobScorer
 
     def __init__(self, merged: MergedObjective, scorer: LogprobScorer, config: TargetConfig, folder: Path) -> None:
+        super().__init__(scorer, merged.keys, target=merged.target, weight=merged.weight, min_delta=merged.min_delta)
         self._merged = merged
-        self._scorer = scorer
         self._folder = folder
         self._metric = config.metric
         self._parts: dict[str, torch.Tensor] = {}
-        self.target = merged.target
-        self.examples = merged.examples
-        self.weight = merged.weight
-        self.min_delta = merged.min_delta
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return self._merged.keys.ensemble(mixture)
-
-    def at_once(self, rows: int) -> int:
-        return 1
+        return self.keys.ensemble(mixture)
 
     def evaluations(self, mixture: Mixture, rows: int) -> int:
         """Examples really scored for a mixture: only the parts themselves cost a pass."""
@@ -212,16 +204,6 @@ class EnsembleObjective:
                 continue
             found.append(self.whole(ensemble.score(mixture if mixture.items else Mixture((("", 1.0),)))))
         return found
-
-    def whole(self, score: Score) -> Score:
-        """With the scorer's own standard error."""
-        return self._scorer.whole(score)
-
-    def likelihood(self, score: Score) -> float:
-        return self._scorer.likelihood(score)
-
-    def gradient(self, mixture: Mixture) -> Score | Failure:
-        raise TypeError("the best weights of an ensemble are a convex problem: see `Ensemble.best_weights`")
 
 
 def screen(singles: Mapping[str, Sequence[float]], most: int = 1000) -> Callable[[Sequence[Mixture]], list[float]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from .errors import InputError
 from .forward import Stack
@@ -48,19 +48,73 @@ class Objective(Protocol):
     def likelihood(self, score: Score) -> float: ...
 
 
-class MergedObjective:
+class ScorerObjective:
+    """What objectives share that score with a target's scorer: see `Objective`.
+
+    Args:
+        scorer: of the target's validation rows.
+        keys: of the target's trials.
+        target: name of the target.
+        weight: the target's, in a search with several.
+        min_delta: by how much at most a mixture may be worse on this target than the base.
+    """
+
+    name: str
+    order: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        keys: Keys,
+        *,
+        target: str,
+        weight: float = 1.0,
+        min_delta: float | None = None,
+    ) -> None:
+        self._scorer = scorer
+        self.keys = keys
+        self.target = target
+        self.examples = scorer.examples
+        self.weight = weight
+        self.min_delta = min_delta
+
+    def at_once(self, rows: int) -> int:
+        return 1
+
+    def whole(self, score: Score) -> Score:
+        """A score of all rows from their values, in the order of the rows, with the scorer's own standard error."""
+        return self._scorer.whole(score)
+
+    def evaluations(self, mixture: Mixture, rows: int) -> int:
+        """Examples that are scored to know `rows` of them."""
+        return rows
+
+    @property
+    def differentiable(self) -> bool:
+        return False
+
+    def likelihood(self, score: Score) -> float:
+        """That of the right answers, in the unit in which `gradient` is its derivative."""
+        return self._scorer.likelihood(score)
+
+    def gradient(self, mixture: Mixture) -> Score | Failure:
+        """The score with the derivative by the weights of the mixture.
+
+        Raises:
+            TypeError: it has none.
+        """
+        raise TypeError(f"scores of the objective {self.name} have no derivative by the weights of a mixture")
+
+
+class MergedObjective(ScorerObjective):
     """The paper's surrogate: the score of the model whose weights are the base's plus the mixture's average of deltas.
 
     The stack is asked for only when something has to be measured; a search that the journal answers loads no model.
 
     Args:
         open_stack: gives the gated stack.
-        scorer: of the target's validation rows.
-        keys: of the target's trials.
-        target: name of the target.
+        scorer, keys, **common: see `ScorerObjective`.
         tokens_per_batch: budget of one forward pass.
-        weight: the target's, in a search with several.
-        min_delta: by how much at most a mixture may be worse on this target than the base.
         method: how adapters are merged; the average is the paper's.
 
     Raises:
@@ -73,25 +127,17 @@ class MergedObjective:
         scorer: Scorer,
         keys: Keys,
         *,
-        target: str,
         tokens_per_batch: int,
-        weight: float = 1.0,
-        min_delta: float | None = None,
         method: MergeMethod = AVERAGE,
+        **common: Any,
     ) -> None:
+        super().__init__(scorer, keys, **common)
         if scorer.needs_adapter and not method.gated:
             raise InputError(f"merge_method: {method.name} gives no adapter to hand to a command; expected average")
         self.name = method.label
         self._method = method
         self._open_stack = open_stack
-        self._scorer = scorer
-        self.keys = keys
         self._tokens_per_batch = tokens_per_batch
-        self.target = target
-        self.examples = scorer.examples
-        self.weight = weight
-        self.min_delta = min_delta
-        self.order: tuple[int, ...] = ()
         if scorer.by_row:
             self.order = order(scorer.fingerprint, scorer.examples)
 
@@ -109,21 +155,9 @@ class MergedObjective:
         weights = [self._method.gates(mixture.weights) for mixture in mixtures]
         return self._scorer.score(self._open_stack(), weights, self._tokens_per_batch, rows)
 
-    def whole(self, score: Score) -> Score:
-        """A score of all rows from their values, in the order of the rows."""
-        return self._scorer.whole(score)
-
-    def evaluations(self, mixture: Mixture, rows: int) -> int:
-        """Examples that are scored to know `rows` of them."""
-        return rows
-
     @property
     def differentiable(self) -> bool:
         return isinstance(self._scorer, LogprobScorer) and self._method.name == "average"
-
-    def likelihood(self, score: Score) -> float:
-        """That of the right answers, in the unit in which `gradient` is its derivative."""
-        return self._scorer.likelihood(score)
 
     def gradient(self, mixture: Mixture) -> Score | Failure:
         """The score with the derivative by the weights of the mixture, in one backward pass."""

@@ -364,8 +364,19 @@ def figures(standing: Standing) -> dict[str, Any]:
 
 
 def has_logprobs(standings: Sequence[Standing]) -> bool:
-    """Whether all scores hold the log-probability of the right answers."""
-    return all(trial.score and trial.score.logprobs for one in standings for trial in one.trials.values())
+    """Whether all scores hold the log-probability of the right answers, and as more than the score itself in another unit."""
+    scores = [trial.score for one in standings for trial in one.trials.values()]
+    return all(score and score.logprobs for score in scores) and not all(
+        proportional(score) for score in scores if score
+    )
+
+
+def proportional(score: Score) -> bool:
+    """Whether the values by row are the log-probabilities, but for a positive factor: see `LossScorer`."""
+    values, logprobs = np.array(score.values), np.array(score.logprobs)
+    if len(values) != len(logprobs) or values.sum() * logprobs.sum() <= 0:
+        return False
+    return np.allclose(values * logprobs.sum(), logprobs * values.sum(), rtol=1e-3)
 
 
 def by_rows(surrogate: Sequence[Standing], true: Sequence[Standing], measure: str) -> list[Rows]:

@@ -18,6 +18,7 @@ from .forward import Stack
 from .journal import Keys, read_json, write_json
 from .merging import Adapter, GatedStack
 from .mixture import Failure, Mixture, Score, row_counts
+from .objectives import ScorerObjective
 from .scoring import Scorer
 
 Counts = Mapping[str, int]
@@ -112,24 +113,18 @@ class TrainedMixtures:
         return float(sum(read_json(path)["seconds"] for path in records if path.parent != self.folder(without)))
 
 
-class TrainedObjective:
+class TrainedObjective(ScorerObjective):
     """The score of the model that was fine-tuned on a mixture: what the surrogates predict.
 
     Args:
         models: where they are, or are made.
         base: gives the base model to score on, free of any other stack.
         bare: gives it as a stack of the bank's adapters, to score the base model itself.
-        scorer: of the target's validation rows.
-        keys: of the target's trials.
-        target: name of the target.
+        scorer, keys, **common: see `ScorerObjective`.
         tokens_per_batch: budget of one forward pass.
-        weight: the target's, in a search with several.
-        min_delta: by how much at most a mixture may be worse on this target than the base.
     """
 
     name = "trained"
-    order: tuple[int, ...] = ()
-    differentiable = False
 
     def __init__(
         self,
@@ -139,24 +134,14 @@ class TrainedObjective:
         scorer: Scorer,
         keys: Keys,
         *,
-        target: str,
         tokens_per_batch: int,
-        weight: float = 1.0,
-        min_delta: float | None = None,
+        **common: Any,
     ) -> None:
+        super().__init__(scorer, keys, **common)
         self.models = models
         self._base = base
         self._bare = bare
-        self._scorer = scorer
-        self.keys = keys
         self._tokens_per_batch = tokens_per_batch
-        self.target = target
-        self.examples = scorer.examples
-        self.weight = weight
-        self.min_delta = min_delta
-
-    def at_once(self, rows: int) -> int:
-        return 1
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
         return self.keys.trained(self.models.counts(mixture))
@@ -205,15 +190,3 @@ class TrainedObjective:
                 write_json(path, known)
         one = known[scorer.fingerprint]
         return Score(one["value"], one["stderr"], tuple(one["values"]), tuple(one["logprobs"]))
-
-    def whole(self, score: Score) -> Score:
-        return self._scorer.whole(score)
-
-    def evaluations(self, mixture: Mixture, rows: int) -> int:
-        return rows
-
-    def likelihood(self, score: Score) -> float:
-        return self._scorer.likelihood(score)
-
-    def gradient(self, mixture: Mixture) -> Any:
-        raise TypeError("a model that was trained on a mixture has no derivative by its weights")

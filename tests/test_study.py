@@ -17,12 +17,12 @@ from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.journal import Journal
 from m2m_hf.methods import MergeMethod
-from m2m_hf.mixture import Mixture
+from m2m_hf.mixture import Mixture, Score, Standing, Trial
 from m2m_hf.parsing import parse
 from m2m_hf.record import Record
 from m2m_hf.scoring import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.study import compare
+from m2m_hf.study import compare, figures, has_logprobs
 
 ROOT = Path(__file__).parents[1]
 
@@ -454,3 +454,22 @@ def test_comparisons_leave_out_what_the_surrogate_could_not_score(studied):
         ours[0], trials={name: replace(trial, score=None, state="failed") for name, trial in ours[0].trials.items()}
     )
     assert compare(mixtures, [failed, *ours[1:]], true, complete)["score"].mixtures == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "logprobs", "more"),
+    [
+        ((-1.0, -3.0), (-2.0, -6.0), False),  # a loss is the log-probability, per token
+        ((0.0, 1.0), (-2.0, -6.0), True),
+        ((0.0, 0.0), (-2.0, -6.0), True),
+        ((-1.0, -3.0), (-2.0, -1.0), True),
+        ((0.0, 1.0), (), False),
+    ],
+)
+def test_log_probabilities_are_told_apart_only_where_the_score_is_something_else(values, logprobs, more):
+    mixture = Mixture.subset(["a"])
+    score = Score.of(values, logprobs)
+    trial = Trial("key", mixture, "trained", "quiz", 2, "complete", score, 0.1)
+    standing = Standing(mixture, {"quiz": trial}, {"quiz": 1.0})
+    assert has_logprobs([standing]) is more
+    assert (figures(standing)["logprob"] is not None) is more

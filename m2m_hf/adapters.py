@@ -6,7 +6,6 @@ that could tell two adapters apart except their data is written down, compared, 
 
 import copy
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,24 +16,23 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
+from accelerate.utils import patch_environment
 from bitsandbytes.nn import Linear4bit
-from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer_callback import ProgressCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from .callbacks import BankProgress, TrainingRecorder
+from .callbacks import BankProgress
 from .console import Terminal, duration
 from .data import Candidate
 from .errors import InputError
-from .journal import file_fingerprint, fingerprint, read_json, write_json
+from .journal import cut_short, file_fingerprint, fingerprint, read_json
 from .merging import Adapter, refuse_unless_averageable
+from .training import TrainingFailedError, finished, hidden, load_trained, planned_steps, publish, sharded, train_lora
 
 # Settings that change where or how something is told, not what is learned.
 OPERATIONAL = {
@@ -48,12 +46,9 @@ OPERATIONAL = {
     "include_num_input_tokens_seen", "remove_unused_columns", "load_best_model_at_end", "metric_for_best_model",
     "greater_is_better", "model_init_kwargs", "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
+NEEDED = {"fingerprint", "data", "uniform", "steps", "seconds", "files"}  # in every `training.json`
 LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
-
-
-class DivergedError(InputError):
-    """A training whose loss or weights are no numbers any more."""
 
 
 def lora_config(model_args: ModelConfig) -> LoraConfig:
@@ -116,11 +111,6 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig) -> PreTrainedTokeni
             raise InputError(f"chat_template_path: expected a Jinja file, got {args.chat_template_path!r}")
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
     return tokenizer
-
-
-def sharded() -> bool:
-    """Whether the launcher has training cut the model into pieces, one per process (FSDP, DeepSpeed)."""
-    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
 
 
 @contextmanager
@@ -281,121 +271,10 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return [f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)" for name in names]
 
 
-def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
-    """Optimizer steps that the Trainer will make on `rows` rows of together `tokens` tokens; with packing about."""
-    if args.packing and args.max_length:
-        rows = math.ceil(tokens / args.max_length)
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    batches = math.ceil(rows / (args.per_device_train_batch_size * PartialState().num_processes))
-    per_epoch: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(per_epoch * float(args.num_train_epochs))
-
-
-def mixture_steps(args: SFTConfig, candidates: Mapping[str, Candidate], counts: Mapping[str, int]) -> int:
-    """Optimizer steps that the Trainer will make on so many rows of each candidate."""
-    chosen = [(candidates[name], count) for name, count in counts.items()]
-    rows = sum(one.trained_rows * count // len(one.rows) for one, count in chosen)
-    return planned_steps(args, rows, sum(one.tokens * count // len(one.rows) for one, count in chosen))
-
-
-def train_lora(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    args: SFTConfig,
-    config: LoraConfig,
-    folder: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-    what: str = "",
-) -> dict[str, Any]:
-    """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
-
-    Under FSDP or DeepSpeed the base is not given back: it is in pieces, and of no further use.
-
-    SFTTrainer seeds itself before it makes the adapter, so every call starts from the same adapter weights.
-
-    Args:
-        what: is trained, for messages; by default the folder's name.
-
-    Returns:
-        What the run used: see `TrainingRecorder`.
-
-    Raises:
-        DivergedError: nothing is saved.
-    """
-    what = what or folder.name.strip(".").removesuffix(".partial")
-    args = copy.deepcopy(args)
-    args.output_dir = str(folder)
-    args.save_strategy = "no"
-    args.eval_strategy = "no"
-    args.push_to_hub = False
-    args.disable_tqdm = True
-    args.include_num_input_tokens_seen = "non_padding"
-    untouched = set(vars(base)), set(base.get_input_embeddings()._forward_hooks)
-    recorder = TrainingRecorder()
-    trainer = SFTTrainer(
-        model=base,
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=copy.deepcopy(config),
-        callbacks=[recorder, *callbacks],
-    )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    peft_model = trainer.model
-    try:
-        loss = trainer.train().training_loss
-        # Where the weights are in pieces, all processes must help to put them together; the main one gets them.
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()
-        finite = [all(tensor.isfinite().all() for name, tensor in state.items() if "lora_" in name)]
-        if not broadcast_object_list(finite)[0] or not math.isfinite(loss):
-            raise DivergedError(
-                f"training for {what} diverged: loss {loss}, weights not finite. "
-                f"Try a lower learning_rate (now {args.learning_rate:g}) or max_grad_norm"
-            )
-        if PartialState().is_main_process:
-            peft_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-        PartialState().wait_for_everyone()
-    finally:
-        if not sharded():
-            restore(base, peft_model, *untouched)
-    return recorder.record | {"loss": loss}
-
-
-def publish(partial: Path, folder: Path, record: Mapping[str, Any]) -> None:
-    """Puts a trained adapter in its place together with its `training.json`, so that what is there is always whole."""
-    if PartialState().is_main_process:
-        write_json(partial / "training.json", record)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    PartialState().wait_for_everyone()
-
-
-def restore(base: PreTrainedModel, peft_model: PeftModel, attributes: set[str], hooks: set[int]) -> None:
-    """Takes the adapter and TRL's patches off `base`, which can then be trained or scored as if it were freshly loaded.
-
-    Args:
-        attributes: names of the instance attributes that `base` had before.
-        hooks: ids of the forward hooks that its input embeddings had before. With activation checkpointing TRL and the
-            Trainer each put one there and remember the last one only, so that transformers' own way to take them off
-            would leave one behind.
-    """
-    peft_model.unload()
-    if base.is_activation_checkpointing:
-        base.activation_checkpointing_disable()
-    embedding_hooks = base.get_input_embeddings()._forward_hooks
-    for hook in set(embedding_hooks) - hooks:
-        del embedding_hooks[hook]
-    for name in set(vars(base)) - attributes:
-        delattr(base, name)
-    base.requires_grad_(False)
-    base.eval()
-
-
 class AdapterBank:
     """The adapters of one run, in `OUT/adapters/<candidate>/`.
+
+    A candidate whose training failed has a folder too, which says why in place of an adapter.
 
     Args:
         folder: `OUT/adapters`.
@@ -416,7 +295,7 @@ class AdapterBank:
         self.facts = {name: dict((mixed or {}).get(name, facts)) for name in candidates}
 
     def check(self) -> list[str]:
-        """The names of the adapters that are still to be trained.
+        """The names of the adapters that are still to be trained, those that a crash cut short among them.
 
         Processes and sharding count only where adapters are still to be trained: they change what is learned, but a
         complete bank may be searched with any.
@@ -424,7 +303,7 @@ class AdapterBank:
         Raises:
             InputError: an adapter is there that was trained otherwise, or on other rows; nothing is overwritten.
         """
-        missing = [name for name in self.candidates if not (self.folder / name / "training.json").exists()]
+        missing = [name for name in self.candidates if cut_short(self.folder / name) is not None]
         trained = self.training(skip=missing)
         launch = {} if missing else {name: next(iter(trained.values()))["uniform"].get(name) for name in LAUNCH}
         for name, there in trained.items():
@@ -453,40 +332,61 @@ class AdapterBank:
         """Trains the adapters that `check` names, one after another, each on what `base` gives and with what `settings` give.
 
         An adapter is made in a hidden folder and moved to its place when it is complete, so that an interrupted one
-        leaves nothing that looks finished.
+        leaves nothing that looks finished. One that fails leaves its reason, and the others are trained all the same.
         """
-        missing = self.check()
-        if not missing:
-            return
+        of = {name: fingerprint([self.facts[name], self.candidates[name].fingerprint]) for name in self.candidates}
+        torn = {name: cut_short(self.folder / name) for name in self.check() if (self.folder / name).exists()}
+        missing = [name for name in self.check() if not finished(self.folder / name, of[name])]
         steps = {
             name: planned_steps(settings(name)[0], self.candidates[name].trained_rows, self.candidates[name].tokens)
             for name in missing
         }
+        for name in missing:
+            if name in torn:
+                terminal.say(f"  {name}: {torn[name]}; its adapter is trained again", "yellow")
         done = 0
         with terminal.progress("training adapters", sum(steps.values())) as bar:
             for number, name in enumerate(missing, start=1):
-                partial = self.folder / f".{name}.partial"
+                folder = self.folder / name
                 progress = BankProgress(bar, done, f"{name} ({number} of {len(missing)})")
-                record = train_lora(base(), tokenizer, self.candidates[name].rows, *settings(name), partial, [progress])
+                about = {
+                    "candidate": name,
+                    "fingerprint": of[name],
+                    "data": self.candidates[name].fingerprint,
+                    "rows": len(self.candidates[name].rows),
+                }
                 done += steps[name]
-                publish(
-                    partial,
-                    self.folder / name,
-                    {
-                        "candidate": name,
-                        "fingerprint": fingerprint([self.facts[name], self.candidates[name].fingerprint]),
-                        "data": self.candidates[name].fingerprint,
-                        "rows": len(self.candidates[name].rows),
-                        **record,
-                        "uniform": self.facts[name],
-                    },
-                )
+                try:
+                    record = train_lora(
+                        base(),
+                        tokenizer,
+                        self.candidates[name].rows,
+                        *settings(name),
+                        hidden(folder),
+                        [progress],
+                        of[name],
+                    )
+                except TrainingFailedError as error:
+                    nothing = {"steps": 0, "seconds": 0.0, "failed": str(error)}
+                    publish(folder, {**about, **nothing, "uniform": self.facts[name]})
+                    terminal.say(f"  {name}: failed: {error}", "yellow")
+                    continue
+                publish(folder, {**about, **record, "uniform": self.facts[name]})
                 curve = [loss for _, loss in record["loss_curve"]]
                 loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
                 terminal.say(
                     f"  {name}: {record['steps']:,} steps, {record['tokens']:,} tokens, "
                     f"loss {loss}, {duration(record['seconds'])}"
                 )
+
+        records = self.training().values()
+        if all("failed" in one for one in records):
+            if PartialState().is_main_process:
+                for name in self.candidates:
+                    shutil.rmtree(self.folder / name)
+            PartialState().wait_for_everyone()
+            reasons = dict.fromkeys(one["failed"] for one in records)
+            raise InputError(f"not one adapter could be trained: {'; '.join(reasons)}")
 
     def training(self, skip: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
         """Name -> `training.json` of every adapter but those to skip; its `fingerprint` says what the adapter is.
@@ -500,9 +400,7 @@ class AdapterBank:
                 continue
             path = self.folder / name / "training.json"
             record = read_json(path)
-            if not isinstance(record, dict) or not {"fingerprint", "data", "uniform", "steps", "seconds"} <= set(
-                record
-            ):
+            if not isinstance(record, dict) or not set(record) >= NEEDED:
                 raise InputError(
                     f"{path} does not say how the adapter was trained; delete {path.parent} to have it trained again"
                 )
@@ -510,5 +408,9 @@ class AdapterBank:
         return records
 
     def load(self) -> dict[str, Adapter]:
-        """Name -> adapter, from the disk."""
-        return {name: Adapter.load(self.folder / name) for name in self.candidates}
+        """Name -> adapter, from the disk; without those that failed.
+
+        Raises:
+            InputError: one that is not the one that was trained.
+        """
+        return {name: load_trained(self.folder / name) for name, one in self.training().items() if "failed" not in one}

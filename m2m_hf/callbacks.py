@@ -3,12 +3,19 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .console import Bar
+from .journal import describe_files, write_json
+
+MARK = "whole.json"  # written into a checkpoint when all else in it is on the disk
 
 
 class TrainingRecorder(TrainerCallback):
@@ -17,11 +24,20 @@ class TrainingRecorder(TrainerCallback):
     `record` holds: `steps`, `epochs`, `tokens` (seen, padding excluded), `seconds`, `loss` (mean over the run),
     `loss_curve` ([step, loss] pairs), and `peak_memory_bytes` (allocated on the accelerator; on a CPU the highest resident
     size that the process has had).
+
+    Args:
+        before: seconds spent on the same training before it was interrupted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: float = 0.0) -> None:
         self.record: dict[str, Any] = {}
+        self._before = before
         self._start = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far."""
+        return round(self._before + time.monotonic() - self._start, 3)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,10 +57,36 @@ class TrainingRecorder(TrainerCallback):
             "steps": state.global_step,
             "epochs": round(state.epoch or 0.0, 4),
             "tokens": int(state.num_input_tokens_seen),
-            "seconds": round(time.monotonic() - self._start, 3),
+            "seconds": self.seconds,
             "loss_curve": [[entry["step"], float(entry["loss"])] for entry in state.log_history if "loss" in entry],
             "peak_memory_bytes": peak,
         }
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as whole once everything in it is written, with what it takes to go on as if nothing had happened.
+
+    Args:
+        of: fingerprint of what is trained; another training does not go on from its checkpoints.
+        recorder: of the same training.
+        loss_sum: gives the sum of the losses of all steps so far; every process must call it.
+    """
+
+    def __init__(self, of: str, recorder: TrainingRecorder, loss_sum: Callable[[], float]) -> None:
+        self._of, self._recorder, self._loss_sum = of, recorder, loss_sum
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss_sum = self._loss_sum()
+        PartialState().wait_for_everyone()  # every process writes the state of its random numbers
+        if PartialState().is_main_process:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            known = {
+                "of": self._of,
+                "steps": state.global_step,
+                "seconds": self._recorder.seconds,
+                "loss_sum": loss_sum,
+            }
+            write_json(folder / MARK, known | {"files": describe_files(folder)})
 
 
 class BankProgress(TrainerCallback):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from scipy.special import logsumexp
@@ -157,7 +158,14 @@ class EnsembleObjective(ScorerObjective):
     _scorer: LogprobScorer
 
     def __init__(self, merged: MergedObjective, scorer: LogprobScorer, config: TargetConfig, folder: Path) -> None:
-        super().__init__(scorer, merged.keys, target=merged.target, weight=merged.weight, min_delta=merged.min_delta)
+        super().__init__(
+            scorer,
+            merged.keys,
+            target=merged.target,
+            weight=merged.weight,
+            min_delta=merged.min_delta,
+            failed=merged.failed,
+        )
         self._merged = merged
         self._folder = folder
         self._metric = config.metric
@@ -175,7 +183,7 @@ class EnsembleObjective(ScorerObjective):
         if name not in self._parts:
             alone = Mixture.subset([name] if name else [])
             path = self._folder / f"{self.key(alone)}.safetensors"
-            if not path.exists():
+            if not readable(path):
                 found = self._scorer.probabilities(*self._merged.model(alone))
                 if PartialState().is_main_process:
                     self._folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +212,15 @@ class EnsembleObjective(ScorerObjective):
                 continue
             found.append(self.whole(ensemble.score(mixture if mixture.items else Mixture((("", 1.0),)))))
         return found
+
+
+def readable(path: Path) -> bool:
+    """Whether a safetensors file is there and whole: its header tells how long it must be."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.keys())
+    except (OSError, SafetensorError):
+        return False
 
 
 def screen(singles: Mapping[str, Sequence[float]], most: int = 1000) -> Callable[[Sequence[Mixture]], list[float]]:

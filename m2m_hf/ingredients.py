@@ -22,9 +22,7 @@ from .adapters import (
     load_tokenizer,
     lora_config,
     pin_revision,
-    planned_steps,
     quantization_facts,
-    sharded,
     uniform_facts,
 )
 from .config import MergeToMixConfig
@@ -34,7 +32,7 @@ from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError
 from .external import CallableScorer, CommandScorer, HarnessScorer
 from .forward import Stack
-from .journal import Journal, Keys, RunFolder, fingerprint, write_atomic
+from .journal import Journal, Keys, RunFolder, fingerprint, read_made, write_atomic
 from .merging import GatedStack
 from .methods import AVERAGE, DenseStack, MergeMethod
 from .mixture import SearchSpace
@@ -43,6 +41,7 @@ from .scoring import LogprobScorer, Scorer, make_scorer
 from .study import Study
 from .surrogates import choose_strategy
 from .trained import TrainedMixtures, TrainedObjective
+from .training import planned_steps, sharded
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
 FREE = {
@@ -226,9 +225,15 @@ class Ingredients:
     def _test_scorers(self) -> dict[str, Scorer]:
         return {name: parts["test"] for name, parts in self.scorers.items() if "test" in parts}
 
-    @cached_property
+    @property
+    def failed(self) -> dict[str, str]:
+        """Candidate -> why its training came to nothing, of those of which that is so."""
+        told = {name: read_made(self.run.adapters / name / "training.json").get("failed") for name in self.candidates}
+        return {name: str(reason) for name, reason in told.items() if reason}
+
+    @property
     def space(self) -> SearchSpace:
-        """The mixtures that may be proposed.
+        """The mixtures that may be proposed, of candidates that have or will have an adapter.
 
         Raises:
             InputError: there are none.
@@ -243,6 +248,15 @@ class Ingredients:
         names = [name for name, one in candidates.items() if not one.config.excluded and name not in unlicensed]
         if not names:
             raise InputError("every candidate is excluded, by itself or by licenses: no mixture is possible")
+        for name, reason in self.failed.items():
+            if candidates[name].config.required:
+                raise InputError(f"candidates.{name}: it is required, but has no adapter: {reason}")
+        names = [name for name in names if name not in self.failed]
+        if not names:
+            raise InputError(
+                f"not one candidate that may be in a mixture has an adapter: {'; '.join(self.failed.values())}. Change what it "
+                f"takes and choose another --output_dir, or delete {self.run.adapters} to train all again"
+            )
         return SearchSpace(
             tuple(names),
             frozenset(name for name in names if candidates[name].config.required),
@@ -276,6 +290,7 @@ class Ingredients:
                 tokens_per_batch=self._tokens_per_batch,
                 weight=target.config.weight,
                 min_delta=target.config.min_delta,
+                failed=self.failed,
                 method=method,
             )
             if kind == "merged":
@@ -289,7 +304,7 @@ class Ingredients:
     def models(self) -> TrainedMixtures:
         """The models that were fine-tuned on mixtures to be compared; the adapters must be there."""
         return TrainedMixtures(
-            self.run.trained, self.candidates, self._data[0], next(iter(self.keys.values())), self._base_to_train,
+            self.run.trained, self.candidates, self._data[0], next(iter(self.keys.values())).model, self._base_to_train,
             self.tokenizer, self.args, self.lora, self._launched_otherwise,
         )  # fmt: skip
 
@@ -299,11 +314,11 @@ class Ingredients:
         there = next(iter(self.bank.training().values()))["uniform"]
         return differing({name: self.facts.get(name) for name in LAUNCH}, {name: there.get(name) for name in LAUNCH})
 
-    @cached_property
-    def _trained_objectives(self) -> list[TrainedObjective]:
+    def _trained_objectives(self, models: TrainedMixtures) -> list[TrainedObjective]:
+        """What scores those models, or the base model; one for every target."""
         return [
             TrainedObjective(
-                self.models,
+                models,
                 self._plain_base,
                 partial(self._open_stack, AVERAGE),
                 self.scorers[name]["validation"],
@@ -329,7 +344,7 @@ class Ingredients:
         return Study(
             self.space,
             surrogates,
-            self._trained_objectives,
+            self._trained_objectives(self.models),
             self._journal,
             write=self.state.is_main_process,
             agree=self._agree,

@@ -61,6 +61,64 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
 
 
+def read_made(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that can be made again; empty where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def sync(folder: Path) -> None:
+    """Has the disk really hold what was written to the files of `folder`, so that a power cut loses none of it."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """name -> size and digest of every file in `folder`, by which `cut_short` and `altered` recognise them."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256_16": file_fingerprint([path])}
+        for path in sorted(folder.iterdir())
+    }
+
+
+def files_of(record: Any) -> dict[str, dict[str, Any]]:
+    """`files` of a `training.json`; empty where it has none."""
+    found = record.get("files") if isinstance(record, dict) else None
+    files = found if isinstance(found, dict) else {}
+    return {name: one for name, one in files.items() if name == Path(name).name and isinstance(one, dict)}
+
+
+def cut_short(folder: Path, record: str = "training.json") -> str | None:
+    """What is missing of a folder that a crash or a full disk may have cut short; None where nothing is.
+
+    Looks at sizes only: see `altered` for the contents.
+    """
+    try:
+        known = json.loads((folder / record).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{record} is not whole"
+    for name, one in files_of(known).items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size < one.get("bytes", 0):
+            return f"{name} has {size:,} of {one['bytes']:,} bytes"
+    return None
+
+
+def altered(folder: Path, record: str = "training.json") -> str | None:
+    """The file of a folder whose content is not what `record` says; None where all are as they were written."""
+    for name, one in files_of(read_json(folder / record)).items():
+        if file_fingerprint([folder / name]) != one.get("sha256_16"):
+            return name
+    return None
+
+
 class RunFolder:
     """The paths of one run; the layout is a contract that tools and people read (ARCHITECTURE.md)."""
 

@@ -1,6 +1,6 @@
 """Objectives: mixtures in, scores out. The search asks nothing else of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ class Objective(Protocol):
     `key` covers everything that the score depends on, so that a journal line with this key can stand in for measuring.
     `at_once` is how many mixtures are best measured together on so many rows; it is asked only when something is to be measured.
     `weight` and `min_delta` are the target's in the choice: see `TargetConfig`.
+    `failed` tells of candidates without an adapter why they have none: no mixture with one of them is measured.
     `order` is that in which a race sees the examples, empty where they cannot be scored one by one. `rung` then means the first
     so many of them; None means all, whose values stand in the examples' own order, which `whole` gives them.
     """
@@ -28,6 +29,7 @@ class Objective(Protocol):
     examples: int
     weight: float
     min_delta: float | None
+    failed: Mapping[str, str]
     order: tuple[int, ...]
 
     def at_once(self, rows: int) -> int: ...
@@ -57,6 +59,7 @@ class ScorerObjective:
         target: name of the target.
         weight: the target's, in a search with several.
         min_delta: by how much at most a mixture may be worse on this target than the base.
+        failed: candidate -> why it has no adapter.
     """
 
     name: str
@@ -70,6 +73,7 @@ class ScorerObjective:
         target: str,
         weight: float = 1.0,
         min_delta: float | None = None,
+        failed: Mapping[str, str] | None = None,
     ) -> None:
         self._scorer = scorer
         self.keys = keys
@@ -77,6 +81,7 @@ class ScorerObjective:
         self.examples = scorer.examples
         self.weight = weight
         self.min_delta = min_delta
+        self.failed = failed or {}
 
     def at_once(self, rows: int) -> int:
         return 1

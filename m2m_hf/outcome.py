@@ -51,10 +51,15 @@ class Outcome:
     fine_tuned: Sequence[Standing] = ()
     compare_seconds: float = 0.0
 
+    @property
+    def usable(self) -> list[str]:
+        """The candidates that have an adapter; those whose training failed have none."""
+        return [name for name in self.candidates if "failed" not in self.training[name]]
+
     @cached_property
     def worth(self) -> Worth | None:
         """What every candidate is worth, where enough mixtures were scored."""
-        return worth(self.result.standings, list(self.candidates))
+        return worth(self.result.standings, self.usable)
 
     @cached_property
     def best_single(self) -> Standing | None:
@@ -76,7 +81,7 @@ class Outcome:
         """
         ranking = list(self.fine_tuned) or self.result.ranking
         fine_tuned = {one.mixture: one for one in self.fine_tuned}
-        references = {"all": self.merged(list(self.candidates)), "best_single": self.best_single}
+        references = {"all": self.merged(self.usable), "best_single": self.best_single}
         against = {"base": self.result.base}
         for name, one in references.items():
             if one is not None and (not fine_tuned or one.mixture in fine_tuned):
@@ -183,7 +188,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "study": outcome.study,
         "best": standing_json(result.best),
         "base": standing_json(result.base),
-        "all": standing_json(outcome.merged(list(outcome.candidates))),
+        "all": standing_json(outcome.merged(outcome.usable)),
         "best_single": standing_json(best_single) if best_single else None,
         "singles": {one.mixture.names[0]: standing_json(one) for one in singles},
         "top": [standing_json(one) for one in result.ranking[:10]],
@@ -263,6 +268,10 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
                     f"{-sum(changes) / len(changes):.3f} on average",
                 )
             )
+    for name, record in outcome.training.items():
+        if "failed" in record:
+            text = f"{name} is in no mixture: the training of its adapter failed: {record['failed']}"
+            found.append(("no_adapter", text))
     for (name, target), rows in outcome.overlap.items():
         if rows:
             found.append(

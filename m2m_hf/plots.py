@@ -117,9 +117,9 @@ def worth(record: Record) -> Figure | None:
 def interactions(record: Record) -> Figure | None:
     """What every pair adds beyond what its two add apart."""
     found = (record.summary.get("worth") or {}).get("interactions")
-    if not found or len(record.candidates) < 3:
+    if not found or len(record.usable) < 3:
         return None
-    names = list(record.candidates)
+    names = record.usable
     table = np.full((len(names), len(names)), np.nan)
     for one in found:
         first, second = sorted(names.index(name) for name in one["pair"])
@@ -219,7 +219,7 @@ def resilience(record: Record) -> Figure | None:
     lines = sorted(found["mixtures"], key=lambda one: one["trained"]["score"])
     kind = next(iter(found["agreement"]))
     lines = [one for one in lines if one[kind]["score"] is not None]
-    names = record.candidates
+    names = record.usable
     longest = max(map(len, map(short, names)))
     figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(lines) + 0.055 * longest))
     left, axes = figure.subplots(1, 2, sharey=True, width_ratios=[0.24 * len(names), 3.0])

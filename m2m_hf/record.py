@@ -70,6 +70,11 @@ class Record:
         return list(self.training)
 
     @property
+    def usable(self) -> list[str]:
+        """The candidates that have an adapter; those whose training failed have none."""
+        return [name for name, one in self.training.items() if "failed" not in one]
+
+    @property
     def best(self) -> Mixture:
         return Mixture.of(self.summary["best"]["mixture"])
 
@@ -138,7 +143,8 @@ def recorded(journal: Journal, summary: Mapping[str, Any], training: Mapping[str
     orders = {name: order(of.scorer, of.examples) for name, of in keys.items()}
     whole = {mixture: trials for mixture, trials in found.items() if len(trials) == len(targets)}
     base = whole.get(BASE, {})
-    control = whole.get(Mixture.subset(training), {})  # scored in full; what pruned mixtures are compared with
+    usable = [name for name, one in training.items() if "failed" not in one]
+    control = whole.get(Mixture.subset(usable), {})  # scored in full; what pruned mixtures are compared with
     standings = []
     for mixture, trials in whole.items():
         short = []

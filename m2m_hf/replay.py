@@ -29,6 +29,7 @@ class Replay:
     name = target = "replay"
     weight = 1.0
     min_delta: float | None = None
+    failed: Mapping[str, str] = {}
     differentiable = False
 
     def __init__(self, table: Mapping[Mixture, Score], seed: int = 0, likelihood: bool = False) -> None:

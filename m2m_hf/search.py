@@ -474,8 +474,9 @@ def search(
     race = race and not one_standard_error  # that rule wants more mixtures scored in full than those that may win
     state = Search(objectives, space, journal, write, on_standing, race, budget, agree)
     state.fixed([BASE])
-    state.fixed([*(Mixture.subset([name]) for name in names), Mixture.subset(names)])
-    state.control = state.standings[Mixture.subset(names)]
+    together = Mixture.subset([name for name in names if name not in objectives[0].failed])
+    state.fixed([*(Mixture.subset([name]) for name in names), together])
+    state.control = state.standings[together]
     task = Task(
         space,
         {mixture: value(standing) for mixture, standing in state.standings.items() if mixture.items},
@@ -538,10 +539,13 @@ def measure(
     whole = rung == objective.examples
     seen = next(iter(before.values())).rung if before else 0
     start = time.monotonic()
-    found = objective(mixtures, None if whole and not seen else objective.order[seen:rung])
+    sound = [mixture for mixture in mixtures if not lacking(objective, mixture)]
+    found = objective(sound, None if whole and not seen else objective.order[seen:rung]) if sound else []
+    scores = dict(zip(sound, found, strict=True))
     seconds = agree((time.monotonic() - start) / len(mixtures))
     trials = []
-    for mixture, score in zip(mixtures, found, strict=True):
+    for mixture in mixtures:
+        score = scores[mixture] if mixture in scores else Failure(lacking(objective, mixture))
         if isinstance(score, Score) and (seen or not whole):
             earlier = score_of_trial(before[mixture]) if seen else Score(0.0)
             values, logprobs = (*earlier.values, *score.values), (*earlier.logprobs, *score.logprobs)
@@ -551,6 +555,13 @@ def measure(
         key = objective.key(mixture, None if whole else rung)
         trials.append(trial_of(objective, mixture, score, seconds, rung, key, objective.name))
     return trials
+
+
+def lacking(objective: Objective, mixture: Mixture) -> str:
+    """Why a mixture cannot be scored at all; nothing where it can."""
+    return "; ".join(
+        f"{name} has no adapter: {objective.failed[name]}" for name in mixture.names if name in objective.failed
+    )
 
 
 def trial_of(

@@ -14,25 +14,16 @@ from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
 from . import parsing
-from .adapters import (
-    LAUNCH,
-    lora_config,
-    mixture_steps,
-    publish,
-    train_lora,
-)
+from .adapters import LAUNCH, lora_config
 from .baselines import candidate_texts, similarity, target_texts
-from .callbacks import BankProgress
 from .certainty import paired
 from .config import MergeToMixConfig
 from .console import Terminal
-from .data import mixture_dataset
 from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
 from .ingredients import Ingredients
-from .journal import Journal, fingerprint, read_json, write_json
-from .merging import Adapter, GatedStack
+from .journal import Journal, cut_short, fingerprint, read_json, read_made, write_json
 from .methods import MergeMethod
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing
 from .objectives import Objective
@@ -45,7 +36,8 @@ from .strategies import Strategy, Task, exhaustive, listed
 from .study import RANDOM, Choice
 from .surrogates import FEW, STRATEGIES, choose_strategy
 from .tables import baselines_table, end_table, fidelity_remarks, fidelity_tables, remarks, verified_table
-from .trained import TrainedObjective
+from .trained import TrainedMixtures, TrainedObjective
+from .training import hidden, publish
 
 
 class MergeToMixSearcher(Ingredients):
@@ -206,7 +198,7 @@ class MergeToMixSearcher(Ingredients):
         return fingerprint([keys, weights, self.merge_method.label, list(self.space.names)])
 
     def _read_study(self) -> dict[str, Any] | None:
-        found = read_json(self.run.fidelity) if self.run.fidelity.exists() else {}
+        found = read_made(self.run.fidelity)
         return found if found.get("fingerprint") == self._study_fingerprint else None
 
     def fidelity(self) -> dict[str, Any]:
@@ -340,7 +332,7 @@ class MergeToMixSearcher(Ingredients):
         weights = {name: self.targets[name].config.weight for name in asked}
         path = self.run.trained / "similarity.json"
         of = fingerprint([weights, {name: asdict(keys) for name, keys in self.keys.items()}, list(self.space.names)])
-        known = self._agree(read_json(path) if path.exists() else {})
+        known = self._agree(read_made(path))
         if known.get("fingerprint") == of:
             return dict(known["cosine"])
         base = self._plain_base()
@@ -371,15 +363,18 @@ class MergeToMixSearcher(Ingredients):
         self.state.wait_for_everyone()
         return summary
 
-    def _final_fingerprint(self, mixture: Mixture) -> str:
-        """What the final fine-tune and its scores depend on."""
-        args, model_args = self._final_settings()
-        facts = self._facts(args, model_args)
+    def _final_model(self, counts: Mapping[str, int]) -> str:
+        """Fingerprint of a final model with settings of its own, trained on so many rows of each candidate."""
+        facts = self._facts(*self._final_settings())
         # A final model is not made again because another number of processes looks at it.
         facts = {name: value for name, value in facts.items() if name not in LAUNCH}
-        sources = [[name, weight, self.candidates[name].fingerprint] for name, weight in mixture.items]
+        sources = [[name, count, self.candidates[name].fingerprint] for name, count in sorted(counts.items())]
+        return fingerprint([sources, facts])
+
+    def _final_fingerprint(self, mixture: Mixture) -> str:
+        """What the final model and its scores depend on."""
         scored = {name: {part: one.fingerprint for part, one in parts.items()} for name, parts in self.scorers.items()}
-        return fingerprint([sources, facts, scored])
+        return fingerprint([self._final_model(self.models.counts(mixture)), mixture.items, scored])
 
     def train_final(self) -> dict[str, Any]:
         """Fine-tunes on the chosen mixture, scores base and final model on validation and on the sealed test set.
@@ -402,41 +397,22 @@ class MergeToMixSearcher(Ingredients):
 
     def _train_and_score_final(self, result: SearchResult) -> None:
         mixture = result.best.mixture
-        args, model_args = self._final_settings()
-        counts = self.models.counts(mixture)
-        folder = self.run.root / ".final.partial"
+        models = self._final_models
+        counts = models.counts(mixture)
         start = time.monotonic()
-        # Without settings of its own it is the very model that a study would fine-tune on the mixture.
-        shared = not self.config.final and (self.models.is_trained(counts) or not self._launched_otherwise)
-        with self.terminal.progress(
-            f"final fine-tune on {mixture}", mixture_steps(args, self.candidates, counts)
-        ) as bar:
-            if shared:
-                trained = self.models.train(counts, bar)
-                record = self.models.record(counts)
-                if self.state.is_main_process:
-                    shutil.copytree(trained, folder, dirs_exist_ok=True)
-                self.state.wait_for_everyone()
-            else:
-                rows = mixture_dataset(counts, self.candidates, self._data[0], args.seed)
-                base, progress = self._base_to_train(), [BankProgress(bar, 0, "")]
-                record = train_lora(base, self.tokenizer, rows, args, lora_config(model_args), folder, progress)
+        with self.terminal.progress(f"final fine-tune on {mixture}", models.steps(counts)) as bar:
+            trained = models.train(counts, bar)
         seconds = time.monotonic() - start
         scores: dict[str, Any] = {}
         total = sum(2 * len(parts) for parts in self.scorers.values())
+        objectives = {who: self._trained_objectives(of) for who, of in (("base", self.models), ("final", models))}
         with self.terminal.progress("scoring base and final model", total) as bar:
-            for objective in self._trained_objectives:
-                target = objective.target
+            for place, (target, parts) in enumerate(self.scorers.items()):
                 scores[target] = {"base": {}, "final": {}}
-                for part, scorer in self.scorers[target].items():
+                for part, scorer in parts.items():
                     found: dict[str, Score] = {}
                     for who, of in (("base", {}), ("final", counts)):
-                        if who == "base" or shared:
-                            score = self._score_of(objective, of, part, scorer)
-                        else:
-                            stack = GatedStack(self._plain_base(), {"final": Adapter.load(folder)})
-                            score = scorer.score(stack, [{"final": 1.0}], self._tokens_per_batch)[0]
-                            stack.detach()
+                        score = self._score_of(objectives[who][place], of, part, scorer)
                         if isinstance(score, Failure):
                             raise InputError(f"the {who} model has no score on {target}: {score.reason}")
                         found[who] = score
@@ -444,9 +420,16 @@ class MergeToMixSearcher(Ingredients):
                         bar.advance()
                     value, stderr = paired({target: found["final"]}, {target: found["base"]}, {target: 1.0})
                     scores[target]["final"][part]["over_base"] = {"value": value, "stderr": stderr}
-        self._put_old_final_aside()
+        record = models.record(counts)
+        if self.state.is_main_process:
+            self._put_old_final_aside()
+            shutil.copytree(
+                trained,
+                hidden(self.run.final),
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("*.json.partial", "test.json"),
+            )
         publish(
-            folder,
             self.run.final,
             {
                 **record,
@@ -458,6 +441,17 @@ class MergeToMixSearcher(Ingredients):
             },
         )
 
+    @cached_property
+    def _final_models(self) -> TrainedMixtures:
+        """Where the final model is made: without settings of its own it is the very model that a study would fine-tune."""
+        if not self.config.final and not self._launched_otherwise:
+            return self.models
+        args, model_args = self._final_settings()
+        return TrainedMixtures(
+            self.run.trained, self.candidates, self._data[0], self._final_model, self._base_to_train, self.tokenizer, args,
+            lora_config(model_args),
+        )  # fmt: skip
+
     def _score_of(
         self, objective: TrainedObjective, counts: Mapping[str, int], part: str, scorer: Scorer
     ) -> Score | Failure:
@@ -468,19 +462,17 @@ class MergeToMixSearcher(Ingredients):
 
     def _put_old_final_aside(self) -> None:
         """A final model of another mixture or of other arguments is renamed, not overwritten."""
-        record = self.run.final / "training.json"
-        if record.exists() and self.state.is_main_process:
-            old = self.run.final.with_name(f"final.{read_json(record).get('fingerprint', 'unknown')}")
+        name = read_made(self.run.final / "training.json").get("fingerprint")
+        if cut_short(self.run.final) is None and isinstance(name, str) and name.isalnum():
+            old = self.run.final.with_name(f"final.{name}")
             if not old.exists():
                 self.run.final.rename(old)
                 self.terminal.say(f"the final model that was there is now {os.path.relpath(old)}")
 
     def _read_final(self, mixture: Mixture) -> dict[str, Any] | None:
-        path = self.run.final / "training.json"
-        if not path.exists():
-            return None
-        final: dict[str, Any] = read_json(path)
-        return final if final.get("fingerprint") == self._final_fingerprint(mixture) else None
+        final = read_made(self.run.final / "training.json")
+        whole = cut_short(self.run.final) is None and final.get("fingerprint") == self._final_fingerprint(mixture)
+        return final if whole else None
 
     def _outcome(self) -> Outcome:
         result = self.choose()

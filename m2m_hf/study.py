@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from .adapters import DivergedError
 from .certainty import paired, scores_of
 from .errors import InputError
 from .fidelity import LARGER, Agreement, Rows, agreement, verdict
@@ -18,6 +17,7 @@ from .objectives import Objective
 from .scoring import Scorer
 from .search import Budget, Search, SearchResult, score_of, trial_of
 from .trained import Counts, TrainedMixtures, TrainedObjective
+from .training import TrainingFailedError
 
 RANDOM = 3  # mixtures drawn at random to compare with
 
@@ -99,7 +99,7 @@ class Study:
             for number, (one, before) in enumerate(zip(missing.values(), starts, strict=False), start=1):
                 try:
                     self.models.train(one.counts, bar, before, f"{number} of {len(missing)}: {' + '.join(one.counts)}")
-                except DivergedError as error:
+                except TrainingFailedError as error:
                     for objective in self.trained:
                         key = objective.keys.trained(one.counts)
                         failed = Failure(str(error))

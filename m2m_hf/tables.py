@@ -34,10 +34,10 @@ def end_table(outcome: Outcome) -> tuple[str, list[str], list[list[str]]]:
     rows = [row("base model", outcome.result.base)]
     for name in outcome.candidates:
         one = outcome.training[name]
-        value, stderr = outcome.worth.shapley[name] if outcome.worth else (None, None)
+        value, stderr = (outcome.worth.shapley if outcome.worth else {}).get(name, (None, None))
         adds = "" if value is None else f"{value:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
         rows.append(row(name, outcome.merged([name]), adds, f"{one['steps']:,}", duration(one["seconds"])))
-    rows.append(row(f"all {len(outcome.candidates)}, merged", outcome.merged(list(outcome.candidates))))
+    rows.append(row(f"all {len(outcome.usable)}, merged", outcome.merged(outcome.usable)))
     rows.append(row(f"{outcome.result.best.mixture}, merged", outcome.result.best))
     if outcome.final is not None:
         cost = ["", f"{outcome.final['steps']:,}", duration(outcome.final["seconds"])]
@@ -121,8 +121,9 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
     if result.ended == "budget":
         lines.append("the budget ended the search before the strategy did: a larger one goes on from here")
     if summary["counts"]["failed"]:
+        reasons = [trial.reason or "" for trial in result.trials if trial.state == "failed"]
         lines.append(
-            f"{summary['counts']['failed']} trials failed; their mixtures cannot be chosen; trials.jsonl says why"
+            f"{len(reasons)} trials failed; their mixtures cannot be chosen; trials.jsonl says why, the first: {reasons[0]}"
         )
     if outcome.worth:
         how = "over all orders" if outcome.worth.exact else "over orders, estimated from the mixtures scored"

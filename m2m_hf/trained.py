@@ -9,17 +9,17 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .adapters import DivergedError, mixture_steps, publish, train_lora
 from .callbacks import BankProgress
 from .console import Bar
 from .data import Candidate, mixture_dataset
 from .errors import InputError
 from .forward import Stack
-from .journal import Keys, read_json, write_json
-from .merging import Adapter, GatedStack
+from .journal import Keys, cut_short, read_json, read_made, write_json
+from .merging import GatedStack
 from .mixture import Failure, Mixture, Score, row_counts
 from .objectives import ScorerObjective
 from .scoring import Scorer
+from .training import TrainingFailedError, finished, hidden, load_trained, mixture_steps, publish, train_lora
 
 Counts = Mapping[str, int]
 
@@ -33,7 +33,7 @@ class TrainedMixtures:
         folder: `OUT/trained`.
         candidates: by name.
         data_format: the run's.
-        keys: of any target; they name the models.
+        name: gives a model its fingerprint, from the rows of each candidate.
         base: gives the base model to train.
         tokenizer: the run's.
         args: the uniform training arguments.
@@ -46,7 +46,7 @@ class TrainedMixtures:
         folder: Path,
         candidates: Mapping[str, Candidate],
         data_format: str,
-        keys: Keys,
+        name: Callable[[Counts], str],
         base: Callable[[], PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
         args: SFTConfig,
@@ -57,7 +57,7 @@ class TrainedMixtures:
         self.root = folder
         self.candidates = candidates
         self._data_format = data_format
-        self._keys = keys
+        self._name = name
         self._base = base
         self._tokenizer = tokenizer
         self._args = args
@@ -68,10 +68,10 @@ class TrainedMixtures:
         return row_counts(mixture, {name: len(self.candidates[name].rows) for name in mixture.names})
 
     def folder(self, counts: Counts) -> Path:
-        return self.root / self._keys.model(counts)
+        return self.root / self._name(counts)
 
     def is_trained(self, counts: Counts) -> bool:
-        return (self.folder(counts) / "training.json").exists()
+        return cut_short(self.folder(counts)) is None
 
     def steps(self, counts: Counts) -> int:
         """Optimizer steps that training takes."""
@@ -84,22 +84,25 @@ class TrainedMixtures:
             bar: counts optimizer steps, of which `before` are done; with `note` behind it.
 
         Raises:
-            DivergedError: see `train_lora`.
+            TrainingFailedError: see `train_lora`.
             InputError: the adapters were trained by another number of processes, so that this would be another batch.
         """
         folder = self.folder(counts)
-        if not self.is_trained(counts):
+        if not finished(folder, folder.name):
             if self._launch:
                 raise InputError(
                     "models to compare must be trained as the adapters were, which were launched otherwise: "
                     f"{'; '.join(self._launch)}. Start with as many processes"
                 )
-            partial = folder.with_name(f".{folder.name}.partial")
             watching = [] if bar is None else [BankProgress(bar, before, note)]
             rows = mixture_dataset(counts, self.candidates, self._data_format, self._args.seed)
-            what = " + ".join(counts)
-            record = train_lora(self._base(), self._tokenizer, rows, self._args, self._config, partial, watching, what)
-            publish(partial, folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
+            try:
+                record = train_lora(
+                    self._base(), self._tokenizer, rows, self._args, self._config, hidden(folder), watching, folder.name
+                )
+            except TrainingFailedError as error:
+                raise TrainingFailedError(f"training on {' + '.join(counts)}: {error}") from error
+            publish(folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
         return folder
 
     def record(self, counts: Counts) -> dict[str, Any]:
@@ -109,8 +112,9 @@ class TrainedMixtures:
 
     def seconds(self, without: Counts) -> float:
         """Time spent training all models here but that one."""
-        records = sorted(self.root.glob("*/training.json"))
-        return float(sum(read_json(path)["seconds"] for path in records if path.parent != self.folder(without)))
+        folders = [path.parent for path in sorted(self.root.glob("*/training.json"))]
+        whole = [folder for folder in folders if folder != self.folder(without) and cut_short(folder) is None]
+        return float(sum(read_json(folder / "training.json")["seconds"] for folder in whole))
 
 
 class TrainedObjective(ScorerObjective):
@@ -159,9 +163,9 @@ class TrainedObjective(ScorerObjective):
             return scorer.score(self._bare(), [{}], self._tokens_per_batch)[0]
         try:
             folder = self.models.train(counts)
-        except DivergedError as error:
+        except TrainingFailedError as error:
             return Failure(str(error))
-        stack = GatedStack(self._base(), {"trained": Adapter.load(folder)})
+        stack = GatedStack(self._base(), {"trained": load_trained(folder)})
         try:
             return scorer.score(stack, [{"trained": 1.0}], self._tokens_per_batch)[0]
         finally:
@@ -179,7 +183,7 @@ class TrainedObjective(ScorerObjective):
             InputError: there is no score.
         """
         path = self.models.folder(counts) / "test.json"
-        known = agree(read_json(path) if path.exists() else {})
+        known = agree(read_made(path))
         if scorer.fingerprint not in known:
             score = self.score(counts, scorer)
             if isinstance(score, Failure):

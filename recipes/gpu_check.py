@@ -37,7 +37,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.adapters import load_base, lora_config, train_lora
+from m2m_hf.adapters import load_base, lora_config
 from m2m_hf.benchmark import (
     SIZES,
     Sums,
@@ -57,6 +57,7 @@ from m2m_hf.console import Terminal
 from m2m_hf.forward import Weights, completion_logprobs
 from m2m_hf.merging import Adapter, GatedStack
 from m2m_hf.scoring import LogprobScorer, make_scorer
+from m2m_hf.training import train_lora
 
 ADAPTERS, RANK, SLOWEST = 8, 16, 1.10
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

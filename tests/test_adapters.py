@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
-from m2m_hf.adapters import differing, load_base, planned_steps, train_lora
+from m2m_hf.adapters import differing, load_base
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.training import planned_steps, train_lora
 
 
 def searcher(project, *flags: str) -> MergeToMixSearcher:
@@ -39,12 +40,12 @@ def test_adapters_differ_in_their_data_only(project):
 
 
 def test_every_adapter_starts_from_the_same_weights(project):
-    one = searcher(project, "--learning_rate", "0")
+    one = searcher(project, "--learning_rate", "1e-12")  # B moves a little away from 0, A by less than it can hold
     one.train_adapters()
     tensors = [
         load_file(project / "out" / "adapters" / name / "adapter_model.safetensors") for name in ("alpha", "beta")
     ]
-    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0] if "lora_A" in key)
 
 
 def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
@@ -91,9 +92,9 @@ def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
     trained = []
     real = train_lora
 
-    def spy(base, tokenizer, rows, args, config, folder, progress):
+    def spy(base, tokenizer, rows, args, config, folder, *rest):
         trained.append(folder.name)
-        return real(base, tokenizer, rows, args, config, folder, progress)
+        return real(base, tokenizer, rows, args, config, folder, *rest)
 
     monkeypatch.setattr("m2m_hf.adapters.train_lora", spy)
     again = searcher(project)
@@ -168,7 +169,7 @@ def test_planned_steps_are_what_the_trainer_makes(project):
 
 def test_a_training_that_diverges_is_refused_and_leaves_nothing(project):
     one = searcher(project, "--learning_rate", "1e38", "--max_grad_norm", "0")
-    with pytest.raises(InputError, match=r"training for alpha diverged.*Try a lower learning_rate"):
+    with pytest.raises(InputError, match=r"not one adapter could be trained: it diverged.*try a lower learning_rate"):
         one.train_adapters()
     assert not (project / "out" / "adapters" / "alpha").exists()
 

@@ -12,7 +12,6 @@ import yaml
 from conftest import choice_rows, project_folder, write_rows
 
 from m2m_hf import InputError, adapters, trained
-from m2m_hf.adapters import DivergedError
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.journal import Journal
@@ -23,6 +22,7 @@ from m2m_hf.record import Record
 from m2m_hf.scoring import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.study import compare, figures, has_logprobs
+from m2m_hf.training import TrainingFailedError
 
 ROOT = Path(__file__).parents[1]
 
@@ -287,7 +287,7 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
             and any("beta" in row["prompt"] for row in rows)
             and any("alpha" in row["prompt"] for row in rows)
         ):
-            raise DivergedError("training for x diverged: loss nan, weights not finite")
+            raise TrainingFailedError("training for x diverged: loss nan, weights not finite")
         return real(base, tokenizer, rows, *rest)
 
     monkeypatch.setattr(trained, "train_lora", diverges)
@@ -303,7 +303,7 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
 def test_what_diverges_is_called_by_its_mixture(studied):
     one = searcher(studied)
     one.models._args.learning_rate = 1e30
-    with pytest.raises(DivergedError, match=r"training for alpha \+ beta diverged"):
+    with pytest.raises(TrainingFailedError, match=r"training on alpha \+ beta: it diverged"):
         one.models.train({"alpha": 11, "beta": 11})
 
 

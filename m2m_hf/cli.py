@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import __version__
 from .config import field_help
 from .console import LibraryLog, Terminal
-from .errors import InputError
+from .errors import InputError, redact
 
 if TYPE_CHECKING:
     from .searcher import MergeToMixSearcher
@@ -43,7 +43,8 @@ targets: each has a scorer and what that needs:
   loss            data: rows of prompt, completion, or of messages; the score is the log-likelihood per token
   generation      data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
                   token_f1
-  command         command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output}
+  command         command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output};
+                  timeout: 3600 (seconds)
   lm_eval         task: a name or the path of a YAML; num_fewshot, limit; needs pip install 'm2m_hf[lm_eval]'
 The sealed test is test_data, test_command or test_task. A metric may also be the path or Hub id of an evaluate module, which
 runs its code, so only with allow_metric_code: true. Several targets have a weight each, and min_delta: by how much at most a
@@ -197,7 +198,7 @@ def report_errors(work: Callable[[], None]) -> int:
         work()
     except InputError as error:
         if first:
-            print(f"m2m: {error}", file=sys.stderr)
+            print(redact(f"m2m: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         Terminal(quiet=not first).say(f"\ninterrupted: {SAFE}", "yellow")
@@ -220,7 +221,7 @@ def report_errors(work: Callable[[], None]) -> int:
                 file=sys.stderr,
             )
         else:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -33,7 +33,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each scorer takes beside scorer,
     "classification": ("data", "test_data", "normalize", "labels", "metric_key"),
     "loss": ("data", "test_data"),
     "generation": ("data", "test_data", "generation", "metric_key"),
-    "command": ("command", "test_command"),
+    "command": ("command", "test_command", "timeout"),
     "lm_eval": ("task", "test_task", "num_fewshot", "limit"),
     "callable": ("data", "test_data"),
 }
@@ -271,6 +271,7 @@ class TargetConfig:
         metric_key: which result of a metric module is the score.
         command: program and arguments, run without a shell; `{adapter}`, `{base_model}` and `{output}` in them are replaced.
         test_command: the same for the sealed test.
+        timeout: seconds after which a command is stopped and its mixture has no score.
         task: a task of the lm-evaluation-harness by name, or the path of its YAML.
         test_task: the same for the sealed test.
         num_fewshot: examples in the prompt of a harness task (default: as the task says).
@@ -289,6 +290,7 @@ class TargetConfig:
     metric_key: str | None = None
     command: tuple[str, ...] = ()
     test_command: tuple[str, ...] = ()
+    timeout: float = 3600
     task: str | None = None
     test_task: str | None = None
     num_fewshot: int | None = None
@@ -329,6 +331,7 @@ class TargetConfig:
             "metric_key": ((str,), "a name"),
             "command": ((list, tuple, str), "[program, argument, ...]"),
             "test_command": ((list, tuple, str), "[program, argument, ...]"),
+            "timeout": ((int, float), "seconds, above 0"),
             "task": ((str,), "a task of the harness, or the path of its YAML"),
             "test_task": ((str,), "a task of the harness, or the path of its YAML"),
             "num_fewshot": ((int,), "an integer"),
@@ -342,7 +345,11 @@ class TargetConfig:
             if value is None:
                 continue
             wrong = not isinstance(value, expected) or isinstance(value, bool)
-            if wrong or (key in lowest and value < lowest[key]) or (key == "weight" and value <= 0):
+            if (
+                wrong
+                or (key in lowest and value < lowest[key])
+                or (key in ("weight", "timeout") and not 0 < value < math.inf)
+            ):
                 raise InputError(f"{where}.{key}: expected {words}, got {value!r}")
         needed = {"command": "command", "lm_eval": "task"}.get(kind, "data" if kind != "callable" else None)
         if needed is not None and not values.get(needed):

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .errors import redact
+
 PLAIN_SECONDS = 20.0  # at least, between two lines of progress where no bar can be drawn
 
 
@@ -34,8 +36,8 @@ class Terminal:
             self.console.width = max(self.console.width, 120)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """One line; `text` is shown as it is, whatever is in it."""
-        self.console.print(Text(text, style=style or ""))
+        """One line; `text` is shown as it is, whatever is in it but secrets."""
+        self.console.print(Text(redact(text), style=style or ""))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column is text and the others are figures; short rows are filled up."""
@@ -95,6 +97,13 @@ class Bar:
             self._terminal.say(f"  {self._title}: {done}/{self._total}, {duration(left)} left  {note}".rstrip())
 
 
+class Redacted(logging.Formatter):
+    """Without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 class LibraryLog:
     """Sends what libraries log and warn to a file instead of the terminal.
 
@@ -138,7 +147,7 @@ class LibraryLog:
     def open(self, path: Path) -> None:
         """From now on everything goes to the end of `path`."""
         handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._memory.setTarget(handler)
         self._memory.flush()
         self.close()

@@ -6,11 +6,14 @@ exported and nothing loaded again; a command is given the mixture as one exact P
 
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TargetConfig
 from .data import content_fingerprint
-from .errors import InputError
+from .errors import InputError, redact
 from .forward import Stack, Weights
 from .journal import file_fingerprint
 from .merging import write_adapter
 from .metrics import bootstrap
 from .mixture import Failure, Score
 from .scoring import Scorer
+
+MOST_OUTPUT = 1 << 24  # bytes of a command's output that are read
+MOST_TOLD = 1000  # characters of a reason
 
 
 class ExternalScorer(Scorer):
@@ -41,22 +47,23 @@ class ExternalScorer(Scorer):
         tokens_per_batch: int,
         rows: Sequence[int] | None = None,
     ) -> list[Score | Failure]:
-        """The score of every mixture, or why it has none: a number that is not finite."""
+        """The score of every mixture, or why it has none: whatever went wrong, or a number that is not finite."""
         assert rows is None, "what runs elsewhere scores all its rows"
         results: list[Score | Failure] = []
         for weights in mixtures:
             stack.set(weights)
             stack.model.eval()
+            found: list[Any]
             try:
-                found: list[Any] = [self.measure(stack, weights, tokens_per_batch)]
-            except FloatingPointError as error:
-                found = [Failure(str(error))]
+                found = [self.measure(stack, weights, tokens_per_batch)]
+            except InputError as error:
+                found = [Failure(redact(str(error))[:MOST_TOLD])]
+            except Exception as error:  # a scorer of the user's may raise anything, and the search goes on
+                found = [Failure(redact(f"the scorer raised {type(error).__name__}: {error}")[:MOST_TOLD])]
             if PartialState().num_processes > 1:
                 broadcast_object_list(found)
             score = found[0]
-            if isinstance(score, Exception):
-                raise score
-            if isinstance(score, Score) and not all(map(math.isfinite, (score.value, *score.values))):
+            if isinstance(score, Score) and not finite(score):
                 score = Failure(f"the score is not finite: {score.value}")
             results.append(score)
         return results
@@ -64,6 +71,11 @@ class ExternalScorer(Scorer):
     @abstractmethod
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
         """The score of the mixture that the stack is set to."""
+
+
+def finite(score: Score) -> bool:
+    """Whether all its numbers are."""
+    return all(map(math.isfinite, (score.value, score.stderr or 0.0, *score.values, *score.logprobs)))
 
 
 class CallableScorer(ExternalScorer):
@@ -106,12 +118,13 @@ class CommandScorer(ExternalScorer):
         command: program and arguments.
         key: which number of the JSON is the score.
         base: the base model's folder or Hub id.
+        timeout: seconds after which it is stopped.
     """
 
     needs_adapter = True
 
-    def __init__(self, command: Sequence[str], key: str, base: str) -> None:
-        self.command, self.key, self.base = tuple(command), key, base
+    def __init__(self, command: Sequence[str], key: str, base: str, timeout: float = 3600) -> None:
+        self.command, self.key, self.base, self.timeout = tuple(command), key, base, timeout
         self.examples = 0
         read = [file_fingerprint([Path(part)]) for part in command if Path(part).is_absolute() and Path(part).is_file()]
         self.fingerprint = content_fingerprint(["command", list(command), key, *read])
@@ -124,26 +137,40 @@ class CommandScorer(ExternalScorer):
             write_adapter(adapter, stack.adapters, weights or {stack.names[0]: 0.0}, self.base)
             places = {"{adapter}": str(adapter), "{base_model}": self.base, "{output}": str(output)}
             command = [re.sub("|".join(map(re.escape, places)), lambda m: places[m[0]], part) for part in self.command]
-            try:
-                return self._read(self._run(command, output))
-            except InputError as error:
-                return error  # raised on all processes
+            return self._read(self._run(command, output))
 
     def _run(self, command: list[str], output: Path) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise InputError(f"command: {command[0]!r} cannot be run ({error})") from error
-        if done.returncode:
-            told = (done.stderr or done.stdout).strip().splitlines()[-5:]
+        """What the command has to say; stopped, with all that it has started, when it takes too long or we are stopped."""
+        spoken = output.with_name("stdout"), output.with_name("stderr")
+        with open(spoken[0], "wb") as out, open(spoken[1], "wb") as err:
+            try:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                )
+            except OSError as error:
+                raise InputError(f"command: {command[0]!r} cannot be run ({error})") from error
+            try:
+                code = process.wait(self.timeout)
+            except subprocess.TimeoutExpired:
+                raise InputError(
+                    f"command: {' '.join(command)}\nwas stopped after {self.timeout:g} s (timeout)"
+                ) from None
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code:
+            told = (tail(spoken[1]) or tail(spoken[0])).strip().splitlines()[-5:]
+            raise InputError(f"command: {' '.join(command)}\nended with exit code {code}:\n" + "\n".join(told))
+        if any("{output}" in part for part in self.command):
+            if not output.is_file():
+                raise InputError(f"command: {' '.join(command)}\nended well but did not write {{output}}")
+            spoken = output, spoken[1]
+        if spoken[0].stat().st_size > MOST_OUTPUT:
             raise InputError(
-                f"command: {' '.join(command)}\nended with exit code {done.returncode}:\n" + "\n".join(told)
+                f"command: {' '.join(command)}\nwrote {spoken[0].stat().st_size:,} bytes; expected a few numbers"
             )
-        if not any("{output}" in part for part in self.command):
-            return done.stdout
-        if not output.is_file():
-            raise InputError(f"command: {' '.join(command)}\nended well but did not write {{output}}")
-        return output.read_text(encoding="utf-8")
+        return spoken[0].read_text(encoding="utf-8", errors="replace")
 
     def _read(self, text: str) -> Score:
         try:
@@ -158,6 +185,13 @@ class CommandScorer(ExternalScorer):
             raise InputError(
                 f'command: expected JSON such as {{"{self.key}": 0.5}}, got {text.strip()[:200]!r} ({error!r})'
             ) from error
+
+
+def tail(path: Path) -> str:
+    """The end of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 10_000))
+        return file.read().decode(errors="replace")
 
 
 class HarnessScorer(ExternalScorer):

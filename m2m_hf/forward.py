@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .errors import InputError
 from .merging import GatedStack
 from .methods import DenseStack
 
@@ -165,6 +167,7 @@ class Pass:
         self.stack = stack
         self.mixtures = mixtures
         self.count = count
+        self._shrunk = stack.shrink
         self.jobs: list[Job] = [(mixture, index) for mixture in range(len(mixtures)) for index in range(count)]
 
     def set(self, jobs: Sequence[Job]) -> None:
@@ -185,9 +188,38 @@ class Pass:
         for number, batch in enumerate(made):
             if number % state.num_processes == state.process_index:
                 jobs = [self.jobs[index] for index in batch]
-                mine.extend(zip(jobs, forward(jobs), strict=True))
-        found = dict(gather_object(mine) if state.num_processes > 1 else mine)
+                mine.extend(zip(jobs, self._within_memory(forward, jobs), strict=True))
+        if state.num_processes > 1:
+            mine = gather_object(mine)
+            self.stack.shrink = max(gather_object([self.stack.shrink]))  # or batches would differ between processes
+        found = dict(mine)
         return [[found[mixture, index] for index in range(self.count)] for mixture in range(len(self.mixtures))]
+
+    def _within_memory(
+        self, forward: Callable[[list[Job]], Sequence[Any]], jobs: list[Job], cuts: int = 1
+    ) -> list[Any]:
+        """`forward`, in halves from the first time that memory does not suffice on.
+
+        Args:
+            cuts: into how many parts the batch has been cut.
+        """
+        if cuts * self._shrunk < self.stack.shrink and len(jobs) > 1:
+            half = len(jobs) // 2
+            halves = (self._within_memory(forward, part, 2 * cuts) for part in (jobs[:half], jobs[half:]))
+            return list(chain.from_iterable(halves))
+        try:
+            return list(forward(jobs))
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                raise
+            if len(jobs) == 1:
+                raise InputError(
+                    "not even one row fits into memory when it is scored; shorten the longest rows, load_in_4bit, or take a "
+                    "machine with more"
+                ) from error
+        clear_device_cache(garbage_collection=True)  # here, where the error holds no tensors any more
+        self.stack.shrink *= 2
+        return self._within_memory(forward, jobs, cuts)
 
 
 def completion_logprobs(
@@ -226,7 +258,7 @@ def token_logprobs(
         return tokens
 
     with ScoredPositions(stack.model) as positions:
-        found = work.run(batches_of_rows(work, pieces, tokens_per_batch), forward)
+        found = work.run(batches_of_rows(work, pieces, tokens_per_batch // stack.shrink), forward)
     ordered = [chain.from_iterable(of_mixture) for of_mixture in found]
     return [[tuple(next(values) for _ in question.requests) for question in questions] for values in ordered]
 
@@ -281,7 +313,7 @@ def weight_gradient(
         return [tuple(found) for found in sums]
 
     with ScoredPositions(stack.model) as positions, torch.enable_grad():
-        found = work.run(batches_of_rows(work, pieces, tokens_per_batch), forward)[0]
+        found = work.run(batches_of_rows(work, pieces, tokens_per_batch // stack.shrink), forward)[0]
     stack.set({})
     slope = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
     shares = gather_object([slope.tolist()]) if PartialState().num_processes > 1 else [slope.tolist()]
@@ -399,7 +431,11 @@ def generate(
         found = model.generate(ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer)
         return [cut(tokenizer.decode(row, skip_special_tokens=True), settings.stop_strings) for row in found[:, width:]]
 
-    made = ([[index] for index in range(len(sizes))]) if settings.do_sample else batches(sizes, tokens_per_batch)
+    made = (
+        ([[index] for index in range(len(sizes))])
+        if settings.do_sample
+        else batches(sizes, tokens_per_batch // stack.shrink)
+    )
     return work.run(iter(made), forward)
 
 

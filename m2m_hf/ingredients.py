@@ -205,7 +205,9 @@ class Ingredients:
         if config.kind == "command":
             base = self.model_args.model_name_or_path
             commands = {"validation": config.command, "test": config.test_command}
-            return {part: CommandScorer(one, config.metric, base) for part, one in commands.items() if one}
+            return {
+                part: CommandScorer(one, config.metric, base, config.timeout) for part, one in commands.items() if one
+            }
         if config.kind == "lm_eval":
             tasks = {"validation": config.task, "test": config.test_task}
             return {

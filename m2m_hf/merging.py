@@ -209,6 +209,8 @@ class GatedStack:
         InputError: an adapter that does not fit the model.
     """
 
+    shrink = 1  # by how much less than the token budget fits into memory, as scoring has found
+
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> None:
         self.model = model
         self.adapters = dict(sorted(adapters.items()))

@@ -86,6 +86,7 @@ class DenseStack:
     """
 
     takes_rows = False
+    shrink = 1  # as of a `GatedStack`
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter], method: MergeMethod) -> None:
         self.model = model

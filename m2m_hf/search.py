@@ -281,12 +281,32 @@ class Search:
             group = missing[: together if left == math.inf else min(together, math.ceil(left))]
             missing = missing[len(group) :]
             for trial in measure(objective, group, rung, before, self._agree):
+                trial = self._comparable(trial)
                 self.journal.append(trial, write=self._write)
                 self.measured += 1
                 self.evaluations += objective.evaluations(trial.mixture, rung - seen)
                 self.seconds += trial.seconds
                 found[trial.mixture] = trial
         return {mixture: trial for mixture, trial in found.items() if trial is not None}
+
+    def _comparable(self, trial: Trial) -> Trial:
+        """A new trial; failed where its values are not of the same rows as the base model's.
+
+        Raises:
+            InputError: it is the base model's, and has no score.
+        """
+        if trial.mixture == BASE:
+            if trial.score is None:
+                raise InputError(
+                    f"the base model has no score on {trial.target}, so nothing can be compared with it: {trial.reason}"
+                )
+            return trial
+        base = self.standings[BASE].trials.get(trial.target) if BASE in self.standings else None
+        ours, theirs = (len(one.score.values) if one and one.score else 0 for one in (trial, base))
+        if base is None or trial.score is None or trial.state == "pruned" or ours == theirs:
+            return trial
+        reason = f"the scorer gave {ours} values, and {theirs} for the base model"
+        return replace(trial, state="failed", score=None, reason=reason)
 
     def _recall(self, objective: Objective, mixture: Mixture, rung: int) -> Trial | None:
         """What the journal knows of the first `rung` examples; they may also be taken out of a score on all of them."""
@@ -468,8 +488,8 @@ def search(
         on_standing: told how every mixture stands and the best so far.
 
     Raises:
-        InputError: every mixture falls short of a `min_delta`, or the budget ended before any that is allowed was scored.
-        RuntimeError: not one mixture could be scored.
+        InputError: the base model has no score, or no mixture has; every mixture falls short of a `min_delta`; or the budget
+            ended before any that is allowed was scored.
     """
     race = race and not one_standard_error  # that rule wants more mixtures scored in full than those that may win
     state = Search(objectives, space, journal, write, on_standing, race, budget, agree)
@@ -506,7 +526,7 @@ def search(
             raise InputError(
                 "the strategy found no mixture that is allowed: loosen the constraints or take another one"
             )
-        raise RuntimeError(f"no mixture could be scored: {'; '.join(filter(None, reasons))}")
+        raise InputError(f"no mixture could be scored: {'; '.join(filter(None, reasons))}")
     ranking = sorted((one for one in scored if one.may_be_chosen), key=lambda one: preference(one, costs))
     if not ranking:
         short = sorted({target for one in scored for target in one.short})

@@ -152,6 +152,11 @@ class MergeToMixSearcher(Ingredients):
                 agree=self._agree,
                 on_standing=on_standing,
             )
+        if self._stack is not None and self._stack.shrink > 1:
+            less = max(1, self._tokens_per_batch // self._stack.shrink)
+            self.terminal.say(
+                f"memory did not suffice for tokens_per_batch: {self._tokens_per_batch}; went on with {less}", "yellow"
+            )
         if self._result.measured:
             self._worked = True
             what = "mixtures" if len(objectives) == 1 else f"trials on {len(objectives)} targets"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,30 @@ def test_what_a_function_may_give(tmp_path, tokenizer, given, expected):
     assert scorer.score(build(tmp_path), [{}], 100) == [expected]
 
 
-def test_what_a_function_may_not_give(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="expected a number, one number for each row, or a Score"):
-        CallableScorer(lambda model, tokenizer, rows: "good", [], tokenizer).score(build(tmp_path), [{}], 100)
+def failure(scorer, stack: GatedStack) -> str:
+    """Why the scorer has no score."""
+    (found,) = scorer.score(stack, [{}], 100)
+    assert isinstance(found, Failure)
+    return found.reason
+
+
+def raising(model, tokenizer, rows):
+    raise KeyError("odd")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda model, tokenizer, rows: "good", "expected a number, one number for each row, or a Score"),
+        (lambda model, tokenizer, rows: [0.5, "x"], "expected a number"),
+        (lambda model, tokenizer, rows: None, "expected a number"),
+        (lambda model, tokenizer, rows: [0.5, float("inf")], "not finite"),
+        (lambda model, tokenizer, rows: Score(0.5, float("nan")), "not finite"),
+        (raising, "the scorer raised KeyError: 'odd'"),
+    ],
+)
+def test_a_function_that_raises_or_gives_nonsense_has_no_score(tmp_path, tokenizer, function, message):
+    assert message in failure(CallableScorer(function, [], tokenizer), build(tmp_path))
 
 
 def test_a_function_is_recognised_by_its_code(tokenizer):
@@ -133,32 +155,54 @@ def lora_b(stack: GatedStack, name: str) -> list[torch.Tensor]:
     return [tensor for key, tensor in stack.adapters[name].tensors.items() if "lora_B" in key]
 
 
+def python(code: str, *arguments: str, timeout: float = 60) -> CommandScorer:
+    return CommandScorer((sys.executable, "-c", code, *arguments), "score", "b", timeout)
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import sys; sys.exit('out of memory')", r"ended with exit code 1:\nout of memory"),
+        ("import sys; sys.exit('out of memory')", "ended with exit code 1:\nout of memory"),
         ("print('score: 3')", "expected JSON such as {\"score\": 0.5}, got 'score: 3'"),
         ("print('{}')", 'expected JSON such as {"score": 0.5}'),
         ("print('[]')", 'expected JSON such as {"score": 0.5}'),
+        ("print('[' * 100000)", "RecursionError"),
+        ("print('NaN')", "the score is not finite: nan"),
+        ('print(\'{"score": 0.5, "stderr": 1e999}\')', "not finite"),
+        ("import sys; sys.stdout.write('1' * (1 << 25))", "wrote 33,554,432 bytes; expected a few numbers"),
+        ("import sys; sys.stdout.buffer.write(bytes(range(256)))", "expected JSON"),
+        ("import sys; print(sys.stdin.read() or 'nothing to read')", "got 'nothing to read'"),
+        ("import os; os.kill(os.getpid(), 9)", "ended with exit code -9"),
     ],
 )
-def test_a_command_that_fails_says_why(tmp_path, code, message):
-    with pytest.raises(InputError, match=message):
-        CommandScorer((sys.executable, "-c", code), "score", "b").score(build(tmp_path), [{}], 100)
+def test_a_command_that_fails_or_gives_nonsense_has_no_score(tmp_path, code, message):
+    assert message in failure(python(code), build(tmp_path))
 
 
-def test_commands_that_cannot_run_and_numbers_that_are_none(tmp_path):
+def test_commands_that_cannot_run_or_leave_nothing(tmp_path):
     stack = build(tmp_path)
-    with pytest.raises(InputError, match="'no-such-program' cannot be run"):
-        CommandScorer(("no-such-program",), "score", "b").score(stack, [{}], 100)
-    with pytest.raises(InputError, match=r"did not write \{output\}"):
-        CommandScorer((sys.executable, "-c", "pass", "{output}"), "score", "b").score(stack, [{}], 100)
-    found = CommandScorer((sys.executable, "-c", "print('NaN')"), "score", "b").score(stack, [{}], 100)
-    assert found == [Failure("the score is not finite: nan")]
-    values = CommandScorer((sys.executable, "-c", "print('{\"values\": [0, 1]}')"), "score", "b").score(
-        stack, [{}], 100
-    )
+    assert "'no-such-program' cannot be run" in failure(CommandScorer(("no-such-program",), "score", "b"), stack)
+    assert "did not write {output}" in failure(python("pass", "{output}"), stack)
+    values = python("print('{\"values\": [0, 1]}')").score(stack, [{}], 100)
     assert values == [Score(0.5, 0.5, (0.0, 1.0))]
+
+
+def test_a_command_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    start = time.monotonic()
+    assert "was stopped after 1 s (timeout)" in failure(python(code, timeout=1), build(tmp_path))
+    assert time.monotonic() - start < 30
+    time.sleep(3.5)
+    assert not mark.exists()
+
+
+def test_secrets_that_a_command_tells_are_not_passed_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "sesame-open-4711")
+    code = "import os, sys; sys.exit('key ' + os.environ['MY_API_KEY'] + ' token hf_' + 'a' * 30 + ' https://me:pw@host/x')"
+    reason = failure(python(code), build(tmp_path))
+    assert "key *** token *** https://***@host/x" in reason.splitlines()[-1]
 
 
 def test_a_command_is_recognised_by_the_files_that_it_names(tmp_path):

@@ -25,6 +25,7 @@ class TableObjective:
     ) -> None:
         self.target, self.weight, self.min_delta = target, weight, min_delta
         self.at_once = lambda rows: at_once
+        self.failed: dict[str, str] = {}
         self.groups: list[int] = []
         self.asked: list[Mixture] = []
         self._value = value or (lambda m: 0.3 + 0.2 * ("b" in m.names) + 0.1 * ("d" in m.names) - 0.05 * len(m))
@@ -99,8 +100,38 @@ def test_a_failed_trial_is_recorded_and_cannot_win(tmp_path):
 
 
 def test_nothing_could_be_scored(tmp_path):
-    with pytest.raises(RuntimeError, match="no mixture could be scored: log-probabilities are not finite"):
-        run(TableObjective(lambda m: None), tmp_path / "t.jsonl")
+    with pytest.raises(InputError, match="no mixture could be scored: log-probabilities are not finite"):
+        run(TableObjective(lambda m: None if m.items else 0.5), tmp_path / "t.jsonl")
+
+
+def test_without_the_base_nothing_can_be_compared_and_it_is_asked_again(tmp_path):
+    with pytest.raises(InputError, match="the base model has no score on t, .*: log-probabilities are not finite"):
+        run(TableObjective(lambda m: 0.5 if m.items else None), tmp_path / "t.jsonl")
+    assert run(TableObjective(), tmp_path / "t.jsonl").measured == 16
+
+
+def test_mixtures_with_a_candidate_without_an_adapter_are_never_measured(tmp_path):
+    objective = TableObjective()
+    objective.failed = {"b": "it diverged"}
+    space = SearchSpace(("a", "c", "d"))
+    result = run(objective, tmp_path / "t.jsonl", space=space, names=NAMES)
+    assert not any("b" in mixture.names for mixture in objective.asked)
+    single = result.standings[Mixture.subset(["b"])]
+    assert [trial.reason for trial in single.trials.values()] == ["b has no adapter: it diverged"]
+    assert Mixture.subset(["a", "c", "d"]) in result.standings
+    assert Mixture.subset(NAMES) not in result.standings
+
+
+def test_values_of_other_rows_than_the_base_models_are_no_score(tmp_path):
+    class Odd(TableObjective):
+        def one(self, mixture):
+            score = super().one(mixture)
+            return Score.of([0.9] * 3) if mixture.names == ("a", "b") else score
+
+    result = run(Odd(), tmp_path / "t.jsonl")
+    (trial,) = result.standings[Mixture.subset(["a", "b"])].trials.values()
+    assert trial.reason == "the scorer gave 3 values, and 4 for the base model"
+    assert result.best.mixture.names != ("a", "b")
 
 
 def test_the_base_cannot_be_chosen(tmp_path):

@@ -385,3 +385,71 @@ def test_bootstrap_agrees_with_the_formula_for_a_mean():
 def test_a_metric_that_does_not_fit_its_scorer_is_refused(tokenizer, questions):
     with pytest.raises(InputError, match="compares texts, and scorer choice gives indices"):
         make_scorer(config("choice", "exact_match"), questions, tokenizer, 128)
+
+
+class SmallMemory:
+    """A model that has memory for so many tokens at a time."""
+
+    def __init__(self, model, tokens: int) -> None:
+        self.tried: list[int] = []
+
+        def look(module, args, kwargs):
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self.tried.append(ids.numel())
+            if ids.numel() > tokens:
+                raise RuntimeError(
+                    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+                )
+
+        model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+@pytest.mark.parametrize("tokens", [40, 100, 170])
+def test_where_memory_does_not_suffice_batches_are_halved_and_scores_are_the_same(
+    tmp_path, tokenizer, questions, tokens
+):
+    adapters = {name: Adapter.load(build_adapter("llama", tmp_path / name, seed)) for seed, name in enumerate("ab")}
+    scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
+    mixtures = [{"a": 1.0}, {"a": 0.5, "b": 0.5}, {}]
+    expected = scorer.score(GatedStack(build_model("llama"), adapters), mixtures, 1000)
+    stack = GatedStack(build_model("llama"), adapters)
+    small = SmallMemory(stack.model, tokens)
+    for _ in range(2):
+        found = scorer.score(stack, mixtures, 1000)
+        for one, other in zip(found, expected, strict=True):
+            assert one.values == other.values
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert stack.shrink > 1
+    failed = sum(size > tokens for size in small.tried)
+    assert failed <= math.log2(stack.shrink)  # it learns from every failure, and does not try again
+    assert len(small.tried) > failed
+
+
+def test_generation_and_gradients_halve_too(tmp_path, tokenizer):
+    rows = [TargetRow(f"question: {n}", (" red",), 0) for n in range(1, 9)]
+    adapters = {"a": Adapter.load(build_adapter("llama", tmp_path / "a", 1))}
+    for scorer, ask in (
+        (make_scorer(config("generation", "exact_match"), rows, tokenizer, 128), "score"),
+        (make_scorer(config("loss", "loglikelihood"), rows, tokenizer, 128), "gradient"),
+    ):
+        stacks = [GatedStack(build_model("llama"), adapters) for _ in range(2)]
+        SmallMemory(stacks[1].model, 20)
+        if ask == "score":
+            whole, halved = (scorer.score(stack, [{"a": 1.0}], 10_000)[0] for stack in stacks)
+        else:
+            (whole, slope), (halved, other) = (scorer.gradient(stack, {"a": 1.0}, 10_000) for stack in stacks)
+            assert slope["a"] == pytest.approx(other["a"], rel=1e-4)
+        assert whole.values == pytest.approx(halved.values, abs=1e-5)
+        assert stacks[1].shrink > 1
+
+
+def test_a_row_that_alone_does_not_fit_is_said_and_other_errors_are_not_caught(tokenizer, questions):
+    scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
+    model = build_model("llama")
+    SmallMemory(model, 3)
+    stack = GatedStack(model, {})
+    with pytest.raises(InputError, match="not even one row fits into memory"):
+        scorer.score(stack, [{}], 1000)
+    model.register_forward_pre_hook(lambda module, args: [][0], prepend=True)
+    with pytest.raises(IndexError):
+        scorer.score(GatedStack(model, {}), [{}], 1000)

@@ -105,7 +105,7 @@ def test_nothing_could_be_scored(tmp_path):
 
 
 def test_without_the_base_nothing_can_be_compared_and_it_is_asked_again(tmp_path):
-    with pytest.raises(InputError, match="the base model has no score on t, .*: log-probabilities are not finite"):
+    with pytest.raises(InputError, match=r"the base model has no score on t, .*: log-probabilities are not finite"):
         run(TableObjective(lambda m: 0.5 if m.items else None), tmp_path / "t.jsonl")
     assert run(TableObjective(), tmp_path / "t.jsonl").measured == 16
 

@@ -30,9 +30,9 @@ from .callbacks import BankProgress
 from .console import Terminal, duration
 from .data import Candidate
 from .errors import InputError
-from .journal import cut_short, file_fingerprint, fingerprint, read_json
+from .journal import cut_short, file_fingerprint, fingerprint, hidden, read_json
 from .merging import Adapter, refuse_unless_averageable
-from .training import TrainingFailedError, finished, hidden, load_trained, planned_steps, publish, sharded, train_lora
+from .training import TrainingFailedError, finished, load_trained, planned_steps, publish, sharded, train_lora
 
 # Settings that change where or how something is told, not what is learned.
 OPERATIONAL = {

@@ -13,9 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .console import Bar
-from .journal import describe_files, write_json
-
-MARK = "whole.json"  # written into a checkpoint when all else in it is on the disk
+from .journal import MARK, describe_files, write_json
 
 
 class TrainingRecorder(TrainerCallback):

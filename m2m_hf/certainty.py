@@ -45,7 +45,7 @@ def paired(
             mine, yours = one.values, other.values
             value += share * (one.value - other.value)
         if mine and yours:
-            mean, stderr = mean_and_stderr([a - b for a, b in zip(mine, yours, strict=True)])
+            mean, stderr = mean_and_stderr(np.asarray(mine) - np.asarray(yours))
             variance += (share * stderr) ** 2
             if measure == "logprob":
                 value += share * mean

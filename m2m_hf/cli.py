@@ -31,6 +31,7 @@ average of every subset on your target's validation set, and fine-tunes once on 
   m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
   m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
   m2m report OUT                 make OUT/report.html again, from the files in OUT alone
+  m2m status OUT                 what is done, left and spent, and whether every file in OUT is whole
 
 Every command goes on from where the run folder stands. With several processes:
   accelerate launch recipes/select.py --config x.yaml
@@ -101,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in (
         ("sft", "the final fine-tune of a searched run, scored on the sealed test set"),
         ("report", "make report.html of a searched run again, from its files alone"),
+        ("status", "what of a run is done, left and spent; checks every adapter and every line of the journal"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
@@ -118,19 +120,25 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
     """Carries out one command."""
-    if command.command == "report":
+    if command.command in ("report", "status"):
         if overrides:
-            raise InputError(f"not understood: {' '.join(overrides)}; m2m report takes the run folder alone")
-        from .report import write_report
+            raise InputError(f"not understood: {' '.join(overrides)}; m2m {command.command} takes the run folder alone")
+        if command.command == "status":
+            show_status(command.out)
+        else:
+            from .report import write_report
 
-        print(f"report: {os.path.relpath(write_report(command.out))}")
+            Terminal().say(f"report: {os.path.relpath(write_report(command.out))}")
         return
     if command.command == "sft":
+        from .journal import read_config
+
         config = command.out / "config.yaml"
         if not config.exists():
             raise InputError(
                 f"{command.out} is no run folder: it has no config.yaml; expected the output_dir of m2m select"
             )
+        read_config(config)
         overrides = [*overrides, "--output_dir", str(command.out)]
     else:
         config = command.config
@@ -156,6 +164,26 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
         searcher.show()
     else:
         searcher.select()
+
+
+def show_status(out: Path) -> None:
+    """Prints the status of a run folder.
+
+    Raises:
+        Damaged: something in it is not whole.
+    """
+    from .journal import RunFolder
+    from .status import status
+
+    found = status(RunFolder(out))
+    for line in found.lines:
+        Terminal().say(line)
+    if found.damage:
+        raise DamagedError
+
+
+class DamagedError(Exception):
+    """Said already; the exit code alone is left to give."""
 
 
 SAFE = "finished adapters and scored mixtures are safe; the same command goes on from there"
@@ -200,6 +228,8 @@ def report_errors(work: Callable[[], None]) -> int:
         if first:
             print(redact(f"m2m: {error}"), file=sys.stderr)
         return 2
+    except DamagedError:
+        return 1
     except KeyboardInterrupt:
         Terminal(quiet=not first).say(f"\ninterrupted: {SAFE}", "yellow")
         return 130

@@ -63,7 +63,7 @@ class ExternalScorer(Scorer):
             if PartialState().num_processes > 1:
                 broadcast_object_list(found)
             score = found[0]
-            if isinstance(score, Score) and not finite(score):
+            if isinstance(score, Score) and not score.finite:
                 score = Failure(f"the score is not finite: {score.value}")
             results.append(score)
         return results
@@ -71,11 +71,6 @@ class ExternalScorer(Scorer):
     @abstractmethod
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
         """The score of the mixture that the stack is set to."""
-
-
-def finite(score: Score) -> bool:
-    """Whether all its numbers are."""
-    return all(map(math.isfinite, (score.value, score.stderr or 0.0, *score.values, *score.logprobs)))
 
 
 class CallableScorer(ExternalScorer):

@@ -32,7 +32,7 @@ from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError
 from .external import CallableScorer, CommandScorer, HarnessScorer
 from .forward import Stack
-from .journal import Journal, Keys, RunFolder, fingerprint, read_made, write_atomic
+from .journal import END, Journal, Keys, RunFolder, fingerprint, read_config, read_made, write_atomic, write_json
 from .merging import GatedStack
 from .methods import AVERAGE, DenseStack, MergeMethod
 from .mixture import SearchSpace
@@ -412,6 +412,7 @@ class Ingredients:
                     "better than it is. Remove those rows, or say allow_overlap: true"
                 )
         self._check_run_folder()
+        self._check_targets()
         self.bank.check()
         self._checked = True
 
@@ -443,7 +444,10 @@ class Ingredients:
         """
         if not self.run.config.exists() or len(self.bank.check()) == len(self.candidates):
             return  # nothing is there yet that another configuration could spoil
-        there, now = parsing.read_yaml(self.run.config), yaml.safe_load(self.config_yaml())
+        try:
+            there, now = read_config(self.run.config), yaml.safe_load(self.config_yaml())
+        except InputError:
+            return  # a crash cut it short; it is written again, and every adapter says how it was trained
         for one in (there, now):
             for key in (FREE | OPERATIONAL) & set(one):
                 del one[key]
@@ -460,6 +464,33 @@ class Ingredients:
                 f"{self.run.root} holds a run with another configuration: {'; '.join(differences)}. "
                 f"Restore these fields, or choose another --output_dir{hint}"
             )
+
+    def _target_fingerprints(self) -> dict[str, dict[str, str]]:
+        """Target -> part -> what recognises its rows and how they are scored."""
+        return {name: {part: one.fingerprint for part, one in parts.items()} for name, parts in self.scorers.items()}
+
+    def _check_targets(self) -> None:
+        """Refuses a target whose rows have changed since they were scored: old and new scores must not be compared.
+
+        Raises:
+            InputError: naming it.
+        """
+        known = read_made(self.run.targets)
+        for name, parts in self._target_fingerprints().items():
+            for part, now in parts.items():
+                there = known.get(name, {}).get(part, now)
+                if there != now:
+                    raise InputError(
+                        f"targets.{name}: its {part} rows, or the code of its metric, have changed since they were scored "
+                        f"({there} there, {now} now). Restore them, or give the target another name"
+                    )
+
+    def remember_targets(self) -> None:
+        """Writes down what the targets are, now that something has been scored on them."""
+        known = read_made(self.run.targets)
+        now = self._target_fingerprints()
+        if self.state.is_main_process:
+            write_json(self.run.targets, known | {name: known.get(name, {}) | parts for name, parts in now.items()})
 
     def _check_search(self) -> None:
         """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
@@ -502,7 +533,7 @@ class Ingredients:
             "The resolved configuration of this run: paths absolute, defaults that depend on the hardware filled in."
         )
         model = fields.pop("model_name_or_path")
-        return parsing.dump_yaml({"model_name_or_path": model, **fields, **self.config.to_yaml()}, comment)
+        return parsing.dump_yaml({"model_name_or_path": model, **fields, **self.config.to_yaml()}, comment) + END
 
     def prepare(self) -> None:
         """Claims the run folder and writes the resolved configuration."""

@@ -3,15 +3,23 @@
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from .errors import InputError
 from .mixture import Mixture, Trial
+from .stored import Numbers, Store
+
+MARK = "whole.json"  # written into a checkpoint when all else in it is on the disk
+END = "...\n"  # of a whole YAML document
+INLINE = 500  # values of a trial that its line holds itself
+LISTS = ("values", "logprobs")
 
 
 def fingerprint(value: Any) -> str:
@@ -70,6 +78,11 @@ def read_made(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def hidden(folder: Path) -> Path:
+    """Where what will be `folder` is made, so that what is there is always whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def sync(folder: Path) -> None:
     """Has the disk really hold what was written to the files of `folder`, so that a power cut loses none of it."""
     for path in (*folder.iterdir(), folder):
@@ -119,6 +132,22 @@ def altered(folder: Path, record: str = "training.json") -> str | None:
     return None
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """`OUT/config.yaml`.
+
+    Raises:
+        InputError: it is not whole.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        given = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); m2m select --config writes it again") from error
+    if not text.endswith(END) or not isinstance(given, dict):
+        raise InputError(f"{path} was cut short; m2m select --config writes it again")
+    return given
+
+
 class RunFolder:
     """The paths of one run; the layout is a contract that tools and people read (ARCHITECTURE.md)."""
 
@@ -126,6 +155,7 @@ class RunFolder:
         self.root = Path(root).absolute()
         self.config = self.root / "config.yaml"
         self.adapters = self.root / "adapters"
+        self.targets = self.root / "targets.json"
         self.trials = self.root / "trials.jsonl"
         self.mixture = self.root / "mixture"
         self.recipe = self.root / "recipe.yaml"
@@ -195,41 +225,133 @@ class Keys:
 
 
 class Journal:
-    """Append-only JSON lines of trials. A line that was written is true for ever and is never written again."""
+    """Append-only JSON lines of trials. A line that was written is true for ever and is never written again.
+
+    Values by example stand in the line where there are up to `INLINE` of them. Longer lists stand in `trials.values` beside it,
+    as float64 numbers one after another; the line's `stored` then says where (`place`, `count`, `crc32` of each) and what their
+    mean log-probability is. In memory a trial's values are views of the disk, so that very many of them need none.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads what is there; a torn last line (power cut while writing) is dropped and will be measured again.
+
+        So is a line whose values are missing from `trials.values`.
 
         Raises:
             InputError: a line that is not a trial, named by its number.
         """
         self.path = path
         self.trials: dict[str, Trial] = {}
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                trial = Trial.from_json(json.loads(line))
-            except ValueError as error:
-                raise InputError(
-                    f"{path}, line {number} is damaged ({error}); delete that line and its trial will be measured again"
-                ) from error
-            self.trials[trial.key] = trial
-        self._torn_at = len(whole) if len(whole) < len(content) else None
+        self.store = Store(path.with_suffix(".values"))
+        self._aside: Store | None = None  # what a process keeps that does not write
+        self._lost: set[int] = set()  # numbers of the lines that are of no use any more
+        available = self.store.count
+        if not path.exists():
+            return
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    self._lost.add(number)
+                    break
+                try:
+                    trial = self._read(json.loads(line), available)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(
+                        f"{path}, line {number} is damaged ({error}); delete that line and its trial will be measured again"
+                    ) from error
+                if trial is None:
+                    self._lost.add(number)
+                else:
+                    self.trials[trial.key] = trial
+
+    def _read(self, record: Any, available: int) -> Trial | None:
+        """The trial of a line; None where its values are not there."""
+        stored = record.get("stored") if isinstance(record, dict) else None
+        if not stored:
+            return Trial.from_json(record)
+        try:
+            places = {name: (int(stored[name]["place"]), int(stored[name]["count"])) for name in LISTS}
+            mean = float(stored["mean_logprob"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"not a trial: stored is {stored!r:.80}") from error
+        if any(place < 0 or count < 0 or place + count > available for place, count in places.values()):
+            return None
+        lists = {name: self.store.numbers(place, count) for name, (place, count) in places.items()}
+        trial = Trial.from_json(record | lists)
+        if trial.score is not None:
+            vars(trial.score)["mean_logprob"] = mean  # or ranking would read all lists
+        return trial
+
+    @property
+    def lost(self) -> int:
+        """How many lines are of no use any more: cut short, or without their values."""
+        return len(self._lost)
+
+    def _repair(self) -> None:
+        """Takes the lost lines out, before anything is written where they or their values were."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with open(self.path, "rb") as lines, open(partial, "wb") as file:
+            file.writelines(line for number, line in enumerate(lines, start=1) if number not in self._lost)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+        self._lost.clear()
 
     def get(self, key: str) -> Trial | None:
         """The trial with this key. A failed one counts too: what failed once for its numbers fails again."""
         return self.trials.get(key)
 
-    def append(self, trial: Trial, write: bool = True) -> None:
-        """Remembers `trial` and, where `write`, puts its line on the disk before returning."""
+    def append(self, trial: Trial, write: bool = True) -> Trial:
+        """Remembers `trial` and, where `write`, puts its line on the disk before returning.
+
+        Returns:
+            The trial as it is remembered, its values no longer in memory where there are many.
+        """
+        if write and self._lost:
+            self._repair()
+        score = trial.score
+        record = trial.to_json()
+        record["stored"] = None
+        if score is not None:
+            if max(len(score.values), len(score.logprobs)) <= INLINE:
+                lists = {name: Numbers.of(getattr(score, name)) for name in LISTS}
+            else:
+                if not write:
+                    self._aside = self._aside or Store.temporary()
+                store = self.store if write or self._aside is None else self._aside
+                lists, stored = {}, {}
+                for name in LISTS:
+                    values = getattr(score, name)
+                    place, checksum = store.append(values)
+                    lists[name] = store.numbers(place, len(values))
+                    stored[name] = {"place": place, "count": len(values), "crc32": checksum}
+                    record[name] = None
+                record["stored"] = stored | {"mean_logprob": score.mean_logprob}
+            kept = replace(score, values=lists["values"], logprobs=lists["logprobs"])
+            vars(kept)["mean_logprob"] = score.mean_logprob
+            trial = replace(trial, score=kept)
+        if write:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self.trials[trial.key] = trial
-        if not write:
-            return
-        if self._torn_at is not None:
-            os.truncate(self.path, self._torn_at)
-            self._torn_at = None
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(trial.to_json(), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        return trial
+
+
+def damaged_values(path: Path) -> list[str]:
+    """The keys of a journal's trials whose values beside it are not what was written; reads all of them."""
+    store, damaged = Store(path.with_suffix(".values")), []
+    if not path.exists():
+        return []
+    available = store.count
+    with open(path, "rb") as lines:
+        for line in lines:
+            record = json.loads(line) if line.endswith(b"\n") else {}
+            places = [one for one in (record.get("stored") or {}).values() if isinstance(one, dict)]
+            if any(one["place"] + one["count"] > available for one in places):
+                continue  # known to be lost
+            arrays = [store.view(one["place"], one["count"]) for one in places]
+            if any(zlib.crc32(array.tobytes()) != one["crc32"] for array, one in zip(arrays, places, strict=True)):
+                damaged.append(record["key"])
+    return list(dict.fromkeys(damaged))

@@ -1,4 +1,4 @@
-"""The values that the search speaks in: mixture, search space, score, trial. Plain Python, frozen, JSON in and out."""
+"""The values that the search speaks in: mixture, search space, score, trial. Frozen, JSON in and out."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,10 @@ from math import comb, inf, isclose, isfinite
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from .errors import InputError
+from .stored import Numbers
 
 
 @dataclass(frozen=True)
@@ -242,8 +245,8 @@ class Score:
 
     value: float
     stderr: float | None = None
-    values: tuple[float, ...] = ()
-    logprobs: tuple[float, ...] = ()
+    values: Sequence[float] = ()
+    logprobs: Sequence[float] = ()
     gradient: tuple[float, ...] = ()
 
     @classmethod
@@ -252,9 +255,14 @@ class Score:
         return cls(*mean_and_stderr(values), tuple(values), tuple(logprobs))
 
     @property
+    def finite(self) -> bool:
+        """Whether all its numbers are."""
+        return all(np.isfinite(one).all() for one in (self.value, self.stderr or 0.0, self.values, self.logprobs))
+
+    @cached_property
     def mean_logprob(self) -> float:
         """0 where there are none."""
-        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else 0.0
+        return float(np.mean(self.logprobs)) if self.logprobs else 0.0
 
 
 @dataclass(frozen=True)
@@ -313,17 +321,20 @@ class Trial:
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Trial":
+    def from_json(cls, record: Any) -> "Trial":
         """The inverse of `to_json`.
 
         Raises:
             InputError: the record is not one that `to_json` wrote.
         """
         try:
+            reason = wrong(record)
+            if reason:
+                raise InputError(f"not a trial: {reason}")
             score = None
             if record["state"] != "failed":
-                lists = (tuple(record[key]) for key in ("values", "logprobs", "gradient"))
-                score = Score(record["score"], record["stderr"], *lists)
+                values, logprobs = (numbers(record[key]) for key in ("values", "logprobs"))
+                score = Score(record["score"], record["stderr"], values, logprobs, tuple(numbers(record["gradient"])))
             return cls(
                 key=record["key"],
                 mixture=Mixture(tuple(zip(record["names"], record["weights"], strict=True))),
@@ -335,8 +346,50 @@ class Trial:
                 seconds=record["seconds"],
                 reason=record["reason"],
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"not a trial: {error!r}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(str(error) if isinstance(error, InputError) else f"not a trial: {error!r}") from error
+
+
+STATES = ("complete", "pruned", "failed")
+
+
+def wrong(record: Any) -> str | None:
+    """What a journal line has in it that no trial has; None where it is one."""
+    if not isinstance(record, dict):
+        return f"expected an object, got {record!r:.80}"
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+    for key in ("key", "objective", "target", "state"):
+        if not isinstance(record[key], str):
+            return f"{key} is {record[key]!r:.80}"
+    if record["state"] not in STATES:
+        return f"state is {record['state']!r:.80}; expected {', '.join(STATES)}"
+    if not isinstance(record["names"], list) or not all(isinstance(name, str) for name in record["names"]):
+        return "names are no list of texts"
+    if not isinstance(record["rung"], int) or record["rung"] < 0 or not number(record["seconds"]):
+        return "rung or seconds are no numbers"
+    if record["state"] == "failed":
+        return None if isinstance(record["reason"], str) else "it failed without a reason"
+    if not number(record["score"]) or not (record["stderr"] is None or number(record["stderr"])):
+        return "score or stderr are no finite numbers"
+    return None
+
+
+def numbers(given: Any) -> Numbers:
+    """A list of finite numbers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(given, Numbers):
+        return given
+    array = np.array(given)
+    right = isinstance(given, list) and array.ndim == 1 and (array.dtype.kind in "fiu" or not given)
+    if not right or not np.isfinite(array).all():
+        raise ValueError(f"expected a list of finite numbers, got {given!r:.80}")
+    return Numbers.of(array)
 
 
 @dataclass(frozen=True)
@@ -410,10 +463,9 @@ def mean_over_targets(scores: Mapping[str, Score], weights: Mapping[str, float])
     return value, None if None in errors else sum(error**2 for error in errors if error is not None) ** 0.5
 
 
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_stderr(values: Any) -> tuple[float, float]:
     """Mean and its standard error s/√n with the n−1 estimate of s (0 where n is 1)."""
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
-        return mean, 0.0
-    return mean, (sum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5
+    array = np.asarray(values, dtype=float)
+    n = len(array)
+    with np.errstate(invalid="ignore"):  # what is not finite is found and named elsewhere
+        return float(array.mean()), float(array.std(ddof=1) / n**0.5) if n > 1 else 0.0

@@ -6,6 +6,7 @@ from functools import cached_property
 from math import inf
 from typing import Any
 
+import numpy as np
 import yaml
 
 from .errors import InputError
@@ -154,7 +155,7 @@ def recorded(journal: Journal, summary: Mapping[str, Any], training: Mapping[str
             if mixture.items and least is not None and reference and reference.score and trial.score:
                 short += [name] if trial.score.value < reference.score.value - least else []
             if trial.state == "pruned" and name in control and (score := control[name].score) and score.values:
-                alike = sum(score.values[row] for row in orders[name][: trial.rung]) / trial.rung
+                alike = float(np.asarray(score.values)[list(orders[name][: trial.rung])].mean())
                 offset += weights[name] / total * (score.value - alike)
         standings.append(Standing(mixture, trials, weights, tuple(short), offset))
     return standings

@@ -66,8 +66,8 @@ class Replay:
             return [self.table[mixture] for mixture in mixtures]
         found: list[Score | Failure] = []
         for mixture in mixtures:
-            values, logprobs = self.table[mixture].values, self.table[mixture].logprobs
-            found.append(Score.of([values[row] for row in rows], [logprobs[row] for row in rows] if logprobs else []))
+            values, logprobs = (np.asarray(one) for one in (self.table[mixture].values, self.table[mixture].logprobs))
+            found.append(Score.of(values[list(rows)].tolist(), logprobs[list(rows)].tolist() if len(logprobs) else ()))
         return found
 
     def whole(self, score: Score) -> Score:

@@ -15,11 +15,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .config import TargetConfig
 from .data import TargetRow, content_fingerprint, encode, render, text_of
-from .errors import InputError
+from .errors import InputError, redact
 from .forward import Question, Request, Stack, Weights, completion_logprobs, generate, token_logprobs, weight_gradient
 from .journal import file_fingerprint
 from .merging import GatedStack
-from .metrics import Metric, local_module
+from .metrics import Metric, module_file
 from .mixture import Failure, Score, mean_and_stderr
 
 ROUND = 6  # decimals kept of a log-probability: what is compared now is what the journal will say later
@@ -135,13 +135,13 @@ class LogprobScorer(Scorer):
         for sums in completion_logprobs(stack, mixtures, [self.questions[row] for row in chosen], tokens_per_batch):
             if all(math.isfinite(value) for values in sums for value in values):
                 score = self.reduce(sums, chosen)
-                results.append(self.whole(score) if rows is None and score.values else score)
+                results.append(self._whole(score) if rows is None else score)
             else:
                 results.append(Failure("the model gives log-probabilities that are not finite"))
         return results
 
     @abstractmethod
-    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score:
+    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:
         """The score of these rows, from the log-probabilities of their completions."""
 
     @abstractmethod
@@ -156,8 +156,10 @@ class LogprobScorer(Scorer):
         sums, slope = weight_gradient(stack, weights, self.questions, tokens_per_batch, self.slopes)
         if not all(map(math.isfinite, (*slope.values(), *(value for values in sums for value in values)))):
             return Failure("the model gives gradients that are not finite"), {}
-        score = self.reduce(sums, range(len(sums)))
-        return self.whole(score) if score.values else score, slope
+        return self._whole(self.reduce(sums, range(len(sums)))), slope
+
+    def _whole(self, score: Score | Failure) -> Score | Failure:
+        return self.whole(score) if isinstance(score, Score) and score.values else score
 
     @abstractmethod
     def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
@@ -246,7 +248,7 @@ class ChoiceScorer(LogprobScorer):
             found[row, : len(values)] = self._distribution(row, values).exp().float()
         return found
 
-    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score:
+    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:
         guesses: list[int] = []
         logprobs: list[float] = []
         answers = [self.rows[row].answer for row in rows]
@@ -350,15 +352,19 @@ def generation_config(given: Mapping[str, Any]) -> GenerationConfig:
 
 def measured(
     metric: Metric, predictions: Sequence[Any], references: Sequence[Any], logprobs: Sequence[float] = ()
-) -> Score:
-    """What a metric says of predictions, as a score."""
-    value, stderr, values = metric(predictions, references)
-    return Score.of(values, logprobs) if values else Score(value, stderr, (), tuple(logprobs))
+) -> Score | Failure:
+    """What a metric says of predictions, as a score; a metric that raises, or gives no finite number, gives none."""
+    try:
+        value, stderr, values = metric(predictions, references)
+    except Exception as error:  # a metric of the user's may raise anything, and the search goes on
+        return Failure(redact(f"metric {metric.name} raised {type(error).__name__}: {error}")[:1000])
+    score = Score.of(values, logprobs) if values else Score(value, stderr, (), tuple(logprobs))
+    return score if score.finite else Failure(f"metric {metric.name} gives {value}")
 
 
 def metric_fingerprint(config: TargetConfig) -> list[str | None]:
-    """What recognises a target's metric: its name, or the bytes of a module of one's own."""
-    module = local_module(config.metric)
+    """What recognises a target's metric: the bytes of its module, or its name where that is the Hub's or none."""
+    module = module_file(config.metric)
     return [file_fingerprint([module]) if module else config.metric, config.metric_key]
 
 

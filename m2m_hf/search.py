@@ -16,6 +16,7 @@ from .journal import Journal
 from .mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
 from .objectives import Objective
 from .racing import FIRST, Sample, judge, rungs
+from .stored import Numbers
 from .strategies import Strategy, Task, value
 
 
@@ -209,7 +210,7 @@ class Search:
                 found = objective.gradient(mixture)
                 seconds = self._agree(time.monotonic() - start)
                 trial = trial_of(objective, mixture, found, seconds, objective.examples, key, "gradient")
-                self.journal.append(trial, write=self._write)
+                trial = self.journal.append(trial, write=self._write)
                 self.measured += 1
             self.evaluations += objective.examples
             self.seconds += trial.seconds
@@ -281,8 +282,7 @@ class Search:
             group = missing[: together if left == math.inf else min(together, math.ceil(left))]
             missing = missing[len(group) :]
             for trial in measure(objective, group, rung, before, self._agree):
-                trial = self._comparable(trial)
-                self.journal.append(trial, write=self._write)
+                trial = self.journal.append(self._comparable(trial), write=self._write)
                 self.measured += 1
                 self.evaluations += objective.evaluations(trial.mixture, rung - seen)
                 self.seconds += trial.seconds
@@ -316,9 +316,9 @@ class Search:
         whole = self.journal.get(objective.key(mixture)) if trial is None else None
         if whole is None or whole.score is None:
             return trial or whole
-        rows = objective.order[:rung]
-        values, logprobs = whole.score.values, whole.score.logprobs
-        score = Score.of([values[row] for row in rows], [logprobs[row] for row in rows] if logprobs else [])
+        rows = list(objective.order[:rung])
+        values, logprobs = (np.asarray(one) for one in (whole.score.values, whole.score.logprobs))
+        score = Score.of(Numbers.of(values[rows]), Numbers.of(logprobs[rows]) if len(logprobs) else ())
         return replace(whole, key=objective.key(mixture, rung), rung=rung, state="pruned", score=score, seconds=0.0)
 
     def _race(self, mixtures: Sequence[Mixture]) -> None:
@@ -421,8 +421,8 @@ class Search:
         for mixture in mixtures:
             trial = trials[mixture][objective.target] if mixture in trials else self._recall(objective, mixture, size)
             assert trial is not None
-            found = score_of_trial(trial).values
-            values.append([found[row] for row in objective.order] if trial.rung == objective.examples else found)
+            found = np.asarray(score_of_trial(trial).values)
+            values.append(found[list(objective.order)] if trial.rung == objective.examples else found)
         return Sample(np.array(values), objective.examples, self._shares[objective.target])
 
     def _settle(self, mixture: Mixture, trials: Mapping[str, Trial]) -> None:
@@ -439,7 +439,7 @@ class Search:
             if judged and mine.score and base and mine.score.value < base.value - (objective.min_delta or 0.0):
                 short.append(objective.target)
             if mine.state == "pruned" and everything and (control := everything.trials[objective.target].score):
-                alike = sum(control.values[row] for row in objective.order[: mine.rung]) / mine.rung
+                alike = float(np.asarray(control.values)[list(objective.order[: mine.rung])].mean())
                 offset += self._shares[objective.target] * (control.value - alike)
         standing = Standing(mixture, trials, weights, tuple(short), offset)
         self.standings[mixture] = standing
@@ -602,7 +602,6 @@ def trial_of(
     )
 
 
-def in_place(values: Sequence[float], objective: Objective) -> list[float]:
+def in_place(values: Sequence[float], objective: Objective) -> Sequence[float]:
     """Values in the order of a race put back to that of the examples."""
-    place = dict(zip(objective.order, values, strict=True)) if values else {}
-    return [place[row] for row in sorted(place)]
+    return Numbers.of(np.asarray(values)[np.argsort(objective.order)]) if values else ()

@@ -23,7 +23,7 @@ from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
 from .ingredients import Ingredients
-from .journal import Journal, cut_short, fingerprint, read_json, read_made, write_json
+from .journal import Journal, cut_short, fingerprint, hidden, read_json, read_made, write_json
 from .methods import MergeMethod
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing
 from .objectives import Objective
@@ -37,7 +37,7 @@ from .study import RANDOM, Choice
 from .surrogates import FEW, STRATEGIES, choose_strategy
 from .tables import baselines_table, end_table, fidelity_remarks, fidelity_tables, remarks, verified_table
 from .trained import TrainedMixtures, TrainedObjective
-from .training import hidden, publish
+from .training import publish
 
 
 class MergeToMixSearcher(Ingredients):
@@ -133,6 +133,8 @@ class MergeToMixSearcher(Ingredients):
 
             def on_standing(standing: Standing, best: Standing | None) -> None:
                 nonlocal done
+                if not done:
+                    self.remember_targets()
                 done += 1
                 if best is not None:
                     bar.update(min(done, int(total)), f"best so far {score_of(best).value:.4f} {best.mixture}")
@@ -428,12 +430,11 @@ class MergeToMixSearcher(Ingredients):
         record = models.record(counts)
         if self.state.is_main_process:
             self._put_old_final_aside()
+            shutil.rmtree(hidden(self.run.final), ignore_errors=True)
             shutil.copytree(
-                trained,
-                hidden(self.run.final),
-                dirs_exist_ok=True,
-                ignore=shutil.ignore_patterns("*.json.partial", "test.json"),
+                trained, hidden(self.run.final), ignore=shutil.ignore_patterns("*.json.partial", "test.json")
             )
+            (hidden(self.run.final) / "training.json").unlink()
         publish(
             self.run.final,
             {

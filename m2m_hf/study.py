@@ -155,7 +155,7 @@ class Study:
             if trial is None:
                 found = objective.score(choice.counts)
                 trial = trial_of(objective, choice.mixture, found, 0.0, objective.examples, key, "trained")
-                self._journal.append(trial, write=self._write)
+                trial = self._journal.append(trial, write=self._write)
             trials[objective.target] = trial
         return Standing(choice.mixture, trials, {one.target: one.weight for one in self.trained})
 

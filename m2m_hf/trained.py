@@ -14,12 +14,12 @@ from .console import Bar
 from .data import Candidate, mixture_dataset
 from .errors import InputError
 from .forward import Stack
-from .journal import Keys, cut_short, read_json, read_made, write_json
+from .journal import Keys, cut_short, hidden, read_json, read_made, write_json
 from .merging import GatedStack
 from .mixture import Failure, Mixture, Score, row_counts
 from .objectives import ScorerObjective
 from .scoring import Scorer
-from .training import TrainingFailedError, finished, hidden, load_trained, mixture_steps, publish, train_lora
+from .training import TrainingFailedError, finished, load_trained, mixture_steps, publish, train_lora
 
 Counts = Mapping[str, int]
 

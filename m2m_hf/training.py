@@ -23,10 +23,10 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from .callbacks import MARK, Checkpoints, TrainingRecorder
+from .callbacks import Checkpoints, TrainingRecorder
 from .data import Candidate
 from .errors import InputError
-from .journal import altered, cut_short, describe_files, fingerprint, read_json, sync, write_json
+from .journal import MARK, altered, cut_short, describe_files, fingerprint, hidden, read_json, sync, write_json
 from .merging import Adapter
 
 
@@ -210,11 +210,6 @@ def train_lora(
         if not sharded():
             restore(base, peft_model, *untouched)
     return recorder.record | {"loss": loss}
-
-
-def hidden(folder: Path) -> Path:
-    """Where what will be `folder` is made, so that what is there is always whole."""
-    return folder.with_name(f".{folder.name}.partial")
 
 
 def publish(folder: Path, record: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from .mixture import BASE, Mixture, Standing, mean_and_stderr
 
 RESAMPLES = 200
+NUMBERS = 1 << 24  # in one temporary array
 
 
 @dataclass(frozen=True)
@@ -65,27 +66,23 @@ def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth:
     mixtures = list(known)
     members = membership(mixtures, names)
     sizes = members.sum(1).astype(int)
-    scores = [standing.score for standing in known.values()]
-    by_row = all(score is not None and score.values for score in scores)
-    values = np.array([score.values if by_row else (score.value,) for score in scores if score is not None])
-
-    def figure(factors: Any) -> tuple[float, float | None]:
-        mean, stderr = mean_and_stderr((factors @ values).tolist())
-        return mean, stderr if by_row else None
-
+    scores = [standing.score for standing in known.values() if standing.score is not None]
+    by_row = all(score.values for score in scores)
     single = np.array([factorial(s) * factorial(count - s - 1) / factorial(count) for s in range(count)] + [0.0])
-    shapley = {
-        name: figure(np.where(members[:, n] > 0, single[sizes - 1], -single[sizes])) for n, name in enumerate(names)
-    }
-    interactions = {}
-    if count > 1:
-        double = [factorial(s) * factorial(count - s - 2) / factorial(count - 1) for s in range(count - 1)]
-        padded = np.array([*double, 0.0, 0.0])
-        for (n, one), (m, other) in combinations(enumerate(names), 2):
-            inside = members[:, n] + members[:, m]
-            sign = np.where(inside == 1, -1.0, 1.0)
-            interactions[one, other] = figure(sign * padded[sizes - inside.astype(int)])
-    return Worth(shapley, interactions, True)
+    factors = [np.where(members[:, n] > 0, single[sizes - 1], -single[sizes]) for n in range(count)]
+    pairs = list(combinations(range(count), 2))
+    double = [factorial(s) * factorial(count - s - 2) / factorial(count - 1) for s in range(count - 1)]
+    padded = np.array([*double, 0.0, 0.0])
+    for n, m in pairs:
+        inside = members[:, n] + members[:, m]
+        factors.append(np.where(inside == 1, -1.0, 1.0) * padded[sizes - inside.astype(int)])
+    rows = [np.asarray(score.values if by_row else (score.value,)) for score in scores]
+    by_example = np.zeros((len(factors), len(rows[0])))
+    for start in range(0, len(rows), step := max(1, NUMBERS // len(rows[0]))):  # not all of them need fit into memory
+        by_example += np.array(factors)[:, start : start + step] @ np.array(rows[start : start + step])
+    found = [(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
+    interactions = {(names[n], names[m]): figure for (n, m), figure in zip(pairs, found[count:], strict=True)}
+    return Worth(dict(zip(names, found[:count], strict=True)), interactions, True)
 
 
 def estimated(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth | None:

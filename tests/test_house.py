@@ -13,7 +13,7 @@ import m2m_hf
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors",),
+    ("errors", "stored"),
     ("mixture", "config", "console", "metrics"),
     ("journal", "parsing", "merging", "strategies", "racing"),
     ("data", "methods", "surrogates", "callbacks"),
@@ -25,13 +25,14 @@ FLOORS = (
     ("search", "replay", "worth", "fidelity", "certainty"),
     ("outcome", "study", "record"),
     ("tables", "plots", "ingredients"),
-    ("report",),
+    ("report", "status"),
     ("searcher",),
     ("cli",),
 )
 LIGHT = {
     "errors",
     "mixture",
+    "stored",
     "config",
     "journal",
     "console",
@@ -42,6 +43,7 @@ LIGHT = {
     "fidelity",
     "plots",
     "report",
+    "status",
     "cli",
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate"}

@@ -1,5 +1,6 @@
 """The journal and the run folder: nothing lost, nothing doubled, nothing believed that is damaged."""
 
+import json
 import multiprocessing
 
 import pytest
@@ -48,6 +49,68 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "trials.jsonl"
     Journal(path).append(trial("1"))
     path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        Journal(path)
+
+
+def long_trial(key: str, rows: int = 2000) -> Trial:
+    values = [((int(key) * 7919 + row) % 1000) / 1000 for row in range(rows)]
+    return Trial(key, Mixture.subset("a"), "merged", "t", rows, "complete", Score.of(values, [-v for v in values]), 1.0)
+
+
+def test_long_lists_stand_beside_the_journal_and_are_read_back(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    journal, reader = Journal(path), Journal(path)
+    trials = [long_trial("1"), trial("2"), long_trial("3", 700)]
+    for one in trials:
+        assert journal.append(one) == one
+        reader.append(one, write=False)
+    assert max(map(len, path.read_text().splitlines())) < 1000
+    assert path.with_suffix(".values").stat().st_size == 8 * 2 * 2700
+    again = Journal(path)
+    for found in (journal, reader, again):
+        assert list(found.trials.values()) == trials
+        assert found.get("3").score.mean_logprob == trials[2].score.mean_logprob
+        assert found.get("3").score.values[5] == trials[2].score.values[5]
+        assert found.get("3").score.values[5:8] == trials[2].score.values[5:8]
+    rows = load_dataset("json", data_files=str(path), split="train")
+    assert rows["values"][1] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("left", [0, 8 * 2000, 8 * 4000 + 3, 8 * 5000 + 1])
+def test_trials_whose_values_were_lost_are_measured_again(tmp_path, left):
+    path = tmp_path / "trials.jsonl"
+    journal = Journal(path)
+    for key in ("1", "2"):
+        journal.append(long_trial(key))
+    with open(path.with_suffix(".values"), "r+b") as file:
+        file.truncate(left)
+    torn = Journal(path)
+    assert list(torn.trials) == (["1"] if left >= 8 * 4000 else [])
+    torn.append(long_trial("3"))  # where the others' values were
+    assert set(Journal(path).trials) == {*torn.trials, "3"}
+    for key in ("1", "2"):
+        if torn.get(key) is None:
+            torn.append(long_trial(key))
+    again = Journal(path)
+    assert {key: again.get(key) for key in "123"} == {key: long_trial(key) for key in "123"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score": "0.5"}, {"score": None}, {"score": float("nan")}, {"values": ["0.5"]}, {"values": [None]}, {"values": [[1]]},
+        {"values": 3}, {"values": [float("inf")]}, {"names": "a"}, {"names": [1], "weights": [1.0]}, {"weights": [0.4]},
+        {"state": "done"}, {"state": "failed"}, {"rung": "2"}, {"rung": -1}, {"seconds": None}, {"key": 7}, {"stderr": "x"},
+        {"stored": [1]}, {"stored": {"values": {"place": 0, "count": 1}}}, {"stored": {"mean_logprob": "x"}},
+        {"names": ["b", "a"]},
+        {"stored": {"values": {"place": -1, "count": 1}, "logprobs": {"place": 0, "count": "y"}, "mean_logprob": 0}},
+    ],
+)  # fmt: skip
+def test_a_line_with_something_else_in_it_is_named(tmp_path, change):
+    path = tmp_path / "trials.jsonl"
+    Journal(path).append(trial("1"))
+    path.write_text(path.read_text() + json.dumps(json.loads(path.read_text()) | change) + "\n")
     with pytest.raises(InputError, match="line 2 is damaged"):
         Journal(path)
 

@@ -11,13 +11,12 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from m2m_hf import InputError
-from m2m_hf.callbacks import MARK
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
-from m2m_hf.journal import altered, cut_short
+from m2m_hf.journal import MARK, altered, cut_short, hidden
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.training import finished, hidden, last_checkpoint, publish, train_lora, verdict
+from m2m_hf.training import finished, last_checkpoint, publish, train_lora, verdict
 
 TIMES = {"seconds", "peak_memory_bytes"}
 

@@ -101,8 +101,8 @@ def bootstrap(n: int, statistic: Callable[[list[int]], float]) -> float:
     return statistics.stdev(statistic([draw.randrange(n) for _ in range(n)]) for _ in range(RESAMPLES))
 
 
-def local_module(name: str) -> Path | None:
-    """The file of a metric that is a local module of the user's; None for a shipped one or one of the Hub."""
-    path = Path(name)
+def module_file(name: str) -> Path | None:
+    """The file of a shipped metric or of a local module of the user's; None for one of the Hub, or what is no module."""
+    path = Path(__file__).parent / name if name in SHIPPED else Path(name)
     file = path / f"{path.name}.py" if path.is_dir() else path
-    return file if name not in SHIPPED and file.is_file() else None
+    return file if file.is_file() else None

@@ -1,0 +1,194 @@
+"""`m2m status`: what of a run is done, what is left, what it has cost, and whether its folder is whole; from the files alone."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .config import MergeToMixConfig
+from .console import duration
+from .errors import InputError
+from .journal import (
+    MARK,
+    Journal,
+    RunFolder,
+    altered,
+    cut_short,
+    damaged_values,
+    hidden,
+    read_config,
+    read_json,
+    read_made,
+)
+from .mixture import Mixture, SearchSpace
+
+
+@dataclass
+class Status:
+    """What `m2m status` tells.
+
+    Args:
+        lines: to print.
+        damage: what is not whole, and what to do about it; empty where all is.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+
+
+def status(run: RunFolder) -> Status:
+    """Reads and checks a run folder: every adapter, every model, every line of the journal.
+
+    Raises:
+        InputError: it is no run folder.
+    """
+    if not run.config.exists():
+        raise InputError(f"{run.root} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
+    found = Status()
+    given = read_config(run.config)
+    own = {item.name for item in fields(MergeToMixConfig)}
+    config = MergeToMixConfig(**{key: value for key, value in given.items() if key in own})
+    names = list(config.parsed_candidates)
+    found.lines.append(
+        f"{os.path.relpath(run.root)}: {len(names)} candidates, target{'s' * (len(config.parsed_targets) > 1)} "
+        f"{', '.join(config.parsed_targets)}, model {given.get('model_name_or_path')}"
+    )
+    if at_work(run):
+        found.lines.append("a process is at work in it now")
+    left = []
+    trained, seconds = adapters(run, names, found)
+    missing = [name for name in names if name not in trained]
+    failed = [name for name, record in trained.items() if "failed" in record]
+    if missing:
+        left.append(f"{len(missing)} adapters ({', '.join(missing)})")
+    spent = {"adapters": seconds}
+    searched = search(run, config, [name for name in names if name not in failed], found, spent)
+    summary = read_made(run.summary)
+    if searched:
+        left.append(searched)
+    models = sorted(path.parent for path in run.trained.glob("*/training.json"))
+    if models:
+        spent["mixtures fine-tuned"] = sum(
+            check(folder, found, "it is trained again when it is needed")[1] for folder in models
+        )
+        found.lines.append(f"fine-tuned to compare: {len(models)} models, {duration(spent['mixtures fine-tuned'])}")
+    if run.final.exists():
+        record, _ = check(run.final, found, "m2m sft makes it again")
+        spent["final"] = float(record.get("total_seconds", 0.0))
+        if record:
+            mixture = Mixture.of(record["mixture"]) if isinstance(record.get("mixture"), dict) else "?"
+            found.lines.append(f"final model: {mixture}, {record.get('steps', 0):,} steps, {duration(spent['final'])}")
+    if config.train_final and not (summary and summary.get("final")):
+        left.append("the final fine-tune")
+    parts = ", ".join(f"{key} {duration(value)}" for key, value in spent.items() if value)
+    found.lines.append(f"spent: {duration(sum(spent.values()))}" + (f" ({parts})" if parts else ""))
+    found.lines.append(f"left: {'; '.join(left)}" if left else "left: nothing")
+    found.lines += [f"damaged: {one}" for one in found.damage]
+    if not found.damage:
+        found.lines.append("whole: every file that is there is as it was written")
+    if left or found.damage:
+        found.lines.append(f"go on with: m2m select --config {os.path.relpath(run.config)}")
+    return found
+
+
+def at_work(run: RunFolder) -> bool:
+    """Whether a process holds the folder."""
+    lock = FileLock(run.root / ".lock", is_singleton=False)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+def check(folder: Path, found: Status, remedy: str) -> tuple[dict[str, Any], float]:
+    """(`training.json`, seconds) of a folder with something trained in it; what is wrong with it goes into `found`."""
+    place = os.path.relpath(folder)
+    if reason := cut_short(folder):
+        found.damage.append(f"{place}: {reason}; {remedy}")
+        return {}, 0.0
+    record = read_json(folder / "training.json")
+    if not isinstance(record, dict):
+        found.damage.append(f"{place}: training.json is not one; {remedy} once it is deleted")
+        return {}, 0.0
+    if file := altered(folder):
+        found.damage.append(f"{place}: {file} is not what was trained; restore it, or delete the folder and {remedy}")
+    spent = record.get("seconds")
+    return record, float(spent) if isinstance(spent, (int, float)) else 0.0
+
+
+def adapters(run: RunFolder, names: list[str], found: Status) -> tuple[dict[str, dict[str, Any]], float]:
+    """(candidate -> `training.json` of every adapter that is there, seconds spent on them)."""
+    trained: dict[str, dict[str, Any]] = {}
+    total = 0.0
+    for name in names:
+        folder = run.adapters / name
+        if folder.exists():
+            record, seconds = check(folder, found, "m2m select trains it again")
+            total += seconds
+            if record:
+                trained[name] = record
+    steps = sum(one["steps"] for one in trained.values() if isinstance(one.get("steps"), int))
+    found.lines.append(f"adapters: {len(trained)} of {len(names)}, {steps:,} steps, {duration(total)}")
+    for name, record in trained.items():
+        if "failed" in record:
+            found.lines.append(f"  {name}: failed: {record['failed']}")
+    for name in names:
+        marks = [read_made(path) for path in hidden(run.adapters / name).glob(f"checkpoint-*/{MARK}")]
+        reached = max((mark.get("steps", 0) for mark in marks), default=0)
+        if name not in trained and reached:
+            found.lines.append(f"  {name}: interrupted; goes on from step {reached:,}")
+    return trained, total
+
+
+def search(
+    run: RunFolder, config: MergeToMixConfig, names: list[str], found: Status, spent: dict[str, float]
+) -> str | None:
+    """What is left of the search; what is in the journal goes into `found`."""
+    try:
+        journal = Journal(run.trials)
+    except InputError as error:
+        found.damage.append(str(error))
+        return "the search"
+    for key in damaged_values(run.trials):
+        found.damage.append(
+            f"{os.path.relpath(run.trials)}: the values of trial {key} are not what was measured; delete its line to have it "
+            "measured again"
+        )
+    if journal.lost:
+        found.damage.append(
+            f"{os.path.relpath(run.trials)}: {journal.lost} lines were cut short or have lost their values; their trials are "
+            "measured again"
+        )
+    trials = list(journal.trials.values())
+    states = Counter(trial.state for trial in trials)
+    spent["trials"] = sum(trial.seconds for trial in trials)
+    counted = ", ".join(f"{states[state]:,} {state}" for state in ("complete", "pruned", "failed") if states[state])
+    found.lines.append(f"trials: {len(trials):,} ({counted or 'none'}), {duration(spent['trials'])}")
+    for trial in [one for one in trials if one.state == "failed"][:5]:
+        found.lines.append(f"  failed: {trial.mixture} on {trial.target}: {trial.reason}")
+    summary = read_made(run.summary)
+    if summary.get("best"):
+        best = summary["best"]
+        found.lines.append(f"search: finished; chosen {Mixture.of(best['mixture'])}, score {best['score']:.3f}")
+        return None
+    if config.strategy != "exhaustive" or not names:
+        return "the search"
+    space = SearchSpace(
+        tuple(name for name in names if not config.parsed_candidates[name].excluded),
+        frozenset(name for name, one in config.parsed_candidates.items() if one.required),
+        config.min_datasets,
+        config.max_datasets,
+    )
+    wanted = {Mixture.subset([]), Mixture.subset(names), *(Mixture.subset([name]) for name in names), *space.subsets()}
+    kind = "ensemble" if config.objective == "ensemble" else None
+    done = Counter(
+        trial.mixture
+        for trial in trials
+        if trial.mixture in wanted and (kind is None) == (trial.objective != "ensemble")
+    )
+    missing = sum(done[mixture] < len(config.parsed_targets) for mixture in wanted)
+    return f"up to {missing:,} of {len(wanted):,} mixtures to score"

@@ -1,0 +1,106 @@
+"""Lists of numbers that need not fit into memory: the values by example of very many trials."""
+
+import os
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+TYPE = np.dtype("<f8")
+
+
+class Numbers(Sequence[float]):
+    """A list of numbers as compact as an array, read from the disk where it lies there; behaves as a tuple of floats does.
+
+    Args:
+        take: gives the array, of shape (count,).
+        count: how many.
+    """
+
+    __slots__ = ("_count", "_take")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, take: Callable[[], Any], count: int) -> None:
+        self._take, self._count = take, count
+
+    @classmethod
+    def of(cls, values: Any) -> "Numbers":
+        """In memory."""
+        array = np.array(values, dtype=TYPE)
+        return cls(lambda: array, len(array))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[float, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> float | tuple[float, ...]:
+        found = self._take()[index]
+        return tuple(found.tolist()) if isinstance(index, slice) else float(found)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._take().tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(other) == len(self) and bool(np.array_equal(self._take(), np.asarray(other, dtype=TYPE)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.array(self._take(), dtype=dtype or TYPE)
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+class Store:
+    """An append-only file of numbers (float64, little-endian), read through the system's page cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: Any = np.empty(0, TYPE)
+
+    @classmethod
+    def temporary(cls) -> "Store":
+        """In a file that goes when it is no longer needed."""
+        handle, name = tempfile.mkstemp(prefix="m2m-values-")
+        os.close(handle)
+        store = cls(Path(name))
+        weakref.finalize(store, Path(name).unlink, missing_ok=True)
+        return store
+
+    @property
+    def count(self) -> int:
+        """Numbers in the file; what a crash left of another one does not count."""
+        return self.path.stat().st_size // TYPE.itemsize if self.path.exists() else 0
+
+    def append(self, values: Sequence[float]) -> tuple[int, int]:
+        """(place, checksum) of `values`, which are on the disk when this returns."""
+        content = np.asarray(values, dtype=TYPE).tobytes()
+        place = self.count
+        with open(self.path, "ab") as file:
+            file.truncate(place * TYPE.itemsize)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return place, zlib.crc32(content)
+
+    def numbers(self, place: int, count: int) -> Numbers:
+        """`count` numbers from `place` on."""
+        return Numbers(lambda: self.view(place, count), count)
+
+    def view(self, place: int, count: int) -> Any:
+        """The same as an array."""
+        if not count:
+            return self._map[:0]
+        if place + count > len(self._map):
+            self._map = np.memmap(self.path, dtype=TYPE, mode="r", shape=(self.count,))
+        return self._map[place : place + count]

@@ -1,0 +1,128 @@
+"""`m2m status`, and what it takes for whole."""
+
+import json
+
+import pytest
+
+from m2m_hf.cli import main
+from m2m_hf.journal import RunFolder
+from m2m_hf.training import hidden
+
+
+def m2m(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def told(capsys, out, code: int = 0) -> str:
+    capsys.readouterr()
+    assert m2m("status", out) == code
+    printed = capsys.readouterr()
+    assert not printed.err
+    return printed.out
+
+
+def test_status_of_every_stage(project, capsys):
+    run, out = project / "run.yaml", project / "out"
+    assert m2m("status", out) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert m2m("adapters", "--config", run) == 0
+    shown = told(capsys, out)
+    assert "3 candidates, target colours" in shown
+    assert "adapters: 3 of 3, 9 steps" in shown
+    assert "trials: 0 (none)" in shown
+    assert "left: up to 8 of 8 mixtures to score; the final fine-tune" in shown
+    assert "go on with: m2m select --config" in shown
+    assert m2m("search", "--config", run) == 0
+    shown = told(capsys, out)
+    assert "trials: 8 (8 complete)" in shown
+    assert "search: finished; chosen " in shown
+    assert "left: the final fine-tune" in shown
+    assert m2m("select", "--config", run) == 0
+    shown = told(capsys, out)
+    assert "final model: " in shown
+    assert "left: nothing" in shown
+    assert "whole: every file that is there is as it was written" in shown
+    assert "go on with" not in shown
+
+
+def test_status_counts_what_is_left_of_a_search(project, capsys):
+    run, out = project / "run.yaml", project / "out"
+    assert m2m("search", "--config", run) == 0
+    lines = (out / "trials.jsonl").read_text().splitlines(True)
+    (out / "trials.jsonl").write_text("".join(lines[:5]))
+    (out / "summary.json").unlink()
+    assert "left: up to 3 of 8 mixtures to score" in told(capsys, out)
+
+
+@pytest.fixture
+def complete(project):
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    return project / "out"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "words"),
+    [
+        ("adapters/beta/adapter_model.safetensors", lambda b: b[:-1], "adapters/beta: adapter_model.safetensors has"),
+        (
+            "adapters/beta/adapter_model.safetensors",
+            lambda b: b[:-1] + b"x",
+            "adapter_model.safetensors is not what was trained",
+        ),
+        ("adapters/beta/training.json", lambda b: b[:50], "adapters/beta: training.json is not whole"),
+        ("final/adapter_config.json", lambda b: b[:-2], "final: adapter_config.json has"),
+        ("trials.jsonl", lambda b: b[:-2], "1 lines were cut short"),
+        ("trials.jsonl", lambda b: b + b"{}\n", "line 9 is damaged"),
+    ],
+)
+def test_damage_is_named_and_gives_exit_code_1(complete, capsys, path, change, words):
+    file = complete / path
+    file.write_bytes(change(file.read_bytes()))
+    shown = told(capsys, complete, 1)
+    assert f"{words}" in shown
+    assert "damaged: " in shown
+    assert "whole: " not in shown
+
+
+def test_values_beside_the_journal_are_checked(project, capsys, monkeypatch):
+    monkeypatch.setattr("m2m_hf.journal.INLINE", 5)
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    values = project / "out" / "trials.values"
+    assert "whole: " in told(capsys, project / "out")
+    content = bytearray(values.read_bytes())
+    content[100] ^= 1
+    values.write_bytes(bytes(content))
+    assert "are not what was measured" in told(capsys, project / "out", 1)
+
+
+def test_interrupted_trainings_and_a_process_at_work_are_told(project, capsys):
+    out = project / "out"
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    (out / "adapters" / "beta").rename(hidden(out / "adapters" / "beta"))
+    checkpoint = hidden(out / "adapters" / "beta") / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "whole.json").write_text(json.dumps({"steps": 2}))
+    assert "beta: interrupted; goes on from step 2" in told(capsys, out)
+    RunFolder(out).lock()
+    assert "a process is at work in it now" in told(capsys, out)
+
+
+def test_a_config_that_was_cut_short_is_written_again(complete, project, capsys):
+    config = complete / "config.yaml"
+    whole = config.read_bytes()
+    for size in (0, 30, len(whole) // 2, len(whole) - 2):
+        config.write_bytes(whole[:size])
+        assert m2m("sft", complete) == 2
+        assert "m2m select --config writes it again" in capsys.readouterr().err
+        assert m2m("status", complete) == 2
+        assert m2m("select", "--config", project / "run.yaml") == 0
+        assert "nothing to do" in capsys.readouterr().out
+        assert config.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("file", "part"), [("validation.jsonl", "validation"), ("test.jsonl", "test")])
+def test_changed_target_rows_are_noticed_by_content(complete, project, capsys, file, part):
+    path = project / file
+    path.write_text(path.read_text().replace("red", "pink"))
+    assert m2m("select", "--config", project / "run.yaml") == 2
+    assert f"targets.colours: its {part} rows, or the code of its metric, have changed" in capsys.readouterr().err

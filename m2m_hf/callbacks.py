@@ -64,6 +64,8 @@ class TrainingRecorder(TrainerCallback):
 class Checkpoints(TrainerCallback):
     """Marks a checkpoint as whole once everything in it is written, with what it takes to go on as if nothing had happened.
 
+    At the last step there is none: going on from it, the Trainer would make one step too many.
+
     Args:
         of: fingerprint of what is trained; another training does not go on from its checkpoints.
         recorder: of the same training.
@@ -72,6 +74,12 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self, of: str, recorder: TrainingRecorder, loss_sum: Callable[[], float]) -> None:
         self._of, self._recorder, self._loss_sum = of, recorder, loss_sum
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss_sum = self._loss_sum()

@@ -7,10 +7,9 @@ from math import inf
 from typing import Any
 
 import numpy as np
-import yaml
 
 from .errors import InputError
-from .journal import Journal, Keys, RunFolder, read_json
+from .journal import Journal, Keys, RunFolder, read_config, read_json, read_made
 from .mixture import BASE, Mixture, Score, SearchSpace, Standing, Trial
 from .racing import order
 
@@ -50,17 +49,17 @@ class Record:
                 f"{run.root} holds no finished search: it has no {'config.yaml' if not run.config.exists() else 'summary.json'}; "
                 "expected the output_dir of m2m search or m2m select"
             )
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        config = read_config(run.config)
         summary = read_json(run.summary)
         training = {name: read_json(run.adapters / name / "training.json") for name in summary["candidates"]}
-        final = run.final / "training.json"
-        study = read_json(run.fidelity) if run.fidelity.exists() else {}
+        final = read_made(run.final / "training.json") if summary["final"] else {}
+        study = read_made(run.fidelity)
         standings = recorded(Journal(run.trials), summary, training)
         return cls(
             config,
             summary,
             training,
-            read_json(final) if summary["final"] and final.exists() else None,
+            final or None,
             study if study.get("fingerprint") == summary["study"] else None,
             [one for one in standings if one.mixture.items],
             next((one for one in standings if not one.mixture.items), None),

@@ -153,7 +153,7 @@ def test_hostile_names_are_shown_as_text(out):
     change(out / "fidelity.json", lambda found: found["verdict"]["merged"].update(why=HOSTILE))
     config = yaml.safe_load((out / "config.yaml").read_text())
     config["model_name_or_path"] = HOSTILE
-    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    (out / "config.yaml").write_text(yaml.safe_dump(config, explicit_end=True))
     assert m2m("report", out) == 0
     page = Page((out / "report.html").read_text())
     assert "script" not in {tag for tag, _ in page.tags}

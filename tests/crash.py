@@ -1,0 +1,276 @@
+"""The crash harness: runs of a pico model are killed, and files of finished ones cut short; every one must end as if nothing
+had happened, without doing again what was done.
+
+    python tests/crash.py --kills 60 --files all
+
+Libraries are imported once, and every run is a fork of this process.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="m2m-crash-"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from conftest import build_model, build_tokenizer, choice_rows, project_folder, write_rows
+
+import m2m_hf.journal
+import m2m_hf.plots
+from m2m_hf.cli import main
+from m2m_hf.journal import Journal, cut_short
+from m2m_hf.searcher import MergeToMixSearcher  # noqa: F401 - imported once for all forks
+
+TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
+APART = (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")
+WRITES = (
+    "fsync",
+    "replace",
+    "rename",
+    "truncate",
+    "rmdir",
+    "unlink",
+    "open",
+)  # of module os: what changes the disk passes here
+
+
+def build(root: Path) -> Path:
+    """A project whose runs pass all stages: adapters with checkpoints, search, fine-tuned mixtures, final model, report."""
+    root.mkdir(parents=True)
+    pico = root / "pico"
+    build_model("llama").save_pretrained(pico)
+    build_tokenizer().save_pretrained(pico)
+    project_folder(root, pico)
+    write_rows(root / "validation.jsonl", choice_rows(12))
+    run = root / "run.yaml"
+    run.write_text(run.read_text() + "save_steps: 1\nlora_dropout: 0.1\nverify_top_k: 1\n")
+    return run
+
+
+def fork(work: Callable[[], int], log: Path) -> int:
+    """The process id of a fork that does some work and then ends with the exit code that it gives."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        torch.set_num_threads(1)
+        m2m_hf.plots.PICTURES.clear()  # drawing takes longer than all else
+        m2m_hf.journal.INLINE = 5  # so that values stand beside the journal too
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def finish(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def select(run: Path, out: Path) -> int:
+    return main(["select", "--config", str(run), "--output_dir", str(out)])
+
+
+def die_at(write: int, after: bool) -> None:
+    """Has this process killed at a certain one of its writes, before or after it."""
+    left = write
+
+    def watched(real: Callable) -> Callable:
+        def call(*arguments, **options):
+            nonlocal left
+            if real.__name__ == "open" and not arguments[1] & (os.O_WRONLY | os.O_RDWR):
+                return real(*arguments, **options)
+            left -= 1
+            if left == 0 and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            found = real(*arguments, **options)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        return call
+
+    for name in WRITES:
+        setattr(os, name, watched(getattr(os, name)))
+
+
+def timeless(value):
+    """Without times, and without what depends on what else was written."""
+    if isinstance(value, dict):
+        return {key: timeless(one) for key, one in value.items() if key not in TIMES and key != "training.json"}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def content(out: Path) -> dict[str, object]:
+    """All that a run folder holds and that must not depend on what happened on the way."""
+    found: dict[str, object] = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        # Probabilities of the ensemble are made again where they are needed, which is not where the journal has the scores.
+        if (
+            path.is_dir()
+            or path.parent.name == "ensemble"
+            or path.name in (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")
+        ):
+            continue
+        text = path.read_bytes().replace(str(out).encode(), b"OUT")
+        found[name] = timeless(json.loads(text)) if path.suffix == ".json" else text
+    trials = Journal(out / "trials.jsonl").trials.values()
+    found["trials"] = [timeless(trial.to_json()) for trial in trials]
+    found["report"] = (out / "report.html").exists()
+    return found
+
+
+def done(out: Path) -> dict[str, tuple[int, int]]:
+    """What is finished: folder -> its identity on the disk."""
+    folders = [*out.glob("adapters/[!.]*"), *out.glob("trained/[!.]*")]
+    return {
+        str(folder): (folder.stat().st_ino, (folder / "training.json").stat().st_mtime_ns)
+        for folder in folders
+        if cut_short(folder) is None
+    }
+
+
+def lines(out: Path) -> list[str]:
+    path = out / "trials.jsonl"
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line)["key"] for line in whole]
+
+
+def check(out: Path, reference: dict[str, object], what: str) -> None:
+    found = content(out)
+    wrong = [name for name in sorted({*found, *reference}) if found.get(name) != reference.get(name)]
+    assert not wrong, f"{what}: not as if nothing had happened: {wrong}, in {out}"
+
+
+def kill_runs(
+    run: Path, root: Path, reference: dict[str, object], kills: int, length: float, writes: int
+) -> dict[str, int]:
+    """Kills runs until so many kills are done, starting each again until it ends well."""
+    draw = random.Random(0)
+    counts = {"kills": 0, "runs": 0, "starts": 0}
+    while counts["kills"] < kills:
+        out = root / f"killed{counts['runs']}"
+        counts["runs"] += 1
+        finished: dict[str, tuple[int, int]] = {}
+        while True:
+            counts["starts"] += 1
+            known = lines(out)
+            kind = draw.choice(("moment", "write"))
+            number, after = draw.randint(1, writes), draw.random() < 0.5
+            pause = draw.uniform(0, length)
+            how = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+            last = counts["kills"] >= kills
+
+            def work(
+                kind: str = kind, number: int = number, after: bool = after, out: Path = out, last: bool = last
+            ) -> int:
+                if kind == "write" and not last:
+                    die_at(number, after)
+                return select(run, out)
+
+            process = fork(work, root / "log.txt")
+            if kind == "moment" and not last:
+                time.sleep(pause)
+                os.kill(process, how)
+            code = finish(process)
+            now = done(out)
+            for folder, identity in finished.items():
+                assert now.get(folder) == identity, f"{folder} was finished and is done again"
+            finished = now
+            after_lines = lines(out)
+            assert after_lines[: len(known)] == known, "journal lines were lost"
+            assert len(after_lines) == len(set(after_lines)), "a trial was measured twice"
+            if code == 0:
+                break
+            counts["kills"] += 1
+            assert code in (-signal.SIGKILL, 130, 143, -signal.SIGTERM, -signal.SIGINT), (
+                f"exit code {code}, see {root}/log.txt"
+            )
+        check(out, reference, f"run {counts['runs']}")
+        shutil.rmtree(out)
+    return counts
+
+
+def cut_files(run: Path, root: Path, whole: Path, reference: dict[str, object], most: int | None) -> int:
+    """Cuts every file of a finished run short, one at a time, and starts again."""
+    draw = random.Random(1)
+    names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.name != ".lock"]
+    chosen = names if most is None else draw.sample(names, min(most, len(names)))
+    out = whole.with_name("whole.kept")
+    whole.rename(out)
+    for name in chosen:
+        shutil.copytree(out, whole)
+        path = whole / name
+        size = path.stat().st_size
+        left = draw.choice((0, size // 2, size - 1, draw.randrange(max(1, size))))
+        os.truncate(path, max(0, left))
+        code = finish(fork(lambda: select(run, whole), root / "log.txt"))
+        assert code == 0, f"{name} cut to {left} of {size} bytes: exit code {code}, see {root}/log.txt"
+        check(whole, reference, f"{name} cut to {left} of {size} bytes")
+        shutil.rmtree(whole)
+    return len(chosen)
+
+
+def run_all(kills: int, files: int | None) -> str:
+    """Everything; what was done, in words."""
+    start = time.monotonic()
+    root = Path(tempfile.mkdtemp(prefix="m2m-crash-"))
+    run = root / "project" / "run.yaml"
+    assert finish(fork(lambda: bool(not build(run.parent)), root / "log.txt")) == 0
+    counter = root / "writes"
+
+    def counted() -> int:
+        made = 0
+
+        def watched(real: Callable) -> Callable:
+            def call(*arguments, **options):
+                nonlocal made
+                made += real.__name__ != "open" or bool(arguments[1] & (os.O_WRONLY | os.O_RDWR))
+                return real(*arguments, **options)
+
+            return call
+
+        for name in WRITES:
+            setattr(os, name, watched(getattr(os, name)))
+        code = select(run, root / "whole")
+        counter.write_text(str(made))
+        return code
+
+    begun = time.monotonic()
+    assert finish(fork(counted, root / "log.txt")) == 0, f"see {root}/log.txt"
+    length = time.monotonic() - begun
+    writes = int(counter.read_text())
+    reference = content(root / "whole")
+    counts = kill_runs(run, root, reference, kills, length, writes) if kills else {"kills": 0, "runs": 0, "starts": 0}
+    cut = cut_files(run, root, root / "whole", reference, files)
+    shutil.rmtree(root)
+    return (
+        f"{counts['kills']} kills in {counts['runs']} runs ({counts['starts']} starts), {cut} files cut short, in "
+        f"{time.monotonic() - start:.0f} s: all ended as the run that nothing happened to ({length:.1f} s, {writes} writes)"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--files", default="all", help="how many files to cut short, or all")
+    given = parser.parse_args()
+    print(run_all(given.kills, None if given.files == "all" else int(given.files)))

@@ -1,0 +1,13 @@
+"""A handful of what `make crash` does: runs killed, files cut short (`crash.py`)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_killed_runs_end_as_if_nothing_had_happened():
+    command = [sys.executable, str(Path(__file__).parent / "crash.py"), "--kills", "6", "--files", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 kills in" in done.stdout
+    assert "5 files cut short" in done.stdout

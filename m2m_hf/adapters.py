@@ -59,7 +59,10 @@ def lora_config(model_args: ModelConfig) -> LoraConfig:
     """
     model_args = copy.copy(model_args)
     model_args.use_peft = True
-    config = get_peft_config(model_args)
+    try:
+        config = get_peft_config(model_args)
+    except Exception as error:  # whatever PEFT makes of what it is given
+        raise InputError(f"lora: {str(error) or type(error).__name__}") from error
     refuse_unless_averageable(config, "configuration")
     return config
 
@@ -147,13 +150,13 @@ def check_model(model_args: ModelConfig, args: SFTConfig, config: LoraConfig) ->
             model = transformers.AutoModelForCausalLM.from_config(
                 model_config, attn_implementation=model_args.attn_implementation
             )
-    except (ImportError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         raise InputError(
             f"model_name_or_path: {model_args.model_name_or_path!r} is no causal LM to be used ({error})"
         ) from error
     try:
         get_peft_model(model, copy.deepcopy(config))
-    except (ValueError, TypeError) as error:
+    except Exception as error:
         raise InputError(
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
             f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, redact
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset")
@@ -151,6 +151,11 @@ class DataConfig:
             raise InputError(f"{where}.path is missing: give json, csv, parquet, a Hub id or a folder of save_to_disk")
         if values.get("max_examples", 1) < 1:
             raise InputError(f"{where}.max_examples: expected at least 1, got {values['max_examples']}")
+        addresses = [values["path"], *([files] if isinstance(files := values.get("data_files", ()), str) else files)]
+        if any(redact(str(one)) != str(one) for one in addresses):
+            raise InputError(
+                f"{where}: credentials must not stand in a file; use `hf auth login` or an environment variable"
+            )
         values["path"] = resolve_existing(values["path"], folder)
         for theirs, ours in values.get("columns", {}).items():
             if not isinstance(theirs, str) or not isinstance(ours, str):
@@ -363,8 +368,13 @@ class TargetConfig:
             raise InputError(f"{where}.normalize: expected one of {', '.join(NORMALIZE)}, got {values['normalize']!r}")
         for key in ("command", "test_command"):
             if key in values:
-                parts = shlex.split(values[key]) if isinstance(values[key], str) else map(str, values[key])
-                values[key] = tuple(absolute(part, folder) if (folder / part).is_file() else part for part in parts)
+                try:
+                    parts = shlex.split(values[key]) if isinstance(values[key], str) else list(map(str, values[key]))
+                except ValueError as error:
+                    raise InputError(
+                        f"{where}.{key}: {values[key]!r} cannot be split into arguments ({error})"
+                    ) from error
+                values[key] = tuple(absolute(part, folder) if is_file(folder / part) else part for part in parts)
         for key in ("task", "test_task"):
             if key in values and Path(values[key]).suffix in (".yaml", ".yml"):
                 values[key] = absolute(values[key], folder)
@@ -650,11 +660,23 @@ def resolve_existing(path: str, folder: Path) -> str:
     if path in BUILDERS:
         return path
     for root in (folder, Path.cwd()):
-        if (root / path).exists():
+        if exists(root / path):
             return absolute(path, root)
     if path.startswith((".", "/", "~")):
         return absolute(str(Path(path).expanduser()), folder)
     return path
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder; there is none under a name that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    return exists(path) and path.is_file()
 
 
 def absolute(path: str, folder: Path) -> str:

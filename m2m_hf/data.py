@@ -15,7 +15,9 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import datasets
@@ -107,6 +109,7 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
     Raises:
         InputError: nothing there, not readable, no such split or column, or empty.
     """
+    check_json(config, where)
     try:
         if config.rows is not None:
             loaded = config.rows
@@ -157,18 +160,63 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
     return loaded
 
 
-def fill(template: str, row: Mapping[str, Any], where: str) -> str:
-    """`template` with every `{column}` replaced by what the row has in it.
+def check_json(config: DataConfig, where: str) -> None:
+    """Reads local JSON files once to name the line that is none, of which Arrow says little, or over which it even crashes.
 
     Raises:
-        InputError: a column that is not there.
+        InputError: with file and line.
+    """
+    files = [Path(found) for name in config.data_files or () if config.path == "json" for found in sorted(glob(name))]
+    for path in files:
+        if path.suffix not in (".json", ".jsonl", ".ndjson") or not path.is_file():
+            continue  # compressed, which Arrow opens
+        with open(path, "rb") as lines:
+            first = lines.read(1 << 16).lstrip()[:1]
+            lines.seek(0)
+            if first == b"[":
+                whole = read_line(lines.read(), f"{where}: {path}")
+                wrong = next((row for row in whole if not isinstance(row, dict)), None)
+                if wrong is not None:
+                    raise InputError(f"{where}: {path}: expected a list of objects, got {wrong!r:.100} in it")
+                continue
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    place = f"{where}: {path}, line {number}"
+                    row = read_line(line, place)
+                    if not isinstance(row, dict):
+                        raise InputError(f'{place}: expected an object such as {{"prompt": ...}}, got {row!r:.100}')
+
+
+def read_line(content: bytes, place: str) -> Any:
+    """A line of JSON.
+
+    Raises:
+        InputError: it is none, or holds text that is no Unicode.
     """
     try:
-        return template.format_map(row)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        found = json.loads(content)
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON ({error})") from error
+    return found
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """`template` with every `{column}` replaced by what the row has in it, and by nothing else.
+
+    Raises:
+        InputError: a column that is not there, or what is more than a column's name.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+        for _, column, style, conversion in parts:
+            if column is not None and (column not in row or style or conversion):
+                raise KeyError(column + (f"!{conversion}" if conversion else "") + (f":{style}" if style else ""))
+    except (KeyError, ValueError) as error:
         raise InputError(
             f"{where}: {template!r} cannot be filled ({error!r}); columns are {', '.join(row)}. Write {{{{ and }}}} for braces"
         ) from error
+    return "".join(text + ("" if column is None else str(row[column])) for text, column, _, _ in parts)
 
 
 def is_conversational(rows: Dataset, where: str, completion: str) -> bool:

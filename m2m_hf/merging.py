@@ -7,6 +7,8 @@ average itself and not an approximation of it. Changing the mixture writes N num
 may be quantised.
 """
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -83,21 +84,39 @@ class Adapter:
         try:
             config = PeftConfig.from_pretrained(str(folder))
             tensors = load_file(folder / "adapter_model.safetensors")
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except Exception as error:  # PEFT may raise anything over what a file of another's has in it
             raise InputError(
-                f"{folder}: expected adapter_config.json and adapter_model.safetensors ({error})"
+                f"{folder}: expected adapter_config.json and adapter_model.safetensors ({error!r:.300})"
             ) from error
         if not isinstance(config, LoraConfig):
             raise InputError(
                 f"{folder}: expected a LoRA adapter, got {getattr(config.peft_type, 'value', config.peft_type)}"
             )
         refuse_unless_averageable(config, str(folder))
-        return cls(config, tensors)
+        adapter = cls(config, tensors)
+        try:
+            adapter._check()
+        except (InputError, TypeError, AttributeError, re.error) as error:
+            raise InputError(f"{folder}: {error}") from error
+        return adapter
 
-    def parts(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-        """Module name -> (A, B, s) in fp32, A of shape (r, in), B of shape (out, r); the module's delta is s B A.
+    def _check(self) -> None:
+        """Refuses tensors and scalings that no training leaves behind."""
+        pairs = self._pairs()
+        if not pairs:
+            raise InputError("the adapter holds no tensors")
+        for module, (a, b) in pairs.items():
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+                raise InputError(
+                    f"{module}: A of shape {tuple(a.shape)} and B of {tuple(b.shape)} are no low-rank pair"
+                )
+            if not (a.is_floating_point() and b.is_floating_point() and a.isfinite().all() and b.isfinite().all()):
+                raise InputError(f"{module}: its weights are not all finite numbers")
+            if not math.isfinite(self._alpha(module)):
+                raise InputError(f"{module}: lora_alpha is {self._alpha(module)!r}; expected a finite number")
 
-        s is α/r, or α/√r with rank-stabilised LoRA, with α and r as the adapter's patterns say for this module.
+    def _pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Module name -> (A, B).
 
         Raises:
             InputError: tensors that are not pairs of A and B.
@@ -107,16 +126,29 @@ class Adapter:
             for kind in ("A", "B"):
                 for infix in (f".lora_{kind}.weight", f".lora_embedding_{kind}"):
                     if name.startswith(PREFIX) and name.endswith(infix):
-                        found.setdefault(name[len(PREFIX) : -len(infix)], {})[kind] = tensor.float()
+                        found.setdefault(name[len(PREFIX) : -len(infix)], {})[kind] = tensor
         known = sum(len(part) for part in found.values())
         if known != len(self.tensors) or any(len(part) != 2 for part in found.values()):
             raise InputError("the adapter holds tensors other than pairs of lora_A and lora_B")
+        return {module: (part["A"], part["B"]) for module, part in found.items()}
+
+    def _alpha(self, module: str) -> float:
+        alphas = self.config.alpha_pattern
+        return float(alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha))
+
+    def parts(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+        """Module name -> (A, B, s) in fp32, A of shape (r, in), B of shape (out, r); the module's delta is s B A.
+
+        s is α/r, or α/√r with rank-stabilised LoRA, with α and r as the adapter's patterns say for this module.
+
+        Raises:
+            InputError: tensors that are not pairs of A and B.
+        """
         parts = {}
-        for module, part in found.items():
-            rank = part["A"].shape[0]
-            alphas = self.config.alpha_pattern
-            alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha)
-            parts[module] = (part["A"], part["B"], alpha / (rank**0.5 if self.config.use_rslora else rank))
+        for module, (a, b) in self._pairs().items():
+            rank = a.shape[0]
+            scale = self._alpha(module) / (rank**0.5 if self.config.use_rslora else rank)
+            parts[module] = (a.float(), b.float(), scale)
         return parts
 
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

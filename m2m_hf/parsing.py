@@ -12,15 +12,19 @@ Where the file and the command line say nothing, four defaults differ from TRL's
 
 import argparse
 import dataclasses
+import enum
+import math
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 import yaml
 from transformers.hf_argparser import string_to_bool
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from .config import MergeToMixConfig, plain, resolve_existing, unknown_key_message
 from .errors import InputError
@@ -85,7 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"--config {path}: there is no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"--config {path}: expected YAML, got {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"--config {path}: expected keys and values, got {type(given).__name__}")
@@ -118,6 +122,74 @@ def hardware_defaults(given: Mapping[str, Any], flags: Sequence[str]) -> dict[st
     return {"use_cpu": said.use_cpu, "dtype": said.dtype, "bf16": said.bf16}
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file is of a field's type; text is left to the parser, which converts it."""
+    if hint is Any or isinstance(hint, (str, typing.TypeVar)):
+        return True
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind is type(None):
+        return value is None
+    if kind is typing.Literal or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        return isinstance(value, (str, int))
+    if isinstance(value, str) or kind is str:
+        return isinstance(value, str) and kind in (str, int, float, bool, dict, list)
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        return number and abs(value) < 2**63 and math.isfinite(value)
+    if kind is list:
+        inner = typing.get_args(hint)
+        return isinstance(value, list) and all(fits(one, inner[0]) for one in value if inner)
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def check_types(given: Mapping[str, Any]) -> None:
+    """Refuses values of TRL's fields that are of another type than theirs.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for config in (SFTConfig, ModelConfig):
+        for name, hint in typing.get_type_hints(config).items():
+            if name in given and not fits(given[name], hint):
+                words = str(hint if typing.get_origin(hint) else getattr(hint, "__name__", hint)).replace("typing.", "")
+                raise InputError(f"{name}: expected {words}, got {given[name]!r:.100}")
+
+
+def check_training(args: SFTConfig) -> None:
+    """Tries the optimiser and the schedule that the arguments name, on one number.
+
+    Raises:
+        InputError: what they say of it.
+    """
+    try:
+        kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        transformers.get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(10),
+            num_training_steps=10,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except Exception as error:  # whatever a library makes of them
+        raise InputError(f"the training arguments cannot be used: {str(error) or type(error).__name__}") from error
+    lowest = {
+        "learning_rate": 0, "num_train_epochs": 1e-9, "logging_steps": 1e-9, "save_steps": 1e-9, "seed": 0, "max_grad_norm": 0,
+        "warmup_steps": 0, "neftune_noise_alpha": 0,
+    }  # fmt: skip
+    for name, least in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            words = "above 0" if 0 < least < 1 else "0 or above"
+            raise InputError(f"{name}: expected a number {words}, got {value!r}")
+    if args.seed >= 2**32:
+        raise InputError(f"seed: expected less than 2^32, got {args.seed}")
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise InputError(f"max_steps: expected at least 1, or -1 for num_train_epochs, got {args.max_steps}")
+
+
 def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Settings:
     """Reads a configuration file and what overrides it.
 
@@ -141,6 +213,7 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
             raise InputError(unknown_key_message(str(key), names, f"--config {config}"))
         if value is None and key not in NULLABLE:
             raise InputError(f"{key}: nothing given; expected a value, or leave the key out")
+    check_types(given)
     for flag in flags:
         name = flag[2:].split("=")[0]
         if flag.startswith("--") and name not in names and not (name.startswith("no_") and name[3:] in names):
@@ -155,8 +228,8 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
         )
     except InputError:
         raise
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise InputError(str(error)) from error
+    except Exception as error:  # the libraries' configurations may raise anything over what they are given
+        raise InputError(str(error) or type(error).__name__) from error
     if rest:
         raise InputError(f"not understood: {' '.join(rest)}; expected --field value")
     ours, args, model_args = parsed
@@ -185,6 +258,7 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
         value = getattr(args, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    check_training(args)
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: give a Hub id or a local model folder")
 
@@ -231,13 +305,17 @@ def with_overrides(
             raise InputError(unknown_key_message(str(key), names, where))
         if key in NOT_IN_FINAL:
             raise InputError(f"{where}.{key}: {NOT_IN_FINAL[key]}")
+    try:
+        check_types(overrides)
+    except InputError as error:
+        raise InputError(f"{where}.{error}") from error
     parser = Parser((SFTConfig, ModelConfig))
     parser.set_defaults_with_config(**{**trl_fields(args, model_args), **overrides})
     try:
         new_args, new_model_args = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
         check_trl(new_args, new_model_args)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"{where}: {error}") from error
+    except Exception as error:
+        raise InputError(f"{where}: {str(error) or type(error).__name__}") from error
     return new_args, new_model_args
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import check_name
 from .errors import InputError
 from .journal import Journal, Keys, RunFolder, read_config, read_json, read_made
 from .mixture import BASE, Mixture, Score, SearchSpace, Standing, Trial
@@ -51,6 +52,8 @@ class Record:
             )
         config = read_config(run.config)
         summary = read_json(run.summary)
+        for name in summary["candidates"]:
+            check_name(name, "candidate")
         training = {name: read_json(run.adapters / name / "training.json") for name in summary["candidates"]}
         final = read_made(run.final / "training.json") if summary["final"] else {}
         study = read_made(run.fidelity)

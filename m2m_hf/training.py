@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -186,7 +187,10 @@ def train_lora(
         trainer.remove_callback(noisy)
     peft_model = trainer.model
     try:
-        trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
+        except UnpicklingError as error:
+            raise InputError(f"{found[0]}: it holds more than numbers, and is not loaded; delete {folder}") from error
         loss = trainer.summed() / max(1, trainer.state.global_step)
         # Where the weights are in pieces, all processes must help to put them together; the main one gets them.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()

@@ -213,7 +213,7 @@ def test_nothing_there(tmp_path):
 
 def test_not_json(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"\nnonsense\n')
-    with pytest.raises(InputError, match=r"candidates\.a: cannot be read as json"):
+    with pytest.raises(InputError, match=r"candidates\.a: .*bad\.jsonl, line 1 is not JSON"):
         load_rows(DataConfig(path="json", data_files=(str(tmp_path / "bad.jsonl"),)), "candidates.a", 0)
 
 

@@ -1,0 +1,335 @@
+"""Names, paths, rows and files are data: nothing in them is run, nothing escapes the run folder, and no secret is told.
+
+Every test here has been seen to fail with its guard taken out.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import build_adapter, candidate_rows, choice_rows, write_rows
+from transformers import TrainerCallback
+
+from m2m_hf.cli import main
+from m2m_hf.console import Terminal
+from m2m_hf.data import fill
+from m2m_hf.errors import InputError
+from m2m_hf.journal import MARK, describe_files
+from m2m_hf.merging import Adapter
+from m2m_hf.parsing import parse
+from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.training import train_lora
+
+
+class Bomb:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def change(project, edit) -> Path:
+    path = project / "run.yaml"
+    given = yaml.safe_load(path.read_text())
+    edit(given)
+    path.write_text(yaml.safe_dump(given))
+    return path
+
+
+def refused(path: Path, capsys) -> str:
+    """What is said of a configuration that is refused."""
+    assert main(["select", "--config", str(path)]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/tmp/outside", "..", ".hidden", "a/b", "a\\b", "a\0b", "x" * 65, "", "-rf"]
+)
+def test_no_name_escapes_the_run_folder(project, capsys, name):
+    for kind in ("candidates", "targets"):
+        path = change(project, lambda given, kind=kind: given[kind].update({name: next(iter(given[kind].values()))}))
+        assert "is not allowed" in refused(path, capsys)
+        change(project, lambda given, kind=kind: given[kind].pop(name))
+    assert not (project / "out").exists()
+
+
+def test_no_name_in_a_foreign_run_folder_leads_out_of_it(project, capsys):
+    out = project / "out"
+    assert main(["select", "--config", str(project / "run.yaml")]) == 0
+    outside = project / "outside"
+    shutil.copytree(out / "adapters" / "alpha", outside)
+    summary = json.loads((out / "summary.json").read_text())
+    summary["candidates"].append("../../outside")
+    (out / "summary.json").write_text(json.dumps(summary))
+    assert main(["report", str(out)]) == 2
+    assert "is not allowed" in capsys.readouterr().err
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config["candidates"]["../../outside"] = config["candidates"]["alpha"]
+    (out / "config.yaml").write_text(yaml.safe_dump(config, explicit_end=True))
+    assert main(["status", str(out)]) == 2
+    assert "is not allowed" in capsys.readouterr().err
+
+
+def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(project):
+    run = str(project / "run.yaml")
+    assert main(["select", "--config", run]) == 0
+    path = project / "out" / "final" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "x/../../../outside"}))
+    assert main(["select", "--config", run]) == 0
+    assert not (project / "outside").exists()
+    assert not (project.parent / "outside").exists()
+
+
+def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, capsys):
+    mark = tmp_path / "exploded"
+    model = tmp_path / "model"
+    shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
+    (model / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.bin"):
+        (model / name).write_bytes(pickle.dumps(Bomb(mark)))
+    path = change(project, lambda given: given.update(model_name_or_path=str(model)))
+    assert "safetensors" in refused(path, capsys)
+    adapter = build_adapter("llama", tmp_path / "adapter", 1)
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
+        Adapter.load(adapter)
+    assert not mark.exists()
+
+
+def test_nothing_is_unpickled_from_data(project, tmp_path, capsys):
+    mark = tmp_path / "exploded"
+    (project / "data.pkl").write_bytes(pickle.dumps(Bomb(mark)))
+    path = change(project, lambda given: given["candidates"].update(beta={"path": "pandas", "data_files": "data.pkl"}))
+    assert "candidates.beta" in refused(path, capsys)
+    assert not mark.exists()
+
+
+def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
+    flags = ("--max_steps", "4", "--save_steps", "2")
+    one = MergeToMixSearcher(*parse(project / "run.yaml", flags), Terminal(quiet=True))
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def train(*callbacks):
+        rows = one.candidates["alpha"].rows
+        return train_lora(one.base, one.tokenizer, rows, one.args, one.lora, tmp_path / "run", callbacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Stop())
+    mark = tmp_path / "exploded"
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    known = json.loads((checkpoint / MARK).read_text())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        kept = (checkpoint / name).read_bytes()
+        torch.save(Bomb(mark), checkpoint / name)
+        (checkpoint / MARK).unlink()
+        (checkpoint / MARK).write_text(json.dumps(known | {"files": describe_files(checkpoint)}))
+        with pytest.raises(InputError, match="it holds more than numbers"):
+            train()
+        assert not mark.exists()
+        (checkpoint / name).write_bytes(kept)
+
+
+def test_yaml_is_safely_loaded(project, tmp_path, capsys):
+    mark = tmp_path / "exploded"
+    path = project / "run.yaml"
+    path.write_text(path.read_text() + f"final: !!python/object/apply:pathlib.Path.touch [{mark}]\n")
+    assert "expected YAML" in refused(path, capsys)
+    out = project / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text(f"x: !!python/object/apply:os.system ['touch {mark}']\n...\n")
+    for command in ("status", "sft"):
+        assert main([command, str(out)]) == 2
+    assert not mark.exists()
+
+
+def test_templates_are_filled_and_not_run():
+    row = {"prompt": "{prompt.__class__} {0}", "completion": "x"}
+    assert fill("a {prompt} b {{c}}", row, "here") == "a {prompt.__class__} {0} b {c}"
+    for template in (
+        "{prompt.__class__}",
+        "{prompt[0]}",
+        "{prompt!r}",
+        "{prompt:>99999999999}",
+        "{}",
+        "{0}",
+        "{nothing}",
+    ):
+        with pytest.raises(InputError, match="cannot be filled"):
+            fill(template, row, "here")
+
+
+def test_a_chat_template_cannot_reach_out(project, tmp_path, capsys):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch x') }}"
+    )
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 12
+    write_rows(project / "beta.jsonl", rows)
+    path = change(project, lambda given: given.update(chat_template_path=str(template)))
+    assert "chat template does not take" in refused(path, capsys)
+    assert not Path("x").exists()
+
+
+def test_a_metric_is_run_only_when_asked_for(project, tmp_path, capsys):
+    mark = tmp_path / "exploded"
+    metric = tmp_path / "mine" / "mine.py"
+    metric.parent.mkdir()
+    metric.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    path = change(project, lambda given: given["targets"]["colours"].update(metric=str(metric.parent)))
+    assert "allow_metric_code" in refused(path, capsys)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["evil", "llama"])
+def test_remote_code_stays_off(project, tmp_path, capsys, kind):
+    mark = tmp_path / "exploded"
+    model = tmp_path / "model"
+    shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
+    (model / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Evil: pass\n")
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    for file in ("config.json", "tokenizer_config.json"):
+        given = json.loads((model / file).read_text()) | {"auto_map": dict.fromkeys(names, "evil.Evil")}
+        if kind == "evil":
+            given |= {"model_type": "evil", "architectures": ["Evil"], "tokenizer_class": "Evil"}
+        (model / file).write_text(json.dumps(given))
+    path = change(project, lambda given: given.update(model_name_or_path=str(model)))
+    code = main(["search", "--config", str(path)])
+    assert code == (2 if kind == "evil" else 0)
+    assert not mark.exists()
+    capsys.readouterr()
+    change(project, lambda given: given.update(trust_remote_code=True))
+    assert "trust_remote_code: models that bring their own code are never loaded" in refused(path, capsys)
+
+
+def test_a_dataset_cannot_bring_a_script(project, tmp_path, capsys):
+    mark = tmp_path / "exploded"
+    folder = project / "mydata"
+    folder.mkdir()
+    (folder / "mydata.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    for path in ("mydata", "mydata/mydata.py"):
+        run = change(project, lambda given, path=path: given["candidates"].update(beta={"path": path}))
+        assert "candidates.beta" in refused(run, capsys)
+    assert not mark.exists()
+
+
+def test_a_command_sees_no_shell(project, tmp_path):
+    mark = tmp_path / "exploded"
+    script = tmp_path / "score.py"
+    script.write_text("import json, sys; open(sys.argv[1], 'w').write(json.dumps({'score': len(sys.argv)}))")
+    command = [sys.executable, str(script), "{output}", f"; touch {mark}", f"$(touch {mark})", f"`touch {mark}`"]
+    target = {"scorer": "command", "command": command}
+    path = change(project, lambda given: given.update(targets={"mine": target}, train_final=False))
+    assert main(["search", "--config", str(path)]) == 0
+    assert json.loads((project / "out" / "summary.json").read_text())["best"]["score"] == 5
+    assert not mark.exists()
+
+
+SECRET = "hf_" + "abcdEFGH1234" * 3
+
+
+def test_tokens_reach_no_file_and_no_message(project, tmp_path):
+    """In a process of its own, in which a library logs the token, a scorer raises with it and the table is printed."""
+    script = tmp_path / "score.py"
+    script.write_text(
+        "import os, sys\n"
+        "n = len(open(sys.argv[1] + '/adapter_config.json').read())\n"
+        "if os.path.getsize(sys.argv[1] + '/adapter_model.safetensors') > 5000: sys.exit('bad token ' + os.environ['HF_TOKEN'])\n"
+        "print(0.5)\n"
+    )
+    target = {"scorer": "command", "command": [sys.executable, str(script), "{adapter}"]}
+    path = change(project, lambda given: given.update(targets={"mine": target}))
+    code = (
+        "import logging, os, sys\n"
+        "from m2m_hf import cli\n"
+        "real = cli.open_searcher\n"
+        "def noisy(*arguments):\n"
+        "    found = real(*arguments)\n"
+        "    log = logging.getLogger('huggingface_hub')\n"
+        "    log.warning('using %s and %s', os.environ['HF_TOKEN'], os.environ['WANDB_API_KEY'])\n"
+        "    found.terminal.say('token ' + os.environ['HF_TOKEN'])\n"
+        "    return found\n"
+        "cli.open_searcher = noisy\n"
+        "code = cli.main(sys.argv[1:])\n"
+        "def broken(*arguments): raise RuntimeError('with ' + os.environ['HF_TOKEN'])\n"
+        "cli.open_searcher = broken\n"
+        "cli.main(sys.argv[1:])\n"
+        "sys.exit(code)\n"
+    )
+    secrets = {"HF_TOKEN": SECRET, "WANDB_API_KEY": "k" * 40}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "select", "--config", str(path)],
+        env=os.environ | secrets,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bad token ***" in done.stdout
+    assert "with ***" in done.stderr
+    assert "using *** and ***" in (project / "out" / "log.txt").read_text()
+    for secret in secrets.values():
+        assert secret not in done.stdout + done.stderr
+        for file in (project / "out").rglob("*"):
+            assert file.is_dir() or secret.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"hub_token": SECRET}, "hub_token: a token must not stand in a file"),
+        ({"token": SECRET}, "unknown key 'token'"),
+        (
+            {"candidates": {"a": {"path": "json", "data_files": "https://me:pass@host/x.jsonl"}}},
+            "credentials must not stand",
+        ),
+        (
+            {"candidates": {"a": {"path": "json", "data_files": f"https://host/x.jsonl?t={SECRET}"}}},
+            "credentials must not stand",
+        ),
+        ({"learning_rate": SECRET}, "***"),
+        ({SECRET: 1}, "unknown key '***'"),
+    ],
+)
+def test_tokens_in_a_configuration_are_refused_and_not_repeated(project, capsys, edit, words):
+    path = change(project, lambda given: given.update(edit))
+    said = refused(path, capsys)
+    assert words in said
+    assert SECRET not in said
+    assert "me:pass" not in said
+    assert not (project / "out").exists()
+
+
+def test_rows_are_data(project):
+    """Rows that look like code, markup or paths train, are scored and reported as text."""
+    odd = [
+        "{{ 7 * 7 }}",
+        "<script>alert(1)</script>",
+        "$(touch x)",
+        "../../etc/passwd",
+        "\u202eevil",
+        "%s %n {0}",
+        "__import__('os')",
+    ]
+    rows = [row | {"prompt": f"{odd[n % len(odd)]} {row['prompt']}"} for n, row in enumerate(candidate_rows("beta"))]
+    write_rows(project / "beta.jsonl", rows)
+    write_rows(
+        project / "validation.jsonl", [row | {"prompt": odd[n % len(odd)]} for n, row in enumerate(choice_rows())]
+    )
+    assert main(["select", "--config", str(project / "run.yaml")]) == 0
+    assert not Path("x").exists()
+    assert "<script>alert" not in (project / "out" / "report.html").read_text()

@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := .demo/SmolLM2-135M-Instruct
 
-.PHONY: help demo test quality gpu-check
+.PHONY: help demo test quality crash fuzz gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,12 @@ quality: $(VENV)/.installed-test ## Lint, check formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+crash: $(VENV)/.installed-test ## Kill runs 60 times and cut every file of a finished one short (about 4 minutes)
+	@$(BIN)/python tests/crash.py --kills 60 --files all
+
+fuzz: $(VENV)/.installed-test ## Thousands of made-up configurations, rows, journals and adapter folders
+	@M2M_FUZZ=full $(BIN)/python -m pytest tests/test_fuzz.py
 
 gpu-check: $(VENV)/.installed-demo ## On a CUDA machine: exactness, speed, several candidates in one pass, 4-bit (random weights, no downloads)
 	@$(BIN)/python recipes/gpu_check.py

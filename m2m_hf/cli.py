@@ -4,7 +4,9 @@ Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted, 14
 """
 
 import argparse
+import errno
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -186,7 +188,32 @@ class DamagedError(Exception):
     """Said already; the exit code alone is left to give."""
 
 
-SAFE = "finished adapters and scored mixtures are safe; the same command goes on from there"
+def safe() -> str:
+    """What an end before the end leaves, and how to go on."""
+    from .journal import RunFolder
+
+    folder = RunFolder.held
+    kept = "what is finished is safe"
+    if folder is not None:
+        adapters = len(list(folder.adapters.glob("[!.]*/training.json")))
+        trials = len(folder.trials.read_bytes().splitlines()) if folder.trials.exists() else 0
+        kept = f"{adapters} adapters and {trials:,} scored trials are safe in {os.path.relpath(folder.root)}"
+    return f"{kept}; the same command goes on from there"
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is what an error comes from, whichever library it has passed through."""
+    from .journal import RunFolder
+
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    try:
+        return RunFolder.held is not None and shutil.disk_usage(RunFolder.held.root).free < 1 << 16
+    except OSError:
+        return False
 
 
 class Terminated(BaseException):
@@ -225,21 +252,24 @@ def report_errors(work: Callable[[], None]) -> int:
     try:
         work()
     except InputError as error:
+        if disk_is_full(error):
+            print(f"m2m: the disk is full: {safe()} once there is room", file=sys.stderr)
+            return 1
         if first:
             print(redact(f"m2m: {error}"), file=sys.stderr)
         return 2
     except DamagedError:
         return 1
     except KeyboardInterrupt:
-        Terminal(quiet=not first).say(f"\ninterrupted: {SAFE}", "yellow")
+        Terminal(quiet=not first).say(f"\ninterrupted: {safe()}", "yellow")
         return 130
     except Terminated:
         if processes == 1:
-            print(f"m2m: terminated: {SAFE}", file=sys.stderr)
+            print(f"m2m: terminated: {safe()}", file=sys.stderr)
         else:
             print(
                 f"m2m: process {rank} of {processes} was told to stop; where nobody asked for it, another process has died, "
-                f"and says why above: {SAFE}",
+                f"and says why above: {safe()}",
                 file=sys.stderr,
             )
         return 128 + signal.SIGTERM
@@ -247,9 +277,11 @@ def report_errors(work: Callable[[], None]) -> int:
         if processes > 1 and tells_of_a_lost_process(error):
             print(
                 f"m2m: process {rank} of {processes} lost another process, which died or is out of reach "
-                f"({str(error).splitlines()[0]}): {SAFE}",
+                f"({str(error).splitlines()[0]}): {safe()}",
                 file=sys.stderr,
             )
+        elif disk_is_full(error):
+            print(f"m2m: the disk is full: {safe()} once there is room", file=sys.stderr)
         else:
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
         return 1

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from filelock import FileLock, Timeout
@@ -149,7 +149,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The paths of one run; the layout is a contract that tools and people read (ARCHITECTURE.md)."""
+    """The paths of one run; the layout is a contract that tools and people read (ARCHITECTURE.md).
+
+    `held` is the one that this process has claimed last.
+    """
+
+    held: ClassVar["RunFolder | None"] = None
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
@@ -177,6 +182,7 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            RunFolder.held = self
         except Timeout:
             raise InputError(
                 f"another process is at work in {self.root}; wait for it to end, or choose another --output_dir"

@@ -1,5 +1,6 @@
 """Whole runs through the command line, on a pico model."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from trl import ModelConfig, SFTConfig
 from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
+from m2m_hf.journal import Journal
 from m2m_hf.merging import GatedStack
 
 ROOT = Path(__file__).parents[1]
@@ -332,3 +334,75 @@ def test_python_objects_in_memory(project, pico):
         MergeToMixSearcher(config, SFTConfig(args.output_dir, use_cpu=True, bf16=False, push_to_hub=True), model_args)
     with pytest.raises(InputError, match="model_name_or_path is missing"):
         MergeToMixSearcher(config, args, ModelConfig())
+
+
+def test_an_interruption_says_what_is_safe_and_how_to_go_on(project, capsys, monkeypatch):
+    real = Journal.append
+
+    def interrupted(journal, trial, write=True):
+        if len(journal.trials) == 5:
+            raise KeyboardInterrupt
+        return real(journal, trial, write)
+
+    monkeypatch.setattr(Journal, "append", interrupted)
+    assert m2m("search", "--config", project / "run.yaml") == 130
+    out = os.path.relpath(project / "out")
+    assert (
+        f"interrupted: 3 adapters and 5 scored trials are safe in {out}; the same command goes on"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setattr(Journal, "append", real)
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert "scored 3 mixtures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["journal", "adapters"])
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(project, capsys, monkeypatch, place):
+    real = os.fsync
+    left = 12 if place == "journal" else 1
+
+    def full(handle):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert m2m("search", "--config", project / "run.yaml") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("m2m: the disk is full: ")
+    assert "Traceback" not in told
+    assert m2m("search", "--config", project / "run.yaml") == 0
+
+
+def test_the_same_seed_gives_the_same_bytes(project, tmp_path):
+    """In two processes, whose sets have their elements in another order."""
+    code = "import sys; from m2m_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    for number in ("1", "2"):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                "select",
+                "--config",
+                str(project / "run.yaml"),
+                "--output_dir",
+                str(tmp_path / number),
+            ],
+            env=os.environ | {"PYTHONHASHSEED": number},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    one, other = tmp_path / "1", tmp_path / "2"
+    compared = [path.relative_to(one) for path in one.glob("adapters/*/*") if path.name != "training.json"]
+    assert len(compared) >= 9
+    for name in (*compared, Path("recipe.yaml"), Path("mixture/train.jsonl")):
+        assert (one / name).read_bytes().replace(b"/1/", b"/2/") == (other / name).read_bytes(), name
+    lines = [(out / "trials.jsonl").read_text().splitlines() for out in (one, other)]
+    trials = [[json.loads(line) | {"seconds": 0} for line in of] for of in lines]
+    assert trials[0] == trials[1]

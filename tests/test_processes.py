@@ -29,9 +29,10 @@ import os, signal
 from m2m_hf.journal import Journal
 append = Journal.append
 def die(self, trial, write=True):
-    append(self, trial, write)
+    found = append(self, trial, write)
     if len(self.trials) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    return found
 Journal.append = die
 """
 RUN = "\nimport sys\nfrom m2m_hf.cli import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"

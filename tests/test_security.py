@@ -15,8 +15,10 @@ import pytest
 import torch
 import yaml
 from conftest import build_adapter, candidate_rows, choice_rows, write_rows
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from m2m_hf.adapters import load_base
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.data import fill
@@ -90,18 +92,26 @@ def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(project):
     assert not (project.parent / "outside").exists()
 
 
-def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, capsys):
+@pytest.mark.parametrize("harmless", [True, False])
+def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, capsys, harmless):
+    """Not even what would do no harm: files of that kind are not looked at."""
     mark = tmp_path / "exploded"
     model = tmp_path / "model"
     shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
-    (model / "model.safetensors").unlink()
-    for name in ("pytorch_model.bin", "model.bin"):
-        (model / name).write_bytes(pickle.dumps(Bomb(mark)))
+
+    def pickled(folder: Path, name: str) -> None:
+        tensors = load_file(folder / f"{name}.safetensors")
+        (folder / f"{name}.safetensors").unlink()
+        for file in (f"{name}.bin", f"pytorch_{name}.bin"):
+            torch.save(tensors if harmless else Bomb(mark), folder / file)
+
+    pickled(model, "model")
     path = change(project, lambda given: given.update(model_name_or_path=str(model)))
     assert "safetensors" in refused(path, capsys)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_base(*parse(path)[:0:-1])
     adapter = build_adapter("llama", tmp_path / "adapter", 1)
-    (adapter / "adapter_model.safetensors").unlink()
-    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    pickled(adapter, "adapter_model")
     with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
         Adapter.load(adapter)
     assert not mark.exists()
@@ -147,7 +157,7 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
 def test_yaml_is_safely_loaded(project, tmp_path, capsys):
     mark = tmp_path / "exploded"
     path = project / "run.yaml"
-    path.write_text(path.read_text() + f"final: !!python/object/apply:pathlib.Path.touch [{mark}]\n")
+    path.write_text(path.read_text() + f"final: !!python/object/apply:os.system ['touch {mark}']\n")
     assert "expected YAML" in refused(path, capsys)
     out = project / "out"
     out.mkdir()

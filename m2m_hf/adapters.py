@@ -32,7 +32,7 @@ from .data import Candidate
 from .errors import InputError
 from .journal import cut_short, file_fingerprint, fingerprint, hidden, read_json
 from .merging import Adapter, refuse_unless_averageable
-from .training import TrainingFailedError, finished, load_trained, planned_steps, publish, sharded, train_lora
+from .training import TrainingFailedError, agreed, finished, load_trained, planned_steps, publish, sharded, train_lora
 
 # Settings that change where or how something is told, not what is learned.
 OPERATIONAL = {
@@ -338,8 +338,9 @@ class AdapterBank:
         leaves nothing that looks finished. One that fails leaves its reason, and the others are trained all the same.
         """
         of = {name: fingerprint([self.facts[name], self.candidates[name].fingerprint]) for name in self.candidates}
-        torn = {name: cut_short(self.folder / name) for name in self.check() if (self.folder / name).exists()}
-        missing = [name for name in self.check() if not finished(self.folder / name, of[name])]
+        asked: list[str] = agreed(self.check())
+        torn = {name: cut_short(self.folder / name) for name in asked if (self.folder / name).exists()}
+        missing = [name for name in asked if not finished(self.folder / name, of[name])]
         steps = {
             name: planned_steps(settings(name)[0], self.candidates[name].trained_rows, self.candidates[name].tokens)
             for name in missing
@@ -383,6 +384,7 @@ class AdapterBank:
                 )
 
         records = self.training().values()
+        PartialState().wait_for_everyone()
         if all("failed" in one for one in records):
             if PartialState().is_main_process:
                 for name in self.candidates:

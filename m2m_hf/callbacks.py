@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .console import Bar
-from .journal import MARK, describe_files, write_json
+from .journal import MARK, describe_files, hidden, sync, write_json
 
 
 class TrainingRecorder(TrainerCallback):
@@ -86,6 +86,9 @@ class Checkpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # every process writes the state of its random numbers
         if PartialState().is_main_process:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            for old in (folder / MARK, hidden(folder / MARK)):  # of a checkpoint that was killed, or passed over, here
+                old.unlink(missing_ok=True)
+            sync(folder)
             known = {
                 "of": self._of,
                 "steps": state.global_step,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import __version__
 from .config import field_help
 from .console import LibraryLog, Terminal
-from .errors import InputError, redact
+from .errors import InputError, printable, redact
 
 if TYPE_CHECKING:
     from .searcher import MergeToMixSearcher
@@ -48,7 +48,7 @@ targets: each has a scorer and what that needs:
                   token_f1
   command         command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output};
                   timeout: 3600 (seconds)
-  lm_eval         task: a name or the path of a YAML; num_fewshot, limit; needs pip install 'm2m_hf[lm_eval]'
+  lm_eval         task: a name, or a YAML of your own (with allow_metric_code); num_fewshot, limit; pip install 'm2m_hf[lm_eval]'
 The sealed test is test_data, test_command or test_task. A metric may also be the path or Hub id of an evaluate module, which
 runs its code, so only with allow_metric_code: true. Several targets have a weight each, and min_delta: by how much at most a
 mixture may be worse on it than the base model. In Python a scorer may also be a function (model, tokenizer, rows) that gives
@@ -256,7 +256,7 @@ def report_errors(work: Callable[[], None]) -> int:
             print(f"m2m: the disk is full: {safe()} once there is room", file=sys.stderr)
             return 1
         if first:
-            print(redact(f"m2m: {error}"), file=sys.stderr)
+            print(printable(f"m2m: {error}"), file=sys.stderr)
         return 2
     except DamagedError:
         return 1

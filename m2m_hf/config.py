@@ -524,7 +524,7 @@ class MergeToMixConfig:
     )
     allow_metric_code: bool = field(
         default=False,
-        metadata={"help": "Load metrics (and harness tasks) that bring code of their own, which runs it."},
+        metadata={"help": "Load metrics and harness tasks of your own, which runs the code in them."},
     )
     allow_mixed_training: bool = field(
         default=False,

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .errors import redact
+from .errors import printable, redact
 
 PLAIN_SECONDS = 20.0  # at least, between two lines of progress where no bar can be drawn
 
@@ -36,8 +36,8 @@ class Terminal:
             self.console.width = max(self.console.width, 120)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """One line; `text` is shown as it is, whatever is in it but secrets."""
-        self.console.print(Text(redact(text), style=style or ""))
+        """One line; `text` is shown as it is, whatever is in it, see `printable`."""
+        self.console.print(Text(printable(text), style=style or ""))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column is text and the others are figures; short rows are filled up."""
@@ -46,7 +46,7 @@ class Terminal:
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self.console.print(table, soft_wrap=False)
 
     @contextmanager

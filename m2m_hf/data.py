@@ -182,9 +182,22 @@ def check_json(config: DataConfig, where: str) -> None:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     place = f"{where}: {path}, line {number}"
-                    row = read_line(line, place)
+                    try:
+                        row = read_line(line, place)
+                    except InputError:
+                        if number > 1 or not is_one_object(path):
+                            raise
+                        break
                     if not isinstance(row, dict):
                         raise InputError(f'{place}: expected an object such as {{"prompt": ...}}, got {row!r:.100}')
+
+
+def is_one_object(path: Path) -> bool:
+    """Whether a file is one JSON object over several lines."""
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_line(content: bytes, place: str) -> Any:

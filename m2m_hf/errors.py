@@ -15,6 +15,20 @@ class InputError(ValueError):
     """
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but new lines and tabs
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: without secrets, and with characters that steer the terminal written out."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), redact(text))
+
+
+def holds_secret(text: str) -> bool:
+    """Whether `redact` finds something in it that is long enough to be no accident."""
+    long = [value for name, value in os.environ.items() if len(value) >= 16 and SECRET_NAMES.search(name)]
+    return bool(SECRETS.search(text)) or any(value in text for value in long)
+
+
 def redact(text: str) -> str:
     """`text` without secrets: Hub tokens, credentials in addresses, and the values of variables such as WANDB_API_KEY."""
     for name, value in os.environ.items():

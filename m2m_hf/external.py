@@ -12,21 +12,22 @@ import signal
 import subprocess
 import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TargetConfig
 from .data import content_fingerprint
 from .errors import InputError, redact
-from .forward import Stack, Weights
+from .forward import Stack, Weights, out_of_memory
 from .journal import file_fingerprint
 from .merging import write_adapter
 from .metrics import bootstrap
@@ -53,13 +54,10 @@ class ExternalScorer(Scorer):
         for weights in mixtures:
             stack.set(weights)
             stack.model.eval()
-            found: list[Any]
             try:
                 found = [self.measure(stack, weights, tokens_per_batch)]
             except InputError as error:
                 found = [Failure(redact(str(error))[:MOST_TOLD])]
-            except Exception as error:  # a scorer of the user's may raise anything, and the search goes on
-                found = [Failure(redact(f"the scorer raised {type(error).__name__}: {error}")[:MOST_TOLD])]
             if PartialState().num_processes > 1:
                 broadcast_object_list(found)
             score = found[0]
@@ -68,9 +66,26 @@ class ExternalScorer(Scorer):
             results.append(score)
         return results
 
+    @contextmanager
+    def asked(self, what: str) -> Iterator[None]:
+        """Turns whatever somebody else's code raises into an `InputError`, which is a trial's failure, and the search goes on.
+
+        What we do ourselves stays outside: a full disk is no mixture's fault.
+        """
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{what} raised {type(error).__name__}: {error}") from error
+
     @abstractmethod
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
-        """The score of the mixture that the stack is set to."""
+        """The score of the mixture that the stack is set to.
+
+        Raises:
+            InputError: it has none.
+        """
 
 
 class CallableScorer(ExternalScorer):
@@ -90,9 +105,17 @@ class CallableScorer(ExternalScorer):
         self.fingerprint = content_fingerprint(["callable", Hasher.hash(function), *self.rows], default=str)
 
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score:
-        found = self.function(stack.model, self.tokenizer, self.rows)
+        with self.asked("the scorer"):
+            return self._read(self.function(stack.model, self.tokenizer, self.rows))
+
+    def _read(self, found: Any) -> Score:
         if isinstance(found, Score):
-            return found
+            return Score(
+                float(found.value),
+                None if found.stderr is None else float(found.stderr),
+                tuple(map(float, found.values)),
+                tuple(map(float, found.logprobs)),
+            )
         if hasattr(found, "tolist"):
             found = found.tolist()
         if isinstance(found, (int, float)):
@@ -142,7 +165,7 @@ class CommandScorer(ExternalScorer):
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
                 )
-            except OSError as error:
+            except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
                 raise InputError(f"command: {command[0]!r} cannot be run ({error})") from error
             try:
                 code = process.wait(self.timeout)
@@ -176,7 +199,7 @@ class CommandScorer(ExternalScorer):
                 return Score.of([float(value) for value in given["values"]])
             stderr = given.get("stderr")
             return Score(float(given[self.key]), None if stderr is None else float(stderr))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f'command: expected JSON such as {{"{self.key}": 0.5}}, got {text.strip()[:200]!r} ({error!r})'
             ) from error
@@ -215,13 +238,9 @@ class HarnessScorer(ExternalScorer):
         local = Path(task).suffix in (".yaml", ".yml")
         if local and not Path(task).is_file():
             raise InputError(f"{where}.task: there is no file {task}")
-        if (
-            local
-            and not allow_code
-            and re.search(r"!function|^\s*include\s*:", Path(task).read_text(encoding="utf-8"), re.M)
-        ):
+        if local and not allow_code:
             raise InputError(
-                f"{where}.task: {task} includes other files or names Python functions, which the harness would run; say "
+                f"{where}.task: {task} may name Python functions, and holds templates, which the harness runs; say "
                 "allow_metric_code: true if you trust it"
             )
         try:
@@ -256,13 +275,23 @@ class HarnessScorer(ExternalScorer):
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score:
         from lm_eval.evaluator import evaluate
 
-        found = evaluate(
-            lm=quiet_harness_model(stack.model, self.tokenizer, tokens_per_batch),
-            task_dict=self.tasks,
-            limit=self.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        while True:
+            size = max(1, tokens_per_batch // stack.shrink // 128)
+            try:
+                with self.asked("the harness"):
+                    found = evaluate(
+                        lm=quiet_harness_model(stack.model, self.tokenizer, size),
+                        task_dict=self.tasks,
+                        limit=self.limit,
+                        bootstrap_iters=0,
+                        log_samples=True,
+                    )
+                break
+            except InputError as error:
+                if size == 1 or not out_of_memory(error.__cause__):
+                    raise
+            clear_device_cache(garbage_collection=True)
+            stack.shrink *= 2
         values: list[Any] = []
         for name in self.tasks["tasks"]:
             samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
@@ -279,7 +308,7 @@ class HarnessScorer(ExternalScorer):
         return Score(sign * value, stderr)
 
 
-def quiet_harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int) -> Any:
+def quiet_harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
     """The harness's view of a model that is loaded already, without progress bars of its own."""
     from lm_eval.models.huggingface import HFLM
 
@@ -293,4 +322,4 @@ def quiet_harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
-    return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=max(1, tokens_per_batch // 128))
+    return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

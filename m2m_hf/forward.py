@@ -185,10 +185,18 @@ class Pass:
         if len(self.mixtures) == 1:
             self.stack.set(self.mixtures[0])
         mine: list[tuple[Job, Any]] = []
-        for number, batch in enumerate(made):
-            if number % state.num_processes == state.process_index:
-                jobs = [self.jobs[index] for index in batch]
-                mine.extend(zip(jobs, self._within_memory(forward, jobs), strict=True))
+        wrong: list[str] = []
+        try:
+            for number, batch in enumerate(made):
+                if number % state.num_processes == state.process_index:
+                    jobs = [self.jobs[index] for index in batch]
+                    mine.extend(zip(jobs, self._within_memory(forward, jobs), strict=True))
+        except InputError as error:
+            wrong.append(str(error))
+        if state.num_processes > 1:
+            wrong = gather_object(wrong)
+        if wrong:  # on all processes, of which one speaks
+            raise InputError(wrong[0])
         if state.num_processes > 1:
             mine = gather_object(mine)
             self.stack.shrink = max(gather_object([self.stack.shrink]))  # or batches would differ between processes
@@ -210,7 +218,7 @@ class Pass:
         try:
             return list(forward(jobs))
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            if not out_of_memory(error):
                 raise
             if len(jobs) == 1:
                 raise InputError(
@@ -220,6 +228,11 @@ class Pass:
         clear_device_cache(garbage_collection=True)  # here, where the error holds no tensors any more
         self.stack.shrink *= 2
         return self._within_memory(forward, jobs, cuts)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what an error means, on any device."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and should_reduce_batch_size(error))
 
 
 def completion_logprobs(

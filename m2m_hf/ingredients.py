@@ -29,7 +29,7 @@ from .config import MergeToMixConfig
 from .console import Terminal
 from .data import Candidate, Target, load_all, overlap
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
-from .errors import InputError
+from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
 from .forward import Stack
 from .journal import END, Journal, Keys, RunFolder, fingerprint, read_config, read_made, write_atomic, write_json
@@ -76,6 +76,11 @@ class Ingredients:
         self, config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig, terminal: Terminal | None = None
     ) -> None:
         parsing.check_trl(args, model_args)
+        for name, value in {**parsing.trl_fields(args, model_args), **config.to_yaml()}.items():
+            if holds_secret(str(value)):
+                raise InputError(
+                    f"{name}: a token or password stands in it, which the run folder would show; use an environment variable"
+                )
         self.config = config
         self.args = args
         self.model_args = pin_revision(model_args)
@@ -539,6 +544,8 @@ class Ingredients:
         """Claims the run folder and writes the resolved configuration."""
         if self.state.is_main_process:
             self.run.lock()
-            if not self.run.config.exists() or self.run.config.read_text(encoding="utf-8") != self.config_yaml():
-                write_atomic(self.run.config, self.config_yaml())
+            # Another process may have been at work since they were looked at first.
+            self._check_run_folder()
+            self._check_targets()
+            write_atomic(self.run.config, self.config_yaml())
         self.state.wait_for_everyone()

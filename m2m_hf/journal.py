@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping
@@ -49,6 +50,7 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync(path.parent, files=False)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,9 +85,14 @@ def hidden(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def sync(folder: Path) -> None:
-    """Has the disk really hold what was written to the files of `folder`, so that a power cut loses none of it."""
-    for path in (*folder.iterdir(), folder):
+def checkpoints(folder: Path) -> Path:
+    """Where a training into `folder` keeps its checkpoints."""
+    return folder.with_name(f"{folder.name}.checkpoints")
+
+
+def sync(folder: Path, files: bool = True) -> None:
+    """Has the disk really hold what was written to `folder` and its files, so that a power cut loses none of it."""
+    for path in (*(folder.iterdir() if files else ()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -105,7 +112,11 @@ def files_of(record: Any) -> dict[str, dict[str, Any]]:
     """`files` of a `training.json`; empty where it has none."""
     found = record.get("files") if isinstance(record, dict) else None
     files = found if isinstance(found, dict) else {}
-    return {name: one for name, one in files.items() if name == Path(name).name and isinstance(one, dict)}
+    return {
+        name: one
+        for name, one in files.items()
+        if name == Path(name).name and name != ".." and isinstance(one, dict) and isinstance(one.get("bytes"), int)
+    }
 
 
 def cut_short(folder: Path, record: str = "training.json") -> str | None:
@@ -119,7 +130,7 @@ def cut_short(folder: Path, record: str = "training.json") -> str | None:
         return f"{record} is not whole"
     for name, one in files_of(known).items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if size < one.get("bytes", 0):
+        if size < one["bytes"]:
             return f"{name} has {size:,} of {one['bytes']:,} bytes"
     return None
 
@@ -278,9 +289,12 @@ class Journal:
         try:
             places = {name: (int(stored[name]["place"]), int(stored[name]["count"])) for name in LISTS}
             mean = float(stored["mean_logprob"])
+            right = math.isfinite(mean) and all(isinstance(stored[name]["crc32"], int) for name in LISTS)
         except (KeyError, TypeError) as error:
             raise InputError(f"not a trial: stored is {stored!r:.80}") from error
-        if any(place < 0 or count < 0 or place + count > available for place, count in places.values()):
+        if not right or any(place < 0 or count < 0 for place, count in places.values()):
+            raise InputError(f"not a trial: stored is {stored!r:.80}")
+        if any(place + count > available for place, count in places.values()):
             return None
         lists = {name: self.store.numbers(place, count) for name, (place, count) in places.items()}
         trial = Trial.from_json(record | lists)
@@ -301,6 +315,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path)
+        sync(self.path.parent, files=False)
         self._lost.clear()
 
     def get(self, key: str) -> Trial | None:

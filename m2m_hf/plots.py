@@ -168,7 +168,10 @@ def history(record: Record) -> Figure | None:
     upper.legend(loc="lower right")
     if lower is not None:
         rows = [max(trial.rung for trial in one.trials.values()) for one in order]
-        lower.bar(places, rows, color=[MUTED if done else SECOND for done in complete], width=0.8)
+        colours = [MUTED if done else SECOND for done in complete]
+        many = len(rows) > POINTS  # drawn as an image then, or the page would be megabytes of lines
+        lower.vlines(places, 0, rows, colors=colours, linewidth=max(0.5, min(6.0, 300 / len(rows))), rasterized=many)
+        lower.set_ylim(0)
         lower.set_ylabel("rows seen")
     (lower or upper).set_xlabel("mixtures, in the order in which they were scored")
     return figure

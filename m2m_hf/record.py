@@ -52,6 +52,8 @@ class Record:
             )
         config = read_config(run.config)
         summary = read_json(run.summary)
+        if not isinstance(summary, dict) or not {"candidates", "targets", "best", "space", "study"} <= set(summary):
+            raise InputError(f"{run.summary} is none of this version; m2m search --config writes it again")
         for name in summary["candidates"]:
             check_name(name, "candidate")
         training = {name: read_json(run.adapters / name / "training.json") for name in summary["candidates"]}
@@ -149,6 +151,7 @@ def recorded(journal: Journal, summary: Mapping[str, Any], training: Mapping[str
     usable = [name for name, one in training.items() if "failed" not in one]
     control = whole.get(Mixture.subset(usable), {})  # scored in full; what pruned mixtures are compared with
     standings = []
+    alike: dict[tuple[str, int], float] = {}  # what the control scored on the examples that a rung shows
     for mixture, trials in whole.items():
         short = []
         offset = 0.0
@@ -157,7 +160,8 @@ def recorded(journal: Journal, summary: Mapping[str, Any], training: Mapping[str
             if mixture.items and least is not None and reference and reference.score and trial.score:
                 short += [name] if trial.score.value < reference.score.value - least else []
             if trial.state == "pruned" and name in control and (score := control[name].score) and score.values:
-                alike = float(np.asarray(score.values)[list(orders[name][: trial.rung])].mean())
-                offset += weights[name] / total * (score.value - alike)
+                if (name, trial.rung) not in alike:
+                    alike[name, trial.rung] = float(np.asarray(score.values)[list(orders[name][: trial.rung])].mean())
+                offset += weights[name] / total * (score.value - alike[name, trial.rung])
         standings.append(Standing(mixture, trials, weights, tuple(short), offset))
     return standings

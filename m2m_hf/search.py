@@ -554,13 +554,14 @@ def measure(
 
     Args:
         before: what is known of fewer examples, which are not scored again.
-        agree: makes all processes take the time of the main one.
+        agree: gives every process what the main one has.
     """
     whole = rung == objective.examples
     seen = next(iter(before.values())).rung if before else 0
     start = time.monotonic()
     sound = [mixture for mixture in mixtures if not lacking(objective, mixture)]
     found = objective(sound, None if whole and not seen else objective.order[seen:rung]) if sound else []
+    found = agree(found)  # a metric of the user's may say something else on every process
     scores = dict(zip(sound, found, strict=True))
     seconds = agree((time.monotonic() - start) / len(mixtures))
     trials = []

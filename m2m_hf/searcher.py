@@ -72,6 +72,7 @@ class MergeToMixSearcher(Ingredients):
         self._result: SearchResult | None = None
         self._verified: dict[str, Any] | None = None
         self._fine_tuned: list[Standing] = []
+        self._told: Outcome | None = None
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "MergeToMixSearcher":
@@ -263,6 +264,7 @@ class MergeToMixSearcher(Ingredients):
         top = dict.fromkeys([result.best.mixture, *(one.mixture for one in result.ranking)])
         choices = self._choices(result)
         others = [choices[name].mixture for name in ("all", "best_single", "similarity") if name in choices]
+        others = [one for one in others if one in result.standings and result.standings[one].score]
         mixtures = list(
             dict.fromkeys([*list(top)[: self.config.verify_top_k], *(one for one in others if one in self.space)])
         )
@@ -482,7 +484,7 @@ class MergeToMixSearcher(Ingredients):
 
     def _outcome(self) -> Outcome:
         result = self.choose()
-        return Outcome(
+        made = Outcome(
             result=result,
             candidates=self.candidates,
             targets=self.targets,
@@ -500,6 +502,13 @@ class MergeToMixSearcher(Ingredients):
             fine_tuned=self._fine_tuned,
             compare_seconds=self.models.seconds(self.models.counts(result.best.mixture)),
         )
+        if self._told is not None and self._told.result is result:  # figures that take long with very many trials
+            known: dict[str, Any] = {
+                name: vars(self._told)[name] for name in ("worth", "certainty") if name in vars(self._told)
+            }
+            vars(made).update(known)
+        self._told = made
+        return made
 
     def show(self) -> None:
         """Prints the end table: base, singles, all, the chosen mixture and the final model; and what to do next."""

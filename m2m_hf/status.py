@@ -16,8 +16,10 @@ from .journal import (
     Journal,
     RunFolder,
     altered,
+    checkpoints,
     cut_short,
     damaged_values,
+    file_fingerprint,
     hidden,
     read_config,
     read_json,
@@ -56,7 +58,8 @@ def status(run: RunFolder) -> Status:
         f"{os.path.relpath(run.root)}: {len(names)} candidates, target{'s' * (len(config.parsed_targets) > 1)} "
         f"{', '.join(config.parsed_targets)}, model {given.get('model_name_or_path')}"
     )
-    if at_work(run):
+    busy = at_work(run)
+    if busy:
         found.lines.append("a process is at work in it now")
     left = []
     trained, seconds = adapters(run, names, found)
@@ -69,12 +72,16 @@ def status(run: RunFolder) -> Status:
     summary = read_made(run.summary)
     if searched:
         left.append(searched)
-    models = sorted(path.parent for path in run.trained.glob("*/training.json"))
+    models = sorted(path.parent for path in run.trained.glob("[!.]*/training.json"))
     if models:
         spent["mixtures fine-tuned"] = sum(
             check(folder, found, "it is trained again when it is needed")[1] for folder in models
         )
         found.lines.append(f"fine-tuned to compare: {len(models)} models, {duration(spent['mixtures fine-tuned'])}")
+    rows = run.mixture / "train.jsonl"
+    manifest = read_made(run.mixture / "manifest.json")
+    if rows.exists() and manifest.get("sha256_16") != file_fingerprint([rows]):
+        found.damage.append(f"{os.path.relpath(rows)}: not what its manifest says; m2m search writes it again")
     if run.final.exists():
         record, _ = check(run.final, found, "m2m sft makes it again")
         spent["final"] = float(record.get("total_seconds", 0.0))
@@ -88,7 +95,7 @@ def status(run: RunFolder) -> Status:
     found.lines.append(f"left: {'; '.join(left)}" if left else "left: nothing")
     found.lines += [f"damaged: {one}" for one in found.damage]
     if not found.damage:
-        found.lines.append("whole: every file that is there is as it was written")
+        found.lines.append("whole: adapters, models, journal and mixture are as they were written")
     if left or found.damage:
         found.lines.append(f"go on with: m2m select --config {os.path.relpath(run.config)}")
     return found
@@ -100,8 +107,10 @@ def at_work(run: RunFolder) -> bool:
     try:
         with lock.acquire(timeout=0):
             return False
-    except (Timeout, OSError):
+    except Timeout:
         return True
+    except OSError:  # a folder that cannot be written to
+        return False
 
 
 def check(folder: Path, found: Status, remedy: str) -> tuple[dict[str, Any], float]:
@@ -137,7 +146,7 @@ def adapters(run: RunFolder, names: list[str], found: Status) -> tuple[dict[str,
         if "failed" in record:
             found.lines.append(f"  {name}: failed: {record['failed']}")
     for name in names:
-        marks = [read_made(path) for path in hidden(run.adapters / name).glob(f"checkpoint-*/{MARK}")]
+        marks = [read_made(path) for path in checkpoints(hidden(run.adapters / name)).glob(f"checkpoint-*/{MARK}")]
         reached = max((mark.get("steps", 0) for mark in marks), default=0)
         if name not in trained and reached:
             found.lines.append(f"  {name}: interrupted; goes on from step {reached:,}")
@@ -158,7 +167,7 @@ def search(
             f"{os.path.relpath(run.trials)}: the values of trial {key} are not what was measured; delete its line to have it "
             "measured again"
         )
-    if journal.lost:
+    if journal.lost and not at_work(run):  # which may be writing that line
         found.damage.append(
             f"{os.path.relpath(run.trials)}: {journal.lost} lines were cut short or have lost their values; their trials are "
             "measured again"
@@ -171,9 +180,15 @@ def search(
     for trial in [one for one in trials if one.state == "failed"][:5]:
         found.lines.append(f"  failed: {trial.mixture} on {trial.target}: {trial.reason}")
     summary = read_made(run.summary)
-    if summary.get("best"):
-        best = summary["best"]
-        found.lines.append(f"search: finished; chosen {Mixture.of(best['mixture'])}, score {best['score']:.3f}")
+    if summary.get("best") and set(summary.get("candidates", ())) == set(config.parsed_candidates):
+        try:
+            best, score = Mixture.of(summary["best"]["mixture"]), float(summary["best"]["score"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found.damage.append(
+                f"{os.path.relpath(run.summary)}: not as it was written ({error}); m2m search writes it again"
+            )
+            return "the search"
+        found.lines.append(f"search: finished; chosen {best}, score {score:.3f}")
         return None
     if config.strategy != "exhaustive" or not names:
         return "the search"

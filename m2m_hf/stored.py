@@ -64,8 +64,8 @@ class Numbers(Sequence[float]):
 class Store:
     """An append-only file of numbers (float64, little-endian), read through the system's page cache."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, durable: bool = True) -> None:
+        self.path, self._durable = path, durable
         self._map: Any = np.empty(0, TYPE)
 
     @classmethod
@@ -73,7 +73,7 @@ class Store:
         """In a file that goes when it is no longer needed."""
         handle, name = tempfile.mkstemp(prefix="m2m-values-")
         os.close(handle)
-        store = cls(Path(name))
+        store = cls(Path(name), durable=False)
         weakref.finalize(store, Path(name).unlink, missing_ok=True)
         return store
 
@@ -83,14 +83,15 @@ class Store:
         return self.path.stat().st_size // TYPE.itemsize if self.path.exists() else 0
 
     def append(self, values: Sequence[float]) -> tuple[int, int]:
-        """(place, checksum) of `values`, which are on the disk when this returns."""
+        """(place, checksum) of `values`, which are on the disk when this returns, unless they are temporary."""
         content = np.asarray(values, dtype=TYPE).tobytes()
         place = self.count
         with open(self.path, "ab") as file:
             file.truncate(place * TYPE.itemsize)
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if self._durable:
+                os.fsync(file.fileno())
         return place, zlib.crc32(content)
 
     def numbers(self, place: int, count: int) -> Numbers:

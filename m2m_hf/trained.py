@@ -19,7 +19,7 @@ from .merging import GatedStack
 from .mixture import Failure, Mixture, Score, row_counts
 from .objectives import ScorerObjective
 from .scoring import Scorer
-from .training import TrainingFailedError, finished, load_trained, mixture_steps, publish, train_lora
+from .training import TrainingFailedError, agreed, finished, load_trained, mixture_steps, publish, train_lora
 
 Counts = Mapping[str, int]
 
@@ -71,7 +71,8 @@ class TrainedMixtures:
         return self.root / self._name(counts)
 
     def is_trained(self, counts: Counts) -> bool:
-        return cut_short(self.folder(counts)) is None
+        """Whether it was, and all processes must ask; one whose training failed is not trained again either."""
+        return bool(agreed(cut_short(self.folder(counts)) is None))
 
     def steps(self, counts: Counts) -> int:
         """Optimizer steps that training takes."""
@@ -101,8 +102,10 @@ class TrainedMixtures:
                     self._base(), self._tokenizer, rows, self._args, self._config, hidden(folder), watching, folder.name
                 )
             except TrainingFailedError as error:
-                raise TrainingFailedError(f"training on {' + '.join(counts)}: {error}") from error
+                record = {"steps": 0, "seconds": 0.0, "failed": f"training on {' + '.join(counts)}: {error}"}
             publish(folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
+        if failed := self.record(counts).get("failed"):
+            raise TrainingFailedError(failed)
         return folder
 
     def record(self, counts: Counts) -> dict[str, Any]:
@@ -112,9 +115,9 @@ class TrainedMixtures:
 
     def seconds(self, without: Counts) -> float:
         """Time spent training all models here but that one."""
-        folders = [path.parent for path in sorted(self.root.glob("*/training.json"))]
+        folders = [path.parent for path in sorted(self.root.glob("[!.]*/training.json"))]
         whole = [folder for folder in folders if folder != self.folder(without) and cut_short(folder) is None]
-        return float(sum(read_json(folder / "training.json")["seconds"] for folder in whole))
+        return float(sum(read_made(folder / "training.json").get("seconds", 0.0) for folder in whole))
 
 
 class TrainedObjective(ScorerObjective):

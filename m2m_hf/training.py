@@ -27,7 +27,19 @@ from trl import SFTConfig, SFTTrainer
 from .callbacks import Checkpoints, TrainingRecorder
 from .data import Candidate
 from .errors import InputError
-from .journal import MARK, altered, cut_short, describe_files, fingerprint, hidden, read_json, sync, write_json
+from .journal import (
+    MARK,
+    altered,
+    checkpoints,
+    cut_short,
+    describe_files,
+    fingerprint,
+    hidden,
+    read_json,
+    read_made,
+    sync,
+    write_json,
+)
 from .merging import Adapter
 
 
@@ -92,7 +104,7 @@ class AdapterTrainer(SFTTrainer):
 def last_checkpoint(folder: Path, of: str) -> Path | None:
     """The last checkpoint in `folder` that is whole and belongs to the training `of`."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
-        if cut_short(path, MARK) is None and altered(path, MARK) is None and read_json(path / MARK)["of"] == of:
+        if cut_short(path, MARK) is None and read_made(path / MARK).get("of") == of and altered(path, MARK) is None:
             return path
     return None
 
@@ -135,9 +147,9 @@ def train_lora(
 ) -> dict[str, Any]:
     """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
 
-    Checkpoints are written as `args` say (TRL: every 500 steps). From the last whole one of the same training it goes on, to
-    the very weights that it would have had otherwise. Under FSDP or DeepSpeed there are none, and the base is not given back:
-    it is in pieces, and of no further use.
+    Checkpoints are written to `checkpoints(folder)` as `args` say (TRL: every 500 steps), and stay until `publish`. From the
+    last whole one of the same training it goes on, to the very weights that it would have had otherwise. Under FSDP or
+    DeepSpeed there are none, and the base is not given back: it is in pieces, and of no further use.
 
     SFTTrainer seeds itself before it makes the adapter, so every call starts from the same adapter weights.
 
@@ -151,7 +163,8 @@ def train_lora(
         TrainingFailedError: nothing is saved.
     """
     args = copy.deepcopy(args)
-    args.output_dir = str(folder)
+    saved = checkpoints(folder)
+    args.output_dir = str(saved)
     if sharded():
         args.save_strategy = "no"
     args.save_total_limit = 2  # an older one is deleted before the newer one is marked as whole
@@ -165,11 +178,10 @@ def train_lora(
     of = fingerprint([of, state.num_processes, sharded()])
     found: list[Any] = [None]
     if state.is_main_process:
-        found = [last_checkpoint(folder, of)]
+        found = [last_checkpoint(saved, of)]
         if found[0] is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    if state.num_processes > 1:
-        broadcast_object_list(found)
+            shutil.rmtree(saved, ignore_errors=True)
+    found = [agreed(found[0])]
     mark = read_json(found[0] / MARK) if found[0] else {"seconds": 0.0, "loss_sum": 0.0}
     recorder = TrainingRecorder(mark["seconds"])
     untouched = set(vars(base)), set(base.get_input_embeddings()._forward_hooks)
@@ -190,26 +202,24 @@ def train_lora(
         try:
             trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
         except UnpicklingError as error:
-            raise InputError(f"{found[0]}: it holds more than numbers, and is not loaded; delete {folder}") from error
+            raise InputError(f"{found[0]}: it holds more than numbers, and is not loaded; delete {saved}") from error
         loss = trainer.summed() / max(1, trainer.state.global_step)
         # Where the weights are in pieces, all processes must help to put them together; the main one gets them.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()
         tensors = {name: tensor for name, tensor in weights.items() if "lora_" in name}
         curve = [loss for _, loss in recorder.record["loss_curve"]]
-        reason = [verdict(tensors, loss, curve, args, base.config.get_text_config().vocab_size)]
-        if state.num_processes > 1:
-            broadcast_object_list(reason)
+        reason = agreed(verdict(tensors, loss, curve, args, base.config.get_text_config().vocab_size))
         if state.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # the checkpoints, and the cards that TRL writes beside them
-            if reason[0] is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            if reason is None:
                 for item in fields(peft_model.peft_config["default"]):
                     value = getattr(peft_model.peft_config["default"], item.name)
                     if isinstance(value, set):  # or their order would change from run to run
                         setattr(peft_model.peft_config["default"], item.name, sorted(value))
                 peft_model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
         state.wait_for_everyone()
-        if reason[0] is not None:
-            raise TrainingFailedError(reason[0])
+        if reason is not None:
+            raise TrainingFailedError(reason)
     finally:
         if not sharded():
             restore(base, peft_model, *untouched)
@@ -232,7 +242,8 @@ def move(folder: Path) -> None:
     """The last step of `publish`."""
     shutil.rmtree(folder, ignore_errors=True)
     hidden(folder).rename(folder)
-    sync(folder)
+    sync(folder.parent, files=False)
+    shutil.rmtree(checkpoints(hidden(folder)), ignore_errors=True)
 
 
 def finished(folder: Path, of: str) -> bool:
@@ -243,10 +254,14 @@ def finished(folder: Path, of: str) -> bool:
     """
     if PartialState().is_main_process and cut_short(folder) is not None:
         partial = hidden(folder)
-        if cut_short(partial) is None and read_json(partial / "training.json").get("fingerprint") == of:
+        if cut_short(partial) is None and read_made(partial / "training.json").get("fingerprint") == of:
             move(folder)
-    PartialState().wait_for_everyone()
-    return cut_short(folder) is None
+    return bool(agreed(cut_short(folder) is None))
+
+
+def agreed(value: Any) -> Any:
+    """What the main process has; all must ask."""
+    return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
 def load_trained(folder: Path) -> Adapter:

@@ -76,10 +76,11 @@ def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth:
     for n, m in pairs:
         inside = members[:, n] + members[:, m]
         factors.append(np.where(inside == 1, -1.0, 1.0) * padded[sizes - inside.astype(int)])
-    rows = [np.asarray(score.values if by_row else (score.value,)) for score in scores]
-    by_example = np.zeros((len(factors), len(rows[0])))
-    for start in range(0, len(rows), step := max(1, NUMBERS // len(rows[0]))):  # not all of them need fit into memory
-        by_example += np.array(factors)[:, start : start + step] @ np.array(rows[start : start + step])
+    width = len(scores[0].values) if by_row else 1
+    by_example = np.zeros((len(factors), width))
+    for start in range(0, len(scores), step := max(1, NUMBERS // width)):  # not all of them need fit into memory
+        block = [score.values if by_row else (score.value,) for score in scores[start : start + step]]
+        by_example += np.array(factors)[:, start : start + step] @ np.array(block)
     found = [(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
     interactions = {(names[n], names[m]): figure for (n, m), figure in zip(pairs, found[count:], strict=True)}
     return Worth(dict(zip(names, found[:count], strict=True)), interactions, True)

@@ -32,6 +32,7 @@ import m2m_hf.plots
 from m2m_hf.cli import main
 from m2m_hf.journal import Journal, cut_short
 from m2m_hf.searcher import MergeToMixSearcher  # noqa: F401 - imported once for all forks
+from m2m_hf.training import AdapterTrainer
 
 TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
 APART = (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")
@@ -43,7 +44,7 @@ WRITES = (
     "rmdir",
     "unlink",
     "open",
-)  # of module os: what changes the disk passes here
+)  # of module os: what ends a write passes here
 
 
 def build(root: Path) -> Path:
@@ -72,12 +73,27 @@ def fork(work: Callable[[], int], log: Path) -> int:
         torch.set_num_threads(1)
         m2m_hf.plots.PICTURES.clear()  # drawing takes longer than all else
         m2m_hf.journal.INLINE = 5  # so that values stand beside the journal too
+        count_steps(log.with_name("steps.txt"))
         code = work()
+    except KeyboardInterrupt:  # before the command could say so
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def count_steps(told: Path) -> None:
+    """Has every step of every training leave a line."""
+    real = AdapterTrainer.training_step
+
+    def step(self, *arguments, **options):
+        with open(told, "a") as file:
+            file.write(f"{self.args.output_dir} {self.state.global_step}\n")
+        return real(self, *arguments, **options)
+
+    AdapterTrainer.training_step = step
 
 
 def finish(process: int) -> int:
@@ -124,11 +140,7 @@ def content(out: Path) -> dict[str, object]:
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
         # Probabilities of the ensemble are made again where they are needed, which is not where the journal has the scores.
-        if (
-            path.is_dir()
-            or path.parent.name == "ensemble"
-            or path.name in (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")
-        ):
+        if path.is_dir() or path.parent.name == "ensemble" or path.name in APART:
             continue
         text = path.read_bytes().replace(str(out).encode(), b"OUT")
         found[name] = timeless(json.loads(text)) if path.suffix == ".json" else text
@@ -140,7 +152,7 @@ def content(out: Path) -> dict[str, object]:
 
 def done(out: Path) -> dict[str, tuple[int, int]]:
     """What is finished: folder -> its identity on the disk."""
-    folders = [*out.glob("adapters/[!.]*"), *out.glob("trained/[!.]*")]
+    folders = [*out.glob("adapters/[!.]*"), *out.glob("trained/[!.]*"), out / "final"]
     return {
         str(folder): (folder.stat().st_ino, (folder / "training.json").stat().st_mtime_ns)
         for folder in folders
@@ -170,6 +182,8 @@ def kill_runs(
         out = root / f"killed{counts['runs']}"
         counts["runs"] += 1
         finished: dict[str, tuple[int, int]] = {}
+        died = 0
+        (root / "steps.txt").write_text("")
         while True:
             counts["starts"] += 1
             known = lines(out)
@@ -200,11 +214,17 @@ def kill_runs(
             assert len(after_lines) == len(set(after_lines)), "a trial was measured twice"
             if code == 0:
                 break
+            died += 1
             counts["kills"] += 1
             assert code in (-signal.SIGKILL, 130, 143, -signal.SIGTERM, -signal.SIGINT), (
                 f"exit code {code}, see {root}/log.txt"
             )
         check(out, reference, f"run {counts['runs']}")
+        steps = (root / "steps.txt").read_text().splitlines()
+        # The step in flight, and the last one of a training, after which there is no checkpoint.
+        assert len(steps) - len(set(steps)) <= 2 * died, (
+            f"{len(steps) - len(set(steps))} steps again after {died} kills"
+        )
         shutil.rmtree(out)
     return counts
 

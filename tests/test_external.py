@@ -240,8 +240,9 @@ def task(tmp_path) -> Path:
 
 
 def harness(task: Path, tokenizer, **options) -> HarnessScorer:
+    allow = options.pop("allow_code", True)
     config = TargetConfig("lm_eval", options.pop("metric", ""), task=str(task), **options)
-    return HarnessScorer(config, str(task), tokenizer, False, "targets.t")
+    return HarnessScorer(config, str(task), tokenizer, allow, "targets.t")
 
 
 def test_the_harness_scores_the_gated_model_as_our_own_scorer_does(tmp_path, tokenizer, task):
@@ -291,17 +292,25 @@ def test_harness_metrics_of_a_whole_corpus_are_negated_where_lower_is_better(tmp
     assert 0 < score.stderr < 100
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("metric: acc\n", "metric: !function code.f\n"), "allow_metric_code: true if you trust it"),
-        (("task: colours", "include: other.yaml"), "allow_metric_code: true if you trust it"),
-    ],
-)
-def test_harness_tasks_that_run_code_are_refused(tokenizer, task, change, message):
-    task.write_text(task.read_text().replace(*change))
-    with pytest.raises(InputError, match=message):
-        harness(task, tokenizer)
+def test_harness_tasks_of_ones_own_are_refused_unless_allowed(tokenizer, task):
+    """They may name functions in many spellings, and their templates are code too."""
+    with pytest.raises(InputError, match="allow_metric_code: true if you trust it"):
+        harness(task, tokenizer, allow_code=False)
+
+
+def test_the_harness_goes_on_with_smaller_batches_where_memory_does_not_suffice(tmp_path, tokenizer, task):
+    expected = harness(task, tokenizer).score(build(tmp_path), [MIXTURES[1]], 100 * 128)
+    stack = build(tmp_path / "small")
+
+    def look(module, args, kwargs):
+        if (kwargs.get("input_ids", args[0] if args else None)).numel() > 150:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+
+    stack.model.register_forward_pre_hook(look, with_kwargs=True)
+    assert harness(task, tokenizer).score(stack, [MIXTURES[1]], 100 * 128) == expected
+    assert stack.shrink > 1
 
 
 def test_harness_tasks_that_are_not_there(tokenizer, task):

@@ -1,6 +1,6 @@
 """Names, paths, rows and files are data: nothing in them is run, nothing escapes the run folder, and no secret is told.
 
-Every test here has been seen to fail with its guard taken out.
+Every test of a guard here has been seen to fail with the guard taken out.
 """
 
 import json
@@ -141,7 +141,7 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(Stop())
     mark = tmp_path / "exploded"
-    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint = tmp_path / "run.checkpoints" / "checkpoint-2"
     known = json.loads((checkpoint / MARK).read_text())
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         kept = (checkpoint / name).read_bytes()
@@ -312,6 +312,11 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path):
             "credentials must not stand",
         ),
         ({"learning_rate": SECRET}, "***"),
+        ({"run_name": SECRET}, "run_name: a token or password stands in it"),
+        (
+            {"targets": {"t": {"scorer": "command", "command": ["python", "x", SECRET]}}},
+            "targets: a token or password stands",
+        ),
         ({SECRET: 1}, "unknown key '***'"),
     ],
 )
@@ -325,7 +330,7 @@ def test_tokens_in_a_configuration_are_refused_and_not_repeated(project, capsys,
 
 
 def test_rows_are_data(project):
-    """Rows that look like code, markup or paths train, are scored and reported as text."""
+    """Rows that look like code, markup or paths train and are scored as text."""
     odd = [
         "{{ 7 * 7 }}",
         "<script>alert(1)</script>",
@@ -342,4 +347,26 @@ def test_rows_are_data(project):
     )
     assert main(["select", "--config", str(project / "run.yaml")]) == 0
     assert not Path("x").exists()
-    assert "<script>alert" not in (project / "out" / "report.html").read_text()
+
+
+def test_nothing_steers_the_terminal(capsys):
+    Terminal().say("a\x1b[31m\x07b\tc\u202ed")
+    Terminal().table("x\x1b[2J", ["", "y"], [["\x1b]0;title\x07", "1"]])
+    shown = capsys.readouterr().out
+    assert "\\x1b[31m\\x07b" in shown
+    assert "\\u202ed" in shown
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+
+
+@pytest.mark.parametrize(
+    "task",
+    ['"include": evil.yaml', "doc_to_text: !%66unction evil.f", "doc_to_text: '{{ cycler.__init__.__globals__ }}'"],
+)
+def test_a_harness_task_of_ones_own_is_run_only_when_asked_for(project, tmp_path, capsys, task):
+    mark = tmp_path / "exploded"
+    (project / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef f(doc): return ''\n")
+    (project / "task.yaml").write_text(f"task: mine\n{task}\n")
+    path = change(project, lambda given: given.update(targets={"mine": {"scorer": "lm_eval", "task": "task.yaml"}}))
+    assert "allow_metric_code: true if you trust it" in refused(path, capsys)
+    assert not mark.exists()

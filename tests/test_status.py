@@ -5,8 +5,7 @@ import json
 import pytest
 
 from m2m_hf.cli import main
-from m2m_hf.journal import RunFolder
-from m2m_hf.training import hidden
+from m2m_hf.journal import RunFolder, checkpoints, hidden
 
 
 def m2m(*arguments: object) -> int:
@@ -41,7 +40,7 @@ def test_status_of_every_stage(project, capsys):
     shown = told(capsys, out)
     assert "final model: " in shown
     assert "left: nothing" in shown
-    assert "whole: every file that is there is as it was written" in shown
+    assert "whole: adapters, models, journal and mixture are as they were written" in shown
     assert "go on with" not in shown
 
 
@@ -73,6 +72,8 @@ def complete(project):
         ("final/adapter_config.json", lambda b: b[:-2], "final: adapter_config.json has"),
         ("trials.jsonl", lambda b: b[:-2], "1 lines were cut short"),
         ("trials.jsonl", lambda b: b + b"{}\n", "line 9 is damaged"),
+        ("mixture/train.jsonl", lambda b: b[:-9], "train.jsonl: not what its manifest says"),
+        ("summary.json", lambda b: b.replace(b'"mixture"', b'"other"'), "summary.json: not as it was written"),
     ],
 )
 def test_damage_is_named_and_gives_exit_code_1(complete, capsys, path, change, words):
@@ -99,8 +100,8 @@ def test_interrupted_trainings_and_a_process_at_work_are_told(project, capsys):
     out = project / "out"
     assert m2m("search", "--config", project / "run.yaml") == 0
     (out / "adapters" / "beta").rename(hidden(out / "adapters" / "beta"))
-    checkpoint = hidden(out / "adapters" / "beta") / "checkpoint-2"
-    checkpoint.mkdir()
+    checkpoint = checkpoints(hidden(out / "adapters" / "beta")) / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
     (checkpoint / "whole.json").write_text(json.dumps({"steps": 2}))
     assert "beta: interrupted; goes on from step 2" in told(capsys, out)
     RunFolder(out).lock()

@@ -90,15 +90,18 @@ def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, ste
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(checkpointed, tmp_path, damage):
     with pytest.raises(Killed):
         train(checkpointed, tmp_path / "killed", [KillAt(5)])
-    last = tmp_path / "killed" / "checkpoint-4"
+    last = tmp_path / "killed.checkpoints" / "checkpoint-4"
     of = json.loads((last / MARK).read_text())["of"]
-    assert last_checkpoint(tmp_path / "killed", of) == last
-    assert last_checkpoint(tmp_path / "killed", "other") is None
+    assert last_checkpoint(tmp_path / "killed.checkpoints", of) == last
+    assert last_checkpoint(tmp_path / "killed.checkpoints", "other") is None
     content = (last / damage).read_bytes()
     (last / damage).write_bytes(content[: len(content) // 2])
-    assert last_checkpoint(tmp_path / "killed", of) == tmp_path / "killed" / "checkpoint-2"
+    assert last_checkpoint(tmp_path / "killed.checkpoints", of) == tmp_path / "killed.checkpoints" / "checkpoint-2"
     (last / damage).write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert last_checkpoint(tmp_path / "killed", of) in (tmp_path / "killed" / "checkpoint-2", None)
+    assert last_checkpoint(tmp_path / "killed.checkpoints", of) in (
+        tmp_path / "killed.checkpoints" / "checkpoint-2",
+        None,
+    )
 
 
 def test_another_training_does_not_go_on_from_a_checkpoint(checkpointed, tmp_path):

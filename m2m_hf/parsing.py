@@ -136,8 +136,9 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, str) or kind is str:
         return isinstance(value, str) and kind in (str, int, float, bool, dict, list)
     if kind in (int, float):
-        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        return number and abs(value) < 2**63 and math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return abs(value) < 2**63 if isinstance(value, int) else kind is float and math.isfinite(value)
     if kind is list:
         inner = typing.get_args(hint)
         return isinstance(value, list) and all(fits(one, inner[0]) for one in value if inner)

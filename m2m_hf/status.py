@@ -102,7 +102,9 @@ def status(run: RunFolder) -> Status:
 
 
 def at_work(run: RunFolder) -> bool:
-    """Whether a process holds the folder."""
+    """Whether another process holds the folder."""
+    if RunFolder.held is not None and RunFolder.held.root == run.root:
+        return False
     lock = FileLock(run.root / ".lock", is_singleton=False)
     try:
         with lock.acquire(timeout=0):

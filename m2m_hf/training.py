@@ -240,10 +240,10 @@ def publish(folder: Path, record: Mapping[str, Any]) -> None:
 
 def move(folder: Path) -> None:
     """The last step of `publish`."""
+    shutil.rmtree(checkpoints(hidden(folder)), ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     hidden(folder).rename(folder)
     sync(folder.parent, files=False)
-    shutil.rmtree(checkpoints(hidden(folder)), ignore_errors=True)
 
 
 def finished(folder: Path, of: str) -> bool:

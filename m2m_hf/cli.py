@@ -1,6 +1,7 @@
 """`m2m`: the command line. Libraries are imported inside the functions, so that `--help` answers at once.
 
-Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted, 143 terminated, 1 anything else.
+Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted, 143 terminated, 1 anything else; of `m2m status`, 1
+where something is damaged.
 """
 
 import argparse
@@ -151,8 +152,10 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
         log.open(searcher.run.log)
     if command.command == "adapters":
         searcher.train_adapters()
+        failed = searcher.failed
         searcher.terminal.say(
-            f"{len(searcher.candidates)} adapters are complete: {os.path.relpath(searcher.run.adapters)}"
+            f"{len(searcher.candidates) - len(failed)} adapters are complete: {os.path.relpath(searcher.run.adapters)}"
+            + (f"; the training of {', '.join(failed)} failed" if failed else "")
         )
     elif command.command == "search":
         searcher.write_outcome()

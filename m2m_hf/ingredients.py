@@ -457,7 +457,7 @@ class Ingredients:
             for key in (FREE | OPERATIONAL) & set(one):
                 del one[key]
             for target in one["targets"].values():
-                for key in ("test_data", "test_command", "test_task", "weight", "min_delta"):
+                for key in ("test_data", "test_command", "test_task", "weight", "min_delta", "timeout"):
                     target.pop(key, None)  # a sealed test may come later; the others only choose among scores
         # Targets may join and go; the journal keeps what was scored. But a name stands for one thing.
         for one, other in ((now, there), (there, now)):

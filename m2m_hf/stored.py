@@ -57,6 +57,9 @@ class Numbers(Sequence[float]):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return np.array(self._take(), dtype=dtype or TYPE)
 
+    def __reduce__(self) -> Any:
+        return Numbers.of, (tuple(self),)
+
     def __repr__(self) -> str:
         return repr(tuple(self))
 

@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from .callbacks import Checkpoints, TrainingRecorder
 from .data import Candidate
 from .errors import InputError
+from .forward import out_of_memory
 from .journal import (
     MARK,
     altered,
@@ -203,6 +204,13 @@ def train_lora(
             trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
         except UnpicklingError as error:
             raise InputError(f"{found[0]}: it holds more than numbers, and is not loaded; delete {saved}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(
+                f"training does not fit into memory: lower per_device_train_batch_size (now {args.per_device_train_batch_size}; "
+                "gradient_accumulation_steps makes up for it) or max_length, or load_in_4bit"
+            ) from error
         loss = trainer.summed() / max(1, trainer.state.global_step)
         # Where the weights are in pieces, all processes must help to put them together; the main one gets them.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()

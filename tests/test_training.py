@@ -143,6 +143,16 @@ def test_what_was_finished_before_a_crash_is_moved_to_its_place(tmp_path):
     assert not hidden(folder).exists()
 
 
+def test_a_training_that_does_not_fit_into_memory_says_what_to_change(checkpointed, tmp_path):
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    with pytest.raises(InputError, match="does not fit into memory: lower per_device_train_batch_size \\(now 4"):
+        train(checkpointed, tmp_path / "full", [Full()])
+    train(checkpointed, tmp_path / "full")  # the base was given back
+
+
 def test_verdicts():
     args = SFTConfig(output_dir="x", use_cpu=True, bf16=False)
     sound = {"lora_A": torch.ones(2), "lora_B": torch.ones(2)}

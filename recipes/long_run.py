@@ -5,6 +5,10 @@
 Nothing is trained or scored by a model; the journal is real, on the disk, in a folder that is deleted at the end.
 """
 
+import sys
+
+sys.path.pop(0)  # this folder's select.py would hide the standard library's
+
 import argparse
 import resource
 import tempfile

@@ -12,10 +12,12 @@ In the first two TRL computes the loss on the completion only.
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import glob
+from itertools import chain, islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -31,6 +33,7 @@ from .errors import InputError
 from .journal import file_fingerprint, write_atomic, write_json
 from .mixture import Mixture, row_counts
 
+MOST_FILES = 10_000  # in a folder that is given as a dataset
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 FEATURES = {
     "text": Features({"prompt": Value("string"), "completion": Value("string")}),
@@ -110,6 +113,10 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
         InputError: nothing there, not readable, no such split or column, or empty.
     """
     check_json(config, where)
+    if config.path and config.data_files is None and Path(config.path).is_dir():
+        found = chain.from_iterable(files for _, _, files in os.walk(config.path))
+        if sum(1 for _ in islice(found, MOST_FILES + 1)) > MOST_FILES:
+            raise InputError(f"{where}: {config.path} holds more than {MOST_FILES:,} files; say which with data_files")
     try:
         if config.rows is not None:
             loaded = config.rows

@@ -20,6 +20,7 @@ from .journal import (
     cut_short,
     damaged_values,
     file_fingerprint,
+    files_of,
     hidden,
     read_config,
     read_json,
@@ -72,12 +73,15 @@ def status(run: RunFolder) -> Status:
     summary = read_made(run.summary)
     if searched:
         left.append(searched)
+    final = read_made(run.final / "training.json")
+    weights = files_of(final).get("adapter_model.safetensors")
     models = sorted(path.parent for path in run.trained.glob("[!.]*/training.json"))
-    if models:
-        spent["mixtures fine-tuned"] = sum(
-            check(folder, found, "it is trained again when it is needed")[1] for folder in models
-        )
-        found.lines.append(f"fine-tuned to compare: {len(models)} models, {duration(spent['mixtures fine-tuned'])}")
+    checked = [check(folder, found, "it is trained again when it is needed") for folder in models]
+    # The final model may be a copy of one of them, and is counted once.
+    others = [seconds for record, seconds in checked if files_of(record).get("adapter_model.safetensors") != weights]
+    if others:
+        spent["mixtures fine-tuned"] = sum(others)
+        found.lines.append(f"fine-tuned to compare: {len(others)} models, {duration(sum(others))}")
     rows = run.mixture / "train.jsonl"
     manifest = read_made(run.mixture / "manifest.json")
     if rows.exists() and manifest.get("sha256_16") != file_fingerprint([rows]):

@@ -230,3 +230,17 @@ def test_messages_need_a_chat_template(tokenizer):
     bare.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         load({"a": [{"messages": MESSAGES}]}, bare)
+
+
+@pytest.mark.parametrize("path", ["json", "csv", "text", "parquet"])
+def test_without_files_a_builder_would_read_the_working_directory(tmp_path, path):
+    with pytest.raises(InputError, match=r"here\.data_files is missing: give the file or files"):
+        DataConfig.parse({"path": path}, "here", tmp_path)
+
+
+def test_folders_with_very_many_files_are_not_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr("m2m_hf.data.MOST_FILES", 5)
+    for number in range(6):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(InputError, match="holds more than 5 files"):
+        load_rows(DataConfig(path=str(tmp_path)), "here", 0)

@@ -31,7 +31,7 @@ common = {
     "deadline": timedelta(seconds=30),  # nothing hangs
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("quick", max_examples=20, derandomize=True, database=None, **common)
+settings.register_profile("quick", max_examples=12, derandomize=True, database=None, **common)
 settings.register_profile("full", max_examples=500, **common)
 settings.load_profile(os.environ.get("M2M_FUZZ", "quick"))
 

@@ -149,10 +149,10 @@ class DataConfig:
         values = {key: value for key, value in given.items() if value is not None}
         if not values.get("path"):
             raise InputError(f"{where}.path is missing: give json, csv, parquet, a Hub id or a folder of save_to_disk")
-        if values["path"] in BUILDERS and not values.get("data_files") and not values.get("data_dir"):
-            raise InputError(f"{where}.data_files is missing: give the file or files that {values['path']} is to read")
         if values.get("max_examples", 1) < 1:
             raise InputError(f"{where}.max_examples: expected at least 1, got {values['max_examples']}")
+        if values["path"] in BUILDERS and not values.get("data_files") and not values.get("data_dir"):
+            raise InputError(f"{where}.data_files is missing: give the file or files that {values['path']} is to read")
         addresses = [values["path"], *([files] if isinstance(files := values.get("data_files", ()), str) else files)]
         if any(redact(str(one)) != str(one) for one in addresses):
             raise InputError(

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, redact
+from .errors import InputError, holds_secret
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset")
@@ -154,7 +154,7 @@ class DataConfig:
         if values["path"] in BUILDERS and not values.get("data_files") and not values.get("data_dir"):
             raise InputError(f"{where}.data_files is missing: give the file or files that {values['path']} is to read")
         addresses = [values["path"], *([files] if isinstance(files := values.get("data_files", ()), str) else files)]
-        if any(redact(str(one)) != str(one) for one in addresses):
+        if any(holds_secret(str(one)) for one in addresses):
             raise InputError(
                 f"{where}: credentials must not stand in a file; use `hf auth login` or an environment variable"
             )

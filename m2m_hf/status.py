@@ -59,8 +59,7 @@ def status(run: RunFolder) -> Status:
         f"{os.path.relpath(run.root)}: {len(names)} candidates, target{'s' * (len(config.parsed_targets) > 1)} "
         f"{', '.join(config.parsed_targets)}, model {given.get('model_name_or_path')}"
     )
-    busy = at_work(run)
-    if busy:
+    if at_work(run):
         found.lines.append("a process is at work in it now")
     left = []
     trained, seconds = adapters(run, names, found)

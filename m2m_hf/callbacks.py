@@ -69,11 +69,11 @@ class Checkpoints(TrainerCallback):
     Args:
         of: fingerprint of what is trained; another training does not go on from its checkpoints.
         recorder: of the same training.
-        loss_sum: gives the sum of the losses of all steps so far; every process must call it.
+        losses: gives what is to be known of the losses of all steps so far; every process must call it.
     """
 
-    def __init__(self, of: str, recorder: TrainingRecorder, loss_sum: Callable[[], float]) -> None:
-        self._of, self._recorder, self._loss_sum = of, recorder, loss_sum
+    def __init__(self, of: str, recorder: TrainingRecorder, losses: Callable[[], dict[str, Any]]) -> None:
+        self._of, self._recorder, self._losses = of, recorder, losses
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -82,7 +82,7 @@ class Checkpoints(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss_sum = self._loss_sum()
+        losses = self._losses()
         PartialState().wait_for_everyone()  # every process writes the state of its random numbers
         if PartialState().is_main_process:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -93,7 +93,7 @@ class Checkpoints(TrainerCallback):
                 "of": self._of,
                 "steps": state.global_step,
                 "seconds": self._recorder.seconds,
-                "loss_sum": loss_sum,
+                "losses": losses,
             }
             write_json(folder / MARK, known | {"files": describe_files(folder)})
 

@@ -5,12 +5,11 @@ where something is damaged.
 """
 
 import argparse
-import errno
 import os
-import shutil
 import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,10 @@ from typing import TYPE_CHECKING, NoReturn
 from . import __version__
 from .config import field_help
 from .console import LibraryLog, Terminal
-from .errors import InputError, printable, redact
+from .errors import InputError, StoppedError, printable, redact
+
+PATIENCE = 5.0  # seconds in which a launcher ends the other processes, once one has ended
+
 
 if TYPE_CHECKING:
     from .searcher import MergeToMixSearcher
@@ -204,19 +206,11 @@ def safe() -> str:
     return f"{kept}; the same command goes on from there"
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether that is what an error comes from, whichever library it has passed through."""
-    from .journal import RunFolder
+def full(error: BaseException) -> bool:
+    """Whether the disk is, of which this error tells."""
+    from .journal import disk_is_full
 
-    while error is not None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    try:
-        return RunFolder.held is not None and shutil.disk_usage(RunFolder.held.root).free < 1 << 16
-    except OSError:
-        return False
+    return disk_is_full(error)
 
 
 class Terminated(BaseException):
@@ -247,6 +241,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.close()
 
 
+def alone() -> bool:
+    """Whether this process alone has met an error: where all have, the first one says so, and the launcher ends the others."""
+    try:
+        time.sleep(PATIENCE)
+    except Terminated:
+        return False
+    return True
+
+
 def report_errors(work: Callable[[], None]) -> int:
     """Does some work, tells of whatever ends it, and returns the exit code for that."""
     rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
@@ -255,12 +258,16 @@ def report_errors(work: Callable[[], None]) -> int:
     try:
         work()
     except InputError as error:
-        if disk_is_full(error):
+        if full(error):
             print(f"m2m: the disk is full: {safe()} once there is room", file=sys.stderr)
             return 1
-        if first:
-            print(printable(f"m2m: {error}"), file=sys.stderr)
+        if first or alone():
+            who = "" if first else f"process {rank} of {processes}: "
+            print(printable(f"m2m: {who}{error}"), file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(printable(f"m2m: {error}\n{safe()}"), file=sys.stderr)
+        return 1
     except DamagedError:
         return 1
     except KeyboardInterrupt:
@@ -283,7 +290,7 @@ def report_errors(work: Callable[[], None]) -> int:
                 f"({str(error).splitlines()[0]}): {safe()}",
                 file=sys.stderr,
             )
-        elif disk_is_full(error):
+        elif full(error):
             print(f"m2m: the disk is full: {safe()} once there is room", file=sys.stderr)
         else:
             print(redact(traceback.format_exc()), file=sys.stderr, end="")

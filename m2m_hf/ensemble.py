@@ -18,6 +18,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from .config import TargetConfig
+from .journal import sync
 from .mixture import Failure, Mixture, Score, SearchSpace
 from .objectives import MergedObjective, ScorerObjective
 from .scoring import ROUND, ChoiceScorer, LogprobScorer
@@ -188,7 +189,9 @@ class EnsembleObjective(ScorerObjective):
                 if PartialState().is_main_process:
                     self._folder.mkdir(parents=True, exist_ok=True)
                     save_file({"probabilities": found}, path.with_suffix(".partial"))
+                    sync(self._folder)
                     path.with_suffix(".partial").rename(path)
+                    sync(self._folder, files=False)
                 PartialState().wait_for_everyone()
             self._parts[name] = load_file(path)["probabilities"]
         return self._parts[name]

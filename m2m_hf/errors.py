@@ -3,8 +3,12 @@
 import os
 import re
 
-SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
-SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b|(?<=://)[^/@\s]+(?=@)")  # Hub tokens; user and password in an address
+SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSPHRASE|PASSWD|_PASS|_PAT|_KEY)$", re.IGNORECASE)
+SECRETS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}\b|(?<=://)[^/@\s]+(?=@)"  # Hub tokens; user and password in an address, or in its query
+    r"|(?<=[?&])(?:\w*(?:token|key|sig|secret|password)|X-Amz-\w+|X-Goog-\w+|signature)=[^&\s\"'<>]+",
+    re.IGNORECASE,
+)
 
 
 class InputError(ValueError):
@@ -13,6 +17,10 @@ class InputError(ValueError):
     The message says what was given, what was expected and what to type. The command line prints it without a traceback
     and exits with 2.
     """
+
+
+class StoppedError(Exception):
+    """Something outside ended what was under way: a signal, a full disk. Nothing given is wrong, and nothing is written down."""
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but new lines and tabs

@@ -4,6 +4,7 @@ All of them take one mixture after another. The function and the harness are giv
 exported and nothing loaded again; a command is given the mixture as one exact PEFT adapter.
 """
 
+import errno
 import json
 import math
 import os
@@ -19,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TargetConfig
 from .data import content_fingerprint
-from .errors import InputError, redact
+from .errors import InputError, StoppedError, redact
 from .forward import Stack, Weights, out_of_memory
-from .journal import file_fingerprint
+from .journal import disk_is_full, file_fingerprint
 from .merging import write_adapter
 from .metrics import bootstrap
 from .mixture import Failure, Score
@@ -60,6 +61,7 @@ class ExternalScorer(Scorer):
                 found = [Failure(redact(str(error))[:MOST_TOLD])]
             if PartialState().num_processes > 1:
                 broadcast_object_list(found)
+                stack.shrink = max(gather_object([stack.shrink]))  # or batches would differ between processes
             score = found[0]
             if isinstance(score, Score) and not score.finite:
                 score = Failure(f"the score is not finite: {score.value}")
@@ -70,13 +72,15 @@ class ExternalScorer(Scorer):
     def asked(self, what: str) -> Iterator[None]:
         """Turns whatever somebody else's code raises into an `InputError`, which is a trial's failure, and the search goes on.
 
-        What we do ourselves stays outside: a full disk is no mixture's fault.
+        What we do ourselves stays outside: a full disk is no mixture's fault, wherever it is met.
         """
         try:
             yield
         except InputError:
             raise
         except Exception as error:
+            if disk_is_full(error):
+                raise
             raise InputError(f"{what} raised {type(error).__name__}: {error}") from error
 
     @abstractmethod
@@ -178,8 +182,17 @@ class CommandScorer(ExternalScorer):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if code:
-            told = (tail(spoken[1]) or tail(spoken[0])).strip().splitlines()[-5:]
-            raise InputError(f"command: {' '.join(command)}\nended with exit code {code}:\n" + "\n".join(told))
+            told = "\n".join((tail(spoken[1]) or tail(spoken[0])).strip().splitlines()[-5:])
+            # A shell gives 128 more than the number of the signal that ended its program.
+            number = -code if code < 0 else code - 128
+            if number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # as whoever ends the whole run sends them
+                raise StoppedError(
+                    f"command: {' '.join(command)}\nwas stopped by {signal.Signals(number).name} from outside"
+                )
+            if disk_is_full(OSError(told), output.parent):
+                raise OSError(errno.ENOSPC, f"command: {' '.join(command)} found the disk full")
+            why = " (out of memory?)" if number == signal.SIGKILL else ""
+            raise InputError(f"command: {' '.join(command)}\nended with exit code {code}{why}:\n{told}")
         if any("{output}" in part for part in self.command):
             if not output.is_file():
                 raise InputError(f"command: {' '.join(command)}\nended well but did not write {{output}}")
@@ -244,7 +257,13 @@ class HarnessScorer(ExternalScorer):
                 "allow_metric_code: true if you trust it"
             )
         try:
-            self.tasks = TaskManager(include_defaults=not local).load([task])
+            known = TaskManager(include_defaults=not local)
+            # The harness would take any file's name for that of a task, and run what it says.
+            if not local and task not in known.all_tasks:
+                raise InputError(f"{where}.task: the harness has no task {task!r}; a task of your own is a .yaml file")
+            self.tasks = known.load([task])
+        except InputError:
+            raise
         except (KeyError, ValueError, OSError, ConnectionError) as error:
             raise InputError(f"{where}.task: the harness cannot load {task!r} ({error})") from error
         self.limit = config.limit

@@ -1,6 +1,7 @@
 """What a run is made of: data, model, scorers, objectives; each loaded when it is first asked for, and checked before use."""
 
 import math
+import os
 from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
@@ -93,7 +94,6 @@ class Ingredients:
         self._stack: Stack | None = None
         self._stack_method = AVERAGE
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
-        self._journal: Journal | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -339,20 +339,24 @@ class Ingredients:
         ]
 
     @cached_property
+    def journal(self) -> Journal:
+        """The one that this process reads and writes; all processes must ask for it first at the same place."""
+        found = Journal(self.run.trials)
+        self.state.wait_for_everyone()  # or one would read what another writes already
+        return found
+
+    @cached_property
     def study(self) -> Study:
         """Fine-tunes mixtures and compares; the adapters must be there."""
         surrogates = {"merged": self._objectives("merged")}
         if all(has_ensemble(self.scorers[name]["validation"], one.config.metric) for name, one in self.targets.items()):
             surrogates["ensemble"] = self._objectives("ensemble")
-        if self._journal is None:
-            self._journal = Journal(self.run.trials)
-            self.state.wait_for_everyone()
         mixed = any(one.config.training for one in self.candidates.values())
         return Study(
             self.space,
             surrogates,
             self._trained_objectives(self.models),
-            self._journal,
+            self.journal,
             write=self.state.is_main_process,
             agree=self._agree,
             progress=self.terminal.progress,
@@ -447,6 +451,7 @@ class Ingredients:
         Raises:
             InputError: naming every field that differs.
         """
+        self.run.refuse_links()
         if not self.run.config.exists() or len(self.bank.check()) == len(self.candidates):
             return  # nothing is there yet that another configuration could spoil
         try:
@@ -493,6 +498,11 @@ class Ingredients:
     def remember_targets(self) -> None:
         """Writes down what the targets are, now that something has been scored on them."""
         known = read_made(self.run.targets)
+        if not known and self.run.targets.exists():
+            self.terminal.say(
+                f"{os.path.relpath(self.run.targets)} was damaged: from now on it holds the targets as they are now",
+                "yellow",
+            )
         now = self._target_fingerprints()
         if self.state.is_main_process:
             write_json(self.run.targets, known | {name: known.get(name, {}) | parts for name, parts in now.items()})

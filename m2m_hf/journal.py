@@ -1,11 +1,13 @@
 """The run folder: where everything lives, how it is written so that nothing is lost, and how things are recognised again."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,12 +17,13 @@ from filelock import FileLock, Timeout
 
 from .errors import InputError
 from .mixture import Mixture, Trial
-from .stored import Numbers, Store
+from .stored import Numbers, Store, append_bytes
 
 MARK = "whole.json"  # written into a checkpoint when all else in it is on the disk
 END = "...\n"  # of a whole YAML document
 INLINE = 500  # values of a trial that its line holds itself
 LISTS = ("values", "logprobs")
+CHECK = b', "crc32": '  # before the checksum of all that comes before it in a line
 
 
 def fingerprint(value: Any) -> str:
@@ -184,6 +187,21 @@ class RunFolder:
         self.log = self.root / "log.txt"
         self._lock = FileLock(self.root / ".lock", is_singleton=True)  # one for all users in this process
 
+    def refuse_links(self) -> None:
+        """Refuses links that lead out of the folder: one of somebody else's could have us write or read anywhere.
+
+        Raises:
+            InputError: naming one.
+        """
+        root = self.root.resolve()
+        for place, folders, files in os.walk(root):
+            for path in (Path(place) / name for name in (*folders, *files)):
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    raise InputError(
+                        f"{path} is a link to {path.resolve()}; a run folder holds its own files. Move what it points to there, "
+                        "or link the whole folder"
+                    )
+
     def lock(self) -> None:
         """Claims the folder for this process until it ends, however it ends.
 
@@ -200,6 +218,24 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise InputError(f"output_dir: {self.root} cannot be written to ({error})") from error
+
+
+def disk_is_full(error: BaseException | None, folder: Path | None = None) -> bool:
+    """Whether that is what an error comes from, whichever library it has passed through.
+
+    Args:
+        folder: what was written to beside the run folder.
+    """
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error) or "quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    folders = [folder, RunFolder.held and RunFolder.held.root]
+    try:
+        return any(shutil.disk_usage(path).free < 1 << 16 for path in folders if path)
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -271,6 +307,8 @@ class Journal:
                     self._lost.add(number)
                     break
                 try:
+                    if is_altered(line):
+                        raise InputError("it is not what was written")
                     trial = self._read(json.loads(line), available)
                 except (ValueError, RecursionError) as error:
                     raise InputError(
@@ -323,13 +361,28 @@ class Journal:
         return self.trials.get(key)
 
     def append(self, trial: Trial, write: bool = True) -> Trial:
-        """Remembers `trial` and, where `write`, puts its line on the disk before returning.
+        """`extend` by one trial."""
+        return self.extend([trial], write)[0]
+
+    def extend(self, trials: Sequence[Trial], write: bool = True) -> list[Trial]:
+        """Remembers trials and, where `write`, puts their lines on the disk, all or none, before returning.
+
+        Those that were measured together are written together, or what is left of them would be measured in other company.
 
         Returns:
-            The trial as it is remembered, its values no longer in memory where there are many.
+            The trials as they are remembered, their values no longer in memory where there are many.
         """
         if write and self._lost:
             self._repair()
+        made = [self._line(trial, write) for trial in trials]
+        if write:
+            append_bytes(self.path, b"".join(line for _, line in made))
+        for trial, _ in made:
+            self.trials[trial.key] = trial
+        return [trial for trial, _ in made]
+
+    def _line(self, trial: Trial, write: bool) -> tuple[Trial, bytes]:
+        """(a trial as it is remembered, its line)."""
         score = trial.score
         record = trial.to_json()
         record["stored"] = None
@@ -351,13 +404,15 @@ class Journal:
             kept = replace(score, values=lists["values"], logprobs=lists["logprobs"])
             vars(kept)["mean_logprob"] = score.mean_logprob
             trial = replace(trial, score=kept)
-        if write:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        self.trials[trial.key] = trial
-        return trial
+        seconds = record.pop("seconds")  # the one thing in which two runs of the same differ
+        text = json.dumps(record)
+        return trial, f'{text[:-1]}{CHECK.decode()}{zlib.crc32(text.encode())}, "seconds": {seconds}}}\n'.encode()
+
+
+def is_altered(line: bytes) -> bool:
+    """Whether a line of a journal is not the one that was written, as its checksum tells."""
+    text, found, rest = line.rpartition(CHECK)
+    return bool(found) and str(zlib.crc32(text + b"}")).encode() != rest.split(b",")[0]
 
 
 def damaged_values(path: Path) -> list[str]:

@@ -50,6 +50,7 @@ class Record:
                 f"{run.root} holds no finished search: it has no {'config.yaml' if not run.config.exists() else 'summary.json'}; "
                 "expected the output_dir of m2m search or m2m select"
             )
+        run.refuse_links()
         config = read_config(run.config)
         summary = read_json(run.summary)
         if not isinstance(summary, dict) or not {"candidates", "targets", "best", "space", "study"} <= set(summary):

@@ -281,8 +281,8 @@ class Search:
             together = objective.at_once(rung - seen)
             group = missing[: together if left == math.inf else min(together, math.ceil(left))]
             missing = missing[len(group) :]
-            for trial in measure(objective, group, rung, before, self._agree):
-                trial = self.journal.append(self._comparable(trial), write=self._write)
+            made = [self._comparable(trial) for trial in measure(objective, group, rung, before, self._agree)]
+            for trial in self.journal.extend(made, write=self._write):
                 self.measured += 1
                 self.evaluations += objective.evaluations(trial.mixture, rung - seen)
                 self.seconds += trial.seconds
@@ -599,7 +599,7 @@ def trial_of(
         state="failed" if failed else "complete" if rung == objective.examples else "pruned",
         score=None if isinstance(score, Failure) else score,
         seconds=round(seconds, 3),  # as the journal will say
-        reason=score.reason if isinstance(score, Failure) else None,
+        reason=score.reason.encode("utf-8", "backslashreplace").decode() if isinstance(score, Failure) else None,
     )
 
 

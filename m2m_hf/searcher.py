@@ -23,7 +23,7 @@ from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
 from .ingredients import Ingredients
-from .journal import Journal, cut_short, fingerprint, hidden, read_json, read_made, write_json
+from .journal import cut_short, fingerprint, hidden, read_json, read_made, write_json
 from .methods import MergeMethod
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing
 from .objectives import Objective
@@ -109,8 +109,7 @@ class MergeToMixSearcher(Ingredients):
         space = self.space
         objectives = self._objectives(config.objective)
         strategy = self._strategy(space, objectives)
-        journal = self._journal = Journal(self.run.trials)
-        self.state.wait_for_everyone()
+        journal = self.journal
         budget = Budget(
             config.max_trials or math.inf,
             config.max_example_evaluations or math.inf,
@@ -500,7 +499,7 @@ class MergeToMixSearcher(Ingredients):
             fidelity=self._read_study(),
             verified=self._verified,
             fine_tuned=self._fine_tuned,
-            compare_seconds=self.models.seconds(self.models.counts(result.best.mixture)),
+            compare_seconds=self.models.seconds(without=self._read_final(result.best.mixture)),
         )
         if self._told is not None and self._told.result is result:  # figures that take long with very many trials
             known: dict[str, Any] = {

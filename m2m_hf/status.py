@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from .config import MergeToMixConfig
 from .console import duration
+from .ensemble import readable
 from .errors import InputError
 from .journal import (
     MARK,
@@ -50,6 +51,7 @@ def status(run: RunFolder) -> Status:
     """
     if not run.config.exists():
         raise InputError(f"{run.root} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
+    run.refuse_links()
     found = Status()
     given = read_config(run.config)
     own = {item.name for item in fields(MergeToMixConfig)}
@@ -85,12 +87,25 @@ def status(run: RunFolder) -> Status:
     manifest = read_made(run.mixture / "manifest.json")
     if rows.exists() and manifest.get("sha256_16") != file_fingerprint([rows]):
         found.damage.append(f"{os.path.relpath(rows)}: not what its manifest says; m2m search writes it again")
+    for path in (run.targets, run.summary, run.fidelity):
+        if path.exists() and not read_made(path):
+            found.damage.append(f"{os.path.relpath(path)}: it is not JSON; the command that made it makes it again")
+    for path in sorted((run.root / "ensemble").glob("*.safetensors")):
+        if not readable(path):
+            found.damage.append(f"{os.path.relpath(path)}: it was cut short; it is made again when it is needed")
+    for folder in sorted(run.root.glob("final.*")):
+        check(folder, found, "nothing needs it")
     if run.final.exists():
         record, _ = check(run.final, found, "m2m sft makes it again")
-        spent["final"] = float(record.get("total_seconds", 0.0))
+        spent["final"] = number(record.get("total_seconds"))
         if record:
-            mixture = Mixture.of(record["mixture"]) if isinstance(record.get("mixture"), dict) else "?"
-            found.lines.append(f"final model: {mixture}, {record.get('steps', 0):,} steps, {duration(spent['final'])}")
+            try:
+                mixture = str(Mixture.of(record["mixture"]))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                mixture = "?"
+            found.lines.append(
+                f"final model: {mixture}, {number(record.get('steps')):,.0f} steps, {duration(spent['final'])}"
+            )
     if config.train_final and not (summary and summary.get("final")):
         left.append("the final fine-tune")
     parts = ", ".join(f"{key} {duration(value)}" for key, value in spent.items() if value)
@@ -130,8 +145,12 @@ def check(folder: Path, found: Status, remedy: str) -> tuple[dict[str, Any], flo
         return {}, 0.0
     if file := altered(folder):
         found.damage.append(f"{place}: {file} is not what was trained; restore it, or delete the folder and {remedy}")
-    spent = record.get("seconds")
-    return record, float(spent) if isinstance(spent, (int, float)) else 0.0
+    return record, number(record.get("seconds"))
+
+
+def number(value: Any) -> float:
+    """What a file says, if it is a number that makes sense for an amount; else 0."""
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e15 else 0.0
 
 
 def adapters(run: RunFolder, names: list[str], found: Status) -> tuple[dict[str, dict[str, Any]], float]:
@@ -145,16 +164,16 @@ def adapters(run: RunFolder, names: list[str], found: Status) -> tuple[dict[str,
             total += seconds
             if record:
                 trained[name] = record
-    steps = sum(one["steps"] for one in trained.values() if isinstance(one.get("steps"), int))
-    found.lines.append(f"adapters: {len(trained)} of {len(names)}, {steps:,} steps, {duration(total)}")
+    steps = sum(number(one.get("steps")) for one in trained.values())
+    found.lines.append(f"adapters: {len(trained)} of {len(names)}, {steps:,.0f} steps, {duration(total)}")
     for name, record in trained.items():
         if "failed" in record:
             found.lines.append(f"  {name}: failed: {record['failed']}")
     for name in names:
         marks = [read_made(path) for path in checkpoints(hidden(run.adapters / name)).glob(f"checkpoint-*/{MARK}")]
-        reached = max((mark.get("steps", 0) for mark in marks), default=0)
+        reached = max((number(mark.get("steps")) for mark in marks), default=0.0)
         if name not in trained and reached:
-            found.lines.append(f"  {name}: interrupted; goes on from step {reached:,}")
+            found.lines.append(f"  {name}: interrupted; goes on from step {reached:,.0f}")
     return trained, total
 
 
@@ -185,7 +204,12 @@ def search(
     for trial in [one for one in trials if one.state == "failed"][:5]:
         found.lines.append(f"  failed: {trial.mixture} on {trial.target}: {trial.reason}")
     summary = read_made(run.summary)
-    if summary.get("best") and set(summary.get("candidates", ())) == set(config.parsed_candidates):
+    listed = summary.get("candidates")
+    if (
+        summary.get("best")
+        and isinstance(listed, list)
+        and sorted(map(str, listed)) == sorted(config.parsed_candidates)
+    ):
         try:
             best, score = Mixture.of(summary["best"]["mixture"]), float(summary["best"]["score"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -13,6 +13,29 @@ import numpy as np
 TYPE = np.dtype("<f8")
 
 
+def append_bytes(path: Path, content: bytes, place: int | None = None, durable: bool = True) -> None:
+    """Puts `content` at the end of a file, or at `place`; all of it, or the file stays as it was.
+
+    Args:
+        durable: whether it is on the disk when this returns.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        start = os.lseek(file, 0, os.SEEK_END) if place is None else os.lseek(file, place, os.SEEK_SET)
+        os.ftruncate(file, start)
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[os.write(file, left) :]
+            if durable:
+                os.fsync(file)
+        except BaseException:
+            os.ftruncate(file, start)
+            raise
+    finally:
+        os.close(file)
+
+
 class Numbers(Sequence[float]):
     """A list of numbers as compact as an array, read from the disk where it lies there; behaves as a tuple of floats does.
 
@@ -89,12 +112,7 @@ class Store:
         """(place, checksum) of `values`, which are on the disk when this returns, unless they are temporary."""
         content = np.asarray(values, dtype=TYPE).tobytes()
         place = self.count
-        with open(self.path, "ab") as file:
-            file.truncate(place * TYPE.itemsize)
-            file.write(content)
-            file.flush()
-            if self._durable:
-                os.fsync(file.fileno())
+        append_bytes(self.path, content, place * TYPE.itemsize, self._durable)
         return place, zlib.crc32(content)
 
     def numbers(self, place: int, count: int) -> Numbers:

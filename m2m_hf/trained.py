@@ -14,7 +14,7 @@ from .console import Bar
 from .data import Candidate, mixture_dataset
 from .errors import InputError
 from .forward import Stack
-from .journal import Keys, cut_short, hidden, read_json, read_made, write_json
+from .journal import Keys, cut_short, files_of, hidden, read_json, read_made, write_json
 from .merging import GatedStack
 from .mixture import Failure, Mixture, Score, row_counts
 from .objectives import ScorerObjective
@@ -113,11 +113,13 @@ class TrainedMixtures:
         found: dict[str, Any] = read_json(self.folder(counts) / "training.json")
         return found
 
-    def seconds(self, without: Counts) -> float:
-        """Time spent training all models here but that one."""
+    def seconds(self, without: Mapping[str, Any] | None = None) -> float:
+        """Time spent training all models here but the one that the final model, of this `training.json`, is a copy of."""
+        weights = "adapter_model.safetensors"
+        copied = files_of(without).get(weights)
         folders = [path.parent for path in sorted(self.root.glob("[!.]*/training.json"))]
-        whole = [folder for folder in folders if folder != self.folder(without) and cut_short(folder) is None]
-        return float(sum(read_made(folder / "training.json").get("seconds", 0.0) for folder in whole))
+        records = [read_made(folder / "training.json") for folder in folders if cut_short(folder) is None]
+        return float(sum(one.get("seconds", 0.0) for one in records if files_of(one).get(weights) != copied))
 
 
 class TrainedObjective(ScorerObjective):

@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .callbacks import Checkpoints, TrainingRecorder
 from .data import Candidate
-from .errors import InputError
+from .errors import InputError, StoppedError
 from .forward import out_of_memory
 from .journal import (
     MARK,
@@ -42,6 +42,8 @@ from .journal import (
     write_json,
 )
 from .merging import Adapter
+
+DECIMALS = 6  # of a loss: more would tell how often its sum was interrupted
 
 
 def sharded() -> bool:
@@ -74,11 +76,14 @@ class TrainingFailedError(InputError):
 class AdapterTrainer(SFTTrainer):
     """TRL's trainer, with checkpoints that hold the adapter alone and with a sum of all losses.
 
-    The Trainer forgets the losses before a checkpoint, and leaves out those that are not finite. With an adapter it would ask
-    the Hub for the base model's vocabulary whenever it writes a checkpoint.
+    The Trainer forgets the losses before a checkpoint, and leaves out those that are not finite; what is logged here is the
+    same whether or not training was interrupted. With an adapter it would ask the Hub for the base model's vocabulary whenever
+    it writes a checkpoint.
     """
 
     loss_sum: Any = 0.0
+    logged_step: int = 0
+    logged_sum: float = 0.0
 
     @property
     def _precision(self) -> torch.dtype:
@@ -88,6 +93,13 @@ class AdapterTrainer(SFTTrainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.loss_sum = self.loss_sum + loss.detach().to(self._precision)
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            step, total = self.state.global_step, self.summed()
+            logs = logs | {"loss": round((total - self.logged_sum) / max(1, step - self.logged_step), DECIMALS)}
+            self.logged_step, self.logged_sum = step, total
+        super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -100,6 +112,10 @@ class AdapterTrainer(SFTTrainer):
         """Over all steps so far, the mean over the processes."""
         total = torch.as_tensor(self.loss_sum, dtype=self._precision, device=self.args.device)
         return float(self.accelerator.gather(total).mean())
+
+    def losses(self) -> dict[str, Any]:
+        """What a training that goes on must know of those before; all processes must ask."""
+        return {"loss_sum": self.summed(), "logged_step": self.logged_step, "logged_sum": self.logged_sum}
 
 
 def last_checkpoint(folder: Path, of: str) -> Path | None:
@@ -162,6 +178,7 @@ def train_lora(
 
     Raises:
         TrainingFailedError: nothing is saved.
+        StoppedError: something ended it early.
     """
     args = copy.deepcopy(args)
     saved = checkpoints(folder)
@@ -183,7 +200,7 @@ def train_lora(
         if found[0] is None:
             shutil.rmtree(saved, ignore_errors=True)
     found = [agreed(found[0])]
-    mark = read_json(found[0] / MARK) if found[0] else {"seconds": 0.0, "loss_sum": 0.0}
+    mark: dict[str, Any] = read_json(found[0] / MARK) if found[0] else {"seconds": 0.0, "losses": {}}
     recorder = TrainingRecorder(mark["seconds"])
     untouched = set(vars(base)), set(base.get_input_embeddings()._forward_hooks)
     trainer = AdapterTrainer(
@@ -194,8 +211,9 @@ def train_lora(
         peft_config=copy.deepcopy(config),
         callbacks=[recorder, *callbacks],
     )
-    trainer.add_callback(Checkpoints(of, recorder, trainer.summed))
-    trainer.loss_sum = mark["loss_sum"]
+    trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
+    for name, value in mark["losses"].items():
+        setattr(trainer, name, value)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     peft_model = trainer.model
@@ -211,7 +229,10 @@ def train_lora(
                 f"training does not fit into memory: lower per_device_train_batch_size (now {args.per_device_train_batch_size}; "
                 "gradient_accumulation_steps makes up for it) or max_length, or load_in_4bit"
             ) from error
-        loss = trainer.summed() / max(1, trainer.state.global_step)
+        done, planned = trainer.state.global_step, trainer.state.max_steps
+        if done < planned:
+            raise StoppedError(f"the training was ended after {done:,} of {planned:,} steps")
+        loss = trainer.summed() / max(1, done)
         # Where the weights are in pieces, all processes must help to put them together; the main one gets them.
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()
         tensors = {name: tensor for name, tensor in weights.items() if "lora_" in name}
@@ -231,7 +252,7 @@ def train_lora(
     finally:
         if not sharded():
             restore(base, peft_model, *untouched)
-    return recorder.record | {"loss": loss}
+    return recorder.record | {"loss": round(loss, DECIMALS)}
 
 
 def publish(folder: Path, record: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """Scorers that run something else: a Python function, a command, the lm-evaluation-harness."""
 
+import errno
 import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from peft import PeftModel
 
 from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.data import encode, target_row
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.merging import Adapter, GatedStack, write_adapter
 from m2m_hf.mixture import Failure, Score
@@ -177,6 +179,36 @@ def python(code: str, *arguments: str, timeout: float = 60) -> CommandScorer:
 )
 def test_a_command_that_fails_or_gives_nonsense_has_no_score(tmp_path, code, message):
     assert message in failure(python(code), build(tmp_path))
+
+
+def test_who_ends_the_run_or_a_full_disk_is_no_fault_of_the_mixture(tmp_path):
+    """Its trial must not be written down as failed."""
+    stack = build(tmp_path)
+    for code in ("import os; os.kill(os.getpid(), 15)", "import sys; sys.exit(128 + 2)"):
+        with pytest.raises(StoppedError, match="was stopped by SIG"):
+            python(code).score(stack, [{}], 100)
+    for code in (
+        "raise OSError(28, 'No space left on device')",
+        "import sys; sys.exit('Disk quota exceeded (os error 122)')",
+    ):
+        with pytest.raises(OSError, match="found the disk full"):
+            python(code).score(stack, [{}], 100)
+
+    def function(model, tokenizer, rows):
+        raise RuntimeError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RuntimeError, match="cannot write"):
+        CallableScorer(function, [], None).score(stack, [{}], 100)
+
+
+def test_processes_agree_on_what_fits_into_memory(tmp_path, tokenizer, monkeypatch):
+    """Or the next pass would be cut into other batches on each of them."""
+    stack = build(tmp_path)
+    monkeypatch.setattr("m2m_hf.external.PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("m2m_hf.external.broadcast_object_list", lambda found: found)
+    monkeypatch.setattr("m2m_hf.external.gather_object", lambda found: [*found, 4])
+    CallableScorer(lambda model, tokenizer, rows: 0.5, [], tokenizer).score(stack, [{}], 100)
+    assert stack.shrink == 4
 
 
 def test_commands_that_cannot_run_or_leave_nothing(tmp_path):

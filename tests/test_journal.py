@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import resource
+import signal
 
 import pytest
 from datasets import load_dataset
@@ -110,9 +112,48 @@ def test_trials_whose_values_were_lost_are_measured_again(tmp_path, left):
 def test_a_line_with_something_else_in_it_is_named(tmp_path, change):
     path = tmp_path / "trials.jsonl"
     Journal(path).append(trial("1"))
-    path.write_text(path.read_text() + json.dumps(json.loads(path.read_text()) | change) + "\n")
-    with pytest.raises(InputError, match="line 2 is damaged"):
+    line = json.loads(path.read_text())
+    del line["crc32"]
+    path.write_text(path.read_text() + json.dumps(line) + "\n" + json.dumps(line | change) + "\n")
+    with pytest.raises(InputError, match="line 3 is damaged"):
         Journal(path)
+
+
+def test_a_score_that_is_not_the_one_written_is_noticed(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    journal = Journal(path)
+    for key in "12":
+        journal.append(trial(key))
+    content = path.read_text()
+    path.write_text(json.dumps(json.loads(content.splitlines()[0])) + "\n" + content.splitlines()[1] + "\n")
+    assert list(Journal(path).trials) == ["1", "2"]  # written again with the same in it
+    first, second = content.splitlines(True)
+    path.write_text(first + second.replace('"score": 0.5', '"score": 0.9'))
+    with pytest.raises(InputError, match=r"line 2 is damaged \(it is not what was written\)"):
+        Journal(path)
+    path.write_text(first + second.replace('"seconds": 1.25', '"seconds": 3.5'))  # two runs differ in their times
+    assert Journal(path).get("2").seconds == 3.5
+
+
+def test_trials_measured_together_are_written_together_or_not_at_all(tmp_path):
+    """A disk that is full for a moment leaves nothing half written, also for who goes on in the same process."""
+    path = tmp_path / "trials.jsonl"
+    journal = Journal(path)
+    journal.append(trial("1"))
+    before = path.read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 400, limits[1]))  # one line and a part of the other
+    try:
+        with pytest.raises(OSError, match="too large"):
+            journal.extend([trial("2"), trial("3")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert list(journal.trials) == ["1"]
+    journal.extend([trial("2"), trial("3")])
+    assert list(Journal(path).trials) == list(journal.trials) == ["1", "2", "3"]
 
 
 def test_a_reader_does_not_write(tmp_path):

@@ -27,13 +27,13 @@ PartialState.__init__ = pretend
 ONE_DIES = """
 import os, signal
 from m2m_hf.journal import Journal
-append = Journal.append
-def die(self, trial, write=True):
-    found = append(self, trial, write)
+extend = Journal.extend
+def die(self, trials, write=True):
+    found = extend(self, trials, write)
     if len(self.trials) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return found
-Journal.append = die
+Journal.extend = die
 """
 RUN = "\nimport sys\nfrom m2m_hf.cli import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
 

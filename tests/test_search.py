@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from m2m_hf import stored
 from m2m_hf.errors import InputError
 from m2m_hf.journal import Journal
 from m2m_hf.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
@@ -87,6 +88,31 @@ def test_interrupted_anywhere_it_goes_on_and_repeats_nothing(tmp_path, stop):
     assert [t.mixture for t in result.ranking] == [t.mixture for t in reference.ranking]
     assert [t.score for t in result.ranking] == [t.score for t in reference.ranking]
     assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 16
+
+
+def test_a_reason_that_is_no_proper_text_is_written_down(tmp_path):
+    """As of an error about a file whose name is not in UTF-8."""
+
+    class Odd(TableObjective):
+        def one(self, mixture: Mixture) -> Score | Failure:
+            return super().one(mixture) if len(mixture) != 2 else Failure("cannot open 'x\udcff'")
+
+    result = run(Odd(), tmp_path / "t.jsonl")
+    assert "cannot open 'x\\udcff'" in {trial.reason for trial in result.trials}
+    assert run(Odd(), tmp_path / "t.jsonl").measured == 0
+
+
+def test_what_is_measured_together_is_written_together(tmp_path, monkeypatch):
+    """Or a run that was killed in between would measure the rest in other company, and round otherwise."""
+    written = []
+    real = stored.append_bytes
+    monkeypatch.setattr(
+        "m2m_hf.journal.append_bytes", lambda path, content: written.append(content) or real(path, content)
+    )
+    objective = TableObjective(at_once=3)
+    run(objective, tmp_path / "t.jsonl")
+    assert [content.count(b"\n") for content in written] == objective.groups
+    assert max(objective.groups) == 3
 
 
 def test_a_failed_trial_is_recorded_and_cannot_win(tmp_path):

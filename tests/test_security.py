@@ -82,6 +82,32 @@ def test_no_name_in_a_foreign_run_folder_leads_out_of_it(project, capsys):
     assert "is not allowed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "place",
+    [".report.html.partial", "log.txt", "trials.jsonl", "trials.values", "adapters/alpha/README.md", "pictures"],
+)
+def test_no_link_in_a_foreign_run_folder_is_followed_out_of_it(project, capsys, place):
+    run, out, outside = str(project / "run.yaml"), project / "out", project / "outside"
+    assert main(["search", "--config", run]) == 0
+    outside.write_text("mine")
+    if (out / place).is_dir():
+        shutil.rmtree(out / place)
+    (out / place).unlink(missing_ok=True)
+    (out / place).symlink_to(outside)
+    capsys.readouterr()
+    for command in (["report", str(out)], ["status", str(out)], ["sft", str(out)], ["search", "--config", run]):
+        assert main(command) == 2
+        assert f"is a link to {outside}" in capsys.readouterr().err
+    assert outside.read_text() == "mine"
+
+
+def test_a_run_folder_may_be_a_link_itself_and_link_to_itself(project):
+    (project / "elsewhere").mkdir()
+    (project / "out").symlink_to(project / "elsewhere")
+    (project / "elsewhere" / "latest").symlink_to("adapters")
+    assert main(["search", "--config", str(project / "run.yaml")]) == 0
+
+
 def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(project):
     run = str(project / "run.yaml")
     assert main(["select", "--config", run]) == 0
@@ -311,6 +337,13 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path):
             {"candidates": {"a": {"path": "json", "data_files": f"https://host/x.jsonl?t={SECRET}"}}},
             "credentials must not stand",
         ),
+        *(
+            (
+                {"candidates": {"a": {"path": "json", "data_files": f"https://host/x.jsonl?{query}"}}},
+                "credentials must not stand",
+            )
+            for query in ("v=1&X-Amz-Signature=me:pass", "sig=me:pass", "access_token=me:pass", "ApiKey=me:pass")
+        ),
         ({"learning_rate": SECRET}, "***"),
         ({"run_name": SECRET}, "run_name: a token or password stands in it"),
         (
@@ -369,4 +402,10 @@ def test_a_harness_task_of_ones_own_is_run_only_when_asked_for(project, tmp_path
     (project / "task.yaml").write_text(f"task: mine\n{task}\n")
     path = change(project, lambda given: given.update(targets={"mine": {"scorer": "lm_eval", "task": "task.yaml"}}))
     assert "allow_metric_code: true if you trust it" in refused(path, capsys)
+    assert not mark.exists()
+    for name in ("task.txt", "task"):  # the harness would take them too
+        (project / "task.yaml").rename(project / name)
+        path = change(project, lambda given, name=name: given["targets"]["mine"].update(task=str(project / name)))
+        assert "the harness has no task" in refused(path, capsys)
+        (project / name).rename(project / "task.yaml")
     assert not mark.exists()

@@ -72,6 +72,8 @@ def complete(project):
         ("final/adapter_config.json", lambda b: b[:-2], "final: adapter_config.json has"),
         ("trials.jsonl", lambda b: b[:-2], "1 lines were cut short"),
         ("trials.jsonl", lambda b: b + b"{}\n", "line 9 is damaged"),
+        ("trials.jsonl", lambda b: b.replace(b'"stderr": 0', b'"stderr": 1', 1), "it is not what was written"),
+        ("targets.json", lambda b: b[:-3], "targets.json: it is not JSON"),
         ("mixture/train.jsonl", lambda b: b[:-9], "train.jsonl: not what its manifest says"),
         ("summary.json", lambda b: b.replace(b'"mixture"', b'"other"'), "summary.json: not as it was written"),
     ],
@@ -83,6 +85,17 @@ def test_damage_is_named_and_gives_exit_code_1(complete, capsys, path, change, w
     assert f"{words}" in shown
     assert "damaged: " in shown
     assert "whole: " not in shown
+
+
+@pytest.mark.parametrize(
+    "odd", [{"steps": "many"}, {"mixture": {"alpha": 2.0}}, {"total_seconds": None}, {"seconds": [1]}, {"steps": 1e400}]
+)
+def test_odd_records_are_no_traceback(complete, capsys, odd):
+    for path in (complete / "final" / "training.json", complete / "adapters" / "beta" / "training.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    summary = complete / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"candidates": [["alpha"], {}]}))
+    assert "final model: " in told(capsys, complete)
 
 
 def test_values_beside_the_journal_are_checked(project, capsys, monkeypatch):
@@ -98,7 +111,11 @@ def test_values_beside_the_journal_are_checked(project, capsys, monkeypatch):
 
 def test_interrupted_trainings_and_a_process_at_work_are_told(project, capsys, monkeypatch):
     out = project / "out"
-    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert m2m("search", "--config", project / "run.yaml", "--objective", "ensemble") == 0
+    part = next((out / "ensemble").iterdir())
+    part.write_bytes(part.read_bytes()[:-1])
+    assert f"{part.name}: it was cut short" in told(capsys, out, 1)
+    part.unlink()
     (out / "adapters" / "beta").rename(hidden(out / "adapters" / "beta"))
     checkpoint = checkpoints(hidden(out / "adapters" / "beta")) / "checkpoint-2"
     checkpoint.mkdir(parents=True)

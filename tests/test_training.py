@@ -13,6 +13,7 @@ from trl import SFTConfig
 from m2m_hf import InputError
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
+from m2m_hf.errors import StoppedError
 from m2m_hf.journal import MARK, altered, cut_short, hidden
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
@@ -60,10 +61,11 @@ def timeless(record: dict) -> dict:
     return {key: value for key, value in record.items() if key not in TIMES}
 
 
-@pytest.mark.parametrize("save", [2, 7])
+@pytest.mark.parametrize(("save", "log"), [(2, 1), (2, 3), (7, 1)])
 @pytest.mark.parametrize("step", [1, 3, 5, 6, END])
-def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, step, save):
+def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, step, save, log):
     checkpointed.args.save_steps = save
+    checkpointed.args.logging_steps = log
     whole = train(checkpointed, tmp_path / "whole")
     with pytest.raises(Killed):
         train(checkpointed, tmp_path / "killed", [KillAt(step)])
@@ -151,6 +153,18 @@ def test_a_training_that_does_not_fit_into_memory_says_what_to_change(checkpoint
     with pytest.raises(InputError, match="does not fit into memory: lower per_device_train_batch_size \\(now 4"):
         train(checkpointed, tmp_path / "full", [Full()])
     train(checkpointed, tmp_path / "full")  # the base was given back
+
+
+def test_a_training_that_something_ends_early_is_not_taken_for_finished(checkpointed, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    with pytest.raises(StoppedError, match="ended after 3 of 7 steps"):
+        train(checkpointed, tmp_path / "stopped", [Stop()])
+    assert not (tmp_path / "stopped").exists()
+    record = train(checkpointed, tmp_path / "stopped")
+    assert timeless(record) == timeless(train(checkpointed, tmp_path / "whole"))
 
 
 def test_verdicts():

@@ -21,9 +21,9 @@ with the same wrong form.
 Each has 120 rows. Everything is drawn with a fixed seed: the same bytes every time.
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,4 +244,10 @@ def write(folder: Path, files: dict[str, list[Row]]) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), generate_ten() if "--ten" in sys.argv else generate())
+    parser = argparse.ArgumentParser(description="Writes the demo's data: JSON lines, the same bytes every time.")
+    parser.add_argument("folder", type=Path, help="where to, for example .demo/data")
+    parser.add_argument(
+        "--ten", action="store_true", help="the ten candidates of recipes/scale.yaml instead of the demo's five"
+    )
+    command = parser.parse_args()
+    write(command.folder, generate_ten() if command.ten else generate())

@@ -9,6 +9,7 @@ by hash, converted once to safetensors in bfloat16, and kept. With a Hub connect
 `m2m select --config recipes/demo.yaml --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct`.
 """
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -101,4 +102,9 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description="Puts the demo's model, SmolLM2-135M-Instruct, into a folder. With a Hub connection, or a model of your "
+        "own, it is not needed: m2m select --config recipes/demo.yaml --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+    parser.add_argument("folder", type=Path, help="where to, for example .demo/SmolLM2-135M-Instruct")
+    main(parser.parse_args().folder)

@@ -15,7 +15,7 @@ from m2m_hf.mixture import Mixture
 from m2m_hf.record import Record
 
 VOID = {"meta", "br", "img", "link", "use", "path", "rect", "line", "circle", "image"}
-HOSTILE = '$\\frac{$<b>&<script>alert("x")</script><img src=x onerror=alert(1)> {{ 7*7 }}'
+HOSTILE = '$\\frac{$<b>&<script>alert("x")</script><img src=x onerror=alert(1)> {{ 771*997 }}'
 
 
 def m2m(*arguments: object) -> int:
@@ -159,7 +159,7 @@ def test_hostile_names_are_shown_as_text(out):
     assert "script" not in {tag for tag, _ in page.tags}
     assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
     assert sum(HOSTILE in word for word in page.words) >= 3
-    assert "49" not in "".join(word for word in page.words if "7*7" in word)
+    assert "768687" not in "".join(word for word in page.words if "771*997" in word)
 
 
 def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):

@@ -35,6 +35,7 @@ average of every subset on your target's validation set, and fine-tunes once on 
   m2m search   --config x.yaml   adapters and search, without the final fine-tune
   m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
   m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
+  m2m push OUT --repo_id ORG/NAME   adapters, final model and the chosen mixture on the Hub, with cards
   m2m report OUT                 make OUT/report.html again, from the files in OUT alone
   m2m status OUT                 what is done, left and spent, and whether every file in OUT is whole
 
@@ -111,6 +112,12 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    text = "put adapters, final model and the chosen mixture of a searched run on the Hub, each with a card"
+    command = commands.add_parser("push", help=text, description=text, allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    command.add_argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset")
+    command.add_argument("--private", action="store_true", default=None, help="make the repositories private")
+    command.add_argument("--dry_run", action="store_true", help="only tell what would go")
     return parser
 
 
@@ -125,11 +132,17 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
     """Carries out one command."""
-    if command.command in ("report", "status"):
+    if command.command in ("report", "status", "push"):
         if overrides:
             raise InputError(f"not understood: {' '.join(overrides)}; m2m {command.command} takes the run folder alone")
         if command.command == "status":
             show_status(command.out)
+        elif command.command == "push":
+            from .hub import push
+            from .journal import RunFolder
+
+            log.silence_libraries()
+            push(RunFolder(command.out), command.repo_id, Terminal(), command.private, command.dry_run)
         else:
             from .report import write_report
 

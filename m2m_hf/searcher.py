@@ -22,6 +22,7 @@ from .console import Terminal
 from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
+from .hub import check_login, fetch_bank, push
 from .ingredients import Ingredients
 from .journal import cut_short, fingerprint, hidden, read_json, read_made, write_json
 from .methods import MergeMethod
@@ -68,6 +69,10 @@ class MergeToMixSearcher(Ingredients):
         self, config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig, terminal: Terminal | None = None
     ) -> None:
         super().__init__(config, args, model_args, terminal)
+        if args.push_to_hub:
+            if not args.hub_model_id:
+                raise InputError("push_to_hub: expected hub_model_id: org/name beside it")
+            check_login(args.hub_model_id)
         self._worked = False
         self._result: SearchResult | None = None
         self._verified: dict[str, Any] | None = None
@@ -90,7 +95,12 @@ class MergeToMixSearcher(Ingredients):
             InputError: adapters in the run folder that were trained otherwise.
         """
         self.check()
-        if missing := self.bank.check():
+        missing = self.bank.check()
+        if missing and self.config.adapters:
+            self.prepare()
+            self.bank.take(self._agree_on_bank(), missing, self.terminal)
+            missing = self.bank.check()
+        if missing:
             self.prepare()
 
             def settings(name: str) -> tuple[SFTConfig, LoraConfig]:
@@ -100,6 +110,32 @@ class MergeToMixSearcher(Ingredients):
             self.bank.train_missing(self._base_to_train, self.tokenizer, settings, self.terminal)
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
+
+    def _agree_on_bank(self) -> Path:
+        """Where the published bank is, once the main process of every machine has fetched it."""
+        with self.state.local_main_process_first():
+            return fetch_bank(self.config.adapters or "")
+
+    def push_to_hub(self, repo_id: str | None = None, private: bool | None = None, dry_run: bool = False) -> list[str]:
+        """Puts adapters, final model and the chosen mixture on the Hub, each with a card; see `hub.push`.
+
+        Args:
+            repo_id: `org/name` (default: `hub_model_id`).
+            private: whether repositories that are made are private (default: `hub_private_repo`).
+            dry_run: only tell what would go.
+
+        Returns:
+            The addresses of the repositories; none on processes other than the main one.
+        """
+        repo_id = repo_id or self.args.hub_model_id
+        if not repo_id:
+            raise InputError("repo_id: expected org/name, or hub_model_id: org/name in the configuration")
+        found = []
+        if self.state.is_main_process:
+            private = self.args.hub_private_repo if private is None else private
+            found = push(self.run, repo_id, self.terminal, private, dry_run)
+        self.state.wait_for_everyone()
+        return found
 
     def search(self) -> SearchResult:
         """Scores mixtures and chooses one; trains missing adapters first. What the journal knows is not scored again."""
@@ -541,6 +577,8 @@ class MergeToMixSearcher(Ingredients):
         self.show()
         if not self._worked and not self.study.worked:
             self.terminal.say(f"nothing to do: {os.path.relpath(self.run.root)} is complete", style="green")
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return summary
 
     def show_fidelity(self) -> None:

@@ -25,7 +25,7 @@ FLOORS = (
     ("search", "replay", "worth", "fidelity", "certainty"),
     ("outcome", "study", "record"),
     ("tables", "plots", "ingredients"),
-    ("report", "status"),
+    ("report", "status", "hub"),
     ("searcher",),
     ("cli",),
 )

@@ -90,7 +90,7 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def row_licenses(record: Record, manifest: Mapping[str, Any]) -> tuple[list[str], str | None]:
+def row_licenses(manifest: Mapping[str, Any]) -> tuple[list[str], str | None]:
     """(licences of the mixture's rows, why the rows may not be published; None where they may)."""
     found = {name: (one["source"].get("license") or "").lower() for name, one in manifest["sources"].items()}
     missing = [name for name, one in found.items() if one not in REPUBLISHABLE]
@@ -175,7 +175,7 @@ def mixture_repository(run: RunFolder, record: Record, repo_id: str) -> Reposito
     manifest = read_made(run.mixture / "manifest.json")
     if not manifest or manifest.get("sha256_16") != file_fingerprint([run.mixture / "train.jsonl"]):
         raise InputError(f"{run.mixture}: not what its manifest says; m2m search writes it again")
-    licenses, refusal = row_licenses(record, manifest)
+    licenses, refusal = row_licenses(manifest)
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     data = {"path": repo_id, "split": "train", "columns": recipe["datasets"][0]["columns"]}
     if refusal:

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import Hub
+from hub_server import Hub, Repository
+
+from m2m_hf.errors import InputError
+from m2m_hf.hub import plan, row_licenses
+from m2m_hf.journal import RunFolder
 
 ROOT = Path(__file__).parents[1]
 CODE = "import sys; from m2m_hf.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -119,3 +123,84 @@ def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, finished, tmp
     assert other.returncode == 2
     assert "was trained otherwise than this run asks for" in other.stderr
     assert "lora_config.lora_alpha (" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("licenses", "words"),
+    [
+        (("mit", None), "the license of beta (none given) does not say that they may be published"),
+        (("mit", "cc-by-nd-4.0"), "the license of beta (cc-by-nd-4.0) does not say"),
+        (("cc-by-sa-4.0", "mit"), "cc-by-sa-4.0 and mit cannot be combined in one dataset"),
+        (("cc-by-sa-4.0", "cc-by-sa-4.0"), None),
+        (("MIT", "apache-2.0"), None),
+    ],
+)
+def test_rows_are_published_where_every_license_allows_it(licenses, words):
+    sources = {
+        name: {"source": {"path": "json"} | ({"license": one} if one else {})}
+        for name, one in zip(("alpha", "beta"), licenses, strict=True)
+    }
+    found, reason = row_licenses({"sources": sources})
+    assert (words is None) == (reason is None)
+    assert words is None or words in reason
+    assert found == sorted({one.lower() for one in licenses if one})
+
+
+def test_rows_that_may_not_be_published_stay_and_recipe_and_manifest_go(finished):
+    out = finished / "out"
+    manifest = out / "mixture" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    for one in told["sources"].values():
+        del one["source"]["license"]
+    manifest.write_text(json.dumps(told))
+    data, _ = plan(RunFolder(out), "org/quiz")
+    assert set(data.files) == {"README.md", "manifest.json", "recipe.yaml"}
+    assert "the rows stay here" in data.notes[0]
+    card = yaml.safe_load(data.files["README.md"].decode().split("---")[1])
+    assert card["viewer"] is False
+    assert card["license"] == "other"
+
+
+def test_without_a_login_it_is_said_before_anything_is_trained(hub, project):
+    flags = ("select", "--config", project / "run.yaml", "--push_to_hub", "true")
+    told = run(hub, *flags)
+    assert told.returncode == 2
+    assert "expected hub_model_id: org/name" in told.stderr
+    told = run(hub, *flags, "--hub_model_id", "org/quiz", HF_TOKEN="hf_wrongwrongwrongwrong")
+    assert told.returncode == 2
+    assert "type hf auth login, or set HF_TOKEN" in told.stderr
+    assert not (project / "out").exists()
+    told = run(hub, *flags, "--hub_model_id", "org/quiz")
+    assert told.returncode == 0, told.stderr
+    assert set(hub.repositories) == {("model", "org/quiz"), ("dataset", "org/quiz")}
+    assert "push" not in yaml.safe_load((project / "out" / "recipe.yaml").read_text())
+
+
+def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, project, tmp_path):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    rows = (project / "alpha.jsonl").read_bytes()
+    data = hub.repositories["dataset", "org/alpha"] = Repository(False)
+    data.commits.append(("a" * 40, {"train.jsonl": rows}))
+    model = hub.repositories["model", "org/pico"] = Repository(False)
+    base = Path(config["model_name_or_path"])
+    model.commits.append(("b" * 40, {path.name: path.read_bytes() for path in base.iterdir()}))
+    config["candidates"]["alpha"] = {"path": "org/alpha", "required": True}
+    config["model_name_or_path"] = "org/pico"
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    done = run(hub, "search", "--config", project / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((project / "out" / "mixture" / "manifest.json").read_text())
+    assert manifest["sources"]["alpha"]["source"]["revision"] == "a" * 40
+    recipe = yaml.safe_load((project / "out" / "recipe.yaml").read_text())
+    assert recipe["model_name_or_path"] == "org/pico"
+    assert recipe["model_revision"] == "b" * 40
+    # What comes later does not change a run that is resumed from its own configuration.
+    data.commits.append(("c" * 40, {"train.jsonl": rows[: len(rows) // 2]}))
+    again = run(hub, "search", "--config", project / "out" / "config.yaml")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("name", ["quiz", "org/quiz/x", "../quiz", "org/qu iz", "org/", ""])
+def test_names_that_are_none(finished, name):
+    with pytest.raises(InputError, match="repo_id: expected org/name"):
+        plan(RunFolder(finished / "out"), name)

@@ -36,6 +36,7 @@ average of every subset on your target's validation set, and fine-tunes once on 
   m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
   m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
   m2m push OUT --repo_id ORG/NAME   adapters, final model and the chosen mixture on the Hub, with cards
+  m2m export OUT --to TRAINER    the chosen mixture for trl, axolotl, llamafactory, or as jsonl
   m2m report OUT                 make OUT/report.html again, from the files in OUT alone
   m2m status OUT                 what is done, left and spent, and whether every file in OUT is whole
 
@@ -118,6 +119,11 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset")
     command.add_argument("--private", action="store_true", default=None, help="make the repositories private")
     command.add_argument("--dry_run", action="store_true", help="only tell what would go")
+    text = "the chosen mixture and its settings as another trainer reads them"
+    command = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    command.add_argument("--to", required=True, help="trl, axolotl, llamafactory, or jsonl (the rows alone)")
+    command.add_argument("--folder", type=Path, help="where to write (default: OUT/export/<trainer>)")
     return parser
 
 
@@ -132,11 +138,20 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
     """Carries out one command."""
-    if command.command in ("report", "status", "push"):
+    if command.command in ("report", "status", "push", "export"):
         if overrides:
             raise InputError(f"not understood: {' '.join(overrides)}; m2m {command.command} takes the run folder alone")
         if command.command == "status":
             show_status(command.out)
+        elif command.command == "export":
+            from .export import export
+            from .journal import RunFolder
+
+            log.silence_libraries()
+            folder, lost = export(RunFolder(command.out), command.to, command.folder)
+            if lost:
+                Terminal().say(f"without a counterpart there: {', '.join(lost)}", "yellow")
+            Terminal().say(f"exported: {os.path.relpath(folder)}")
         elif command.command == "push":
             from .hub import push
             from .journal import RunFolder

@@ -19,7 +19,7 @@ FLOORS = (
     ("data", "methods", "surrogates", "callbacks"),
     ("forward",),
     ("scoring", "training", "recipe"),
-    ("adapters",),
+    ("adapters", "export"),
     ("objectives", "external", "benchmark", "baselines"),
     ("ensemble", "trained"),
     ("search", "replay", "worth", "fidelity", "certainty"),

@@ -1,8 +1,8 @@
 """`m2m export`: the chosen mixture and its settings as another trainer reads them.
 
 Whichever it is, it trains on the same rows in the same order, `train.jsonl`: mixing was done when that was written. What a
-trainer calls otherwise is translated, a conversation's prompt and completion into one list of messages; what it has no name for is
-listed in a comment.
+trainer calls otherwise is translated, and a conversation's prompt and completion are one list of messages there; what has no
+counterpart is listed in a comment.
 """
 
 import json

@@ -21,7 +21,7 @@ FLOORS = (
     ("scoring", "training", "recipe"),
     ("adapters", "export"),
     ("objectives", "external", "benchmark", "baselines"),
-    ("ensemble", "trained"),
+    ("ensemble", "trained", "plugins"),
     ("search", "replay", "worth", "fidelity", "certainty"),
     ("outcome", "study", "record"),
     ("tables", "plots", "ingredients"),

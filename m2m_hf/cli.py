@@ -36,6 +36,7 @@ average of every subset on your target's validation set, and fine-tunes once on 
   m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
   m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
   m2m push OUT --repo_id ORG/NAME   adapters, final model and the chosen mixture on the Hub, with cards
+  m2m compare OUT1 OUT2          two runs side by side
   m2m export OUT --to TRAINER    the chosen mixture for trl, axolotl, llamafactory, or as jsonl
   m2m report OUT                 make OUT/report.html again, from the files in OUT alone
   m2m status OUT                 what is done, left and spent, and whether every file in OUT is whole
@@ -119,6 +120,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset")
     command.add_argument("--private", action="store_true", default=None, help="make the repositories private")
     command.add_argument("--dry_run", action="store_true", help="only tell what would go")
+    text = "two finished runs side by side: what was asked differently, and what came of it"
+    command = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT1", help="a run folder")
+    command.add_argument("other", type=Path, metavar="OUT2", help="another one")
     text = "the chosen mixture and its settings as another trainer reads them"
     command = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
     command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
@@ -138,11 +143,13 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
     """Carries out one command."""
-    if command.command in ("report", "status", "push", "export"):
+    if command.command in ("report", "status", "push", "export", "compare"):
         if overrides:
             raise InputError(f"not understood: {' '.join(overrides)}; m2m {command.command} takes the run folder alone")
         if command.command == "status":
             show_status(command.out)
+        elif command.command == "compare":
+            show_comparison(command.out, command.other)
         elif command.command == "export":
             from .export import export
             from .journal import RunFolder
@@ -215,6 +222,32 @@ def show_status(out: Path) -> None:
         Terminal().say(line)
     if found.damage:
         raise DamagedError
+
+
+def show_comparison(one: Path, other: Path) -> None:
+    """Prints two runs side by side."""
+    from .compare import MOST, compare
+    from .journal import RunFolder
+    from .record import Record
+
+    terminal = Terminal()
+    names = [os.path.relpath(path) for path in (one, other)]
+    found = compare(*(Record.read(RunFolder(path)) for path in (one, other)))
+    if found.differences:
+        shown = [[short(cell) for cell in row] for row in found.differences[:MOST]]
+        terminal.table("asked differently", ["", *names], shown)
+        if len(found.differences) > MOST:
+            terminal.say(f"and {len(found.differences) - MOST} more fields: see both config.yaml")
+        terminal.say("")
+    terminal.table("what came of it", ["", *names], found.outcome)
+    terminal.say("")
+    for line in found.remarks:
+        terminal.say(line)
+
+
+def short(text: str, most: int = 48) -> str:
+    """`text`, of which the middle is left out where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
 
 
 class DamagedError(Exception):

@@ -24,7 +24,7 @@ FLOORS = (
     ("ensemble", "trained", "plugins"),
     ("search", "replay", "worth", "fidelity", "certainty"),
     ("outcome", "study", "record"),
-    ("tables", "plots", "ingredients"),
+    ("tables", "plots", "ingredients", "compare"),
     ("report", "status", "hub"),
     ("searcher",),
     ("cli",),

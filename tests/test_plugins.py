@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError, TargetScoreCallback
+from m2m_hf.merging import Adapter, GatedStack
 
 
 def trainer(tokenizer, folder, **options) -> SFTTrainer:
@@ -58,6 +59,10 @@ def test_scores_are_logged_and_the_training_is_not_changed(tokenizer, tmp_path, 
     for (name, one), other in zip(plain.model.named_parameters(), scored.model.parameters(), strict=True):
         assert torch.equal(one, other), name
     assert scored.model.training == plain.model.training
+    scored.model.save_pretrained(tmp_path / "adapter")
+    stack = GatedStack(build_model("llama"), {"one": Adapter.load(tmp_path / "adapter")})
+    for name, scorer in callback._scorers.items():  # as a search would score what was trained
+        assert scorer.score(stack, [{"one": 1.0}], 100)[0].value == pytest.approx(last[f"eval_{name}"], abs=1e-5)
 
 
 def test_the_best_checkpoint_and_an_early_stop_go_by_the_score(tokenizer, tmp_path, targets):

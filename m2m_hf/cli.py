@@ -231,7 +231,9 @@ def show_comparison(one: Path, other: Path) -> None:
     from .record import Record
 
     terminal = Terminal()
-    names = [os.path.relpath(path) for path in (one, other)]
+    names = [path.absolute().name for path in (one, other)]
+    if names[0] == names[1]:
+        names = [os.path.relpath(path) for path in (one, other)]
     found = compare(*(Record.read(RunFolder(path)) for path in (one, other)))
     if found.differences:
         shown = [[short(cell) for cell in row] for row in found.differences[:MOST]]

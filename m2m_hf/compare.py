@@ -52,9 +52,8 @@ def compare(one: Record, other: Record) -> Comparison:
     by the names of their candidates.
     """
     ours, theirs = flat(dict(one.config)), flat(dict(other.config))
-    fields = [
-        key for key in dict.fromkeys((*ours, *theirs)) if key != "output_dir" and ours.get(key) != theirs.get(key)
-    ]
+    alike = ("output_dir", *same(one, other))  # the same, whatever it is called
+    fields = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key) and key not in alike]
     differences = [[key, *(str(of.get(key, "")) for of in (ours, theirs))] for key in fields]
     runs = (one, other)
     rows = [
@@ -77,11 +76,28 @@ def compare(one: Record, other: Record) -> Comparison:
     return Comparison(differences, rows, remarks(one, other))
 
 
+def same(one: Record, other: Record) -> list[str]:
+    """Fields whose content is the same in both, as the fingerprints tell, although it may lie in another place."""
+    found = []
+    for name in set(one.training) & set(other.training):
+        if one.training[name]["data"] == other.training[name]["data"]:
+            found.append(f"candidates.{name}.data_files")
+        if one.training[name]["uniform"]["base_model"] == other.training[name]["uniform"]["base_model"]:
+            found.append("model_name_or_path")
+    for name in set(one.summary["targets"]) & set(other.summary["targets"]):
+        if scorers(one)[name] == scorers(other)[name]:
+            found.append(f"targets.{name}.data.data_files")
+    return found
+
+
+def scorers(run: Record) -> dict[str, str]:
+    """Target -> fingerprint of its rows, scorer and metric."""
+    return {name: of["fingerprints"]["scorer"] for name, of in run.summary["targets"].items()}
+
+
 def remarks(one: Record, other: Record) -> list[str]:
     """How far both agree on the mixtures that both have scored."""
-    prints = [
-        {name: of["fingerprints"]["scorer"] for name, of in run.summary["targets"].items()} for run in (one, other)
-    ]
+    prints = [scorers(run) for run in (one, other)]
     if prints[0] != prints[1]:
         apart = sorted(name for name in {*prints[0], *prints[1]} if prints[0].get(name) != prints[1].get(name))
         return [f"scores are not comparable: the rows or the metric of {', '.join(apart)} are not the same in both"]

@@ -30,6 +30,7 @@ DESCRIPTION = """\
 Which of my datasets belong in the fine-tuning mixture? Trains one LoRA adapter per candidate dataset, scores the exact
 average of every subset on your target's validation set, and fine-tunes once on the best subset (Merge to Mix).
 
+  m2m init                       write a configuration, from four questions or another trainer's
   m2m select   --config x.yaml   everything: adapters, search, recipe, final fine-tune
   m2m adapters --config x.yaml   only train the adapters that are missing
   m2m search   --config x.yaml   adapters and search, without the final fine-tune
@@ -107,6 +108,20 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=fields_text(), formatter_class=raw, allow_abbrev=False
         )
         command.add_argument("--config", required=True, type=Path, help="the YAML")
+    text = "write a configuration that runs: from four answers, from flags, or from another trainer's configuration"
+    command = commands.add_parser("init", help=text, description=text, allow_abbrev=False)
+    command.add_argument("--output", type=Path, default=Path("m2m.yaml"), help="where to write (default: m2m.yaml)")
+    command.add_argument(
+        "--from", dest="origin", type=Path, metavar="FILE", help="a YAML of TRL, axolotl or LLaMA-Factory"
+    )
+    command.add_argument("--model", default="", help="the base model: a Hub id or a folder")
+    command.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids"
+    )
+    command.add_argument("--target", metavar="NAME=PATH", help="rows of the task that you care about, for validation")
+    command.add_argument(
+        "--scorer", default="", help="choice, classification, loss or generation (default: as the rows suggest)"
+    )
     for name, text in (
         ("sft", "the final fine-tune of a searched run, scored on the sealed test set"),
         ("report", "make report.html of a searched run again, from its files alone"),
@@ -143,11 +158,13 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
     """Carries out one command."""
-    if command.command in ("report", "status", "push", "export", "compare"):
+    if command.command in ("report", "status", "push", "export", "compare", "init"):
         if overrides:
-            raise InputError(f"not understood: {' '.join(overrides)}; m2m {command.command} takes the run folder alone")
+            raise InputError(f"not understood: {' '.join(overrides)}; see m2m {command.command} --help")
         if command.command == "status":
             show_status(command.out)
+        elif command.command == "init":
+            write_configuration(command)
         elif command.command == "compare":
             show_comparison(command.out, command.other)
         elif command.command == "export":
@@ -222,6 +239,23 @@ def show_status(out: Path) -> None:
         Terminal().say(line)
     if found.damage:
         raise DamagedError
+
+
+def write_configuration(command: argparse.Namespace) -> None:
+    """Carries out `m2m init`."""
+    from .init import Draft, init, named, read_other
+
+    def question(text: str, default: str) -> str:
+        return input(f"{text} [{default}]: ").strip() or default
+
+    draft = read_other(command.origin) if command.origin else Draft()
+    draft.model = command.model or draft.model
+    draft.candidates |= dict(named(one) for one in command.data)
+    draft.target = named(command.target) if command.target else None
+    draft.scorer = command.scorer
+    asked = question if sys.stdin.isatty() else None
+    init(draft, command.output, asked, command.origin.parent if command.origin else Path.cwd())
+    Terminal().say(f"written: {command.output}; go on with: m2m select --config {command.output}")
 
 
 def show_comparison(one: Path, other: Path) -> None:

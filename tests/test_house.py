@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "stored"),
     ("mixture", "config", "console", "metrics"),
-    ("journal", "parsing", "merging", "strategies", "racing"),
+    ("journal", "parsing", "merging", "strategies", "racing", "init"),
     ("data", "methods", "surrogates", "callbacks"),
     ("forward",),
     ("scoring", "training", "recipe"),

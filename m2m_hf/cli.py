@@ -108,6 +108,10 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=fields_text(), formatter_class=raw, allow_abbrev=False
         )
         command.add_argument("--config", required=True, type=Path, help="the YAML")
+        if name == "select":
+            command.add_argument(
+                "--dry_run", action="store_true", help="tell what would be done and what it would cost, and end"
+            )
     text = "write a configuration that runs: from four answers, from flags, or from another trainer's configuration"
     command = commands.add_parser("init", help=text, description=text, allow_abbrev=False)
     command.add_argument("--output", type=Path, default=Path("m2m.yaml"), help="where to write (default: m2m.yaml)")
@@ -201,6 +205,9 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
         config = command.config
     searcher = open_searcher(config, overrides, log)
     searcher.check()
+    if getattr(command, "dry_run", False):
+        searcher.show_plan()
+        return
     searcher.prepare()
     if searcher.state.is_main_process:
         log.open(searcher.run.log)

@@ -29,6 +29,7 @@ from .methods import MergeMethod
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing
 from .objectives import Objective
 from .outcome import Outcome, summarise
+from .plan import plan, told_apart
 from .recipe import write_recipe
 from .report import write_report
 from .scoring import Scorer
@@ -580,6 +581,19 @@ class MergeToMixSearcher(Ingredients):
         if self.args.push_to_hub:
             self.push_to_hub()
         return summary
+
+    def show_plan(self) -> None:
+        """Prints what `select` would do and about what it would cost, from a short measurement; writes nothing."""
+        self.check()
+        space, config, known = self.space, self.config, 2 + len(self.candidates)
+        few = config.strategy == "exhaustive" or (config.strategy == "auto" and space.at_most(FEW))
+        proposed = self._proposals(space, exhaustive) if few else default_budget(len(space.names))
+        if config.objective == "ensemble":
+            proposed, known = 0, 1 + len(self.candidates)  # passes; the rest is arithmetic
+        made = plan(self, int(min(known + proposed, config.max_trials or math.inf)))
+        for line in (*made.lines(), *told_apart({name: parts["validation"] for name, parts in self.scorers.items()})):
+            self.terminal.say(line)
+        self.terminal.say("nothing was written", "dim")
 
     def show_fidelity(self) -> None:
         """Prints what the correlation study found."""

@@ -25,7 +25,7 @@ FLOORS = (
     ("search", "replay", "worth", "fidelity", "certainty"),
     ("outcome", "study", "record"),
     ("tables", "plots", "ingredients", "compare"),
-    ("report", "status", "hub"),
+    ("report", "status", "hub", "plan"),
     ("searcher",),
     ("cli",),
 )

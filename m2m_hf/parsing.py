@@ -261,6 +261,8 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
         value = getattr(args, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if args.push_to_hub and not args.hub_model_id:
+        raise InputError("push_to_hub: expected hub_model_id: org/name beside it")
     check_training(args)
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: give a Hub id or a local model folder")

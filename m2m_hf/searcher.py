@@ -71,8 +71,6 @@ class MergeToMixSearcher(Ingredients):
     ) -> None:
         super().__init__(config, args, model_args, terminal)
         if args.push_to_hub:
-            if not args.hub_model_id:
-                raise InputError("push_to_hub: expected hub_model_id: org/name beside it")
             check_login(args.hub_model_id)
         self._worked = False
         self._result: SearchResult | None = None

@@ -367,11 +367,17 @@ class AdapterBank:
         """
         there = {name: read_json(folder / name / "training.json") for name in missing if (folder / name).is_dir()}
         for name, record in there.items():
-            if not isinstance(record, dict) or not set(record) >= NEEDED or "failed" in record:
+            if (
+                not isinstance(record, dict)
+                or not set(record) >= NEEDED
+                or "failed" in record
+                or not isinstance(record["uniform"], dict)
+            ):
                 raise InputError(f"{folder / name} holds no adapter that can be taken: see its training.json")
             self._refuse_others(name, record, folder, there if len(there) == len(self.candidates) else {})
             if (reason := cut_short(folder / name)) or altered(folder / name):
                 raise InputError(f"{folder / name}: {reason or 'not what was trained'}; fetch it again")
+            Adapter.load(folder / name)
         if PartialState().is_main_process:
             for name, record in there.items():
                 partial = hidden(self.folder / name)

@@ -208,6 +208,8 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
     if getattr(command, "dry_run", False):
         searcher.show_plan()
         return
+    if command.command in ("select", "sft"):
+        searcher.check_hub()
     searcher.prepare()
     if searcher.state.is_main_process:
         log.open(searcher.run.log)
@@ -228,6 +230,8 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
     elif command.command == "sft":
         searcher.train_final()
         searcher.show()
+        if searcher.args.push_to_hub:
+            searcher.push_to_hub()
     else:
         searcher.select()
 
@@ -250,14 +254,17 @@ def show_status(out: Path) -> None:
 
 def write_configuration(command: argparse.Namespace) -> None:
     """Carries out `m2m init`."""
-    from .init import Draft, init, named, read_other
+    from .init import Draft, all_named, init, named, read_other
 
     def question(text: str, default: str) -> str:
-        return input(f"{text} [{default}]: ").strip() or default
+        try:
+            return input(f"{text} [{default}]: ").strip() or default
+        except EOFError:
+            raise InputError("no answer, and nothing was written") from None
 
     draft = read_other(command.origin) if command.origin else Draft()
     draft.model = command.model or draft.model
-    draft.candidates |= dict(named(one) for one in command.data)
+    draft.candidates |= all_named(command.data)
     draft.target = named(command.target) if command.target else None
     draft.scorer = command.scorer
     asked = question if sys.stdin.isatty() else None

@@ -101,6 +101,16 @@ def remarks(one: Record, other: Record) -> list[str]:
     if prints[0] != prints[1]:
         apart = sorted(name for name in {*prints[0], *prints[1]} if prints[0].get(name) != prints[1].get(name))
         return [f"scores are not comparable: the rows or the metric of {', '.join(apart)} are not the same in both"]
+    kinds = [
+        (
+            run.summary["objective"],
+            run.config.get("merge_method"),
+            {name: of["weight"] for name, of in run.summary["targets"].items()},
+        )
+        for run in (one, other)
+    ]
+    if kinds[0] != kinds[1]:
+        return ["scores are not comparable: objective, merge_method or the targets' weights are not the same in both"]
     found = [{standing.mixture: standing for standing in run.scored} for run in (one, other)]
     both = [mixture for mixture in found[0] if mixture in found[1]]
     lines = [f"{len(both)} mixtures were scored on all rows in both"]
@@ -113,7 +123,7 @@ def remarks(one: Record, other: Record) -> list[str]:
         if first != second:
             lines.append(f"furthest apart: {mixture}, {first:.3f} in the first and {second:.3f} in the second")
     for name, of, best, who in (("first", found[0], other.best, "second"), ("second", found[1], one.best, "first")):
-        if one.best != other.best and best in of:
+        if one.best != other.best and best in of and (one.best if name == "first" else other.best) in of:
             lines.append(difference(of, one.best if name == "first" else other.best, best, name, who))
     if one.best == other.best:
         lines.append("both chose the same mixture")

@@ -601,6 +601,8 @@ class MergeToMixConfig:
             raise InputError(
                 f"strategy: {self.strategy} proposes subsets only; for weights: continuous expected {', '.join(CONTINUOUS)}"
             )
+        if self.adapters is not None:
+            self.adapters = resolve_existing(self.adapters, Path(self.folder or ".").absolute())
         check_merge_parameters(self.merge_method, self.merge_parameters, "merge_parameters")
         if self.merge_method != "average" and self.weights == "continuous":
             raise InputError(f"weights: continuous needs merge_method: average, got {self.merge_method}")

@@ -6,12 +6,14 @@ counterpart is listed in a comment.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
 from .errors import InputError
@@ -42,7 +44,7 @@ def axolotl(args: SFTConfig, model: ModelConfig, targets: list[str], data_format
         "lora_r": model.lora_r,
         "lora_alpha": model.lora_alpha,
         "lora_dropout": model.lora_dropout,
-        "lora_target_modules": targets,
+        "lora_target_modules": targets[0] if len(targets) == 1 else targets,
         "peft_use_rslora": model.use_rslora or None,
         "datasets": [{"path": "json", "data_files": [DATA], "split": "train", **rows}],
         "train_on_inputs": False,
@@ -180,6 +182,8 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         data_format = "chat"
     if data_format == "chat" and kind in TRAINERS:
         write_atomic(folder / DATA, in_one_list(rows, marked=kind == "axolotl"))
+    elif data_format == "text" and kind == "llamafactory":
+        write_atomic(folder / DATA, ended(rows, recipe))
     else:
         shutil.copyfile(rows, folder / DATA)
     write_json(folder / "manifest.json", manifest)
@@ -207,7 +211,12 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         ):  # of which it takes a share or steps, as its transformers does
             tokens = sum(one["tokens"] for one in manifest["sources"].values())
             args.warmup_steps = args.get_warmup_steps(planned_steps(args, manifest["rows"], tokens))
-        for name, text in TRAINERS[kind](args, model, target_modules(run), data_format).items():
+        modules = target_modules(run)
+        if kind == "llamafactory" and any(re.search(r"[^\w.]", one) for one in modules):
+            lost.append("lora_target_modules, a pattern")
+        if not args.max_length:
+            lost.append("max_length: null, which is 2048 here")
+        for name, text in TRAINERS[kind](args, model, modules, data_format).items():
             note = f"# Without a counterpart there: {', '.join(lost)}\n" if lost and name.startswith("config") else ""
             write_atomic(folder / name, note + text)
     return folder, lost
@@ -226,6 +235,21 @@ def in_one_list(rows: Path, marked: bool) -> str:
         messages = [one | ({LEARNED: learned} if marked else {}) for part, learned in parts for one in row[part]]
         lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return "".join(lines)
+
+
+def ended(rows: Path, recipe: Mapping[str, Any]) -> str:
+    """Rows whose completions end with the end-of-text token, as TRL has them and LLaMA-Factory's empty template does not."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe["model_name_or_path"], revision=recipe.get("model_revision"), trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model_name_or_path: its tokenizer cannot be loaded ({error})") from error
+    end = recipe.get("eos_token") or tokenizer.eos_token
+    made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    return "".join(
+        json.dumps({**row, "completion": row["completion"] + end}, ensure_ascii=False) + "\n" for row in made
+    )
 
 
 def target_modules(run: RunFolder) -> list[str]:

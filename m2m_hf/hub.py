@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import httpx2
@@ -31,13 +31,17 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from . import __version__
+from .config import exists
 from .console import Terminal
 from .errors import InputError, redact
 from .journal import RunFolder, cut_short, file_fingerprint, read_made
 from .mixture import Mixture
-from .parsing import dump_yaml
+from .parsing import dump_yaml, hub_field
 from .record import Record
 
+# What a push has put there before, and takes away when it is no longer part of the run.
+OWN = ("adapters/", "pictures/", "train.jsonl", "adapter_config.json", "adapter_model.safetensors", "training.json")
+PATHS = re.compile(r"(?<![\w/:.~])(?:file://)?(?:\.{0,2}/|~/)(?:[^\s/'\"=:,;()\[\]]+/)+([^\s/'\"=:,;()\[\]]*)")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # As the Hub spells them: those under which rows may be published again, with their source named.
 SHARE_ALIKE = ("cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "cdla-sharing-1.0", "gfdl")
@@ -79,10 +83,11 @@ def published(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [published(one) for one in value]
     if isinstance(value, str):
-        for kind in (PurePosixPath, PureWindowsPath):
-            if kind(value).is_absolute() and "\n" not in value:
-                return kind(value).name
-        return redact(value)
+        if PureWindowsPath(value).drive:
+            return PureWindowsPath(value).name
+        if "/" in value and Path(value).name and exists(Path(value)):  # whole: it may have spaces in it
+            return Path(value).name
+        return redact(PATHS.sub(r"\1", value))
     return value
 
 
@@ -245,13 +250,12 @@ def model_repository(run: RunFolder, record: Record, repo_id: str) -> Repository
         eval_results=results or None,
     )
     pictures = sorted(run.pictures.glob("*.png"))
+    config = published({key: one for key, one in record.config.items() if not hub_field(key)}) | {"output_dir": "run"}
     files: dict[str, bytes | Path] = {
         "README.md": render(
             "model_card.md.jinja", record, repo_id, card, pictures=[path.stem for path in pictures], base=name
         ),
-        "config.yaml": dump_yaml(
-            published({**record.config, "output_dir": "run"}), "The configuration of the run."
-        ).encode(),
+        "config.yaml": dump_yaml(config, "The configuration of the run.").encode(),
         "summary.json": as_json(published(record.summary)),
         **{f"pictures/{path.name}": path for path in pictures},
     }
@@ -272,7 +276,7 @@ def render(template: str, record: Record, repo_id: str, card: Any, **more: Any) 
         lstrip_blocks=True,
     )  # fmt: skip
     page = environment.get_template(template).render(
-        record=record, summary=record.summary, repo_id=repo_id, version=__version__, Mixture=Mixture, **more
+        record=record, summary=published(record.summary), repo_id=repo_id, version=__version__, Mixture=Mixture, **more
     )
     return redact(f"---\n{card.to_yaml()}\n---\n\n{page}").encode()
 
@@ -309,7 +313,11 @@ def push(
         try:
             api.create_repo(repo_id, repo_type=one.kind, private=private, exist_ok=True)
             there = set(api.list_repo_files(repo_id, repo_type=one.kind))
-            gone = sorted(path for path in there - set(one.files) if path.startswith("adapters/"))
+            gone = sorted(path for path in there - set(one.files) if path.startswith(OWN))
+            if private and not api.repo_info(repo_id, repo_type=one.kind).private:
+                raise InputError(
+                    f"{one.kind} {repo_id} is there already and public; make it private on the Hub, or leave --private"
+                )
             sent = {
                 path: content if isinstance(content, bytes) else str(content) for path, content in one.files.items()
             }

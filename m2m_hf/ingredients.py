@@ -465,6 +465,7 @@ class Ingredients:
             for target in one["targets"].values():
                 for key in ("test_data", "test_command", "test_task", "weight", "min_delta", "timeout"):
                     target.pop(key, None)  # a sealed test may come later; the others only choose among scores
+                (target.get("data") or {}).pop("revision", None)  # the fingerprints know the rows themselves
         # Targets may join and go; the journal keeps what was scored. But a name stands for one thing.
         for one, other in ((now, there), (there, now)):
             one["targets"] = {name: target for name, target in one["targets"].items() if name in other["targets"]}

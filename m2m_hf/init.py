@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,23 @@ def named(source: str) -> tuple[str, dict[str, Any]]:
         name or re.sub(r"[^A-Za-z0-9_-]", "_", file.stem if builder else path.rsplit("/", 1)[-1]).strip("_-") or "data"
     )
     return name[:64], made
+
+
+def all_named(sources: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Candidates by name.
+
+    Raises:
+        InputError: two of one name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        name, given = named(source)
+        if name in found:
+            raise InputError(
+                f"--data: two candidates would be called {name!r}; name them: {name}_2={source.rpartition('=')[2]}"
+            )
+        found[name] = given
+    return found
 
 
 def guess_scorer(source: Mapping[str, Any], folder: Path) -> str:
@@ -119,27 +136,33 @@ def from_trl(given: Mapping[str, Any], folder: Path) -> Draft:
         "output_dir", "eval_strategy", "eval_steps", "test_split_size", "streaming", "push_to_hub", "hub_model_id", "env",
         "dataset_train_split", "dataset_test_split",
     }  # fmt: skip
-    settings = {key: value for key, value in given.items() if key not in apart | dropped}
+    settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-5, "num_train_epochs": 3}  # TRL's defaults
+    settings |= {key: value for key, value in given.items() if key not in apart | dropped}
     return Draft(
         str(given.get("model_name_or_path") or ""), candidates, None, "", settings, sorted(dropped & set(given))
     )
 
 
 def from_axolotl(given: Mapping[str, Any], folder: Path) -> Draft:
+    read = ("path", "name", "data_dir", "data_files", "split", "revision", "ds_type")
+    unread = {f"datasets.{key}" for one in given.get("datasets") or [] for key in one if key not in read}
     known = {*AXOLOTL, "base_model", "datasets", "adapter"}
     return Draft(
         str(given["base_model"]), entries(given.get("datasets") or [], folder), None, "", translated(given, AXOLOTL),
-        sorted(set(given) - known),
+        sorted((set(given) - known) | unread),
     )  # fmt: skip
 
 
 def from_llamafactory(given: Mapping[str, Any], folder: Path) -> Draft:
     place = folder / str(given.get("dataset_dir") or "data")
+    if not (place / "dataset_info.json").exists():  # its own examples name it from where it is started
+        place = Path(str(given.get("dataset_dir") or "data")).absolute()
     try:
         info = json.loads((place / "dataset_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"dataset_dir: expected {place / 'dataset_info.json'} ({error})") from error
     candidates = {}
+    lost: list[str] = []
     names = given.get("dataset") or []
     for name in [one.strip() for one in names.split(",")] if isinstance(names, str) else names:
         about = info.get(name)
@@ -151,9 +174,18 @@ def from_llamafactory(given: Mapping[str, Any], folder: Path) -> Draft:
         renames = {columns.get("prompt", "instruction"): "prompt", columns.get("response", "output"): "completion"}
         if about.get("formatting") in ("sharegpt", "openai"):
             renames = {columns.get("messages", "conversations"): "messages"}
+        for theirs, ours in (("subset", "name"), ("split", "split"), ("num_samples", "max_examples")):
+            if about.get(theirs):
+                source[ours] = about[theirs]
+        kept = {"prompt", "response", "messages"}
+        lost += [f"{name}.columns.{one}" for one in columns if one not in kept]
+        lost += [f"{name}.{one}" for one in about if one in ("folder", "tags", "ranking")]
         source["columns"] = {theirs: ours for theirs, ours in renames.items() if theirs != ours}
         candidates[named(name)[0]] = {key: value for key, value in source.items() if value}
-    settings = translated(given, FACTORY)
+    settings = {"lora_r": 8, "learning_rate": 5.0e-5, "num_train_epochs": 3.0} | translated(
+        given, FACTORY
+    )  # its defaults
+    settings.setdefault("lora_alpha", 2 * settings["lora_r"])
     targets = given.get("lora_target")
     if isinstance(targets, str) and targets != "all":
         settings["lora_target_modules"] = [one.strip() for one in targets.split(",")]
@@ -169,7 +201,7 @@ def from_llamafactory(given: Mapping[str, Any], folder: Path) -> Draft:
         "do_train",
         "finetuning_type",
     }
-    return Draft(str(given["model_name_or_path"]), candidates, None, "", settings, sorted(set(given) - known))
+    return Draft(str(given["model_name_or_path"]), candidates, None, "", settings, [*sorted(set(given) - known), *lost])
 
 
 def read_other(path: Path) -> Draft:
@@ -218,7 +250,7 @@ def ask(draft: Draft, question: Callable[[str, str], str] | None, folder: Path) 
             answer = question(
                 "2. Which candidate datasets? files, folders or Hub ids, with commas between", "a.jsonl, b.jsonl"
             )
-            draft.candidates = dict(named(one.strip()) for one in answer.split(",") if one.strip())
+            draft.candidates = all_named(one.strip() for one in answer.split(",") if one.strip())
         if draft.target is None:
             draft.target = named(
                 question("3. Validation rows of the task that you care about? a file or a Hub id", "validation.jsonl")
@@ -256,8 +288,11 @@ def configuration(draft: Draft, name: str) -> str:
     def shown(value: Mapping[str, Any]) -> str:
         return yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=10_000).strip()
 
+    def key(name: str) -> str:
+        return name if yaml.safe_load(name) == name else json.dumps(name)  # 2024 and no would be something else
+
     settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-4, "num_train_epochs": 1} | draft.settings
-    if "max_steps" in draft.settings:
+    if draft.settings.get("max_steps", -1) > 0:
         settings.pop("num_train_epochs")
     target, source = draft.target
     lines = [
@@ -271,10 +306,10 @@ def configuration(draft: Draft, name: str) -> str:
         "# name: what load_dataset takes. Rows have prompt and completion, or messages; rename with columns: {theirs: ours}.",
         "# Also: max_examples, split, license, cost, required, excluded.",
         "candidates:",
-        *(f"  {one}: {shown(given)}" for one, given in draft.candidates.items()),
+        *(f"  {key(one)}: {shown(given)}" for one, given in draft.candidates.items()),
         "",
         "targets:",
-        f"  {target}:",
+        f"  {key(target)}:",
         f"    data: {shown(source)}",
         "    # test_data: {...}       # sealed: scored once, at the end",
         f"    scorer: {draft.scorer}",

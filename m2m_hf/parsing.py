@@ -283,6 +283,11 @@ def trl_fields(args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     return dict(sorted(fields.items()))
 
 
+def hub_field(name: str) -> bool:
+    """Whether a field of TRL says what goes to the Hub: that is ours to do, and nobody's who is handed a recipe."""
+    return name == "push_to_hub" or name.startswith("hub_")
+
+
 def is_plain(value: Any) -> bool:
     """Whether YAML gives this value back as it was."""
     return value is None or yaml.safe_load(yaml.safe_dump(value)) == value if is_scalar_or_tree(value) else False

@@ -35,6 +35,7 @@ class Plan:
         seconds_per_step: measured; None where nothing is to be trained.
         seconds_per_mixture: measured; without scorers that run something else.
         memory: bytes at the highest while measuring.
+        apart: what is not part of the figures.
     """
 
     adapters: int
@@ -44,20 +45,32 @@ class Plan:
     seconds_per_step: float | None
     seconds_per_mixture: float
     memory: int
+    apart: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """To print."""
         step = self.seconds_per_step or 0.0
+
+        def about(seconds: float) -> str:
+            return (
+                f"about {duration(seconds)} ({step:.2f} s a step)"
+                if step
+                else "time unknown: the short training failed"
+            )
+
         adapters, search, final = self.steps * step, self.mixtures * self.seconds_per_mixture, self.final_steps * step
         lines = [
-            f"adapters: {self.adapters} to train, {self.steps:,} steps, about {duration(adapters)} ({step:.2f} s a step)"
+            f"adapters: {self.adapters} to train, {self.steps:,} steps, {about(adapters)}"
             if self.adapters
             else "adapters: all there",
             f"search: up to {self.mixtures:,} mixtures, about {duration(search)} ({self.seconds_per_mixture:.2f} s each, unless "
             "a race ends it early)",
-            f"final fine-tune: up to {self.final_steps:,} steps, about {duration(final)}",
+            f"final fine-tune: up to {self.final_steps:,} steps, {about(final)}"
+            if self.final_steps
+            else "no final fine-tune",
             f"memory: {self.memory / 2**30:.1f} GiB at the highest while measuring",
         ]
+        lines += [f"not counted: {one}" for one in self.apart]
         return [*lines, f"together about {duration(adapters + search + final)}"]
 
 
@@ -76,9 +89,10 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
         planned_steps(run._settings(name)[0], candidates[name].trained_rows, candidates[name].tokens)
         for name in missing
     )
-    final = planned_steps(
-        run.args, sum(one.trained_rows for one in candidates.values()), sum(one.tokens for one in candidates.values())
-    )
+    together = [
+        sum(figures) for figures in zip(*((one.trained_rows, one.tokens) for one in candidates.values()), strict=True)
+    ]
+    final = planned_steps(run._final_settings()[0], *together)
     seconds: float | None = None
     memory = 0
     args.max_steps, args.save_strategy = STEPS, "no"
@@ -95,7 +109,17 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
             pass  # of so few steps no wonder
         seconds = clock.per_step
     scored = sum(time_of(scorers["validation"], run) for scorers in run.scorers.values())
-    return Plan(len(missing), steps, final, mixtures, seconds, scored, memory)
+    apart = [
+        f"target {name}, whose scorer runs something else or scores all rows at once"
+        for name, scorers in run.scorers.items()
+        if not scorers["validation"].by_row
+    ]
+    if run.config.verify_top_k:
+        apart.append(f"verify_top_k: the best {run.config.verify_top_k} mixtures and the baselines, fine-tuned")
+    if run.config.adapters and missing:
+        apart.append(f"adapters that {run.config.adapters} has already; they are taken instead of trained")
+    last = final if run.config.train_final else 0
+    return Plan(len(missing), steps, last, mixtures, seconds, scored, memory, tuple(apart))
 
 
 class Clock(TrainerCallback):
@@ -128,11 +152,11 @@ def time_of(scorer: Scorer, run: Ingredients) -> float:
     return (time.monotonic() - start) * scorer.examples / len(rows)
 
 
-def told_apart(scorers: Mapping[str, Scorer]) -> list[str]:
+def told_apart(scorers: Mapping[str, Scorer], metrics: Mapping[str, str]) -> list[str]:
     """What the validation sets can tell, of targets whose rows are right or wrong."""
     lines = []
     for name, scorer in scorers.items():
-        if scorer.by_row and scorer.examples:
+        if scorer.examples and metrics[name] in ("accuracy", "exact_match", "numeric_match"):
             least = 1.96 * math.sqrt(APART / scorer.examples)
             lines.append(
                 f"{name}: with {scorer.examples:,} rows, mixtures that differ by less than about {least:.3f} in the share of "

@@ -1,6 +1,8 @@
 """Callbacks for training scripts of one's own: a target of ours, scored while any Trainer trains."""
 
+import math
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +27,10 @@ from .scoring import Scorer, make_scorer
 class TargetScoreCallback(TrainerCallback):
     """Scores targets of ours during a training of yours, TRL's or transformers' own, whenever it evaluates.
 
-    The scores are logged, and stand among the metrics of that evaluation as `eval_<target>`, higher is better; so
-    `metric_for_best_model="eval_<target>"` with `load_best_model_at_end` keeps the best checkpoint, and an
-    `EarlyStoppingCallback` that is added after this one stops by it. A run without evaluation is scored at the end of every
-    epoch, and the scores are logged. The training is left as it would be without it: same random numbers, same weights.
+    The scores are logged, and stand among the metrics of that evaluation as `eval_<target>`, higher is better. So
+    `metric_for_best_model="eval_<target>"` with `greater_is_better=True` and `load_best_model_at_end` keeps the best checkpoint,
+    and an `EarlyStoppingCallback` that is added after this one stops by it. A run without evaluation is scored at the end of
+    every epoch. The training is left as it would be without it: same random numbers, same weights.
 
     ```python
     quiz = {"data": {"path": "json", "data_files": "quiz.jsonl"}, "scorer": "choice"}
@@ -72,6 +74,9 @@ class TargetScoreCallback(TrainerCallback):
             {}, parsed, tokenizer, seed=trainer.args.seed, max_length=None, assistant_only_loss=False
         )
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
         self._weights = {name: one.weight for name, one in parsed.items()}
         self._scorers: dict[str, Scorer] = {
             name: CallableScorer(one.config.scorer, one.rows, tokenizer)
@@ -91,8 +96,7 @@ class TargetScoreCallback(TrainerCallback):
     def scores(self) -> dict[str, float]:
         """`eval_<target>` -> score of the model as it is now; with several targets their weighted mean too, as `eval_targets`.
 
-        Raises:
-            InputError: a target that cannot be scored.
+        One that cannot be scored now is not a number, and why is a warning: the training goes on.
         """
         model, found = self._model, {}
         with undisturbed(model):
@@ -101,8 +105,8 @@ class TargetScoreCallback(TrainerCallback):
                 for name, scorer in self._scorers.items():
                     (score,) = scorer.score(stack, [{}], self._tokens)
                     if isinstance(score, Failure):
-                        raise InputError(f"targets.{name}: {score.reason}")
-                    found[f"eval_{name}"] = score.value
+                        warnings.warn(f"targets.{name}: {score.reason}", RuntimeWarning, stacklevel=2)
+                    found[f"eval_{name}"] = math.nan if isinstance(score, Failure) else score.value
             finally:
                 stack.detach()
         if len(found) > 1:
@@ -126,7 +130,7 @@ class TargetScoreCallback(TrainerCallback):
 def undisturbed(model: Any) -> Iterator[None]:
     """Leaves mode, random numbers and gradients as they were."""
     training = {module: module.training for module in model.modules()}
-    cache = model.config.use_cache
+    cache = getattr(model.config, "use_cache", None)
     states = random.getstate(), np.random.get_state()
     for layer in model.modules():
         if isinstance(
@@ -140,6 +144,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         finally:
             for module, mode in training.items():
                 module.training = mode
-            model.config.use_cache = cache
+            if hasattr(model.config, "use_cache"):
+                model.config.use_cache = cache
             random.setstate(states[0])
             np.random.set_state(states[1])

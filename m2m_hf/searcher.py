@@ -70,8 +70,6 @@ class MergeToMixSearcher(Ingredients):
         self, config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig, terminal: Terminal | None = None
     ) -> None:
         super().__init__(config, args, model_args, terminal)
-        if args.push_to_hub:
-            check_login(args.hub_model_id)
         self._worked = False
         self._result: SearchResult | None = None
         self._verified: dict[str, Any] | None = None
@@ -114,6 +112,15 @@ class MergeToMixSearcher(Ingredients):
         """Where the published bank is, once the main process of every machine has fetched it."""
         with self.state.local_main_process_first():
             return fetch_bank(self.config.adapters or "")
+
+    def check_hub(self) -> None:
+        """Refuses before hours of work what could not be pushed after them.
+
+        Raises:
+            InputError: nobody is logged in, or the Hub is out of reach.
+        """
+        if self.args.push_to_hub:
+            check_login(self.args.hub_model_id)
 
     def push_to_hub(self, repo_id: str | None = None, private: bool | None = None, dry_run: bool = False) -> list[str]:
         """Puts adapters, final model and the chosen mixture on the Hub, each with a card; see `hub.push`.
@@ -570,6 +577,7 @@ class MergeToMixSearcher(Ingredients):
         Returns:
             The summary, as in `OUT/summary.json`.
         """
+        self.check_hub()
         self.check()
         self.choose()
         summary = self.train_final() if self.config.train_final else self.write_outcome()
@@ -589,7 +597,9 @@ class MergeToMixSearcher(Ingredients):
         if config.objective == "ensemble":
             proposed, known = 0, 1 + len(self.candidates)  # passes; the rest is arithmetic
         made = plan(self, int(min(known + proposed, config.max_trials or math.inf)))
-        for line in (*made.lines(), *told_apart({name: parts["validation"] for name, parts in self.scorers.items()})):
+        scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
+        metrics = {name: target.config.metric for name, target in self.targets.items()}
+        for line in (*made.lines(), *told_apart(scorers, metrics)):
             self.terminal.say(line)
         self.terminal.say("nothing was written", "dim")
 

@@ -46,8 +46,11 @@ def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
         assert "exported: " in printed
         assert ("without a counterpart there: adam_beta2" in printed) == (kind in ("axolotl", "llamafactory"))
         written = (out / "export" / kind / "train.jsonl").read_bytes()
-        if data_format == "text" or kind in ("trl", "jsonl"):
+        if kind in ("trl", "jsonl") or (data_format, kind) == ("text", "axolotl"):
             assert written == rows
+        elif data_format == "text":  # nothing else would add the end of a text there
+            ends = [json.loads(line)["completion"] for line in written.splitlines()]
+            assert ends == [json.loads(line)["completion"] + "<|end|>" for line in rows.splitlines()]
         else:
             for row, one in zip(map(json.loads, rows.splitlines()), map(json.loads, written.splitlines()), strict=True):
                 assert [{key: message[key] for key in ("role", "content")} for message in one["messages"]] == row[

@@ -11,7 +11,7 @@ import yaml
 from hub_server import Hub, Repository
 
 from m2m_hf.errors import InputError
-from m2m_hf.hub import plan, row_licenses
+from m2m_hf.hub import plan, published, row_licenses
 from m2m_hf.journal import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +97,12 @@ def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, finished, tmp
     assert {"license", "tags", "model-index"} <= set(card)
     assert yaml.safe_load(data["README.md"].decode().split("---")[1])["license"] == "cc-by-4.0"
     assert "| **final model** |" in model["README.md"].decode()
+    # A public one does not become private by itself, and nothing is sent to it then.
+    hub.repositories["dataset", "org/quiz"].private = False
+    told = run(hub, "push", out, "--repo_id", "org/quiz", "--private")
+    assert told.returncode == 2
+    assert "is there already and public" in told.stderr
+    hub.repositories["dataset", "org/quiz"].private = True
     # Again: nothing changes.
     commits = {key: len(repository.commits) for key, repository in hub.repositories.items()}
     assert run(hub, "push", out, "--repo_id", "org/quiz").returncode == 0
@@ -173,7 +179,16 @@ def test_without_a_login_it_is_said_before_anything_is_trained(hub, project):
     told = run(hub, *flags, "--hub_model_id", "org/quiz")
     assert told.returncode == 0, told.stderr
     assert set(hub.repositories) == {("model", "org/quiz"), ("dataset", "org/quiz")}
-    assert "push" not in yaml.safe_load((project / "out" / "recipe.yaml").read_text())
+    recipe = (project / "out" / "recipe.yaml").read_text()
+    for text in (
+        recipe,
+        *map(
+            bytes.decode,
+            (hub.files("model", "org/quiz")["config.yaml"], hub.files("dataset", "org/quiz")["recipe.yaml"]),
+        ),
+    ):
+        assert "push_to_hub" not in text  # or whoever trains by it would push here
+        assert "hub_model_id" not in text
 
 
 def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, project, tmp_path):
@@ -204,3 +219,42 @@ def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, project, tmp_p
 def test_names_that_are_none(finished, name):
     with pytest.raises(InputError, match="repo_id: expected org/name"):
         plan(RunFolder(finished / "out"), name)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/home/me/private/x.json", "x.json"),
+        ("--data=/home/me/private/x.json", "--data=x.json"),
+        ("file:///home/me/a.json", "a.json"),
+        ("../private/x", "x"),
+        ("~/models/base", "base"),
+        ("C:\\Users\\me\\x.json", "x.json"),
+        ("cannot read '/home/me/secret/x' (no such file)", "cannot read 'x' (no such file)"),
+        ("https://host/a/b.json", "https://host/a/b.json"),
+        ("org/name", "org/name"),
+        ("/no_think {question}", "/no_think {question}"),
+        ("/", "/"),
+        ("either/or and 1/2", "either/or and 1/2"),
+    ],
+)
+def test_no_place_on_this_machine_is_published(given, shown):
+    assert published({"a": [given]}) == {"a": [shown]}
+
+
+def test_what_is_no_longer_part_of_the_run_is_taken_away(hub, finished):
+    out = finished / "out"
+    assert run(hub, "push", out, "--repo_id", "org/quiz").returncode == 0
+    hub.repositories["model", "org/quiz"].commits[-1][1]["mine.txt"] = b"kept"
+    manifest = out / "mixture" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    for one in told["sources"].values():
+        one["source"]["license"] = "cc-by-nd-4.0"
+    manifest.write_text(json.dumps(told))
+    summary = json.loads((out / "summary.json").read_text()) | {"final": None}
+    (out / "summary.json").write_text(json.dumps(summary))
+    done = run(hub, "push", out, "--repo_id", "org/quiz")
+    assert done.returncode == 0, done.stderr
+    assert "train.jsonl" not in hub.files("dataset", "org/quiz")
+    assert "adapter_model.safetensors" not in hub.files("model", "org/quiz")
+    assert "mine.txt" in hub.files("model", "org/quiz")

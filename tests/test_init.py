@@ -85,7 +85,7 @@ FACTORY = {
     ("given", "key", "lost"),
     [
         (TRL, "model_name_or_path", "output_dir"),
-        (AXOLOTL, "base_model", "flash_attention"),
+        (AXOLOTL, "base_model", "datasets.type, flash_attention"),
         (FACTORY, "model_name_or_path", None),
     ],
     ids=["trl", "axolotl", "llamafactory"],
@@ -107,3 +107,14 @@ def test_the_datasets_of_other_trainers_become_candidates(project, model, given,
     assert training["uniform"]["lora_config.r"] == 2
     assert training["uniform"]["learning_rate"] == 0.01
     assert training["steps"] == 2
+
+
+def test_names_that_yaml_would_take_for_something_else_and_two_of_one_name(project, model, capsys):
+    for name in ("2024", "no"):
+        write_rows(project / f"{name}.jsonl", candidate_rows("alpha", 12))
+    flags = ("--model", model, "--target", "validation.jsonl", "--data")
+    assert m2m("init", *flags, "2024.jsonl", "no.jsonl") == 0
+    config, *_ = parse(project / "m2m.yaml")
+    assert list(config.parsed_candidates) == ["2024", "no"]
+    assert m2m("init", *flags, "alpha.jsonl", "sub/alpha.jsonl", "--output", "x.yaml") == 2
+    assert "two candidates would be called 'alpha'; name them: alpha_2=sub/alpha.jsonl" in capsys.readouterr().err

@@ -12,6 +12,7 @@ __all__ = [
     "Mixture",
     "Score",
     "SearchResult",
+    "TargetScoreCallback",
     "TrainingRecorder",
     "Trial",
 ]
@@ -24,6 +25,7 @@ _HOMES = {
     "Mixture": "mixture",
     "Score": "mixture",
     "SearchResult": "search",
+    "TargetScoreCallback": "plugins",
     "TrainingRecorder": "callbacks",
     "Trial": "mixture",
 }
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .errors import InputError
     from .merging import GatedStack
     from .mixture import Mixture, Score, Trial
+    from .plugins import TargetScoreCallback
     from .search import SearchResult
     from .searcher import MergeToMixSearcher
 

@@ -30,9 +30,19 @@ from .callbacks import BankProgress
 from .console import Terminal, duration
 from .data import Candidate
 from .errors import InputError
-from .journal import cut_short, file_fingerprint, fingerprint, hidden, read_json
+from .journal import altered, cut_short, file_fingerprint, files_of, fingerprint, hidden, read_json, sync
 from .merging import Adapter, refuse_unless_averageable
-from .training import TrainingFailedError, agreed, finished, load_trained, planned_steps, publish, sharded, train_lora
+from .training import (
+    TrainingFailedError,
+    agreed,
+    finished,
+    load_trained,
+    move,
+    planned_steps,
+    publish,
+    sharded,
+    train_lora,
+)
 
 # Settings that change where or how something is told, not what is learned.
 OPERATIONAL = {
@@ -308,22 +318,78 @@ class AdapterBank:
         """
         missing = [name for name in self.candidates if cut_short(self.folder / name) is not None]
         trained = self.training(skip=missing)
-        launch = {} if missing else {name: next(iter(trained.values()))["uniform"].get(name) for name in LAUNCH}
         for name, there in trained.items():
-            differences = differing(self.facts[name] | launch, there["uniform"])
-            if differences:
-                raise InputError(
-                    f"adapter {name!r} in {self.folder} was trained otherwise than this run asks for, and adapters that "
-                    f"differ in anything but their data cannot be averaged: {'; '.join(differences)}. Restore the settings, "
-                    f"choose another --output_dir, or delete {self.folder} to train all adapters again"
-                )
-            if there["data"] != self.candidates[name].fingerprint:
-                raise InputError(
-                    f"candidate {name!r} has changed since its adapter was trained (rows {there['data']} there, "
-                    f"{self.candidates[name].fingerprint} now). Restore the data, give the new data another name, or delete "
-                    f"{self.folder / name} to have this adapter trained again"
-                )
+            self._refuse_others(name, there, self.folder, trained if not missing else {})
         return missing
+
+    def _refuse_others(
+        self, name: str, there: Mapping[str, Any], folder: Path, bank: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Refuses an adapter that was trained otherwise than this run asks for, or on other rows.
+
+        Args:
+            there: its `training.json`.
+            folder: where it stands.
+            bank: all of a complete bank, whose launch then does not count.
+        """
+        launch = {fact: next(iter(bank.values()))["uniform"].get(fact) for fact in LAUNCH} if bank else {}
+        ours = folder == self.folder
+        differences = differing(self.facts[name] | launch, there["uniform"])
+        if differences:
+            raise InputError(
+                f"adapter {name!r} in {folder} was trained otherwise than this run asks for, and adapters that "
+                f"differ in anything but their data cannot be averaged: {'; '.join(differences)}. Restore the settings, "
+                + (
+                    f"choose another --output_dir, or delete {self.folder} to train all adapters again"
+                    if ours
+                    else "or leave out adapters:"
+                )
+            )
+        if there["data"] != self.candidates[name].fingerprint:
+            raise InputError(
+                f"candidate {name!r} has changed since its adapter was trained (rows {there['data']} there, "
+                f"{self.candidates[name].fingerprint} now). Restore the data, give the new data another name, or "
+                + (
+                    f"delete {self.folder / name} to have this adapter trained again"
+                    if ours
+                    else f"leave out adapters: ({folder})"
+                )
+            )
+
+    def take(self, folder: Path, missing: Sequence[str], terminal: Terminal) -> None:
+        """Copies adapters of a bank that was made elsewhere, where they are missing here and are what this run would train.
+
+        Args:
+            folder: with a folder for every candidate, as in `OUT/adapters`.
+
+        Raises:
+            InputError: one of them was trained otherwise, on other rows, or is not whole.
+        """
+        there = {name: read_json(folder / name / "training.json") for name in missing if (folder / name).is_dir()}
+        for name, record in there.items():
+            if (
+                not isinstance(record, dict)
+                or not set(record) >= NEEDED
+                or "failed" in record
+                or not isinstance(record["uniform"], dict)
+            ):
+                raise InputError(f"{folder / name} holds no adapter that can be taken: see its training.json")
+            self._refuse_others(name, record, folder, there if len(there) == len(self.candidates) else {})
+            if (reason := cut_short(folder / name)) or altered(folder / name):
+                raise InputError(f"{folder / name}: {reason or 'not what was trained'}; fetch it again")
+            Adapter.load(folder / name)
+        if PartialState().is_main_process:
+            for name, record in there.items():
+                partial = hidden(self.folder / name)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                for file in ("training.json", *files_of(record)):  # no links, and nothing that is not described
+                    shutil.copyfile(folder / name / file, partial / file)
+                sync(partial)
+                move(self.folder / name)
+        PartialState().wait_for_everyone()
+        if there:
+            terminal.say(f"took {len(there)} adapters that were trained elsewhere: {', '.join(there)}")
 
     def train_missing(
         self,

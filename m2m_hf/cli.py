@@ -30,11 +30,15 @@ DESCRIPTION = """\
 Which of my datasets belong in the fine-tuning mixture? Trains one LoRA adapter per candidate dataset, scores the exact
 average of every subset on your target's validation set, and fine-tunes once on the best subset (Merge to Mix).
 
+  m2m init                       write a configuration, from four questions or another trainer's
   m2m select   --config x.yaml   everything: adapters, search, recipe, final fine-tune
   m2m adapters --config x.yaml   only train the adapters that are missing
   m2m search   --config x.yaml   adapters and search, without the final fine-tune
   m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
   m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
+  m2m push OUT --repo_id ORG/NAME   adapters, final model and the chosen mixture on the Hub, with cards
+  m2m compare OUT1 OUT2          two runs side by side
+  m2m export OUT --to TRAINER    the chosen mixture for trl, axolotl, llamafactory, or as jsonl
   m2m report OUT                 make OUT/report.html again, from the files in OUT alone
   m2m status OUT                 what is done, left and spent, and whether every file in OUT is whole
 
@@ -104,6 +108,24 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=fields_text(), formatter_class=raw, allow_abbrev=False
         )
         command.add_argument("--config", required=True, type=Path, help="the YAML")
+        if name == "select":
+            command.add_argument(
+                "--dry_run", action="store_true", help="tell what would be done and what it would cost, and end"
+            )
+    text = "write a configuration that runs: from four answers, from flags, or from another trainer's configuration"
+    command = commands.add_parser("init", help=text, description=text, allow_abbrev=False)
+    command.add_argument("--output", type=Path, default=Path("m2m.yaml"), help="where to write (default: m2m.yaml)")
+    command.add_argument(
+        "--from", dest="origin", type=Path, metavar="FILE", help="a YAML of TRL, axolotl or LLaMA-Factory"
+    )
+    command.add_argument("--model", default="", help="the base model: a Hub id or a folder")
+    command.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids"
+    )
+    command.add_argument("--target", metavar="NAME=PATH", help="rows of the task that you care about, for validation")
+    command.add_argument(
+        "--scorer", default="", help="choice, classification, loss or generation (default: as the rows suggest)"
+    )
     for name, text in (
         ("sft", "the final fine-tune of a searched run, scored on the sealed test set"),
         ("report", "make report.html of a searched run again, from its files alone"),
@@ -111,6 +133,21 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    text = "put adapters, final model and the chosen mixture of a searched run on the Hub, each with a card"
+    command = commands.add_parser("push", help=text, description=text, allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    command.add_argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset")
+    command.add_argument("--private", action="store_true", default=None, help="make the repositories private")
+    command.add_argument("--dry_run", action="store_true", help="only tell what would go")
+    text = "two finished runs side by side: what was asked differently, and what came of it"
+    command = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT1", help="a run folder")
+    command.add_argument("other", type=Path, metavar="OUT2", help="another one")
+    text = "the chosen mixture and its settings as another trainer reads them"
+    command = commands.add_parser("export", help=text, description=text, allow_abbrev=False)
+    command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+    command.add_argument("--to", required=True, help="trl, axolotl, llamafactory, or jsonl (the rows alone)")
+    command.add_argument("--folder", type=Path, help="where to write (default: OUT/export/<trainer>)")
     return parser
 
 
@@ -125,11 +162,30 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
 
 def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
     """Carries out one command."""
-    if command.command in ("report", "status"):
+    if command.command in ("report", "status", "push", "export", "compare", "init"):
         if overrides:
-            raise InputError(f"not understood: {' '.join(overrides)}; m2m {command.command} takes the run folder alone")
+            raise InputError(f"not understood: {' '.join(overrides)}; see m2m {command.command} --help")
         if command.command == "status":
             show_status(command.out)
+        elif command.command == "init":
+            write_configuration(command)
+        elif command.command == "compare":
+            show_comparison(command.out, command.other)
+        elif command.command == "export":
+            from .export import export
+            from .journal import RunFolder
+
+            log.silence_libraries()
+            folder, lost = export(RunFolder(command.out), command.to, command.folder)
+            if lost:
+                Terminal().say(f"without a counterpart there: {', '.join(lost)}", "yellow")
+            Terminal().say(f"exported: {os.path.relpath(folder)}")
+        elif command.command == "push":
+            from .hub import push
+            from .journal import RunFolder
+
+            log.silence_libraries()
+            push(RunFolder(command.out), command.repo_id, Terminal(), command.private, command.dry_run)
         else:
             from .report import write_report
 
@@ -149,6 +205,11 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
         config = command.config
     searcher = open_searcher(config, overrides, log)
     searcher.check()
+    if getattr(command, "dry_run", False):
+        searcher.show_plan()
+        return
+    if command.command in ("select", "sft"):
+        searcher.check_hub()
     searcher.prepare()
     if searcher.state.is_main_process:
         log.open(searcher.run.log)
@@ -169,6 +230,8 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
     elif command.command == "sft":
         searcher.train_final()
         searcher.show()
+        if searcher.args.push_to_hub:
+            searcher.push_to_hub()
     else:
         searcher.select()
 
@@ -187,6 +250,54 @@ def show_status(out: Path) -> None:
         Terminal().say(line)
     if found.damage:
         raise DamagedError
+
+
+def write_configuration(command: argparse.Namespace) -> None:
+    """Carries out `m2m init`."""
+    from .init import Draft, all_named, init, named, read_other
+
+    def question(text: str, default: str) -> str:
+        try:
+            return input(f"{text} [{default}]: ").strip() or default
+        except EOFError:
+            raise InputError("no answer, and nothing was written") from None
+
+    draft = read_other(command.origin) if command.origin else Draft()
+    draft.model = command.model or draft.model
+    draft.candidates |= all_named(command.data)
+    draft.target = named(command.target) if command.target else None
+    draft.scorer = command.scorer
+    asked = question if sys.stdin.isatty() else None
+    init(draft, command.output, asked, command.origin.parent if command.origin else Path.cwd())
+    Terminal().say(f"written: {command.output}; go on with: m2m select --config {command.output}")
+
+
+def show_comparison(one: Path, other: Path) -> None:
+    """Prints two runs side by side."""
+    from .compare import MOST, compare
+    from .journal import RunFolder
+    from .record import Record
+
+    terminal = Terminal()
+    names = [path.absolute().name for path in (one, other)]
+    if names[0] == names[1]:
+        names = [os.path.relpath(path) for path in (one, other)]
+    found = compare(*(Record.read(RunFolder(path)) for path in (one, other)))
+    if found.differences:
+        shown = [[short(cell) for cell in row] for row in found.differences[:MOST]]
+        terminal.table("asked differently", ["", *names], shown)
+        if len(found.differences) > MOST:
+            terminal.say(f"and {len(found.differences) - MOST} more fields: see both config.yaml")
+        terminal.say("")
+    terminal.table("what came of it", ["", *names], found.outcome)
+    terminal.say("")
+    for line in found.remarks:
+        terminal.say(line)
+
+
+def short(text: str, most: int = 48) -> str:
+    """`text`, of which the middle is left out where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
 
 
 class DamagedError(Exception):

@@ -469,6 +469,13 @@ class MergeToMixConfig:
             "help": "Stop scoring mixtures that cannot win any more (default: with every strategy but exhaustive)."
         },
     )
+    adapters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take missing adapters from org/name or org/name@revision, as m2m push wrote them, or from a folder; of the "
+            "same data and settings only."
+        },
+    )
     max_trials: int | None = field(
         default=None,
         metadata={"help": "At most so many mixtures, the base, singles and all together included."},
@@ -577,6 +584,8 @@ class MergeToMixConfig:
                 raise InputError(f"{name}: expected at least one, as in\n  {name}:\n    {one}\ngot {given!r}")
         if self.race is not None and not isinstance(self.race, bool):
             raise InputError(f"race: expected true or false, got {self.race!r}")
+        if self.adapters is not None and not (isinstance(self.adapters, str) and self.adapters):
+            raise InputError(f"adapters: expected org/name, org/name@revision or a folder, got {self.adapters!r}")
         if self.licenses is not None and not (
             isinstance(self.licenses, list) and all(isinstance(one, str) for one in self.licenses)
         ):
@@ -592,6 +601,8 @@ class MergeToMixConfig:
             raise InputError(
                 f"strategy: {self.strategy} proposes subsets only; for weights: continuous expected {', '.join(CONTINUOUS)}"
             )
+        if self.adapters is not None:
+            self.adapters = resolve_existing(self.adapters, Path(self.folder or ".").absolute())
         check_merge_parameters(self.merge_method, self.merge_parameters, "merge_parameters")
         if self.merge_method != "average" and self.weights == "continuous":
             raise InputError(f"weights: continuous needs merge_method: average, got {self.merge_method}")

@@ -15,7 +15,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from itertools import chain, islice
 from pathlib import Path
@@ -25,10 +25,12 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionResolutionError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .config import CandidateConfig, DataConfig, TargetConfig
+from .config import BUILDERS, CandidateConfig, DataConfig, MergeToMixConfig, TargetConfig
 from .errors import InputError
 from .journal import file_fingerprint, write_atomic, write_json
 from .mixture import Mixture, row_counts
@@ -104,6 +106,31 @@ def content_fingerprint(rows: Iterable[Any], default: Any = None) -> str:
         text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=default)
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()[:16]
+
+
+def pin_data(config: MergeToMixConfig) -> None:
+    """Puts the commit of every Hub dataset into `config`, so that manifest and recipe name what was really read.
+
+    Raises:
+        InputError: no such dataset or revision.
+    """
+
+    def pinned(data: DataConfig | None, where: str) -> Any:
+        if data is None or data.path is None or data.path in BUILDERS or Path(data.path).exists():
+            return data
+        try:
+            found = HfApi().resolve_revision(data.path, repo_type="dataset", revision=data.revision)
+        except (OSError, ValueError, RevisionResolutionError) as error:
+            raise InputError(
+                f"{where}: {data.path!r} is neither a local folder nor a dataset that the Hub shows ({str(error)[:200]})"
+            ) from error
+        return replace(data, revision=found.resolved)
+
+    for name, one in config.parsed_candidates.items():
+        config.parsed_candidates[name] = replace(one, data=pinned(one.data, f"candidates.{name}"))
+    for name, target in config.parsed_targets.items():
+        parts = {part: pinned(getattr(target, part), f"targets.{name}.{part}") for part in ("data", "test_data")}
+        config.parsed_targets[name] = replace(target, **parts)
 
 
 def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:

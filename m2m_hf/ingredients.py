@@ -28,7 +28,7 @@ from .adapters import (
 )
 from .config import MergeToMixConfig
 from .console import Terminal
-from .data import Candidate, Target, load_all, overlap
+from .data import Candidate, Target, load_all, overlap, pin_data
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
@@ -49,7 +49,7 @@ FREE = {
     "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
     "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
     "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
-    "merge_method", "merge_parameters", "allow_mixed_training",
+    "merge_method", "merge_parameters", "allow_mixed_training", "adapters",
     "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
@@ -85,6 +85,7 @@ class Ingredients:
         self.config = config
         self.args = args
         self.model_args = pin_revision(model_args)
+        pin_data(config)
         self.state = PartialState(cpu=args.use_cpu)
         self.terminal = terminal or Terminal(quiet=not self.state.is_main_process)
         self.lora = lora_config(model_args)
@@ -464,6 +465,7 @@ class Ingredients:
             for target in one["targets"].values():
                 for key in ("test_data", "test_command", "test_task", "weight", "min_delta", "timeout"):
                     target.pop(key, None)  # a sealed test may come later; the others only choose among scores
+                (target.get("data") or {}).pop("revision", None)  # the fingerprints know the rows themselves
         # Targets may join and go; the journal keeps what was scored. But a name stands for one thing.
         for one, other in ((now, there), (there, now)):
             one["targets"] = {name: target for name, target in one["targets"].items() if name in other["targets"]}

@@ -118,7 +118,11 @@ def files_of(record: Any) -> dict[str, dict[str, Any]]:
     return {
         name: one
         for name, one in files.items()
-        if name == Path(name).name and name != ".." and isinstance(one, dict) and isinstance(one.get("bytes"), int)
+        if name
+        and name == Path(name).name
+        and name != ".."
+        and isinstance(one, dict)
+        and isinstance(one.get("bytes"), int)
     }
 
 

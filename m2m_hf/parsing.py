@@ -57,7 +57,6 @@ UNSUPPORTED = {
     "trust_remote_code": "models that bring their own code are never loaded",
     "model_init_kwargs": "use dtype, model_revision and attn_implementation",
     "hub_token": "a token must not stand in a file; use the HF_TOKEN environment variable or `hf auth login`",
-    "push_to_hub": "pushing from a run is not possible yet; use huggingface_hub on the finished folder",
     "resume_from_checkpoint": "a run goes on by itself: give the same command again",
     "enable_jit_checkpoint": "it would end a training half done; set save_steps, and give the same command again",
     "auto_find_batch_size": "adapters must be trained with the same batch size; lower per_device_train_batch_size",
@@ -262,6 +261,8 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
         value = getattr(args, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if args.push_to_hub and not args.hub_model_id:
+        raise InputError("push_to_hub: expected hub_model_id: org/name beside it")
     check_training(args)
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: give a Hub id or a local model folder")
@@ -280,6 +281,11 @@ def trl_fields(args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     fields["use_cpu"] = args.use_cpu
     fields["dtype"] = model_args.dtype
     return dict(sorted(fields.items()))
+
+
+def hub_field(name: str) -> bool:
+    """Whether a field of TRL says what goes to the Hub: that is ours to do, and nobody's who is handed a recipe."""
+    return name == "push_to_hub" or name.startswith("hub_")
 
 
 def is_plain(value: Any) -> bool:

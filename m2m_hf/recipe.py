@@ -8,7 +8,7 @@ from trl import ModelConfig, SFTConfig
 from .data import FEATURES, Candidate, write_mixture
 from .journal import RunFolder, write_atomic
 from .mixture import Mixture
-from .parsing import dump_yaml, trl_fields
+from .parsing import dump_yaml, hub_field, trl_fields
 
 COMMENT = """The chosen mixture: {mixture}
 Run it with: trl sft --config {path}
@@ -37,6 +37,7 @@ def write_recipe(
     """
     train = write_mixture(run.mixture, mixture, candidates, args.seed)
     fields = trl_fields(args, model_args)
+    apart = ("output_dir", "save_strategy", "use_peft")
     recipe = {
         "model_name_or_path": fields.pop("model_name_or_path"),
         "datasets": [
@@ -45,7 +46,7 @@ def write_recipe(
         "use_peft": True,
         "output_dir": str(run.root / "trl"),
         "save_strategy": "no",
-        **{key: value for key, value in fields.items() if key not in ("output_dir", "save_strategy", "use_peft")},
+        **{key: value for key, value in fields.items() if key not in apart and not hub_field(key)},
     }
     comment = COMMENT.format(mixture=mixture, path=run.recipe, data=run.mixture)
     write_atomic(run.recipe, dump_yaml(recipe, comment))

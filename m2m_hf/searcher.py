@@ -22,12 +22,14 @@ from .console import Terminal
 from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
+from .hub import check_login, fetch_bank, push
 from .ingredients import Ingredients
 from .journal import cut_short, fingerprint, hidden, read_json, read_made, write_json
 from .methods import MergeMethod
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing
 from .objectives import Objective
 from .outcome import Outcome, summarise
+from .plan import plan, told_apart
 from .recipe import write_recipe
 from .report import write_report
 from .scoring import Scorer
@@ -90,7 +92,12 @@ class MergeToMixSearcher(Ingredients):
             InputError: adapters in the run folder that were trained otherwise.
         """
         self.check()
-        if missing := self.bank.check():
+        missing = self.bank.check()
+        if missing and self.config.adapters:
+            self.prepare()
+            self.bank.take(self._agree_on_bank(), missing, self.terminal)
+            missing = self.bank.check()
+        if missing:
             self.prepare()
 
             def settings(name: str) -> tuple[SFTConfig, LoraConfig]:
@@ -100,6 +107,41 @@ class MergeToMixSearcher(Ingredients):
             self.bank.train_missing(self._base_to_train, self.tokenizer, settings, self.terminal)
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
+
+    def _agree_on_bank(self) -> Path:
+        """Where the published bank is, once the main process of every machine has fetched it."""
+        with self.state.local_main_process_first():
+            return fetch_bank(self.config.adapters or "")
+
+    def check_hub(self) -> None:
+        """Refuses before hours of work what could not be pushed after them.
+
+        Raises:
+            InputError: nobody is logged in, or the Hub is out of reach.
+        """
+        if self.args.push_to_hub:
+            check_login(self.args.hub_model_id)
+
+    def push_to_hub(self, repo_id: str | None = None, private: bool | None = None, dry_run: bool = False) -> list[str]:
+        """Puts adapters, final model and the chosen mixture on the Hub, each with a card; see `hub.push`.
+
+        Args:
+            repo_id: `org/name` (default: `hub_model_id`).
+            private: whether repositories that are made are private (default: `hub_private_repo`).
+            dry_run: only tell what would go.
+
+        Returns:
+            The addresses of the repositories; none on processes other than the main one.
+        """
+        repo_id = repo_id or self.args.hub_model_id
+        if not repo_id:
+            raise InputError("repo_id: expected org/name, or hub_model_id: org/name in the configuration")
+        found = []
+        if self.state.is_main_process:
+            private = self.args.hub_private_repo if private is None else private
+            found = push(self.run, repo_id, self.terminal, private, dry_run)
+        self.state.wait_for_everyone()
+        return found
 
     def search(self) -> SearchResult:
         """Scores mixtures and chooses one; trains missing adapters first. What the journal knows is not scored again."""
@@ -535,13 +577,31 @@ class MergeToMixSearcher(Ingredients):
         Returns:
             The summary, as in `OUT/summary.json`.
         """
+        self.check_hub()
         self.check()
         self.choose()
         summary = self.train_final() if self.config.train_final else self.write_outcome()
         self.show()
         if not self._worked and not self.study.worked:
             self.terminal.say(f"nothing to do: {os.path.relpath(self.run.root)} is complete", style="green")
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return summary
+
+    def show_plan(self) -> None:
+        """Prints what `select` would do and about what it would cost, from a short measurement; writes nothing."""
+        self.check()
+        space, config, known = self.space, self.config, 2 + len(self.candidates)
+        few = config.strategy == "exhaustive" or (config.strategy == "auto" and space.at_most(FEW))
+        proposed = self._proposals(space, exhaustive) if few else default_budget(len(space.names))
+        if config.objective == "ensemble":
+            proposed, known = 0, 1 + len(self.candidates)  # passes; the rest is arithmetic
+        made = plan(self, int(min(known + proposed, config.max_trials or math.inf)))
+        scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
+        metrics = {name: target.config.metric for name, target in self.targets.items()}
+        for line in (*made.lines(), *told_apart(scorers, metrics)):
+            self.terminal.say(line)
+        self.terminal.say("nothing was written", "dim")
 
     def show_fidelity(self) -> None:
         """Prints what the correlation study found."""

@@ -336,7 +336,7 @@ def test_python_objects_in_memory(project, pico):
     assert searcher.train_final()["counts"]["trials"] == 4
     again = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
     assert again.search().measured == 0
-    with pytest.raises(InputError, match="push_to_hub: pushing from a run is not possible yet"):
+    with pytest.raises(InputError, match="push_to_hub: expected hub_model_id: org/name"):
         MergeToMixSearcher(config, SFTConfig(args.output_dir, use_cpu=True, bf16=False, push_to_hub=True), model_args)
     with pytest.raises(InputError, match="model_name_or_path is missing"):
         MergeToMixSearcher(config, args, ModelConfig())

@@ -7,6 +7,7 @@ __all__ = [
     "AdapterBank",
     "GatedStack",
     "InputError",
+    "MergeProbeCallback",
     "MergeToMixConfig",
     "MergeToMixSearcher",
     "Mixture",
@@ -20,6 +21,7 @@ _HOMES = {
     "AdapterBank": "adapters",
     "GatedStack": "merging",
     "InputError": "errors",
+    "MergeProbeCallback": "plugins",
     "MergeToMixConfig": "config",
     "MergeToMixSearcher": "searcher",
     "Mixture": "mixture",
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from .errors import InputError
     from .merging import GatedStack
     from .mixture import Mixture, Score, Trial
-    from .plugins import TargetScoreCallback
+    from .plugins import MergeProbeCallback, TargetScoreCallback
     from .search import SearchResult
     from .searcher import MergeToMixSearcher
 

@@ -435,6 +435,7 @@ class AdapterBank:
                         hidden(folder),
                         [progress],
                         of[name],
+                        f"adapters/{name}",
                     )
                 except TrainingFailedError as error:
                     nothing = {"steps": 0, "seconds": 0.0, "failed": str(error)}

@@ -41,6 +41,7 @@ from .objectives import MergedObjective, Objective
 from .scoring import LogprobScorer, Scorer, make_scorer
 from .study import Study
 from .surrogates import choose_strategy
+from .trackers import check_trackers
 from .trained import TrainedMixtures, TrainedObjective
 from .training import planned_steps, sharded
 
@@ -77,6 +78,7 @@ class Ingredients:
         self, config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig, terminal: Terminal | None = None
     ) -> None:
         parsing.check_trl(args, model_args)
+        check_trackers(args)
         for name, value in {**parsing.trl_fields(args, model_args), **config.to_yaml()}.items():
             if holds_secret(str(value)):
                 raise InputError(

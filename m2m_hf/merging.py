@@ -248,7 +248,8 @@ class GatedStack:
         self.adapters = dict(sorted(adapters.items()))
         self.names = tuple(self.adapters)
         factors = {name: adapter.factors() for name, adapter in self.adapters.items()}
-        modules = dict(model.named_modules())
+        # Where PEFT has put its own layer around one of the base's, the latter.
+        modules = {name.removesuffix(".base_layer"): module for name, module in model.named_modules()}
         self._layers: list[StackedLayer] = []
         self._owners: dict[tuple[int, ...], torch.Tensor] = {}
         self._gates: dict[tuple[int, ...], torch.Tensor] | None = None

@@ -1,10 +1,11 @@
-"""Callbacks for training scripts of one's own: a target of ours, scored while any Trainer trains."""
+"""Callbacks for training scripts of one's own: targets of ours, and mixtures, scored while any Trainer trains."""
 
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,101 @@ import numpy as np
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from scipy.stats import kendalltau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
 
 from .config import TargetConfig, check_name
+from .console import Terminal
 from .data import load_all
 from .errors import InputError
 from .external import CallableScorer
-from .merging import GatedStack
-from .mixture import Failure
+from .journal import read_made
+from .merging import Adapter, GatedStack, refuse_unless_averageable
+from .mixture import Failure, Mixture, SearchSpace
 from .scoring import Scorer, make_scorer
+
+
+class LiveTargets:
+    """Targets of ours, scored with the model that somebody's Trainer is training; see the callbacks for the arguments.
+
+    Raises:
+        InputError: a target that cannot be read, or a scorer that needs more than a model.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        targets: Mapping[str, Mapping[str, Any]],
+        tokens_per_batch: int | None,
+        allow_metric_code: bool,
+    ) -> None:
+        self.trainer = trainer
+        tokenizer = trainer.processing_class
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+            raise InputError(
+                f"trainer: expected one with a tokenizer as its processing_class, got {type(tokenizer).__name__}"
+            )
+        parsed = {
+            check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", Path.cwd())
+            for name, given in targets.items()
+        }
+        for name, one in parsed.items():
+            if one.kind in ("command", "lm_eval"):
+                raise InputError(
+                    f"targets.{name}.scorer: {one.kind} needs an adapter on the disk; expected another one"
+                )
+        _, _, loaded = load_all(
+            {}, parsed, tokenizer, seed=trainer.args.seed, max_length=None, assistant_only_loss=False
+        )
+        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
+        total = sum(one.weight for one in parsed.values())
+        self.shares = {name: one.weight / total for name, one in parsed.items()}
+        self.scorers: dict[str, Scorer] = {
+            name: CallableScorer(one.config.scorer, one.rows, tokenizer)
+            if one.config.kind == "callable"
+            else make_scorer(
+                one.config, one.rows, tokenizer, positions, allow_metric_code=allow_metric_code, where=f"targets.{name}"
+            )
+            for name, one in loaded.items()
+        }
+        self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
+
+    @property
+    def model(self) -> Any:
+        """What is trained, without what accelerate has put around it."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    @property
+    def base(self) -> Any:
+        """The model that an adapter is trained on, or the model itself."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def scores(self, stack: GatedStack, mixtures: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """Of every mixture: target -> score. One that cannot be scored now is not a number, and why is a warning."""
+        found: list[dict[str, float]] = [{} for _ in mixtures]
+        for name, scorer in self.scorers.items():
+            # As many together as fill a batch, or scorers would have to hold the answers of all of them.
+            together = scorer.at_once(stack, self._tokens, scorer.examples)
+            for start in range(0, len(mixtures), together):
+                group = mixtures[start : start + together]
+                for place, score in enumerate(scorer.score(stack, group, self._tokens), start=start):
+                    if isinstance(score, Failure):
+                        warnings.warn(f"targets.{name}: {score.reason}", RuntimeWarning, stacklevel=3)
+                    found[place][name] = math.nan if isinstance(score, Failure) else score.value
+        return found
+
+    def mean(self, scores: Mapping[str, float]) -> float:
+        """Over the targets, by their weights."""
+        return sum(share * scores[name] for name, share in self.shares.items())
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Puts numbers where the training's own are logged; a Trainer's subclass may do more with its own."""
+        Trainer.log(self.trainer, dict(values))
 
 
 class TargetScoreCallback(TrainerCallback):
@@ -55,75 +141,168 @@ class TargetScoreCallback(TrainerCallback):
         tokens_per_batch: int | None = None,
         allow_metric_code: bool = False,
     ) -> None:
-        self._trainer = trainer
-        tokenizer = trainer.processing_class
-        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-            raise InputError(
-                f"trainer: expected one with a tokenizer as its processing_class, got {type(tokenizer).__name__}"
-            )
-        parsed = {
-            check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", Path.cwd())
-            for name, given in targets.items()
-        }
-        for name, one in parsed.items():
-            if one.kind in ("command", "lm_eval"):
-                raise InputError(
-                    f"targets.{name}.scorer: {one.kind} needs an adapter on the disk; expected another one"
-                )
-        _, _, loaded = load_all(
-            {}, parsed, tokenizer, seed=trainer.args.seed, max_length=None, assistant_only_loss=False
-        )
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
-        self._weights = {name: one.weight for name, one in parsed.items()}
-        self._scorers: dict[str, Scorer] = {
-            name: CallableScorer(one.config.scorer, one.rows, tokenizer)
-            if one.config.kind == "callable"
-            else make_scorer(
-                one.config, one.rows, tokenizer, positions, allow_metric_code=allow_metric_code, where=f"targets.{name}"
-            )
-            for name, one in loaded.items()
-        }
-        self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
-
-    @property
-    def _model(self) -> Any:
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        self._targets = LiveTargets(trainer, targets, tokens_per_batch, allow_metric_code)
 
     def scores(self) -> dict[str, float]:
         """`eval_<target>` -> score of the model as it is now; with several targets their weighted mean too, as `eval_targets`.
 
         One that cannot be scored now is not a number, and why is a warning: the training goes on.
         """
-        model, found = self._model, {}
+        model = self._targets.base
         with undisturbed(model):
             stack = GatedStack(model, {})
             try:
-                for name, scorer in self._scorers.items():
-                    (score,) = scorer.score(stack, [{}], self._tokens)
-                    if isinstance(score, Failure):
-                        warnings.warn(f"targets.{name}: {score.reason}", RuntimeWarning, stacklevel=2)
-                    found[f"eval_{name}"] = math.nan if isinstance(score, Failure) else score.value
+                (scores,) = self._targets.scores(stack, [{}])
             finally:
                 stack.detach()
-        if len(found) > 1:
-            total = sum(self._weights.values())
-            found["eval_targets"] = sum(self._weights[name] * found[f"eval_{name}"] for name in self._scorers) / total
-        return found
+        found = {f"eval_{name}": value for name, value in scores.items()}
+        return found | ({"eval_targets": self._targets.mean(scores)} if len(scores) > 1 else {})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         found = self.scores()
         kwargs["metrics"].update(found)
-        Trainer.log(self._trainer, dict(found))
+        self._targets.log(found)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.eval_strategy == "no":
-            Trainer.log(self._trainer, self.scores())
+            self._targets.log(self.scores())
+
+
+class MergeProbeCallback(TrainerCallback):
+    """Ranks mixtures while an adapter is trained, and says when their ranking has stopped moving.
+
+    Every `every` steps the adapter as it is now is averaged with those of other candidates as they were at the same share of
+    their own training (their last checkpoint up to there, or the finished adapter where there are none), and the mixtures
+    are scored on targets of ours. Their order is compared with the one before, by Kendall's τ-b. Once it has been at least
+    `agreement` for `patience` times, with the same best mixture, it is said from which step on: adapters that are all trained
+    that far would have led to the same choice. Logged are `probe_best` (the best mixture's score) and `probe_kendall`. The
+    training is left as it would be without it.
+
+    ```python
+    for name, rows in candidates.items():
+        trainer = SFTTrainer(model, SFTConfig(f"bank/{name}", save_steps=20), train_dataset=rows, peft_config=lora)
+        others = {other: f"bank/{other}" for other in candidates if other != name}
+        probe = MergeProbeCallback(trainer, name, others, {"quiz": quiz}, every=20)
+        trainer.add_callback(probe)
+        trainer.train()
+    print(probe.settled)  # the share of the training after which nothing changed any more; None if it was still moving
+    ```
+
+    Args:
+        trainer: trains a LoRA adapter, on the same base and with the same settings as the others.
+        name: of the candidate that it is trained on.
+        others: name -> an adapter folder, or the `output_dir` of its training. What is not there yet is left out.
+        targets, tokens_per_batch, allow_metric_code: see `TargetScoreCallback`.
+        every: steps between two probes.
+        patience: probes in a row that must agree with the ones before.
+        agreement: τ-b from which on two rankings are taken for the same, up to 1.
+        stop: end the training then. All adapters of a bank must be trained equally far, so end all of them there.
+
+    Raises:
+        InputError: a model that trains no LoRA adapter that can be averaged, or in pieces; or see `TargetScoreCallback`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        name: str,
+        others: Mapping[str, str | Path],
+        targets: Mapping[str, Mapping[str, Any]],
+        every: int,
+        patience: int = 3,
+        agreement: float = 0.9,
+        stop: bool = False,
+        tokens_per_batch: int | None = None,
+        allow_metric_code: bool = False,
+    ) -> None:
+        self._targets = LiveTargets(trainer, targets, tokens_per_batch, allow_metric_code)
+        if name in others:
+            raise InputError(f"others: {name!r} is what this trainer trains; expected the other candidates")
+        if every < 1 or patience < 1 or not agreement <= 1:
+            raise InputError(
+                f"expected every and patience of at least 1 and agreement of at most 1, got {every}, {patience}, {agreement:g}"
+            )
+        model = self._targets.model
+        if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, LoraConfig):
+            raise InputError(
+                f"trainer: expected one that trains a LoRA adapter (peft_config), got {type(model).__name__}"
+            )
+        refuse_unless_averageable(model.active_peft_config, "trainer")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise InputError("trainer: its model is in pieces (FSDP, DeepSpeed), which cannot be averaged with others")
+        self._name = check_name(name, "candidate")
+        self._others = {check_name(other, "candidate"): Path(folder) for other, folder in others.items()}
+        self._every, self._patience, self._agreement, self._stop = every, patience, agreement, stop
+        self.ranking: list[tuple[Mixture, float]] = []
+        self.settled: float | None = None
+        self._since: tuple[int, int] = (0, 0)  # the step of the first of how many rankings that agree
+
+    def probe(self, share: float) -> list[tuple[Mixture, float]]:
+        """The mixtures of the adapters at this share of their training and their scores, best first."""
+        model = self._targets.model
+        adapters = {}
+        for name, folder in self._others.items():
+            if (found := adapter_at(folder, share)) is not None:
+                adapters[name] = Adapter.load(found)
+        tensors = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+        adapters[self._name] = Adapter(model.active_peft_config, tensors)
+        mixtures = few_mixtures(tuple(adapters))
+        with undisturbed(model), model.disable_adapter():
+            stack = GatedStack(self._targets.base, adapters)
+            try:
+                scores = self._targets.scores(stack, [one.weights for one in mixtures])
+            finally:
+                stack.detach()
+        ranking = [(mixture, self._targets.mean(one)) for mixture, one in zip(mixtures, scores, strict=True)]
+        return sorted(ranking, key=lambda pair: (math.isnan(pair[1]), -pair[1], len(pair[0]), pair[0].items))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self._every:
+            return
+        before, self.ranking = dict(self.ranking), self.probe(state.global_step / state.max_steps)
+        now = dict(self.ranking)
+        values = {"probe_best": self.ranking[0][1]}
+        agreed = 0.0
+        if before.keys() == now.keys() and len(now) > 1:
+            agreed = float(kendalltau([before[one] for one in now], list(now.values())).statistic)
+            values["probe_kendall"] = agreed
+        self._targets.log(values)
+        same_best = bool(before) and max(before, key=before.__getitem__) == self.ranking[0][0]
+        first, times = self._since
+        moved = not (agreed >= self._agreement and same_best)
+        self._since = (state.global_step, 0) if moved else (first, times + 1)
+        if moved:
+            self.settled = None
+        elif self._since[1] == self._patience:
+            self.settled = first / state.max_steps
+            Terminal(quiet=not state.is_world_process_zero).say(
+                f"the ranking of {len(now)} mixtures has stood still since step {first:,} of {state.max_steps:,}, the best one "
+                f"{self.ranking[0][0]}: adapters that are all trained that far lead to the same choice"
+            )
+        if self.settled is not None and self._stop:
+            control.should_training_stop = True
+
+
+def few_mixtures(names: tuple[str, ...]) -> list[Mixture]:
+    """All subsets of up to six candidates; of more the singles, the pairs, all together and all but one."""
+    space = SearchSpace(tuple(sorted(names)))
+    if len(names) <= 6:
+        return list(space.subsets())
+    sizes = (1, 2, len(names) - 1, len(names))
+    return [Mixture.subset(some) for size in sizes for some in combinations(space.names, size)]
+
+
+def adapter_at(folder: Path, share: float) -> Path | None:
+    """Where the adapter is that a training in `folder` had at a share of its steps; None where there is none yet."""
+    checkpoints = [Path(path) for path in sort_checkpoints(str(folder))] if folder.is_dir() else []
+    for path in reversed(checkpoints):
+        told = read_made(path / TRAINER_STATE_NAME)
+        step, steps = told.get("global_step"), told.get("max_steps")
+        if isinstance(step, int) and isinstance(steps, int) and step <= share * steps * (1 + 1e-9):
+            return path
+    return folder if not checkpoints and (folder / "adapter_config.json").exists() else None
 
 
 @contextmanager

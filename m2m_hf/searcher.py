@@ -38,6 +38,7 @@ from .strategies import Strategy, Task, exhaustive, listed
 from .study import RANDOM, Choice
 from .surrogates import FEW, STRATEGIES, choose_strategy
 from .tables import baselines_table, end_table, fidelity_remarks, fidelity_tables, remarks, verified_table
+from .trackers import Tracker
 from .trained import TrainedMixtures, TrainedObjective
 from .training import publish
 
@@ -169,17 +170,26 @@ class MergeToMixSearcher(Ingredients):
             for reason in (text for text, holds in why.items() if holds):
                 self.terminal.say(f"no racing: {reason}", "yellow")
         total = 2 + len(candidates) + min(self._proposals(space, strategy), budget.max_trials)
-        done = 0
+        done = told = 0
+        curve: list[tuple[float, float]] = []
+        known = len(journal.trials)
+        tracker = Tracker(self.args, "search", speaks=self.state.is_main_process)
 
-        with self.terminal.progress("scoring mixtures", int(total)) as bar:
+        with tracker, self.terminal.progress("scoring mixtures", int(total)) as bar:
 
             def on_standing(standing: Standing, best: Standing | None) -> None:
-                nonlocal done
+                nonlocal done, told
                 if not done:
                     self.remember_targets()
                 done += 1
                 if best is not None:
                     bar.update(min(done, int(total)), f"best so far {score_of(best).value:.4f} {best.mixture}")
+                if standing.score is not None and best is not None:
+                    curve.append((standing.score.value, score_of(best).value))
+                if len(journal.trials) > known:  # a search that measures nothing has been told of before
+                    for step in range(told, len(curve)):
+                        tracker.log(step + 1, dict(zip(("eval_score", "eval_best_score"), curve[step], strict=True)))
+                    told = len(curve)
 
             self._result = search(
                 strategy,
@@ -451,7 +461,7 @@ class MergeToMixSearcher(Ingredients):
         counts = models.counts(mixture)
         start = time.monotonic()
         with self.terminal.progress(f"final fine-tune on {mixture}", models.steps(counts)) as bar:
-            trained = models.train(counts, bar)
+            trained = models.train(counts, bar, run="final")
         seconds = time.monotonic() - start
         scores: dict[str, Any] = {}
         total = sum(2 * len(parts) for parts in self.scorers.values())
@@ -470,6 +480,14 @@ class MergeToMixSearcher(Ingredients):
                         bar.advance()
                     value, stderr = paired({target: found["final"]}, {target: found["base"]}, {target: 1.0})
                     scores[target]["final"][part]["over_base"] = {"value": value, "stderr": stderr}
+        with Tracker(self.args, "scores", speaks=self.state.is_main_process) as tracker:
+            for step, who in enumerate(("base", "final")):
+                values = {
+                    ("eval_" if part == "validation" else "test_") + target: one["score"]
+                    for target, of in scores.items()
+                    for part, one in of[who].items()
+                }
+                tracker.log(step, values)
         record = models.record(counts)
         if self.state.is_main_process:
             self._put_old_final_aside()

@@ -78,11 +78,12 @@ class TrainedMixtures:
         """Optimizer steps that training takes."""
         return mixture_steps(self._args, self.candidates, counts)
 
-    def train(self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "") -> Path:
+    def train(self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "", run: str = "") -> Path:
         """The folder of the model, trained now where it is not there yet.
 
         Args:
             bar: counts optimizer steps, of which `before` are done; with `note` behind it.
+            run: the name in the trackers (default: what the mixture is).
 
         Raises:
             TrainingFailedError: see `train_lora`.
@@ -97,9 +98,18 @@ class TrainedMixtures:
                 )
             watching = [] if bar is None else [BankProgress(bar, before, note)]
             rows = mixture_dataset(counts, self.candidates, self._data_format, self._args.seed)
+            run = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
             try:
                 record = train_lora(
-                    self._base(), self._tokenizer, rows, self._args, self._config, hidden(folder), watching, folder.name
+                    self._base(),
+                    self._tokenizer,
+                    rows,
+                    self._args,
+                    self._config,
+                    hidden(folder),
+                    watching,
+                    folder.name,
+                    run,
                 )
             except TrainingFailedError as error:
                 record = {"steps": 0, "seconds": 0.0, "failed": f"training on {' + '.join(counts)}: {error}"}

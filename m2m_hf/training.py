@@ -42,6 +42,7 @@ from .journal import (
     write_json,
 )
 from .merging import Adapter
+from .trackers import Tracker
 
 DECIMALS = 6  # of a loss: more would tell how often its sum was interrupted
 
@@ -161,6 +162,7 @@ def train_lora(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     of: str = "",
+    run: str = "training",
 ) -> dict[str, Any]:
     """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
 
@@ -172,6 +174,7 @@ def train_lora(
 
     Args:
         of: fingerprint of all that the outcome depends on.
+        run: its name in the trackers that `report_to` names.
 
     Returns:
         What the run used: see `TrainingRecorder`; and `loss`, its mean over the steps.
@@ -180,7 +183,9 @@ def train_lora(
         TrainingFailedError: nothing is saved.
         StoppedError: something ended it early.
     """
+    tracker = Tracker(args, run, of, PartialState().is_main_process)
     args = copy.deepcopy(args)
+    args.report_to = []
     saved = checkpoints(folder)
     args.output_dir = str(saved)
     if sharded():
@@ -209,7 +214,7 @@ def train_lora(
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=copy.deepcopy(config),
-        callbacks=[recorder, *callbacks],
+        callbacks=[recorder, tracker, *callbacks],
     )
     trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
     for name, value in mark["losses"].items():
@@ -219,7 +224,8 @@ def train_lora(
     peft_model = trainer.model
     try:
         try:
-            trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
+            with tracker:
+                trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
         except UnpicklingError as error:
             raise InputError(f"{found[0]}: it holds more than numbers, and is not loaded; delete {saved}") from error
         except (RuntimeError, MemoryError) as error:

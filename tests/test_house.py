@@ -16,7 +16,7 @@ FLOORS = (
     ("errors", "stored"),
     ("mixture", "config", "console", "metrics"),
     ("journal", "parsing", "merging", "strategies", "racing", "init"),
-    ("data", "methods", "surrogates", "callbacks"),
+    ("data", "methods", "surrogates", "callbacks", "trackers"),
     ("forward",),
     ("scoring", "training", "recipe"),
     ("adapters", "export"),

@@ -1,0 +1,94 @@
+"""What `report_to` names is told of every training, the search and the scores, as one group."""
+
+import json
+import sqlite3
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_run import m2m
+
+from m2m_hf.config import MergeToMixConfig
+from m2m_hf.errors import InputError
+from m2m_hf.ingredients import Ingredients
+from m2m_hf.parsing import parse
+
+RUNS = ["adapters/alpha", "adapters/beta", "adapters/gamma", "final", "scores", "search"]
+
+
+def curve(folder, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of all that TensorBoard knows of."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(one.step, one.value) for one in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+@pytest.fixture
+def aside(tmp_path, monkeypatch):
+    """Trackers keep what they are told below the test's folder, and nothing leaves the machine."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_all_is_one_group(project, aside, capsys):
+    out = project / "out"
+    with (project / "run.yaml").open("a") as file:
+        file.write("report_to: [trackio, tensorboard, wandb]\nproject: quizzes\nrun_name: science\n")
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    printed = capsys.readouterr()
+    assert "trackio" not in printed.out.lower()
+    assert "wandb" not in printed.out + printed.err
+    # TensorBoard: the losses of every adapter as its record has them, and the search's curve as the journal has it.
+    for name in ("alpha", "beta", "gamma"):
+        losses = json.loads((out / "adapters" / name / "training.json").read_text())["loss_curve"]
+        told = curve(out / "tensorboard" / "adapters" / name, "train/loss")
+        assert [step for step, _ in told] == [step for step, _ in losses]
+        assert [loss for _, loss in told] == pytest.approx([loss for _, loss in losses], abs=1e-5)
+    assert len(curve(out / "tensorboard" / "final", "train/loss")) == 3
+    scores = [json.loads(line)["score"] for line in (out / "trials.jsonl").read_text().splitlines()]
+    told = [value for _, value in curve(out / "tensorboard" / "search", "eval/score")]
+    assert sorted(told) == pytest.approx(sorted(scores[1:]))  # all but the base model's
+    best = [value for _, value in curve(out / "tensorboard" / "search", "eval/best_score")]
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(json.loads((out / "summary.json").read_text())["best"]["score"])
+    final = json.loads((out / "final" / "training.json").read_text())["scores"]["colours"]["final"]
+    for tag, part in (("eval/colours", "validation"), ("test/colours", "test")):
+        assert curve(out / "tensorboard" / "scores", tag)[1] == (1, pytest.approx(final[part]["score"]))
+    # trackio
+    with sqlite3.connect(aside / "trackio" / "quizzes.db") as database:
+        found = {name: json.loads(told) for name, told in database.execute("select run_name, config from configs")}
+    assert sorted(found) == [f"science/{run}" for run in RUNS]
+    assert {one["_Group"] for one in found.values()} == {"science"}
+    # Weights & Biases
+    files = sorted(aside.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == len(RUNS)
+    for run in RUNS:
+        assert any(f"science/{run}".encode() in file.read_bytes() for file in files), run
+    # Nothing new, nothing told; and what trackers keep is not in the way of anything.
+    assert m2m("status", out) == 0
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert [value for _, value in curve(out / "tensorboard" / "search", "eval/score")] == told
+    assert sorted(aside.glob("wandb/offline-run-*/*.wandb")) == files
+
+
+@pytest.mark.parametrize(("given", "words"), [("tensorbord", "tensorbord"), ("comet_ml", "comet")])
+def test_a_tracker_that_is_none_or_not_installed_is_refused_before_anything_is_done(project, given, words):
+    config, args, model_args = parse(project / "run.yaml", values={"report_to": given})
+    assert isinstance(config, MergeToMixConfig)
+    with pytest.raises(InputError, match=f"report_to: .*{words}"):
+        Ingredients(config, args, model_args)
+    assert not (project / "out").exists()
+
+
+def test_runs_of_one_name_in_two_folders_are_two_groups(project):
+    from m2m_hf.trackers import group_of
+
+    groups = {
+        group_of(parse(project / "run.yaml", values={"output_dir": str(project / one / "out")})[1]) for one in "ab"
+    }
+    assert len(groups) == 2
+    assert all(group.startswith("out-") for group in groups)

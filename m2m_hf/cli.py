@@ -19,6 +19,7 @@ from . import __version__
 from .config import field_help
 from .console import LibraryLog, Terminal
 from .errors import InputError, StoppedError, printable, redact
+from .launch import FLAGS, find, relaunched, shown_recipes
 
 PATIENCE = 5.0  # seconds in which a launcher ends the other processes, once one has ended
 
@@ -41,9 +42,11 @@ average of every subset on your target's validation set, and fine-tunes once on 
   m2m export OUT --to TRAINER    the chosen mixture for trl, axolotl, llamafactory, or as jsonl
   m2m report OUT                 make OUT/report.html again, from the files in OUT alone
   m2m status OUT                 what is done, left and spent, and whether every file in OUT is whole
+  m2m recipe [NAME]              what else ships: the demo, benchmarks and studies
 
-Every command goes on from where the run folder stands. With several processes:
-  accelerate launch recipes/select.py --config x.yaml
+Every command goes on from where the run folder stands. On all GPUs of a machine, or on several machines (docs/multi_gpu.md):
+  m2m select --config x.yaml --accelerate_config multi_gpu
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/select.py --config x.yaml
 """
 SCORERS = """\
 targets: each has a scorer and what that needs:
@@ -108,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=fields_text(), formatter_class=raw, allow_abbrev=False
         )
         command.add_argument("--config", required=True, type=Path, help="the YAML")
+        add_launch_flags(command)
         if name == "select":
             command.add_argument(
                 "--dry_run", action="store_true", help="tell what would be done and what it would cost, and end"
@@ -133,6 +137,8 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
+        if name == "sft":
+            add_launch_flags(command)
     text = "put adapters, final model and the chosen mixture of a searched run on the Hub, each with a card"
     command = commands.add_parser("push", help=text, description=text, allow_abbrev=False)
     command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
@@ -148,7 +154,23 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path, metavar="OUT", help="the run folder")
     command.add_argument("--to", required=True, help="trl, axolotl, llamafactory, or jsonl (the rows alone)")
     command.add_argument("--folder", type=Path, help="where to write (default: OUT/export/<trainer>)")
+    text = "run a recipe that ships with the package, show one that is a configuration, or list them all"
+    command = commands.add_parser("recipe", help=text, description=text, allow_abbrev=False)
+    command.add_argument(
+        "name", nargs="?", metavar="NAME", help="such as gpu_check or demo/data; --help behind it tells more"
+    )
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="for the recipe")
     return parser
+
+
+def add_launch_flags(command: argparse.ArgumentParser) -> None:
+    """What has a command carried out by several processes."""
+    command.add_argument(
+        "--accelerate_config",
+        metavar="NAME",
+        help="start it under accelerate launch, with this configuration: cpu_2proc, single_gpu, multi_gpu, fsdp2, zero3 or a "
+        f"file. Then also: {', '.join(f'--{name}' for name in FLAGS)}",
+    )
 
 
 def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "MergeToMixSearcher":
@@ -160,8 +182,13 @@ def open_searcher(config: Path, overrides: Sequence[str], log: LibraryLog) -> "M
     return MergeToMixSearcher(*parse(config, overrides))
 
 
-def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) -> None:
+def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog, arguments: Sequence[str]) -> None:
     """Carries out one command."""
+    if command.command == "recipe":
+        run_recipe(command.name, [*command.arguments, *overrides])
+        return
+    if getattr(command, "accelerate_config", None):
+        replace_process(relaunched(arguments))
     if command.command in ("report", "status", "push", "export", "compare", "init"):
         if overrides:
             raise InputError(f"not understood: {' '.join(overrides)}; see m2m {command.command} --help")
@@ -234,6 +261,24 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog) 
             searcher.push_to_hub()
     else:
         searcher.select()
+
+
+def run_recipe(name: str | None, arguments: Sequence[str]) -> None:
+    """Carries out `m2m recipe`."""
+    if name is None:
+        for line in ("recipes; m2m recipe NAME runs a script, and prints a configuration:", *shown_recipes()):
+            Terminal().say(line)
+        return
+    path = find("recipes", name, ".py", ".sh", ".yaml")
+    if path.suffix == ".py":
+        replace_process([sys.executable, str(path), *arguments])
+    print(path.read_text(encoding="utf-8"), end="")
+
+
+def replace_process(command: Sequence[str]) -> NoReturn:
+    """Becomes another command, so that signals and the exit code are its own."""
+    sys.stdout.flush()
+    os.execv(command[0], list(command))
 
 
 def show_status(out: Path) -> None:
@@ -343,11 +388,12 @@ def tells_of_a_lost_process(error: Exception) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `m2m` and returns its exit code."""
     parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     command, overrides = parser.parse_known_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log = LibraryLog()
     try:
-        return report_errors(lambda: run(command, overrides, log))
+        return report_errors(lambda: run(command, overrides, log, arguments))
     finally:
         log.close()
 
@@ -409,3 +455,7 @@ def report_errors(work: Callable[[], None]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,13 @@
 """What a run is made of: data, model, scorers, objectives; each loaded when it is first asked for, and checked before use."""
 
+import contextlib
 import math
 import os
+import socket
+import time
 from functools import cached_property, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -54,6 +58,18 @@ FREE = {
     "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
+
+
+def seen(path: Path, content: str, patience: float = 10.0) -> bool:
+    """Whether a file has this content, at the latest after some seconds: shared file systems take a moment to show it."""
+    end = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(OSError, UnicodeError):
+            if path.read_text(encoding="utf-8") == content:
+                return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.1)
 
 
 def has_ensemble(scorer: Scorer, metric: str) -> bool:
@@ -563,3 +579,23 @@ class Ingredients:
             self._check_targets()
             write_atomic(self.run.config, self.config_yaml())
         self.state.wait_for_everyone()
+        self._check_machines()
+
+    def _check_machines(self) -> None:
+        """Refuses machines that do not see what the first one does.
+
+        Raises:
+            InputError: on the machine where it is so.
+        """
+        data = {name: one.fingerprint for name, one in self.candidates.items()}
+        text = self.run.config.read_text(encoding="utf-8") if self.state.is_main_process else ""
+        told, theirs = self._agree([text, data])
+        host = socket.gethostname()
+        if not seen(self.run.config, told):
+            raise InputError(
+                f"output_dir: {self.run.root} on {host} is not the folder of that name on the first machine; expected one on "
+                "a file system that all machines share"
+            )
+        if theirs != data:
+            names = ", ".join(name for name, one in data.items() if theirs.get(name) != one)
+            raise InputError(f"candidates: the rows of {names} on {host} are not those on the first machine")

@@ -14,7 +14,7 @@ import m2m_hf
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "stored"),
-    ("mixture", "config", "console", "metrics"),
+    ("mixture", "config", "console", "launch", "metrics"),
     ("journal", "parsing", "merging", "strategies", "racing", "init"),
     ("data", "methods", "surrogates", "callbacks", "trackers"),
     ("forward",),

@@ -77,6 +77,34 @@ def lora_config(model_args: ModelConfig) -> LoraConfig:
     return config
 
 
+def model_config(model: str, lora: LoraConfig, dtype: str) -> ModelConfig:
+    """TRL's `ModelConfig` of a base model and a LoRA shape, as `lora_config` takes it.
+
+    Raises:
+        InputError: a shape that it cannot say.
+    """
+    made = ModelConfig(
+        model_name_or_path=model,
+        dtype=dtype,
+        use_peft=True,
+        lora_r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        lora_target_modules=sorted(lora.target_modules)
+        if isinstance(lora.target_modules, set)
+        else lora.target_modules,
+        use_rslora=lora.use_rslora,
+    )
+    given, said = (
+        {name: sorted(value) if isinstance(value, set) else value for name, value in one.to_dict().items()}
+        for one in (lora, lora_config(made))
+    )
+    for name, value in given.items():
+        if name not in ("task_type", "inference_mode", "base_model_name_or_path") and value != said[name]:
+            raise InputError(f"peft_config: {name}={value!r} is not for adapters that are to be averaged; leave it out")
+    return made
+
+
 def pin_revision(model_args: ModelConfig) -> ModelConfig:
     """`model_args` with the revision of a Hub model replaced by its commit, so that everything is loaded from the same one.
 

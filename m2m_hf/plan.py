@@ -95,7 +95,7 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     final = planned_steps(run._final_settings()[0], *together)
     seconds: float | None = None
     memory = 0
-    args.max_steps, args.save_strategy = STEPS, "no"
+    args.max_steps, args.save_strategy, args.report_to = STEPS, "no", []
     name = sorted(candidates, key=lambda one: candidates[one].tokens / len(candidates[one].rows))[len(candidates) // 2]
     with tempfile.TemporaryDirectory(prefix="m2m-plan-") as folder:
         clock = Clock()

@@ -1,5 +1,6 @@
 """`MergeToMixSearcher`: the whole method, from candidates to the model trained on the chosen mixture."""
 
+import copy
 import math
 import os
 import shutil
@@ -10,15 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
 from . import parsing
-from .adapters import LAUNCH, lora_config
+from .adapters import LAUNCH, lora_config, model_config
 from .baselines import candidate_texts, similarity, target_texts
 from .certainty import paired
 from .config import MergeToMixConfig
 from .console import Terminal
+from .data import mixture_dataset
 from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
@@ -85,6 +89,45 @@ class MergeToMixSearcher(Ingredients):
             InputError: see `parsing.parse`.
         """
         return cls(*parsing.parse(Path(path), values=overrides))
+
+    @classmethod
+    def from_trl(
+        cls,
+        model: str,
+        args: SFTConfig,
+        peft_config: LoraConfig,
+        candidates: Mapping[str, Any],
+        targets: Mapping[str, Any],
+        **fields: Any,
+    ) -> "MergeToMixSearcher":
+        """A searcher for a script that has what TRL's SFTTrainer takes; `chosen_rows` then is its training set.
+
+        Adapters are trained with the script's own settings, but for what it does with the final model: evaluating, keeping the
+        best checkpoint, pushing to the Hub. The run folder is `m2m` in the script's `output_dir`.
+
+        Args:
+            model: a Hub id or a folder. It is loaded in bfloat16 where `args.bf16` is set, or else in float32.
+            args: what the script trains with.
+            peft_config: the LoRA shape.
+            candidates, targets: as in a configuration file; relative paths are relative to the working directory.
+            **fields: of `MergeToMixConfig`.
+
+        Raises:
+            InputError: for whatever cannot be used.
+        """
+        args = copy.deepcopy(args)
+        args.output_dir = str(Path(args.output_dir).absolute() / "m2m")
+        args.eval_strategy, args.load_best_model_at_end, args.push_to_hub = "no", False, False
+        args.use_cpu = args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        config = MergeToMixConfig(candidates=dict(candidates), targets=dict(targets), **fields)
+        return cls(config, args, model_config(model, peft_config, "bfloat16" if args.bf16 else "float32"))
+
+    def chosen_rows(self) -> Dataset:
+        """The rows of the chosen mixture, shuffled, as `OUT/mixture/train.jsonl` has them; searches first where it must."""
+        self.write_outcome()
+        result = self.choose()
+        counts = self.models.counts(result.best.mixture)
+        return mixture_dataset(counts, self.candidates, self._data[0], self.args.seed)
 
     def train_adapters(self) -> None:
         """Trains one adapter per candidate, where it is missing.

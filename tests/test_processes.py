@@ -35,19 +35,28 @@ def die(self, trials, write=True):
     return found
 Journal.extend = die
 """
+LAUNCH = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from forks import launch; launch()"
 RUN = "\nimport sys\nfrom m2m_hf.cli import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
 
 
-def launch(
+def arguments(
     project: Path, output: Path, *flags: str, script: Path = SELECT, config: str = "cpu_2proc", options: tuple = ()
-) -> subprocess.CompletedProcess:
-    """A script under accelerate, in two processes over gloo."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+) -> list[str]:
+    """What `accelerate launch` is given to run a script in two processes over gloo."""
     port = str(20000 + os.getpid() % 20000)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
-    command += [*options, "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script)]
-    command += ["--config", str(project / "run.yaml"), "--output_dir", str(output), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    given = ["--num_processes", "2", "--main_process_port", port, *options]
+    given += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script)]
+    return [*given, "--config", str(project / "run.yaml"), "--output_dir", str(output), *flags]
+
+
+@pytest.fixture
+def launch(forks):
+    """`accelerate launch`, of which the processes that it starts have everything imported already."""
+
+    def launch(project: Path, output: Path, *flags: str, **options) -> subprocess.CompletedProcess:
+        return forks.run("-c", LAUNCH, *arguments(project, output, *flags, **options))
+
+    return launch
 
 
 def trials(folder: Path) -> list[dict]:
@@ -59,7 +68,10 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
     assert m2m("search", "--config", project / "run.yaml") == 0
     (tmp_path / "two").mkdir()
     os.rename(project / "out" / "adapters", tmp_path / "two" / "adapters")
-    done = launch(project, tmp_path / "two", "--train_final", "false")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += arguments(project, tmp_path / "two", "--train_final", "false")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scored 8 mixtures") == 1  # one process speaks
     one, two = trials(project / "out"), trials(tmp_path / "two")
@@ -69,7 +81,7 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
         assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
 
 
-def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys):
+def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys, launch):
     """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done.
 
     The choice is verified, so that mixtures are fine-tuned and compared by several processes too.
@@ -104,7 +116,7 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
     assert "processes (2 there, 1 now)" in capsys.readouterr().err
 
 
-def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys):
+def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys, launch):
     (tmp_path / "dies.py").write_text(ONE_DIES + RUN)
     done = launch(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")
     assert done.returncode != 0

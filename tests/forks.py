@@ -20,18 +20,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-IMPORTS = (
+IMPORTS = (  # nothing of our own: that is imported by whoever needs it
     "accelerate.commands.launch",
-    "m2m_hf.benchmark",
-    "m2m_hf.searcher",
-    "m2m_hf.hub",
-    "m2m_hf.plots",
+    "bitsandbytes",
+    "datasets",
+    "evaluate",
+    "httpx2",
+    "huggingface_hub",
+    "jinja2",
     "matplotlib.pyplot",
+    "peft",
     "pytest",
+    "rich.progress",
+    "scipy.stats",
+    "sklearn.linear_model",
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "transformers.models.llama.modeling_llama",
     "trl.scripts.sft",
+    "trl.trainer.sft_trainer",
 )
 
 
@@ -45,11 +52,14 @@ class Forks:
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
+        # What libraries say when they are imported, and why it ended, should it end.
+        self.told = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.told,
             text=True,
         )
 
@@ -60,6 +70,7 @@ class Forks:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+        self.told.close()
 
     def run(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
         """What `python ARGUMENTS` does: a script, `-m` and a module or `-c` and code, and what they are given."""
@@ -74,8 +85,13 @@ class Forks:
             }
             self.process.stdin.write(json.dumps(given) + "\n")
             self.process.stdin.flush()
-            code = int(self.process.stdout.readline())
-            return subprocess.CompletedProcess(command, code, *(path.read_text(errors="replace") for path in spoken))
+            code = self.process.stdout.readline()
+            if not code:
+                self.told.seek(0)
+                raise RuntimeError(f"the process that forks has ended: {self.told.read()}")
+            return subprocess.CompletedProcess(
+                command, int(code), *(path.read_text(errors="replace") for path in spoken)
+            )
 
 
 def serve() -> dict | None:

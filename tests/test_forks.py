@@ -24,12 +24,18 @@ def test_what_one_does_no_other_sees(forks, tmp_path, monkeypatch):
     assert done.returncode == 1
     assert done.stderr.endswith("ValueError: odd\n")
     monkeypatch.chdir(tmp_path)
-    code = "import json, os, sys; print(hasattr(json, 'mine'), 'MINE' in os.environ, os.getcwd(), 'torch' in sys.modules)"
-    assert forks.run("-c", code).stdout == f"False False {tmp_path} True\n"
+    code = (
+        "import json, os, sys\n"
+        "print(hasattr(json, 'mine'), 'MINE' in os.environ, os.getcwd(), {'torch', 'm2m_hf'} & {*sys.modules})"
+    )
+    assert forks.run("-c", code).stdout == f"False False {tmp_path} {{'torch'}}\n"
 
 
-def test_a_script_is_run_as_python_would(forks, tmp_path):
+def test_a_script_or_a_module_is_run_as_python_would(forks, tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("VALUE = 5\n")
-    (tmp_path / "script.py").write_text("import sys\nfrom beside import VALUE\nif __name__ == '__main__': print(VALUE, sys.argv)\n")
-    assert forks.run(tmp_path / "script.py", "x").stdout == f"5 ['{tmp_path}/script.py', 'x']\n"
-    assert forks.run("-m", "m2m_hf.cli", "x").returncode == 0  # a module without anything to do
+    code = "import sys\nfrom beside import VALUE\nif __name__ == '__main__': print(VALUE, sys.argv)\n"
+    (tmp_path / "script.py").write_text(code)
+    said = f"5 ['{tmp_path}/script.py', 'x']\n"
+    assert forks.run(tmp_path / "script.py", "x").stdout == said
+    monkeypatch.chdir(tmp_path)
+    assert forks.run("-m", "script", "x").stdout == said

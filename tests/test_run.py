@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -153,13 +151,13 @@ def test_search_then_sft_is_select(project, tmp_path, capsys):
     assert {**mine, "costs": None} == {**whole, "costs": None}
 
 
-def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path):
+def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path, forks):
     assert m2m("select", "--config", project / "run.yaml", "--lora_dropout", "0.1") == 0
     recipe = project / "out" / "recipe.yaml"
     assert "m2m" not in "".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("#"))
     ours = json.loads((project / "out" / "final" / "training.json").read_text())["loss"]
     code = (
-        "import sys; sys.modules['m2m_hf'] = None\n"
+        "import sys; assert 'm2m_hf' not in sys.modules; sys.modules['m2m_hf'] = None\n"
         "from trl.scripts.sft import make_parser\n"
         "from trl.trainer.sft_trainer import SFTTrainer\n"
         "import trl.scripts.sft as sft\n"
@@ -169,8 +167,7 @@ def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path):
         "SFTTrainer.train = spy\n"
         "sft.main(*make_parser().parse_args_and_config(fail_with_unknown_args=True))\n"
     )
-    command = [sys.executable, "-c", code, "--config", str(recipe), "--output_dir", str(tmp_path / "trl")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run("-c", code, "--config", recipe, "--output_dir", tmp_path / "trl")
     assert done.returncode == 0, done.stderr
     theirs = float(next(line for line in done.stdout.splitlines() if line.startswith("LOSS")).split()[1])
     assert round(theirs, 6) == ours

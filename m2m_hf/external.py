@@ -5,6 +5,7 @@ exported and nothing loaded again; a command is given the mixture as one exact P
 """
 
 import errno
+import functools
 import json
 import math
 import os
@@ -257,7 +258,7 @@ class HarnessScorer(ExternalScorer):
                 "allow_metric_code: true if you trust it"
             )
         try:
-            known = TaskManager(include_defaults=not local)
+            known = TaskManager(include_defaults=False) if local else harness_tasks()
             # The harness would take any file's name for that of a task, and run what it says.
             if not local and task not in known.all_tasks:
                 raise InputError(f"{where}.task: the harness has no task {task!r}; a task of your own is a .yaml file")
@@ -325,6 +326,14 @@ class HarnessScorer(ExternalScorer):
             return Score.of([sign * float(one) for one in values])
         stderr = bootstrap(len(values), lambda chosen: float(aggregate([values[index] for index in chosen])))
         return Score(sign * value, stderr)
+
+
+@functools.cache
+def harness_tasks() -> Any:
+    """All tasks of the harness, read once: it has thousands of files, which take seconds, and every target asks anew."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def quiet_harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:

@@ -1,7 +1,9 @@
 """Pico models and tokenizers, made in code: no network, milliseconds."""
 
+import gc
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models need no more, and t
 
 import pytest
 import torch
+from forks import Forks
+from hub_server import Hub
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,6 +30,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from m2m_hf.cli import main
+
+ROOT = Path(__file__).parents[1]
 TEXT = "question: what is the opposite of hot? answer: cold warm big small yes no one two three four red green blue"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
@@ -122,6 +129,11 @@ def choice_rows(count: int = 10, start: int = 100) -> list[dict]:
     ]
 
 
+def pytest_collection_finish() -> None:
+    """Every training ends with a garbage collection, which would look at all that was imported: a third of a second each."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Pages are made in every run, their pictures only where a test asks for `pictures`: drawing takes longer than all else."""
@@ -186,3 +198,64 @@ targets:
 def project(tmp_path, pico) -> Path:
     """See `project_folder`."""
     return project_folder(tmp_path, pico)
+
+
+@pytest.fixture(scope="session")
+def finished_project(tmp_path_factory, pico) -> Path:
+    """What `m2m select` leaves of a `project_folder` whose candidates may be published. To be copied, not to be touched."""
+    folder = project_folder(tmp_path_factory.mktemp("finished"), pico)
+    run = folder / "run.yaml"
+    run.write_text(run.read_text().replace(".jsonl}\n", ".jsonl, license: cc-by-4.0}\n", 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2m_hf.plots.PICTURES", {})
+        assert main(["select", "--config", str(run)]) == 0
+    return folder
+
+
+def copy_project(folder: Path, copy: Path) -> Path:
+    """A copy of a project and its runs, as if it had been made there: no path in it leads back."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".lock"), dirs_exist_ok=True)
+    for path in copy.rglob("*"):
+        if path.is_file() and str(folder).encode() in (content := path.read_bytes()):
+            path.write_bytes(content.replace(str(folder).encode(), str(copy).encode()))
+    return copy
+
+
+@pytest.fixture
+def finished(tmp_path, finished_project) -> Path:
+    """A `project` from which `m2m select` has selected: its run folder is `out`."""
+    return copy_project(finished_project, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A Hub on loopback, the process that is told of it, and where that keeps what it has from it. See `hub` and `forks`."""
+    cache = tmp_path_factory.mktemp("hub")
+    with Hub() as server:
+        told = {
+            "HF_ENDPOINT": server.address,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": server.token,
+            "PYTHONHASHSEED": "7",  # sets have their elements in another order than here
+            "PYTHONPATH": str(ROOT),
+        }
+        with Forks(told) as process:
+            yield server, process, cache
+
+
+@pytest.fixture
+def hub(served) -> Hub:
+    """A Hub that knows nothing yet, and of which nothing is known: the server that the processes of `forks` are told of."""
+    server, _, cache = served
+    server.forget()
+    for path in cache.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return server
+
+
+@pytest.fixture
+def forks(hub, served) -> Forks:
+    """Python processes that need no time to import anything; they are told of the Hub of `hub` and log in there."""
+    return served[1]

@@ -38,11 +38,7 @@ class Hub:
 
     def __init__(self, token: str = "hf_loopbackloopback") -> None:
         self.token = token
-        self.repositories: dict[tuple[str, str], Repository] = {}
-        self.large: dict[str, bytes] = {}
-        self.lfs: set[str] = set()  # digests of what was stored as a large file
-        self.requests: list[str] = []
-        self.broken = 0  # uploads of large files that are still to fail
+        self.forget()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +56,14 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def forget(self) -> None:
+        """Makes it as it was at first."""
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.large: dict[str, bytes] = {}
+        self.lfs: set[str] = set()  # digests of what was stored as a large file
+        self.requests: list[str] = []
+        self.broken = 0  # uploads of large files that are still to fail
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

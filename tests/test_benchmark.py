@@ -1,13 +1,14 @@
 """The benchmark compares methods that really score the same; the GPU's checks run, as far as a CPU can tell."""
 
+import functools
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from m2m_hf.benchmark import (
@@ -40,7 +41,9 @@ def recipe(name: str):
 @pytest.mark.parametrize(
     ("targets", "methods"), [(["q_proj", "k_proj", "v_proj", "o_proj"], METHODS), ("all-linear", METHODS[:-1])]
 )
-def test_all_methods_score_the_same(tmp_path, targets, methods):
+def test_all_methods_score_the_same(tmp_path, monkeypatch, targets, methods):
+    # The harness would read all the tasks that it has for every mixture; the one that it is given here is not among them.
+    monkeypatch.setattr("lm_eval.evaluator.TaskManager", functools.partial(TaskManager, include_defaults=False))
     folder = random_model(tmp_path / "model", "tiny")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -70,10 +73,9 @@ def test_the_checks_for_a_gpu_run_on_a_cpu(capsys):
     assert "no checks failed" in printed
 
 
-def test_the_benchmark_recipe(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "benchmark.py"), "--random", "tiny", "--rows", "6"]
-    command += ["--mixtures", "2", "--methods", "ours,floor", "--output", str(tmp_path / "figures.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_benchmark_recipe(tmp_path, forks):
+    flags = ("--random", "tiny", "--rows", 6, "--mixtures", 2, "--methods", "ours,floor")
+    done = forks.run(ROOT / "recipes" / "benchmark.py", *flags, "--output", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     assert "changing the mixture:" in done.stdout
     assert {"ours", "floor", "ratios", "switching_seconds"} <= set(json.loads((tmp_path / "figures.json").read_text()))

@@ -34,12 +34,11 @@ def test_two_runs_are_compared(project, capsys):
     assert "holds no finished search" in capsys.readouterr().err
 
 
-def test_scores_on_other_rows_are_not_compared(project, capsys):
-    run = project / "run.yaml"
-    assert m2m("search", "--config", run, "--output_dir", project / "one") == 0
-    rows = (project / "validation.jsonl").read_text().splitlines(True)
-    (project / "validation.jsonl").write_text("".join(rows[:-1]))
-    assert m2m("search", "--config", run, "--output_dir", project / "two") == 0
+def test_scores_on_other_rows_are_not_compared(finished, capsys):
+    run = finished / "run.yaml"
+    rows = (finished / "validation.jsonl").read_text().splitlines(True)
+    (finished / "validation.jsonl").write_text("".join(rows[:-1]))
+    assert m2m("search", "--config", run, "--output_dir", finished / "two") == 0
     capsys.readouterr()
-    assert m2m("compare", project / "one", project / "two") == 0
+    assert m2m("compare", finished / "out", finished / "two") == 0
     assert "scores are not comparable: the rows or the metric of colours are not the same" in capsys.readouterr().out

@@ -85,15 +85,14 @@ def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
         assert factory["mask_history"] is True
 
 
-def test_what_cannot_be_exported(project, capsys):
-    assert m2m("export", project / "out", "--to", "trl") == 2
+def test_what_cannot_be_exported(finished, capsys):
+    assert m2m("export", finished / "nothing", "--to", "trl") == 2
     assert "has no recipe.yaml" in capsys.readouterr().err
-    assert m2m("search", "--config", project / "run.yaml") == 0
-    assert m2m("export", project / "out", "--to", "word") == 2
+    assert m2m("export", finished / "out", "--to", "word") == 2
     assert "--to: expected trl, axolotl, llamafactory, jsonl, got 'word'" in capsys.readouterr().err
-    rows = project / "out" / "mixture" / "train.jsonl"
+    rows = finished / "out" / "mixture" / "train.jsonl"
     rows.write_bytes(rows.read_bytes()[:-5])
-    assert m2m("export", project / "out", "--to", "jsonl") == 2
+    assert m2m("export", finished / "out", "--to", "jsonl") == 2
     assert "not what its manifest says" in capsys.readouterr().err
 
 

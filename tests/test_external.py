@@ -126,10 +126,10 @@ def test_a_function_is_recognised_by_its_code(tokenizer):
 
 SCORE = """
 import json, sys
-from safetensors.torch import load_file
+from safetensors.numpy import load_file  # torch would take longer to import than all else here
 adapter, base, out = sys.argv[1:4]
 tensors = load_file(adapter + "/adapter_model.safetensors")
-total = float(sum(t.abs().sum() for name, t in tensors.items() if "lora_B" in name))
+total = float(sum(abs(t).sum() for name, t in tensors.items() if "lora_B" in name))
 given = {"score": total, "base": base, "stderr": 0.25, "odd; touch hacked": 1}
 if out == "-":
     print(json.dumps(given))

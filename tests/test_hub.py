@@ -1,58 +1,28 @@
 """The Hub: what is pushed, and pulled back, through the real client to a server on loopback."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import Hub, Repository
+from hub_server import Repository
 
 from m2m_hf.errors import InputError
 from m2m_hf.hub import plan, published, row_licenses
 from m2m_hf.journal import RunFolder
 
-ROOT = Path(__file__).parents[1]
 CODE = "import sys; from m2m_hf.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
-def hub():
-    with Hub() as server:
-        yield server
+def run(forks):
+    """Runs `m2m`, or other code, in a process that is told of the server: the client reads its endpoint when it is imported."""
 
+    def run(*command: object, code: str = CODE, **environment: str) -> subprocess.CompletedProcess:
+        return forks.run("-c", code, *command, **environment)
 
-def run(hub: Hub, *command: object, code: str = CODE, **environment: str) -> subprocess.CompletedProcess:
-    """In a process of its own: the client reads its endpoint when it is imported."""
-    told = {
-        "HF_ENDPOINT": hub.address,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": hub.token,
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, command)],
-        env=os.environ | told | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.fixture
-def finished(project):
-    from m2m_hf.cli import main
-
-    path = project / "run.yaml"
-    given = yaml.safe_load(path.read_text())
-    for one in given["candidates"].values():
-        one["license"] = "cc-by-4.0"
-    path.write_text(yaml.safe_dump(given))
-    assert main(["select", "--config", str(path)]) == 0
-    return project
+    return run
 
 
 PULL = """
@@ -68,18 +38,18 @@ print(len(load_dataset("org/quiz", split="train")))
 """
 
 
-def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, finished, tmp_path):
+def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, run, finished, tmp_path):
     out = finished / "out"
-    dry = run(hub, "push", out, "--repo_id", "org/quiz", "--dry_run")
+    dry = run("push", out, "--repo_id", "org/quiz", "--dry_run")
     assert dry.returncode == 0, dry.stderr
     assert "adapters/beta/adapter_model.safetensors" in dry.stdout
     assert "nothing was sent" in dry.stdout
     assert not hub.repositories
     hub.broken = 1
-    failed = run(hub, "push", out, "--repo_id", "org/quiz", "--private")
+    failed = run("push", out, "--repo_id", "org/quiz", "--private")
     assert failed.returncode == 2
     assert "org/quiz" in failed.stderr
-    done = run(hub, "push", out, "--repo_id", "org/quiz", "--private")
+    done = run("push", out, "--repo_id", "org/quiz", "--private")
     assert done.returncode == 0, done.stderr
     assert all(repository.private for repository in hub.repositories.values())
     model, data = hub.files("model", "org/quiz"), hub.files("dataset", "org/quiz")
@@ -99,24 +69,24 @@ def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, finished, tmp
     assert "| **final model** |" in model["README.md"].decode()
     # A public one does not become private by itself, and nothing is sent to it then.
     hub.repositories["dataset", "org/quiz"].private = False
-    told = run(hub, "push", out, "--repo_id", "org/quiz", "--private")
+    told = run("push", out, "--repo_id", "org/quiz", "--private")
     assert told.returncode == 2
     assert "is there already and public" in told.stderr
     hub.repositories["dataset", "org/quiz"].private = True
     # Again: nothing changes.
     commits = {key: len(repository.commits) for key, repository in hub.repositories.items()}
-    assert run(hub, "push", out, "--repo_id", "org/quiz").returncode == 0
+    assert run("push", out, "--repo_id", "org/quiz").returncode == 0
     assert commits == {key: len(repository.commits) for key, repository in hub.repositories.items()}
     # Pulled back by PEFT and datasets alone.
     config = yaml.safe_load((finished / "run.yaml").read_text())
-    pulled = run(hub, config["model_name_or_path"], code=PULL)
+    pulled = run(config["model_name_or_path"], code=PULL)
     assert pulled.returncode == 0, pulled.stderr
     total, rows = pulled.stdout.split()
     assert float(total) > 0
     assert int(rows) == json.loads((out / "mixture" / "manifest.json").read_text())["rows"]
     # A search that starts from the published bank trains nothing and scores the same.
     search = ("search", "--config", finished / "run.yaml", "--adapters", "org/quiz", "--output_dir")
-    again = run(hub, *search, tmp_path / "again")
+    again = run(*search, tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert "took 3 adapters that were trained elsewhere" in again.stdout
     assert "training adapters" not in again.stdout
@@ -125,7 +95,7 @@ def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, finished, tmp
         for folder in (out, tmp_path / "again")
     ]
     assert scores[0] == scores[1]
-    other = run(hub, *search, tmp_path / "other", "--lora_alpha", 3)
+    other = run(*search, tmp_path / "other", "--lora_alpha", 3)
     assert other.returncode == 2
     assert "was trained otherwise than this run asks for" in other.stderr
     assert "lora_config.lora_alpha (" in other.stderr
@@ -167,16 +137,16 @@ def test_rows_that_may_not_be_published_stay_and_recipe_and_manifest_go(finished
     assert card["license"] == "other"
 
 
-def test_without_a_login_it_is_said_before_anything_is_trained(hub, project):
+def test_without_a_login_it_is_said_before_anything_is_trained(hub, run, project):
     flags = ("select", "--config", project / "run.yaml", "--push_to_hub", "true")
-    told = run(hub, *flags)
+    told = run(*flags)
     assert told.returncode == 2
     assert "expected hub_model_id: org/name" in told.stderr
-    told = run(hub, *flags, "--hub_model_id", "org/quiz", HF_TOKEN="hf_wrongwrongwrongwrong")
+    told = run(*flags, "--hub_model_id", "org/quiz", HF_TOKEN="hf_wrongwrongwrongwrong")
     assert told.returncode == 2
     assert "type hf auth login, or set HF_TOKEN" in told.stderr
     assert not (project / "out").exists()
-    told = run(hub, *flags, "--hub_model_id", "org/quiz")
+    told = run(*flags, "--hub_model_id", "org/quiz")
     assert told.returncode == 0, told.stderr
     assert set(hub.repositories) == {("model", "org/quiz"), ("dataset", "org/quiz")}
     recipe = (project / "out" / "recipe.yaml").read_text()
@@ -191,7 +161,7 @@ def test_without_a_login_it_is_said_before_anything_is_trained(hub, project):
         assert "hub_model_id" not in text
 
 
-def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, project, tmp_path):
+def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, run, project, tmp_path):
     config = yaml.safe_load((project / "run.yaml").read_text())
     rows = (project / "alpha.jsonl").read_bytes()
     data = hub.repositories["dataset", "org/alpha"] = Repository(False)
@@ -202,7 +172,7 @@ def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, project, tmp_p
     config["candidates"]["alpha"] = {"path": "org/alpha", "required": True}
     config["model_name_or_path"] = "org/pico"
     (project / "run.yaml").write_text(yaml.safe_dump(config))
-    done = run(hub, "search", "--config", project / "run.yaml")
+    done = run("search", "--config", project / "run.yaml")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((project / "out" / "mixture" / "manifest.json").read_text())
     assert manifest["sources"]["alpha"]["source"]["revision"] == "a" * 40
@@ -211,7 +181,7 @@ def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, project, tmp_p
     assert recipe["model_revision"] == "b" * 40
     # What comes later does not change a run that is resumed from its own configuration.
     data.commits.append(("c" * 40, {"train.jsonl": rows[: len(rows) // 2]}))
-    again = run(hub, "search", "--config", project / "out" / "config.yaml")
+    again = run("search", "--config", project / "out" / "config.yaml")
     assert again.returncode == 0, again.stderr
 
 
@@ -242,9 +212,9 @@ def test_no_place_on_this_machine_is_published(given, shown):
     assert published({"a": [given]}) == {"a": [shown]}
 
 
-def test_what_is_no_longer_part_of_the_run_is_taken_away(hub, finished):
+def test_what_is_no_longer_part_of_the_run_is_taken_away(hub, run, finished):
     out = finished / "out"
-    assert run(hub, "push", out, "--repo_id", "org/quiz").returncode == 0
+    assert run("push", out, "--repo_id", "org/quiz").returncode == 0
     hub.repositories["model", "org/quiz"].commits[-1][1]["mine.txt"] = b"kept"
     manifest = out / "mixture" / "manifest.json"
     told = json.loads(manifest.read_text())
@@ -253,7 +223,7 @@ def test_what_is_no_longer_part_of_the_run_is_taken_away(hub, finished):
     manifest.write_text(json.dumps(told))
     summary = json.loads((out / "summary.json").read_text()) | {"final": None}
     (out / "summary.json").write_text(json.dumps(summary))
-    done = run(hub, "push", out, "--repo_id", "org/quiz")
+    done = run("push", out, "--repo_id", "org/quiz")
     assert done.returncode == 0, done.stderr
     assert "train.jsonl" not in hub.files("dataset", "org/quiz")
     assert "adapter_model.safetensors" not in hub.files("model", "org/quiz")

@@ -35,19 +35,35 @@ def die(self, trials, write=True):
     return found
 Journal.extend = die
 """
+LAUNCH = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from forks import launch; launch()"
 RUN = "\nimport sys\nfrom m2m_hf.cli import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
 
 
-def launch(
+def arguments(
     project: Path, output: Path, *flags: str, script: Path = SELECT, config: str = "cpu_2proc", options: tuple = ()
-) -> subprocess.CompletedProcess:
+) -> list[str]:
+    """What `accelerate launch` is given to run a script in two processes over gloo."""
+    port = str(20000 + os.getpid() % 20000)
+    given = ["--num_processes", "2", "--main_process_port", port, *options]
+    given += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script)]
+    return [*given, "--config", str(project / "run.yaml"), "--output_dir", str(output), *flags]
+
+
+def launch(project: Path, output: Path, *flags: str, **options) -> subprocess.CompletedProcess:
     """A script under accelerate, in two processes over gloo."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-    port = str(20000 + os.getpid() % 20000)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", port]
-    command += [*options, "--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script)]
-    command += ["--config", str(project / "run.yaml"), "--output_dir", str(output), *flags]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments(project, output, *flags, **options)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture
+def launch_forks(forks):
+    """`launch`, but that accelerate and the processes that it starts have everything imported already."""
+
+    def launch_forks(project: Path, output: Path, *flags: str, **options) -> subprocess.CompletedProcess:
+        return forks.run("-c", LAUNCH, *arguments(project, output, *flags, **options))
+
+    return launch_forks
 
 
 def trials(folder: Path) -> list[dict]:
@@ -69,12 +85,12 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
         assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
 
 
-def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys):
+def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys, launch_forks):
     """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done.
 
     The choice is verified, so that mixtures are fine-tuned and compared by several processes too.
     """
-    done = launch(project, tmp_path / "whole", "--verify_top_k", "2")
+    done = launch_forks(project, tmp_path / "whole", "--verify_top_k", "2")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "whole" / "adapters" / "alpha" / "training.json").read_text())
     assert record["uniform"]["processes"] == 2
@@ -82,7 +98,9 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
     (tmp_path / "pieces.py").write_text(ON_AN_ACCELERATOR + RUN)
     options = ("--mixed_precision", "no")
     flags = ("--verify_top_k", "2")
-    done = launch(project, tmp_path / "pieces", *flags, script=tmp_path / "pieces.py", config="fsdp2", options=options)
+    done = launch_forks(
+        project, tmp_path / "pieces", *flags, script=tmp_path / "pieces.py", config="fsdp2", options=options
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pieces" / "adapters" / "alpha" / "training.json").read_text())
     assert record["uniform"]["sharded"]
@@ -104,9 +122,9 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
     assert "processes (2 there, 1 now)" in capsys.readouterr().err
 
 
-def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys):
+def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys, launch_forks):
     (tmp_path / "dies.py").write_text(ONE_DIES + RUN)
-    done = launch(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")
+    done = launch_forks(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")
     assert done.returncode != 0
     assert "lost another process" in done.stderr or "another process has died" in done.stderr
     assert "the same command goes on from there" in done.stderr

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -153,13 +151,13 @@ def test_search_then_sft_is_select(project, tmp_path, capsys):
     assert {**mine, "costs": None} == {**whole, "costs": None}
 
 
-def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path):
+def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path, forks):
     assert m2m("select", "--config", project / "run.yaml", "--lora_dropout", "0.1") == 0
     recipe = project / "out" / "recipe.yaml"
     assert "m2m" not in "".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("#"))
     ours = json.loads((project / "out" / "final" / "training.json").read_text())["loss"]
     code = (
-        "import sys; sys.modules['m2m_hf'] = None\n"
+        "import sys; assert 'm2m_hf' not in sys.modules; sys.modules['m2m_hf'] = None\n"
         "from trl.scripts.sft import make_parser\n"
         "from trl.trainer.sft_trainer import SFTTrainer\n"
         "import trl.scripts.sft as sft\n"
@@ -169,8 +167,7 @@ def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path):
         "SFTTrainer.train = spy\n"
         "sft.main(*make_parser().parse_args_and_config(fail_with_unknown_args=True))\n"
     )
-    command = [sys.executable, "-c", code, "--config", str(recipe), "--output_dir", str(tmp_path / "trl")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run("-c", code, "--config", recipe, "--output_dir", tmp_path / "trl")
     assert done.returncode == 0, done.stderr
     theirs = float(next(line for line in done.stdout.splitlines() if line.startswith("LOSS")).split()[1])
     assert round(theirs, 6) == ours
@@ -296,15 +293,14 @@ def test_a_model_without_a_pad_token_is_finished_once(project, tmp_path, pico, c
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_another_final_model_leaves_the_old_one(project, capsys):
-    config = yaml.safe_load((project / "run.yaml").read_text())
-    assert m2m("select", "--config", project / "run.yaml") == 0
-    old = json.loads((project / "out" / "final" / "training.json").read_text())
-    (project / "run.yaml").write_text(yaml.safe_dump(config | {"final": {"max_steps": 2}}))
-    assert m2m("select", "--config", project / "run.yaml") == 0
-    aside = project / "out" / f"final.{old['fingerprint']}"
+def test_another_final_model_leaves_the_old_one(finished, capsys):
+    config = yaml.safe_load((finished / "run.yaml").read_text())
+    old = json.loads((finished / "out" / "final" / "training.json").read_text())
+    (finished / "run.yaml").write_text(yaml.safe_dump(config | {"final": {"max_steps": 2}}))
+    assert m2m("select", "--config", finished / "run.yaml") == 0
+    aside = finished / "out" / f"final.{old['fingerprint']}"
     assert json.loads((aside / "training.json").read_text()) == old
-    assert json.loads((project / "out" / "final" / "training.json").read_text())["steps"] == 2
+    assert json.loads((finished / "out" / "final" / "training.json").read_text())["steps"] == 2
     assert f"is now {os.path.relpath(aside)}" in capsys.readouterr().out
 
 
@@ -415,20 +411,14 @@ def test_what_outside_ended_is_said_with_what_is_safe(capsys):
     assert "the same command goes on from there" in told
 
 
-def test_the_same_seed_gives_the_same_bytes(project, tmp_path):
-    """In another process, whose sets have their elements in another order."""
+def test_the_same_seed_gives_the_same_bytes(project, tmp_path, forks):
+    """In another process, whose sets have their elements in another order (`served`)."""
     code = "import sys; from m2m_hf.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [
         ["select", "--config", str(project / "run.yaml"), "--output_dir", str(tmp_path / n)] for n in ("1", "2")
     ]
     assert main(arguments[0]) == 0
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments[1]],
-        env=os.environ | {"PYTHONHASHSEED": "7"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run("-c", code, *arguments[1])
     assert done.returncode == 0, done.stderr
     one, other = tmp_path / "1", tmp_path / "2"
     compared = [path.relative_to(one) for path in one.glob("adapters/*/*") if path.name != "training.json"]

@@ -26,15 +26,14 @@ def trials(project) -> list[dict]:
 @pytest.mark.parametrize(
     "strategy", ["auto", "random", "greedy", "beam", "annealing", "surrogate", "bayes", "gradient"]
 )
-def test_every_strategy_in_one_folder(project, capsys, strategy):
-    assert m2m("search", "--config", project / "run.yaml") == 0
-    best = summary(project)["best"]
-    before = trials(project)
-    assert m2m("search", "--config", project / "run.yaml", "--strategy", strategy, "--max_trials", "20") == 0
-    after = trials(project)
+def test_every_strategy_in_one_folder(finished, capsys, strategy):
+    best = summary(finished)["best"]
+    before = trials(finished)
+    assert m2m("search", "--config", finished / "run.yaml", "--strategy", strategy, "--max_trials", "20") == 0
+    after = trials(finished)
     assert after[: len(before)] == before
     assert {line["objective"] for line in after[len(before) :]} <= {"gradient"}  # all mixtures are known already
-    assert summary(project)["best"]["score"] <= best["score"]
+    assert summary(finished)["best"]["score"] <= best["score"]
     printed = capsys.readouterr().out
     assert ("strategy: exhaustive, since" in printed) == (strategy == "auto")
 

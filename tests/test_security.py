@@ -4,10 +4,8 @@ Every test of a guard here has been seen to fail with the guard taken out.
 """
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -65,10 +63,9 @@ def test_no_name_escapes_the_run_folder(project, capsys, name):
     assert not (project / "out").exists()
 
 
-def test_no_name_in_a_foreign_run_folder_leads_out_of_it(project, capsys):
-    out = project / "out"
-    assert main(["select", "--config", str(project / "run.yaml")]) == 0
-    outside = project / "outside"
+def test_no_name_in_a_foreign_run_folder_leads_out_of_it(finished, capsys):
+    out = finished / "out"
+    outside = finished / "outside"
     shutil.copytree(out / "adapters" / "alpha", outside)
     summary = json.loads((out / "summary.json").read_text())
     summary["candidates"].append("../../outside")
@@ -86,9 +83,8 @@ def test_no_name_in_a_foreign_run_folder_leads_out_of_it(project, capsys):
     "place",
     [".report.html.partial", "log.txt", "trials.jsonl", "trials.values", "adapters/alpha/README.md", "pictures"],
 )
-def test_no_link_in_a_foreign_run_folder_is_followed_out_of_it(project, capsys, place):
-    run, out, outside = str(project / "run.yaml"), project / "out", project / "outside"
-    assert main(["search", "--config", run]) == 0
+def test_no_link_in_a_foreign_run_folder_is_followed_out_of_it(finished, capsys, place):
+    run, out, outside = str(finished / "run.yaml"), finished / "out", finished / "outside"
     outside.write_text("mine")
     if (out / place).is_dir():
         shutil.rmtree(out / place)
@@ -108,14 +104,13 @@ def test_a_run_folder_may_be_a_link_itself_and_link_to_itself(project):
     assert main(["search", "--config", str(project / "run.yaml")]) == 0
 
 
-def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(project):
-    run = str(project / "run.yaml")
-    assert main(["select", "--config", run]) == 0
-    path = project / "out" / "final" / "training.json"
+def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(finished):
+    run = str(finished / "run.yaml")
+    path = finished / "out" / "final" / "training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "x/../../../outside"}))
     assert main(["select", "--config", run]) == 0
-    assert not (project / "outside").exists()
-    assert not (project.parent / "outside").exists()
+    assert not (finished / "outside").exists()
+    assert not (finished.parent / "outside").exists()
 
 
 @pytest.mark.parametrize("harmless", [True, False])
@@ -278,7 +273,7 @@ def test_a_command_sees_no_shell(project, tmp_path):
 SECRET = "hf_" + "abcdEFGH1234" * 3
 
 
-def test_tokens_reach_no_file_and_no_message(project, tmp_path):
+def test_tokens_reach_no_file_and_no_message(project, tmp_path, forks):
     """In a process of its own, in which a library logs the token, a scorer raises with it and the table is printed."""
     script = tmp_path / "score.py"
     script.write_text(
@@ -307,13 +302,7 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path):
         "sys.exit(code)\n"
     )
     secrets = {"HF_TOKEN": SECRET, "WANDB_API_KEY": "k" * 40}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "select", "--config", str(path)],
-        env=os.environ | secrets,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run("-c", code, "select", "--config", path, **secrets)
     assert done.returncode == 0, done.stderr
     assert "bad token ***" in done.stdout
     assert "with ***" in done.stderr

@@ -44,9 +44,8 @@ def test_status_of_every_stage(project, capsys):
     assert "go on with" not in shown
 
 
-def test_status_counts_what_is_left_of_a_search(project, capsys):
-    run, out = project / "run.yaml", project / "out"
-    assert m2m("search", "--config", run) == 0
+def test_status_counts_what_is_left_of_a_search(finished, capsys):
+    out = finished / "out"
     lines = (out / "trials.jsonl").read_text().splitlines(True)
     (out / "trials.jsonl").write_text("".join(lines[:5]))
     (out / "summary.json").unlink()
@@ -54,9 +53,22 @@ def test_status_counts_what_is_left_of_a_search(project, capsys):
 
 
 @pytest.fixture
-def complete(project):
-    assert m2m("select", "--config", project / "run.yaml") == 0
-    return project / "out"
+def complete(finished):
+    return finished / "out"
+
+
+def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
+    finished, finished_project, capsys, monkeypatch
+):
+    """As most tests here have it, see `copy_project`."""
+    for path in finished.rglob("*"):
+        assert path.is_dir() or str(finished_project).encode() not in path.read_bytes(), path
+    shown = told(capsys, finished / "out")
+    assert "whole: adapters, models, journal and mixture are as they were written" in shown
+    assert "left: nothing" in shown
+    monkeypatch.setattr("m2m_hf.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
+    assert m2m("select", "--config", finished / "run.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -125,7 +137,7 @@ def test_interrupted_trainings_and_a_process_at_work_are_told(project, capsys, m
     assert "a process is at work in it now" in told(capsys, out)
 
 
-def test_a_config_that_was_cut_short_is_written_again(complete, project, capsys):
+def test_a_config_that_was_cut_short_is_written_again(complete, finished, capsys):
     config = complete / "config.yaml"
     whole = config.read_bytes()
     for size in (0, 30, len(whole) // 2, len(whole) - 2):
@@ -133,14 +145,14 @@ def test_a_config_that_was_cut_short_is_written_again(complete, project, capsys)
         assert m2m("sft", complete) == 2
         assert "m2m select --config writes it again" in capsys.readouterr().err
         assert m2m("status", complete) == 2
-        assert m2m("select", "--config", project / "run.yaml") == 0
+        assert m2m("select", "--config", finished / "run.yaml") == 0
         assert "nothing to do" in capsys.readouterr().out
         assert config.read_bytes() == whole
 
 
 @pytest.mark.parametrize(("file", "part"), [("validation.jsonl", "validation"), ("test.jsonl", "test")])
-def test_changed_target_rows_are_noticed_by_content(complete, project, capsys, file, part):
-    path = project / file
+def test_changed_target_rows_are_noticed_by_content(complete, finished, capsys, file, part):
+    path = finished / file
     path.write_text(path.read_text().replace("red", "pink"))
-    assert m2m("select", "--config", project / "run.yaml") == 2
+    assert m2m("select", "--config", finished / "run.yaml") == 2
     assert f"targets.colours: its {part} rows, or the code of its metric, have changed" in capsys.readouterr().err

@@ -220,11 +220,10 @@ def test_a_required_candidate_must_not_fail(one_fails, capsys):
     assert "candidates.gamma: it is required, but has no adapter: it diverged" in capsys.readouterr().err
 
 
-def test_an_adapter_that_a_crash_cut_short_is_trained_again_and_one_that_was_changed_is_refused(project, capsys):
-    run = str(project / "run.yaml")
-    assert main(["search", "--config", run]) == 0
-    trials = (project / "out" / "trials.jsonl").read_bytes()
-    weights = project / "out" / "adapters" / "beta" / "adapter_model.safetensors"
+def test_an_adapter_that_a_crash_cut_short_is_trained_again_and_one_that_was_changed_is_refused(finished, capsys):
+    run = str(finished / "run.yaml")
+    trials = (finished / "out" / "trials.jsonl").read_bytes()
+    weights = finished / "out" / "adapters" / "beta" / "adapter_model.safetensors"
     content = weights.read_bytes()
     for path in (weights, weights.with_name("training.json"), weights.with_name("adapter_config.json")):
         path.write_bytes(path.read_bytes()[:-2])
@@ -232,10 +231,10 @@ def test_an_adapter_that_a_crash_cut_short_is_trained_again_and_one_that_was_cha
         assert main(["search", "--config", run]) == 0
         assert "its adapter is trained again" in capsys.readouterr().out
         assert weights.read_bytes() == content
-        assert (project / "out" / "trials.jsonl").read_bytes() == trials
+        assert (finished / "out" / "trials.jsonl").read_bytes() == trials
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=r"adapter_model\.safetensors is not what was trained"):
-        searcher(project).bank.load()
+        searcher(finished).bank.load()
     shutil.rmtree(weights.parent)
     assert main(["search", "--config", run]) == 0
     assert weights.read_bytes() == content

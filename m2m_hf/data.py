@@ -277,7 +277,8 @@ def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
     missing = [name for name in ("prompt", completion) if name not in rows.column_names]
     if missing:
         raise InputError(
-            f"{where}: column {' and '.join(map(repr, missing))} missing; it has {', '.join(rows.column_names)}. "
+            f"{where}: column{'s' * (len(missing) - 1)} {' and '.join(map(repr, missing))} missing; "
+            f"it has {', '.join(rows.column_names)}. "
             f"Expected prompt and {completion}, or messages. To rename, add to it, for instance, "
             f"columns: {{{rows.column_names[0]}: {missing[0]}}}"
         )

@@ -163,7 +163,7 @@ def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "x"}], "column 'prompt' and 'completion' missing; it has text"),
+        ([{"text": "x"}], "columns 'prompt' and 'completion' missing; it has text"),
         ([{"prompt": "x"}], "columns: {prompt: completion}"),
         ([{"prompt": "x", "completion": ""}], r"row 1\.completion: expected text, got ''"),
         (

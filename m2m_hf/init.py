@@ -103,7 +103,7 @@ def translated(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
     return {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
 
 
-def entries(datasets: Any, folder: Path) -> dict[str, dict[str, Any]]:
+def entries(datasets: Any) -> dict[str, dict[str, Any]]:
     """Candidates of a list as TRL and axolotl have it: mappings with `path`, and `data_files` and the like."""
     found: dict[str, dict[str, Any]] = {}
     for one in datasets:
@@ -128,9 +128,9 @@ def entries(datasets: Any, folder: Path) -> dict[str, dict[str, Any]]:
 
 def from_trl(given: Mapping[str, Any], folder: Path) -> Draft:
     if "datasets" in given:
-        candidates = entries(given["datasets"], folder)
+        candidates = entries(given["datasets"])
     else:
-        candidates = entries([{"path": given["dataset_name"], "name": given.get("dataset_config")}], folder)
+        candidates = entries([{"path": given["dataset_name"], "name": given.get("dataset_config")}])
     apart = {"datasets", "dataset_name", "dataset_config", "model_name_or_path", "use_peft"}
     dropped = {
         "output_dir", "eval_strategy", "eval_steps", "test_split_size", "streaming", "push_to_hub", "hub_model_id", "env",
@@ -148,7 +148,7 @@ def from_axolotl(given: Mapping[str, Any], folder: Path) -> Draft:
     unread = {f"datasets.{key}" for one in given.get("datasets") or [] for key in one if key not in read}
     known = {*AXOLOTL, "base_model", "datasets", "adapter"}
     return Draft(
-        str(given["base_model"]), entries(given.get("datasets") or [], folder), None, "", translated(given, AXOLOTL),
+        str(given["base_model"]), entries(given.get("datasets") or []), None, "", translated(given, AXOLOTL),
         sorted((set(given) - known) | unread),
     )  # fmt: skip
 

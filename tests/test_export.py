@@ -19,7 +19,7 @@ def m2m(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
-@pytest.fixture(params=["text", "chat"])
+@pytest.fixture(params=["text", "chat", "shares"])
 def searched(request, project):
     if request.param == "chat":
         for name in ("alpha", "beta", "gamma"):
@@ -32,8 +32,17 @@ def searched(request, project):
             ]
             write_rows(project / f"{name}.jsonl", [{"messages": one} for one in turns])
     flags = ("--lora_alpha", 5, "--warmup_steps", 0.1, "--adam_beta2", 0.95, "--max_steps", 3)
+    if request.param == "shares":
+        text = (project / "run.yaml").read_text()
+        for name in ("alpha", "beta"):
+            text = text.replace(f"{name}.jsonl", f"{name}.jsonl, required: true")
+        (project / "run.yaml").write_text(text)
+        flags += ("--strategy", "auto", "--weights", "continuous", "--max_trials", 12)
     assert m2m("search", "--config", project / "run.yaml", *flags) == 0
-    return project / "out", request.param
+    if request.param == "shares":
+        sources = json.loads((project / "out" / "mixture" / "manifest.json").read_text())["sources"]
+        assert len({one["rows"] for one in sources.values()}) > 1
+    return project / "out", "chat" if request.param == "chat" else "text"
 
 
 def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_processes import launch, trials
+from test_processes import LAUNCH, arguments, trials
 
 from m2m_hf.cli import main
 from m2m_hf.errors import InputError
@@ -27,7 +27,7 @@ exit $code
 """
 
 
-def test_two_machines_are_as_one(project, tmp_path):
+def test_two_machines_are_as_one(project, tmp_path, forks):
     """The Slurm recipe, with two launchers on loopback for its two machines, and one launcher of as many processes."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -42,7 +42,7 @@ def test_two_machines_are_as_one(project, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scored 8 mixtures") == 1  # one process of one machine speaks
-    one = launch(project, tmp_path / "one")
+    one = forks.run("-c", LAUNCH, *arguments(project, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
     for name in ("adapters/alpha", "adapters/beta", "adapters/gamma", "final"):
         weights = [

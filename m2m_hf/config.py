@@ -104,6 +104,7 @@ class DataConfig:
         columns: renames, `{theirs: ours}`, for datasets whose columns are not called prompt/completion or messages.
         template: `{prompt: "...{column}...", completion: "...{column}..."}`, texts made of columns, for datasets without a
             prompt.
+        where: `{column: value}`, only the rows that have this value there (before columns are renamed).
         max_examples: at most this many rows, drawn with the run's seed.
         rows: a `datasets.Dataset` already in memory, instead of a path (Python only).
     """
@@ -116,6 +117,7 @@ class DataConfig:
     revision: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     template: Mapping[str, str] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
     max_examples: int | None = None
     rows: Any = None
 
@@ -141,6 +143,7 @@ class DataConfig:
             "data_files": (str, list, tuple),
             "columns": (Mapping,),
             "template": (Mapping,),
+            "where": (Mapping,),
         }
         for key, value in given.items():
             expected = types.get(key, (str,))
@@ -159,6 +162,9 @@ class DataConfig:
                 f"{where}: credentials must not stand in a file; use `hf auth login` or an environment variable"
             )
         values["path"] = resolve_existing(values["path"], folder)
+        for column, value in values.get("where", {}).items():
+            if not isinstance(column, str) or not (value is None or isinstance(value, (str, int, float))):
+                raise InputError(f"{where}.where: expected {{column: value}}, got {{{column!r}: {value!r}}}")
         for theirs, ours in values.get("columns", {}).items():
             if not isinstance(theirs, str) or not isinstance(ours, str):
                 raise InputError(f"{where}.columns: expected {{theirs: ours}}, both text, got {{{theirs!r}: {ours!r}}}")
@@ -187,7 +193,7 @@ class DataConfig:
         given = {key: getattr(self, key) for key in DATA_KEYS if getattr(self, key) not in (None, {})}
         if "data_files" in given:
             given["data_files"] = list(given["data_files"])
-        for key in ("columns", "template"):
+        for key in ("columns", "template", "where"):
             if key in given:
                 given[key] = dict(given[key])
         return given
@@ -206,6 +212,7 @@ class CandidateConfig:
         excluded: no proposed mixture contains it; its adapter is trained and shown all the same.
         cost: what choosing it costs, in any unit, to break ties (default: its tokens).
         license: recorded with the chosen mixture.
+        split_by: a column; every value in it makes a candidate of its own, called `<name>-<value>`.
         training: fields of SFTConfig or ModelConfig for its adapter alone, with `allow_mixed_training`. Adapters that are
             trained otherwise no longer stand for one model trained on all; this is for measuring what that does.
     """
@@ -216,6 +223,7 @@ class CandidateConfig:
     cost: float | None = None
     license: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    split_by: str | None = None
 
     @classmethod
     def parse(cls, given: Any, where: str, folder: Path) -> "CandidateConfig":
@@ -228,6 +236,7 @@ class CandidateConfig:
             "cost": (int, float),
             "license": (str,),
             "training": (Mapping,),
+            "split_by": (str,),
         }
         for key in given:
             if key not in (*DATA_KEYS, *own):
@@ -244,7 +253,8 @@ class CandidateConfig:
             raise InputError(f"{where}: it is both required and excluded")
         data = DataConfig.parse({key: value for key, value in given.items() if key not in own}, where, folder)
         flags = bool(given.get("required")), bool(given.get("excluded"))
-        return cls(data, *flags, given.get("cost"), given.get("license"), dict(given.get("training") or {}))
+        training, by = dict(given.get("training") or {}), given.get("split_by")
+        return cls(data, *flags, given.get("cost"), given.get("license"), training, by)
 
     def to_json(self) -> dict[str, Any]:
         own = {
@@ -253,6 +263,7 @@ class CandidateConfig:
             "cost": self.cost,
             "license": self.license,
             "training": dict(self.training) or None,
+            "split_by": self.split_by,
         }
         return self.data.to_json() | {key: value for key, value in own.items() if value is not None}
 
@@ -439,7 +450,8 @@ class MergeToMixConfig:
     candidates: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, required, excluded, cost, license."
+            "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, where, split_by, required, excluded, "
+            "cost, license."
         },
     )
     targets: dict[str, Any] = field(

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from glob import glob
@@ -30,12 +31,13 @@ from huggingface_hub.errors import RevisionResolutionError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .config import BUILDERS, CandidateConfig, DataConfig, MergeToMixConfig, TargetConfig
+from .config import BUILDERS, CandidateConfig, DataConfig, MergeToMixConfig, TargetConfig, check_name
 from .errors import InputError
 from .journal import file_fingerprint, write_atomic, write_json
 from .mixture import Mixture, row_counts
 
 MOST_FILES = 10_000  # in a folder that is given as a dataset
+MOST_PARTS = 256  # that one dataset is split into
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 FEATURES = {
     "text": Features({"prompt": Value("string"), "completion": Value("string")}),
@@ -133,12 +135,86 @@ def pin_data(config: MergeToMixConfig) -> None:
         config.parsed_targets[name] = replace(target, **parts)
 
 
+def split(config: MergeToMixConfig) -> MergeToMixConfig:
+    """`config` with a candidate for every value of a `split_by` column in place of the one that it splits.
+
+    Raises:
+        InputError: no such column, or values of which no different names can be made; and whatever the new candidates break.
+    """
+    made: dict[str, CandidateConfig] = {}
+    for name, one in config.parsed_candidates.items():
+        if one.split_by is None:
+            made[name] = one
+            continue
+        where = f"candidates.{name}"
+        rows = load_raw(one.data, where)
+        if one.split_by not in rows.column_names:
+            raise InputError(f"{where}.split_by: no column {one.split_by!r}; it has {', '.join(rows.column_names)}")
+        values = sorted(scalars(rows, one.split_by, f"{where}.split_by"), key=str)
+        if len(values) > MOST_PARTS:
+            raise InputError(
+                f"{where}.split_by: {one.split_by!r} has {len(values):,} values, and each would be a candidate with an adapter "
+                f"of its own; expected at most {MOST_PARTS}"
+            )
+        for value in values:
+            part = re.sub(r"[^A-Za-z0-9_]+", "_", str("none" if value is None else value)).strip("_")
+            part = check_name(f"{name}-{part}"[:64].rstrip("_"), "candidate")
+            if part in made or (part in config.parsed_candidates and part != name):
+                raise InputError(
+                    f"{where}.split_by: {value!r} and another value or candidate are both called {part}; rename one of them"
+                )
+            data = replace(one.data, where={**one.data.where, one.split_by: value})
+            made[part] = replace(one, data=data, split_by=None)
+    if made.keys() == config.parsed_candidates.keys():
+        return config
+    # A configuration made anew, so that whatever is checked of candidates is checked of these.
+    given = {name: one.to_json() if one.data.rows is None else one.data.rows for name, one in made.items()}
+    whole = replace(config, candidates=given)
+    whole.parsed_targets = config.parsed_targets  # which are pinned
+    return whole
+
+
+def scalars(rows: Dataset, column: str, where: str) -> set[Any]:
+    """The values of a column.
+
+    Raises:
+        InputError: they are lists or the like.
+    """
+    found = rows[:1][column]
+    if found and not (found[0] is None or isinstance(found[0], (str, int, float))):
+        raise InputError(f"{where}: expected a column of texts or numbers, got {found[0]!r:.100} in {column!r}")
+    return set(rows[column])
+
+
 def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
     """The rows that `config` names: loaded, columns renamed, `max_examples` of them drawn with `seed`.
 
     Raises:
         InputError: nothing there, not readable, no such split or column, or empty.
     """
+    loaded = load_raw(config, where)
+    for theirs, ours in config.columns.items():
+        if theirs not in loaded.column_names:
+            raise InputError(f"{where}.columns: no column {theirs!r}; it has {', '.join(loaded.column_names)}")
+        if ours in loaded.column_names:
+            raise InputError(f"{where}.columns: a column {ours!r} is there already; {theirs!r} cannot take its name")
+        loaded = loaded.rename_column(theirs, ours)
+    if len(loaded) == 0:
+        raise InputError(f"{where}: has no rows; expected at least one")
+    if config.max_examples is not None and len(loaded) > config.max_examples:
+        loaded = loaded.shuffle(seed=seed).select(range(config.max_examples))
+    if config.template:
+        loaded = Dataset.from_list(
+            [
+                dict(row) | {key: fill(text, row, f"{where}.template") for key, text in config.template.items()}
+                for row in loaded
+            ]
+        )
+    return loaded
+
+
+def load_raw(config: DataConfig, where: str) -> Dataset:
+    """The rows as they are, of those that `where:` asks for."""
     check_json(config, where)
     if config.path and config.data_files is None and Path(config.path).is_dir():
         found = chain.from_iterable(files for _, _, files in os.walk(config.path))
@@ -174,23 +250,13 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
         raise InputError(f"{where}: no split {config.split!r} in {config.path} ({error})") from error
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(f"{where}: {error}") from error
-    for theirs, ours in config.columns.items():
-        if theirs not in loaded.column_names:
-            raise InputError(f"{where}.columns: no column {theirs!r}; it has {', '.join(loaded.column_names)}")
-        if ours in loaded.column_names:
-            raise InputError(f"{where}.columns: a column {ours!r} is there already; {theirs!r} cannot take its name")
-        loaded = loaded.rename_column(theirs, ours)
-    if len(loaded) == 0:
-        raise InputError(f"{where}: has no rows; expected at least one")
-    if config.max_examples is not None and len(loaded) > config.max_examples:
-        loaded = loaded.shuffle(seed=seed).select(range(config.max_examples))
-    if config.template:
-        loaded = Dataset.from_list(
-            [
-                dict(row) | {key: fill(text, row, f"{where}.template") for key, text in config.template.items()}
-                for row in loaded
-            ]
-        )
+    for column, value in config.where.items():
+        if column not in loaded.column_names:
+            raise InputError(f"{where}.where: no column {column!r}; it has {', '.join(loaded.column_names)}")
+        chosen = [number for number, found in enumerate(loaded[column]) if found == value]
+        if not chosen:
+            raise InputError(f"{where}.where: no row has {value!r} in {column!r}")
+        loaded = loaded.select(chosen)
     return loaded
 
 

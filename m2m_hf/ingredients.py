@@ -32,7 +32,7 @@ from .adapters import (
 )
 from .config import MergeToMixConfig
 from .console import Terminal
-from .data import Candidate, Target, load_all, overlap, pin_data
+from .data import Candidate, Target, load_all, overlap, pin_data, split
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
@@ -100,10 +100,10 @@ class Ingredients:
                 raise InputError(
                     f"{name}: a token or password stands in it, which the run folder would show; use an environment variable"
                 )
-        self.config = config
+        pin_data(config)
+        self.config = config = split(config)
         self.args = args
         self.model_args = pin_revision(model_args)
-        pin_data(config)
         self.state = PartialState(cpu=args.use_cpu)
         self.terminal = terminal or Terminal(quiet=not self.state.is_main_process)
         self.lora = lora_config(model_args)

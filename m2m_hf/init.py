@@ -304,7 +304,7 @@ def configuration(draft: Draft, name: str) -> str:
         yaml.safe_dump(settings, sort_keys=False).strip(),
         "",
         "# name: what load_dataset takes. Rows have prompt and completion, or messages; rename with columns: {theirs: ours}.",
-        "# Also: max_examples, split, license, cost, required, excluded.",
+        "# Also: max_examples, split, where: {column: value}, split_by: column, license, cost, required, excluded.",
         "candidates:",
         *(f"  {key(one)}: {shown(given)}" for one, given in draft.candidates.items()),
         "",

@@ -1,10 +1,12 @@
 """Loading, one format for all, and what is said of bad data."""
 
 import json
+import re
 
 import pytest
 from conftest import build_model, candidate_rows, choice_rows, write_rows
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from test_run import m2m
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf.config import CandidateConfig, DataConfig, TargetConfig
@@ -244,3 +246,64 @@ def test_folders_with_very_many_files_are_not_searched(tmp_path, monkeypatch):
         (tmp_path / f"{number}.txt").touch()
     with pytest.raises(InputError, match="holds more than 5 files"):
         load_rows(DataConfig(path=str(tmp_path)), "here", 0)
+
+
+@pytest.fixture
+def public_set(project):
+    """One dataset with a `source` column, as public instruction sets have them, in place of the three candidates."""
+    rows = [
+        {"source": source, "question": row["prompt"], "completion": row["completion"]}
+        for source in ("flan/v2", "code alpaca", None)
+        for row in candidate_rows(f"{source}", 8)
+    ]
+    write_rows(project / "public.jsonl", rows[::-1])
+    text = (project / "run.yaml").read_text()
+    start, end = text.index("  alpha:"), text.index("targets:")
+    one = "  public: {path: json, data_files: public.jsonl, split_by: source, columns: {question: prompt}, license: mit}\n"
+    (project / "run.yaml").write_text(text[:start] + one + text[end:])
+    return project
+
+
+def test_every_value_of_a_column_is_a_candidate(public_set, capsys):
+    run = public_set / "run.yaml"
+    assert m2m("search", "--config", run) == 0
+    names = ["public-code_alpaca", "public-flan_v2", "public-none"]
+    assert sorted(path.name for path in (public_set / "out" / "adapters").iterdir()) == names
+    rows = [json.loads(line) for line in (public_set / "out" / "mixture" / "train.jsonl").read_text().splitlines()]
+    manifest = json.loads((public_set / "out" / "mixture" / "manifest.json").read_text())["sources"]
+    assert len(rows) == 8 * len(manifest)
+    for name, one in manifest.items():
+        value = {"public-code_alpaca": "code alpaca", "public-flan_v2": "flan/v2", "public-none": None}[name]
+        assert one["source"]["where"] == {"source": value}
+        assert one["source"]["license"] == "mit"
+        assert sum(row["prompt"].startswith(f"question: {value} ") for row in rows) == 8
+    capsys.readouterr()
+    # The resolved configuration names the parts, and gives the same run; so does the first one.
+    for config in (public_set / "out" / "config.yaml", run):
+        assert m2m("search", "--config", config) == 0
+        printed = capsys.readouterr().out
+        assert "steps, " not in printed  # nothing is trained
+        assert "scored " not in printed.split("cost:")[0]
+    assert m2m("status", public_set / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("split_by: source", "split_by: sauce", "no column 'sauce'; it has source, question, completion"),
+        ("split_by: source", "where: {source: nothing}", "no row has 'nothing' in 'source'"),
+        ("split_by: source", "split_by: parts", "expected a column of texts or numbers"),
+        ("split_by: source", "split_by: question, max_examples: 1", "18 candidates|exhaustive search scores"),
+        ("split_by: source", "split_by: close", "both called public-a_b"),
+    ],
+)
+def test_what_cannot_be_split_is_said(public_set, capsys, old, new, words):
+    rows = [json.loads(line) for line in (public_set / "public.jsonl").read_text().splitlines()]
+    if "parts" in new or "close" in new:
+        rows = [row | {"parts": [1], "close": "a b" if number % 2 else "a/b"} for number, row in enumerate(rows)]
+    write_rows(public_set / "public.jsonl", rows)
+    run = public_set / "run.yaml"
+    run.write_text(run.read_text().replace(old, new))
+    assert m2m("search", "--config", run) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (public_set / "out").exists()

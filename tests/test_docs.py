@@ -70,6 +70,8 @@ def world(tmp_path, monkeypatch, hub, forks, pico):
     shutil.copy(tmp_path / "data" / "arc_validation.jsonl", tmp_path / "quiz.jsonl")
     leaking = [{"prompt": row["prompt"], "completion": row["choices"][row["answer"]]} for row in choice_rows(12)]
     write_rows(tmp_path / "data" / "leaking.jsonl", leaking)
+    mixed = [row | {"source": word} for word in ("flan", "math") for row in candidate_rows(word, 8)]
+    write_rows(tmp_path / "data" / "mixed.jsonl", mixed)
     for name in ("recipes", "accelerate_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     model = hub.repositories["model", MODEL] = Repository(False)

@@ -296,14 +296,22 @@ def uniform_facts(
     for name, value in args.to_dict().items():
         if name not in OPERATIONAL:
             facts[name] = getattr(args, name) if name.endswith("_token") else value  # to_dict hides tokens, as secrets
-    for name, value in config.to_dict().items():
-        if name not in ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"):
-            value = sorted(value) if isinstance(value, set) else value
-            facts[f"lora_config.{name}"] = value
+    facts |= lora_facts(config)
     for library in LIBRARIES:
         facts[f"version.{library}"] = version(library)
     # As JSON gives them back, so that what is in memory compares with what was written.
     return dict(sorted(json.loads(json.dumps(facts, default=str)).items()))
+
+
+def lora_facts(config: LoraConfig) -> dict[str, Any]:
+    """The shape of an adapter, as JSON gives it back."""
+    aside = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping")
+    found = {
+        f"lora_config.{name}": sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name not in aside
+    }
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -418,6 +426,63 @@ class AdapterBank:
         PartialState().wait_for_everyone()
         if there:
             terminal.say(f"took {len(there)} adapters that were trained elsewhere: {', '.join(there)}")
+
+    def adopt(self, others: Mapping[str, tuple[str, Path]], terminal: Terminal) -> None:
+        """Takes adapters that were not trained by this package, as far as their files tell that they may be averaged.
+
+        What they do not tell, such as the learning rate, is taken on trust: recorded as `unknown` in `training.json`, and
+        said in every result.
+
+        Args:
+            others: candidate -> (what was given, the folder of the adapter).
+
+        Raises:
+            InputError: one that is no LoRA adapter that can be averaged, or of another shape than this run's.
+        """
+        unknown: list[str] = []
+        for name, (source, folder) in others.items():
+            adapter = Adapter.load(folder)
+            shape = lora_facts(adapter.config)
+            del shape["lora_config.task_type"]  # which plain scripts leave out
+            ours = {fact: value for fact, value in self.facts[name].items() if fact in shape}
+            if differences := differing(ours, shape):
+                raise InputError(
+                    f"adapters.{name}: {source} has another shape than this run asks for: {'; '.join(differences)}. The final "
+                    "model is trained with this run's: give the shape of the adapters in the configuration"
+                )
+            unknown = [fact for fact in self.facts[name] if fact not in shape]
+            base = adapter.config.base_model_name_or_path
+            if base:
+                terminal.say(f"  {name}: says that it was trained on {base}", "dim")
+            if PartialState().is_main_process:
+                partial = hidden(self.folder / name)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                for file in ("adapter_config.json", "adapter_model.safetensors"):
+                    shutil.copyfile(folder / file, partial / file)
+            PartialState().wait_for_everyone()
+            weights = file_fingerprint([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
+            data = self.candidates[name].fingerprint
+            publish(
+                self.folder / name,
+                {
+                    "candidate": name,
+                    "fingerprint": fingerprint([self.facts[name], data, weights]),
+                    "data": data,
+                    "rows": len(self.candidates[name].rows),
+                    "steps": 0,
+                    "seconds": 0.0,
+                    "source": source,
+                    "unknown": unknown,
+                    "uniform": self.facts[name],
+                },
+            )
+        if others:
+            terminal.say(
+                f"took {len(others)} adapters that others have trained: {', '.join(others)}. Their files tell rank, scaling and "
+                "layers; base weights, data, learning rate, epochs, batch size, seed and versions are taken on trust",
+                "yellow",
+            )
 
     def train_missing(
         self,

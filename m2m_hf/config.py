@@ -450,8 +450,8 @@ class MergeToMixConfig:
     candidates: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, where, split_by, required, excluded, "
-            "cost, license."
+            "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, where, split_by, required, "
+            "excluded, cost, license."
         },
     )
     targets: dict[str, Any] = field(
@@ -485,7 +485,8 @@ class MergeToMixConfig:
         default=None,
         metadata={
             "help": "Take missing adapters from org/name or org/name@revision, as m2m push wrote them, or from a folder; of the "
-            "same data and settings only."
+            "same data and settings only. In the YAML also {candidate: org/name or a folder}, adapters that somebody has "
+            "trained otherwise than with m2m."
         },
     )
     max_trials: int | None = field(
@@ -596,8 +597,16 @@ class MergeToMixConfig:
                 raise InputError(f"{name}: expected at least one, as in\n  {name}:\n    {one}\ngot {given!r}")
         if self.race is not None and not isinstance(self.race, bool):
             raise InputError(f"race: expected true or false, got {self.race!r}")
-        if self.adapters is not None and not (isinstance(self.adapters, str) and self.adapters):
-            raise InputError(f"adapters: expected org/name, org/name@revision or a folder, got {self.adapters!r}")
+        bank: Any = self.adapters
+        sources = list(bank.values()) if isinstance(bank, Mapping) else [] if bank is None else [bank]
+        if bank is not None and not (sources and all(isinstance(one, str) and one for one in sources)):
+            raise InputError(
+                "adapters: expected org/name, org/name@revision, a folder, or {candidate: any of these}, "
+                f"got {self.adapters!r}"
+            )
+        for name in bank if isinstance(bank, Mapping) else ():
+            if name not in self.candidates:
+                raise InputError(unknown_key_message(str(name), tuple(self.candidates), "adapters"))
         if self.licenses is not None and not (
             isinstance(self.licenses, list) and all(isinstance(one, str) for one in self.licenses)
         ):
@@ -613,8 +622,12 @@ class MergeToMixConfig:
             raise InputError(
                 f"strategy: {self.strategy} proposes subsets only; for weights: continuous expected {', '.join(CONTINUOUS)}"
             )
-        if self.adapters is not None:
-            self.adapters = resolve_existing(self.adapters, Path(self.folder or ".").absolute())
+        here = Path(self.folder or ".").absolute()
+        if isinstance(bank, Mapping):
+            bank = {name: resolve_existing(source, here) for name, source in sorted(bank.items())}
+        elif bank is not None:
+            bank = resolve_existing(bank, here)
+        self.adapters = bank
         check_merge_parameters(self.merge_method, self.merge_parameters, "merge_parameters")
         if self.merge_method != "average" and self.weights == "continuous":
             raise InputError(f"weights: continuous needs merge_method: average, got {self.merge_method}")

@@ -370,6 +370,27 @@ def refused(error: Exception, repo_id: str) -> InputError:
     )
 
 
+def fetch_adapter(source: str) -> Path:
+    """The folder of one adapter: a folder, or `org/name`, with a folder in it and `@revision` behind it where needed.
+
+    Raises:
+        InputError: there is none.
+    """
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local
+    path, _, revision = source.partition("@")
+    repo_id, inside = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+    patterns = [f"{inside}/adapter_*" if inside else "adapter_*"]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns)) / inside
+    except FAILURES as error:
+        raise InputError(
+            f"adapters: {source!r} is neither a folder nor an adapter that the Hub shows "
+            f"({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        ) from error
+
+
 def fetch_bank(source: str) -> Path:
     """The folder with the adapters of a published bank: `org/name`, `org/name@revision`, or a folder.
 

@@ -272,6 +272,14 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
         if "failed" in record:
             text = f"{name} is in no mixture: the training of its adapter failed: {record['failed']}"
             found.append(("no_adapter", text))
+    if taken := [name for name, record in outcome.training.items() if record.get("unknown")]:
+        found.append(
+            (
+                "trained_elsewhere",
+                f"how the adapters of {', '.join(taken)} were trained is not known: averages mean something only if they were "
+                "all trained alike, from this base model and on these rows",
+            )
+        )
     for (name, target), rows in outcome.overlap.items():
         if rows:
             found.append(

@@ -26,7 +26,7 @@ from .data import mixture_dataset
 from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
-from .hub import check_login, fetch_bank, push
+from .hub import check_login, fetch_adapter, fetch_bank, push
 from .ingredients import Ingredients
 from .journal import cut_short, fingerprint, hidden, read_json, read_made, write_json
 from .methods import MergeMethod
@@ -139,7 +139,16 @@ class MergeToMixSearcher(Ingredients):
         missing = self.bank.check()
         if missing and self.config.adapters:
             self.prepare()
-            self.bank.take(self._agree_on_bank(), missing, self.terminal)
+            with self.state.local_main_process_first():  # one process of every machine fetches them
+                if isinstance(self.config.adapters, str):
+                    bank = fetch_bank(self.config.adapters)
+                else:
+                    given = self.config.adapters.items()
+                    others = {name: (source, fetch_adapter(source)) for name, source in given if name in missing}
+            if isinstance(self.config.adapters, str):
+                self.bank.take(bank, missing, self.terminal)
+            else:
+                self.bank.adopt(others, self.terminal)
             missing = self.bank.check()
         if missing:
             self.prepare()
@@ -151,11 +160,6 @@ class MergeToMixSearcher(Ingredients):
             self.bank.train_missing(self._base_to_train, self.tokenizer, settings, self.terminal)
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
-
-    def _agree_on_bank(self) -> Path:
-        """Where the published bank is, once the main process of every machine has fetched it."""
-        with self.state.local_main_process_first():
-            return fetch_bank(self.config.adapters or "")
 
     def check_hub(self) -> None:
         """Refuses before hours of work what could not be pushed after them.

@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import choice_rows
+from conftest import build_adapter, build_model, choice_rows
 from safetensors.torch import load_file
+from test_run import m2m
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from m2m_hf.adapters import differing, load_base
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
+from m2m_hf.merging import Adapter, GatedStack
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.training import planned_steps, train_lora
@@ -216,3 +218,70 @@ def test_a_model_from_the_hub_is_pinned_to_its_commit(project, monkeypatch, tmp_
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     with pytest.raises(InputError, match="neither a local model folder nor a model"):
         searcher(project, "--model_name_or_path", "org/none")
+
+
+SHAPE = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"], "task_type": None}
+
+
+@pytest.fixture
+def theirs(project, tmp_path):
+    """Adapters that somebody else has trained, for two of the three candidates, and a configuration that takes them."""
+    for seed, name in enumerate(("alpha", "beta")):
+        build_adapter("llama", tmp_path / "theirs" / name, seed, **SHAPE)
+    with (project / "run.yaml").open("a") as file:
+        file.write("adapters: {alpha: theirs/alpha, beta: theirs/beta}\n")
+    return tmp_path / "theirs"
+
+
+def test_adapters_that_others_have_trained_are_searched_with(project, theirs, capsys):
+    run, out = project / "run.yaml", project / "out"
+    assert m2m("search", "--config", run) == 0
+    printed = capsys.readouterr().out
+    assert "took 2 adapters that others have trained: alpha, beta" in printed
+    assert "taken on trust" in printed
+    assert "trained 1 adapters" in printed
+    assert "how the adapters of alpha, beta were trained is not known" in printed
+    for name in ("alpha", "beta"):
+        file = "adapter_model.safetensors"
+        assert (out / "adapters" / name / file).read_bytes() == (theirs / name / file).read_bytes()
+        record = json.loads((out / "adapters" / name / "training.json").read_text())
+        assert "learning_rate" in record["unknown"]
+        assert "lora_config.r" not in record["unknown"]
+    # What they score is what a stack of them scores.
+    trials = {tuple(one["names"]): one for one in map(json.loads, (out / "trials.jsonl").read_text().splitlines())}
+    searcher = MergeToMixSearcher.from_yaml(run)
+    stack = GatedStack(build_model("llama"), {name: Adapter.load(theirs / name) for name in ("alpha", "beta")})
+    scorer = searcher.scorers["colours"]["validation"]
+    score = scorer.score(stack, [{"alpha": 0.5, "beta": 0.5}], 500)[0]
+    assert trials["alpha", "beta"]["score"] == score.value
+    assert trials["alpha", "beta"]["logprobs"] == pytest.approx(list(score.logprobs), abs=1e-5)
+    # Again nothing is taken; other weights under the same name would be another adapter.
+    capsys.readouterr()
+    assert m2m("select", "--config", run) == 0
+    assert "took" not in capsys.readouterr().out
+    assert m2m("status", out) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"r": 2}, "lora_config.r (2 there, 4 now)"),
+        ({"lora_alpha": 8}, "lora_config.lora_alpha (8 there, 32 now)"),
+        ({"target_modules": ["q_proj"]}, "lora_config.target_modules (['q_proj'] there, ['q_proj', 'v_proj'] now)"),
+        ({"use_dora": True}, "use_dora=True cannot be averaged"),
+    ],
+)
+def test_adapters_of_another_shape_are_refused(project, theirs, capsys, change, words):
+    shutil.rmtree(theirs / "beta")
+    build_adapter("llama", theirs / "beta", 1, **SHAPE | change)
+    assert m2m("search", "--config", project / "run.yaml") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_adapters_that_are_not_there(project, theirs, capsys):
+    shutil.rmtree(theirs / "beta")
+    assert m2m("search", "--config", project / "run.yaml") == 2
+    assert "is neither a folder nor an adapter that the Hub shows" in capsys.readouterr().err
+    (project / "run.yaml").write_text((project / "run.yaml").read_text().replace("{alpha: theirs", "{alfa: theirs"))
+    assert m2m("search", "--config", project / "run.yaml") == 2
+    assert "adapters: unknown key 'alfa'; did you mean 'alpha'?" in capsys.readouterr().err

@@ -77,31 +77,46 @@ def lora_config(model_args: ModelConfig) -> LoraConfig:
     return config
 
 
-def model_config(model: str, lora: LoraConfig, dtype: str) -> ModelConfig:
+def model_config(model: str, lora: LoraConfig, loading: Mapping[str, Any]) -> ModelConfig:
     """TRL's `ModelConfig` of a base model and a LoRA shape, as `lora_config` takes it.
 
+    Args:
+        loading: what `from_pretrained` is given: `dtype`, `revision`, `attn_implementation`.
+
     Raises:
-        InputError: a shape that it cannot say.
+        InputError: a shape, or a way of loading, that it cannot say.
     """
+    names = {
+        "dtype": "dtype",
+        "torch_dtype": "dtype",
+        "revision": "model_revision",
+        "attn_implementation": "attn_implementation",
+    }
+    if others := loading.keys() - names:
+        raise InputError(f"model_init_kwargs: expected {', '.join(names)} alone, got {', '.join(sorted(others))}")
+    modules = sorted(lora.target_modules) if isinstance(lora.target_modules, set) else lora.target_modules
+    if isinstance(modules, list) and len(modules) == 1:
+        modules *= 2  # of a list of one ModelConfig would make a text, which PEFT takes for a regular expression
+    options: dict[str, Any] = {"dtype": "float32"}
+    options |= {names[name]: str(value).removeprefix("torch.") for name, value in loading.items()}
     made = ModelConfig(
         model_name_or_path=model,
-        dtype=dtype,
         use_peft=True,
         lora_r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        lora_target_modules=sorted(lora.target_modules)
-        if isinstance(lora.target_modules, set)
-        else lora.target_modules,
+        lora_target_modules=modules,
         use_rslora=lora.use_rslora,
+        **options,
     )
-    given, said = (
-        {name: sorted(value) if isinstance(value, set) else value for name, value in one.to_dict().items()}
-        for one in (lora, lora_config(made))
-    )
+    refuse_unless_averageable(lora, "peft_config")
+    given, said = lora_facts(lora), lora_facts(lora_config(made))
     for name, value in given.items():
-        if name not in ("task_type", "inference_mode", "base_model_name_or_path") and value != said[name]:
-            raise InputError(f"peft_config: {name}={value!r} is not for adapters that are to be averaged; leave it out")
+        if name != "lora_config.task_type" and value != said[name]:
+            raise InputError(
+                f"peft_config: {name.removeprefix('lora_config.')}={value!r} cannot be said in a run's configuration, which has "
+                "lora_r, lora_alpha, lora_dropout, lora_target_modules and use_rslora; leave it out"
+            )
     return made
 
 

@@ -272,7 +272,8 @@ def run_recipe(name: str | None, arguments: Sequence[str]) -> None:
     path = find("recipes", name, ".py", ".sh", ".yaml")
     if path.suffix == ".py":
         replace_process([sys.executable, str(path), *arguments])
-    print(path.read_text(encoding="utf-8"), end="")
+    # Their paths are seen from the folder of recipes in a checkout; what is printed is for the one where it is put.
+    print(path.read_text(encoding="utf-8").replace("../.demo", ".demo"), end="")
 
 
 def replace_process(command: Sequence[str]) -> NoReturn:

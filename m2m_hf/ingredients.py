@@ -587,15 +587,20 @@ class Ingredients:
         Raises:
             InputError: on the machine where it is so.
         """
-        data = {name: one.fingerprint for name, one in self.candidates.items()}
+        mine = {
+            "configuration": yaml.safe_load(self.config_yaml()),
+            "settings": self.facts,
+            "candidates": {name: one.fingerprint for name, one in self.candidates.items()},
+            "targets": self._target_fingerprints(),
+        }
         text = self.run.config.read_text(encoding="utf-8") if self.state.is_main_process else ""
-        told, theirs = self._agree([text, data])
+        told, theirs = self._agree([text, mine])
         host = socket.gethostname()
+        for what, facts in mine.items():
+            if different := differing(facts, theirs[what]):
+                raise InputError(f"{what}: on {host} not what the first process has: {'; '.join(different)}")
         if not seen(self.run.config, told):
             raise InputError(
                 f"output_dir: {self.run.root} on {host} is not the folder of that name on the first machine; expected one on "
                 "a file system that all machines share"
             )
-        if theirs != data:
-            names = ", ".join(name for name, one in data.items() if theirs.get(name) != one)
-            raise InputError(f"candidates: the rows of {names} on {host} are not those on the first machine")

@@ -60,10 +60,11 @@ def relaunched(arguments: Sequence[str]) -> list[str]:
         theirs[name[2:]] = value
     config = find("accelerate_configs", theirs.pop("accelerate_config"), ".yaml")
     machines = int(theirs.get("num_machines", "1")) if theirs.get("num_machines", "1").isdigit() else 1
-    if "num_processes" not in theirs and (gpus := gpus_here(config)):
-        theirs["num_processes"] = str(gpus * machines)
-    if machines == 1:
-        theirs.setdefault("main_process_port", "0")  # any that is free
+    if config.parent == shipped("accelerate_configs"):  # a file of one's own says all itself
+        if "num_processes" not in theirs and (gpus := gpus_here(config)):
+            theirs["num_processes"] = str(gpus * machines)
+        if machines == 1:
+            theirs.setdefault("main_process_port", "0")  # any that is free
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return [
         *command,

@@ -63,6 +63,8 @@ class LiveTargets:
             {}, parsed, tokenizer, seed=trainer.args.seed, max_length=None, assistant_only_loss=False
         )
         positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise InputError("trainer: its model is in pieces (FSDP, DeepSpeed), and cannot be scored while it trains")
         if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
             raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
         total = sum(one.weight for one in parsed.values())
@@ -107,7 +109,10 @@ class LiveTargets:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Puts numbers where the training's own are logged; a Trainer's subclass may do more with its own."""
+        control = self.trainer.control
+        own = control.should_log  # which is taken back by whatever is logged, and then the loss would not be
         Trainer.log(self.trainer, dict(values))
+        control.should_log = own
 
 
 class TargetScoreCallback(TrainerCallback):
@@ -230,8 +235,10 @@ class MergeProbeCallback(TrainerCallback):
                 f"trainer: expected one that trains a LoRA adapter (peft_config), got {type(model).__name__}"
             )
         refuse_unless_averageable(model.active_peft_config, "trainer")
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise InputError("trainer: its model is in pieces (FSDP, DeepSpeed), which cannot be averaged with others")
+        if len(model.active_adapters) != 1:
+            raise InputError(f"trainer: expected one adapter that is trained, got {', '.join(model.active_adapters)}")
+        if any("lora_embedding" in name for name, _ in model.named_parameters()):
+            raise InputError("trainer: an adapter on embeddings cannot be probed; expected target_modules without them")
         self._name = check_name(name, "candidate")
         self._others = {check_name(other, "candidate"): Path(folder) for other, folder in others.items()}
         self._every, self._patience, self._agreement, self._stop = every, patience, agreement, stop
@@ -246,7 +253,8 @@ class MergeProbeCallback(TrainerCallback):
         for name, folder in self._others.items():
             if (found := adapter_at(folder, share)) is not None:
                 adapters[name] = Adapter.load(found)
-        tensors = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+        state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+        tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
         adapters[self._name] = Adapter(model.active_peft_config, tensors)
         mixtures = few_mixtures(tuple(adapters))
         with undisturbed(model), model.disable_adapter():
@@ -307,8 +315,9 @@ def adapter_at(folder: Path, share: float) -> Path | None:
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Leaves mode, random numbers and gradients as they were."""
+    """Leaves mode, random numbers, and what gradients go through as they were."""
     training = {module: module.training for module in model.modules()}
+    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
     cache = getattr(model.config, "use_cache", None)
     states = random.getstate(), np.random.get_state()
     for layer in model.modules():
@@ -323,6 +332,8 @@ def undisturbed(model: Any) -> Iterator[None]:
         finally:
             for module, mode in training.items():
                 module.training = mode
+            for parameter, learns in learning.items():
+                parameter.requires_grad_(learns)
             if hasattr(model.config, "use_cache"):
                 model.config.use_cache = cache
             random.setstate(states[0])

@@ -103,10 +103,11 @@ class MergeToMixSearcher(Ingredients):
         """A searcher for a script that has what TRL's SFTTrainer takes; `chosen_rows` then is its training set.
 
         Adapters are trained with the script's own settings, but for what it does with the final model: evaluating, keeping the
-        best checkpoint, pushing to the Hub. The run folder is `m2m` in the script's `output_dir`.
+        best checkpoint, going on from a checkpoint, pushing to the Hub. The run folder stands beside the script's `output_dir`,
+        which a push would publish: `<output_dir>-m2m`.
 
         Args:
-            model: a Hub id or a folder. It is loaded in bfloat16 where `args.bf16` is set, or else in float32.
+            model: a Hub id or a folder, loaded in float32 unless `args.model_init_kwargs` say another `dtype`, as TRL does it.
             args: what the script trains with.
             peft_config: the LoRA shape.
             candidates, targets: as in a configuration file; relative paths are relative to the working directory.
@@ -115,18 +116,32 @@ class MergeToMixSearcher(Ingredients):
         Raises:
             InputError: for whatever cannot be used.
         """
+        for name, value, kind in (
+            ("model", model, str),
+            ("args", args, SFTConfig),
+            ("peft_config", peft_config, LoraConfig),
+        ):
+            if not isinstance(value, (kind, Path) if kind is str else kind):
+                what = "a Hub id or a folder" if kind is str else f"a {kind.__name__}"
+                raise InputError(f"{name}: expected {what}, got {type(value).__name__}")
         args = copy.deepcopy(args)
-        args.output_dir = str(Path(args.output_dir).absolute() / "m2m")
-        args.eval_strategy, args.load_best_model_at_end, args.push_to_hub = "no", False, False
+        out = Path(args.output_dir).absolute()
+        args.output_dir = str(out.with_name(f"{out.name}-m2m"))
+        args.eval_strategy, args.eval_on_start, args.load_best_model_at_end = "no", False, False
+        args.push_to_hub, args.hub_token, args.resume_from_checkpoint = False, None, None
         args.use_cpu = args.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        loading = dict(args.model_init_kwargs or {})
+        args.model_init_kwargs = None
         config = MergeToMixConfig(candidates=dict(candidates), targets=dict(targets), **fields)
-        return cls(config, args, model_config(model, peft_config, "bfloat16" if args.bf16 else "float32"))
+        return cls(config, args, model_config(str(model), peft_config, loading))
 
     def chosen_rows(self) -> Dataset:
         """The rows of the chosen mixture, shuffled, as `OUT/mixture/train.jsonl` has them; searches first where it must."""
         self.write_outcome()
         result = self.choose()
         counts = self.models.counts(result.best.mixture)
+        self._plain_base()
+        vars(self).pop("base", None)  # or a script that trains on them would have the model in memory twice
         return mixture_dataset(counts, self.candidates, self._data[0], self.args.seed)
 
     def train_adapters(self) -> None:
@@ -220,7 +235,10 @@ class MergeToMixSearcher(Ingredients):
         done = told = 0
         curve: list[tuple[float, float]] = []
         known = len(journal.trials)
-        tracker = Tracker(self.args, "search", speaks=self.state.is_main_process)
+        run = (
+            f"search-from-{known}" if known else "search"
+        )  # its curve is told from the beginning, so in a run of its own
+        tracker = Tracker(self.args, run, speaks=self.state.is_main_process)
 
         with tracker, self.terminal.progress("scoring mixtures", int(total)) as bar:
 
@@ -527,14 +545,6 @@ class MergeToMixSearcher(Ingredients):
                         bar.advance()
                     value, stderr = paired({target: found["final"]}, {target: found["base"]}, {target: 1.0})
                     scores[target]["final"][part]["over_base"] = {"value": value, "stderr": stderr}
-        with Tracker(self.args, "scores", speaks=self.state.is_main_process) as tracker:
-            for step, who in enumerate(("base", "final")):
-                values = {
-                    ("eval_" if part == "validation" else "test_") + target: one["score"]
-                    for target, of in scores.items()
-                    for part, one in of[who].items()
-                }
-                tracker.log(step, values)
         record = models.record(counts)
         if self.state.is_main_process:
             self._put_old_final_aside()
@@ -554,6 +564,14 @@ class MergeToMixSearcher(Ingredients):
                 "total_seconds": round(max(seconds, record["seconds"]), 3),
             },
         )
+        with Tracker(self.args, "scores", speaks=self.state.is_main_process) as tracker:
+            for step, who in enumerate(("base", "final")):
+                values = {
+                    ("eval_" if part == "validation" else "test_") + target: one["score"]
+                    for target, of in scores.items()
+                    for part, one in of[who].items()
+                }
+                tracker.log(step, values)
 
     @cached_property
     def _final_models(self) -> TrainedMixtures:

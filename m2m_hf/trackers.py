@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.integrations import (
 )
 from trl import SFTConfig
 
+from .console import Terminal
 from .errors import InputError
 from .journal import fingerprint
 
@@ -69,7 +70,7 @@ class Tracker(TrainerCallback):
     """One run in the trackers that `report_to` names: a callback of a training, or told by hand what else is to be seen.
 
     All runs of a run folder are one group. A run is called `<group>/<run>`; Weights & Biases and trackio also know the group as
-    such; TensorBoard's files are in `OUT/tensorboard/<run>`, unless TENSORBOARD_LOGGING_DIR says otherwise. A run that was
+    such; TensorBoard's files are in `OUT/tensorboard/<run>`, or in `<group>/<run>` below TENSORBOARD_LOGGING_DIR. A run that was
     interrupted goes on where the tracker can do so.
 
     Args:
@@ -81,36 +82,56 @@ class Tracker(TrainerCallback):
 
     def __init__(self, args: SFTConfig, run: str, of: str = "", speaks: bool = True) -> None:
         out, run = Path(args.output_dir).absolute(), run[:LONGEST]
+        asked = os.environ.get("TENSORBOARD_LOGGING_DIR")
         self._group = group_of(args)
         self._args = copy.deepcopy(args)
         self._args.run_name = f"{self._group}/{run}"
-        self._board = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", out / "tensorboard")) / run
+        if self._args.trackio_static_space_id is None:
+            self._args.trackio_static_space_id = False  # or every run would be made a Space of its own when it ends
+        self._board = Path(asked).expanduser() / self._group / run if asked else out / "tensorboard" / run
         self._id = fingerprint([str(out), run, of])
         self._begun = False
         with told_aside():
             kinds = get_reporting_integration_callbacks(args.report_to) if speaks else []
             self._callbacks: list[Any] = [kind() for kind in kinds]
 
+    def _each(self, tell: Callable[[Any], None]) -> None:
+        """Tells every tracker something. One that fails is told nothing more: the run is worth more than what is told of it."""
+        for callback in list(self._callbacks):
+            try:
+                with told_aside():
+                    tell(callback)
+            except Exception as error:  # whatever a tracker, or the network behind it, raises
+                self._callbacks.remove(callback)
+                name = type(callback).__name__.removesuffix("Callback")
+                Terminal().say(
+                    f"report_to: {name} failed and is told no more of {self._args.run_name}: {error}", "yellow"
+                )
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._begun = True
-        with told_aside():
-            for callback in self._callbacks:
-                if isinstance(callback, TensorBoardCallback):
-                    callback.logging_dir = str(self._board)
-                if isinstance(callback, WandbCallback):  # which takes the run that is there
-                    callback._wandb.init(
-                        project=os.environ.get("WANDB_PROJECT", "huggingface"),
-                        name=self._args.run_name,
-                        group=self._group,
-                        id=self._id,
-                        resume="allow",
-                        settings={"silent": True, "console": "off"},
-                    )
-                callback.on_train_begin(self._args, state, control, **kwargs)
-                if isinstance(callback, TrackioCallback):  # which has no word for it
-                    callback._trackio.config["_Group"] = self._group
+
+        def begin(callback: Any) -> None:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(self._board)
+            if isinstance(callback, WandbCallback):  # which takes the run that is there
+                if callback._wandb.run is not None:
+                    raise RuntimeError("another run is open in this process, which is left as it is")
+                callback._wandb.init(
+                    project=os.environ.get("WANDB_PROJECT", "huggingface"),
+                    name=self._args.run_name,
+                    group=self._group,
+                    id=self._id,
+                    resume="allow",
+                    settings={"silent": True, "console": "off"},
+                )
+            callback.on_train_begin(self._args, state, control, **kwargs)
+            if isinstance(callback, TrackioCallback):  # which has no word for it
+                callback._trackio.config["_Group"] = self._group
+
+        self._each(begin)
 
     def on_log(
         self,
@@ -120,18 +141,19 @@ class Tracker(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for callback in self._callbacks:
-            callback.on_log(self._args, state, control, logs=dict(logs or {}), **kwargs)
+        self._each(lambda callback: callback.on_log(self._args, state, control, logs=dict(logs or {}), **kwargs))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._begun = False
-        with told_aside():
-            for callback in self._callbacks:
-                callback.on_train_end(self._args, state, control, **kwargs)
-                if isinstance(callback, WandbCallback):
-                    callback._wandb.finish()  # or the next run would be this one
+
+        def end(callback: Any) -> None:
+            callback.on_train_end(self._args, state, control, **kwargs)
+            if isinstance(callback, WandbCallback):
+                callback._wandb.finish()  # or the next run would be this one
+
+        self._each(end)
 
     def __enter__(self) -> "Tracker":
         return self

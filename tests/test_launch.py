@@ -59,19 +59,27 @@ def test_a_machine_with_a_folder_or_rows_of_its_own_is_refused(project, monkeypa
     here = Ingredients(*parse(project / "run.yaml"))
     here.prepare()
     monkeypatch.setattr("m2m_hf.ingredients.seen", lambda path, content: seen(path, content, 0))
-    theirs = {name: one.fingerprint for name, one in here.candidates.items()}
-    text = here.run.config.read_text()
-    monkeypatch.setattr(here, "_agree", lambda value: ["another configuration", theirs])
+    monkeypatch.setattr(here, "_agree", lambda value: ["another configuration", value[1]])
     with pytest.raises(InputError, match="expected one on a file system that all machines share"):
         here._check_machines()
-    monkeypatch.setattr(here, "_agree", lambda value: [text, theirs | {"beta": "other"}])
-    with pytest.raises(InputError, match=r"the rows of beta on .* are not those on the first machine"):
-        here._check_machines()
-    monkeypatch.setattr(here, "_agree", lambda value: [text, theirs])
+    for what, name, value in (
+        ("configuration", "learning_rate", 0.5),
+        ("settings", "base_model", "other"),
+        ("candidates", "beta", "other"),
+        ("targets", "colours", {}),
+    ):
+
+        def other(mine, what=what, name=name, value=value):
+            return [mine[0], mine[1] | {what: mine[1][what] | {name: value}}]
+
+        monkeypatch.setattr(here, "_agree", other)
+        with pytest.raises(InputError, match=f"{what}: on .* not what the first process has: {name} "):
+            here._check_machines()
+    monkeypatch.setattr(here, "_agree", lambda value: value)
     here._check_machines()
 
 
-def test_what_accelerate_is_told(monkeypatch):
+def test_what_accelerate_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     given = [
         "select",
@@ -96,6 +104,9 @@ def test_what_accelerate_is_told(monkeypatch):
     ]  # fmt: skip
     told = relaunched(["search", "--accelerate_config=cpu_2proc", "--config", "x.yaml"])
     assert told[5:] == ["--main_process_port", "0", "--module", "m2m_hf.cli", "search", "--config", "x.yaml"]
+    own = tmp_path / "mine.yaml"  # says all itself
+    own.write_text("num_machines: 2\nnum_processes: 16\nmain_process_port: 29500\n")
+    assert relaunched(["search", f"--accelerate_config={own}"])[4:] == [str(own), "--module", "m2m_hf.cli", "search"]
     told = relaunched(["search", "--accelerate_config=multi_gpu", "--num_processes", "3"])
     assert told[5:9] == ["--num_processes", "3", "--main_process_port", "0"]
 
@@ -120,7 +131,10 @@ def test_recipes_by_name(capsys, tmp_path):
         assert f"  {name} " in printed
     assert "#!" not in printed
     assert main(["recipe", "demo"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    given = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    shown = yaml.safe_load(capsys.readouterr().out)  # for the folder in which it is put
+    assert shown["model_name_or_path"] == given["model_name_or_path"].removeprefix("../")
+    assert shown["candidates"].keys() == given["candidates"].keys()
     assert main(["recipe", "demos"]) == 2
     assert "demos: expected one of ablate_uniformity," in capsys.readouterr().err
     assert set(names("accelerate_configs", ".yaml")) == {

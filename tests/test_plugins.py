@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import build_model, candidate_rows
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -188,3 +188,55 @@ def test_what_cannot_be_probed_is_refused(tokenizer, tmp_path, targets, bank):
     )
     with pytest.raises(InputError, match="trains a LoRA adapter"):
         MergeProbeCallback(full, "alpha", bank, targets, every=2)
+
+
+@pytest.mark.parametrize("logging", [{"logging_strategy": "epoch"}, {"logging_steps": 2}])
+def test_losses_are_logged_as_they_would_be_without(tokenizer, tmp_path, targets, bank, logging):
+    def losses(*kinds):
+        one = trainer(tokenizer, tmp_path / "alpha", **SAVED | {"max_steps": 8} | logging)
+        for kind in kinds:
+            one.add_callback(
+                MergeProbeCallback(one, "alpha", bank, targets, every=2)
+                if kind == "probe"
+                else TargetScoreCallback(one, targets)
+            )
+        one.train()
+        return [
+            (entry["step"], entry["loss"], entry["grad_norm"]) for entry in one.state.log_history if "loss" in entry
+        ]
+
+    plain = losses()
+    assert plain
+    assert losses("target") == plain
+    assert losses("probe", "target") == plain
+
+
+def test_the_adapter_that_is_trained_is_probed_and_frozen_parts_stay_so(tokenizer, tmp_path, targets, bank):
+    def prepared(folder):
+        one = trainer(tokenizer, folder, **SAVED)
+        torch.manual_seed(0)
+        one.model.add_adapter("mine", one.model.peft_config["default"])
+        one.model.set_adapter("mine")
+        for name, parameter in one.model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        return one
+
+    plain = prepared(tmp_path / "plain")
+    plain.train()
+    probed = prepared(tmp_path / "probed")
+    probe = MergeProbeCallback(probed, "alpha", {}, targets, every=2)
+    probed.add_callback(probe)
+    score = TargetScoreCallback(probed, targets)
+    probed.train()
+    for (name, one), other in zip(plain.model.named_parameters(), probed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert one.requires_grad == other.requires_grad, name
+    assert probe.ranking[0][1] == pytest.approx(score.scores()["eval_targets"], abs=1e-5)
+
+
+def test_embeddings_are_refused_before_the_training(tokenizer, tmp_path, targets, bank):
+    one = trainer(tokenizer, tmp_path / "one")
+    one.model = get_peft_model(build_model("llama"), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    with pytest.raises(InputError, match="an adapter on embeddings cannot be probed"):
+        MergeProbeCallback(one, "alpha", bank, targets, every=2)

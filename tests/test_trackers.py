@@ -4,6 +4,7 @@ import json
 import sqlite3
 
 import pytest
+from conftest import candidate_rows, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import m2m
 
@@ -92,3 +93,56 @@ def test_runs_of_one_name_in_two_folders_are_two_groups(project):
     }
     assert len(groups) == 2
     assert all(group.startswith("out-") for group in groups)
+
+
+def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(project, monkeypatch, capsys):
+    def broken(self, *args, **kwargs):
+        raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr("transformers.integrations.TensorBoardCallback.on_log", broken)
+    flags = ("select", "--config", project / "run.yaml", "--report_to", "tensorboard")
+    assert m2m(*flags) == 0
+    printed = capsys.readouterr().out
+    assert "TensorBoard failed and is told no more of out-" in printed
+    assert "the network is gone" in printed
+    assert (project / "out" / "final" / "training.json").exists()
+
+
+def test_a_search_that_goes_on_tells_its_curve_in_a_run_of_its_own(project):
+    run, out = project / "run.yaml", project / "out"
+    flags = ("search", "--config", run, "--report_to", "tensorboard")
+    assert m2m(*flags) == 0
+    write_rows(project / "delta.jsonl", candidate_rows("delta"))
+    run.write_text(run.read_text().replace("  gamma:", "  delta: {path: json, data_files: delta.jsonl}\n  gamma:"))
+    assert m2m(*flags) == 0
+    for name, mixtures in (("search", 7), ("search-from-8", 15)):
+        steps = [step for step, _ in curve(out / "tensorboard" / name, "eval/best_score")]
+        assert steps == list(range(1, mixtures + 1)), name
+
+
+def test_no_space_is_made_of_every_run_and_ones_own_run_is_left_open(project, aside, monkeypatch, capsys):
+    import wandb
+
+    frozen = []
+    monkeypatch.setattr(
+        "transformers.integrations.TrackioCallback._freeze_space",
+        lambda self, args, model: (
+            frozen.append(args.trackio_static_space_id) if args.trackio_static_space_id is not False else None
+        ),
+    )
+    own = wandb.init(project="mine", settings={"silent": True})
+    try:
+        with (project / "run.yaml").open("a") as file:
+            file.write("report_to: [trackio, wandb]\nproject: quizzes\n")
+        assert m2m("adapters", "--config", project / "run.yaml") == 0
+        assert wandb.run is own
+        assert "Wandb failed" in capsys.readouterr().out
+    finally:
+        own.finish()
+    assert not frozen
+
+
+def test_a_folder_for_all_boards_keeps_run_folders_apart(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "boards"))
+    assert m2m("adapters", "--config", project / "run.yaml", "--report_to", "tensorboard", "--run_name", "one") == 0
+    assert curve(tmp_path / "boards" / "one" / "adapters" / "alpha", "train/loss")

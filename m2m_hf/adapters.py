@@ -31,7 +31,7 @@ from .console import Terminal, duration
 from .data import Candidate
 from .errors import InputError
 from .journal import altered, cut_short, file_fingerprint, files_of, fingerprint, hidden, read_json, sync
-from .merging import Adapter, refuse_unless_averageable
+from .merging import ADAPTER_FILES, Adapter, refuse_unless_averageable
 from .training import (
     TrainingFailedError,
     agreed,
@@ -473,10 +473,10 @@ class AdapterBank:
                 partial = hidden(self.folder / name)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                for file in ("adapter_config.json", "adapter_model.safetensors"):
+                for file in ADAPTER_FILES:
                     shutil.copyfile(folder / file, partial / file)
             PartialState().wait_for_everyone()
-            weights = file_fingerprint([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
+            weights = file_fingerprint([folder / file for file in ADAPTER_FILES])
             data = self.candidates[name].fingerprint
             publish(
                 self.folder / name,

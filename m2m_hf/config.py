@@ -605,7 +605,9 @@ class MergeToMixConfig:
                 f"got {self.adapters!r}"
             )
         for name in bank if isinstance(bank, Mapping) else ():
-            if name not in self.candidates:
+            # The names of a candidate's parts are known, and checked, once it has been split.
+            parts = any(isinstance(one, Mapping) and one.get("split_by") for one in self.candidates.values())
+            if name not in self.candidates and not parts:
                 raise InputError(unknown_key_message(str(name), tuple(self.candidates), "adapters"))
         if self.licenses is not None and not (
             isinstance(self.licenses, list) and all(isinstance(one, str) for one in self.licenses)

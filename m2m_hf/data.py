@@ -24,7 +24,7 @@ from string import Formatter
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
@@ -38,6 +38,7 @@ from .mixture import Mixture, row_counts
 
 MOST_FILES = 10_000  # in a folder that is given as a dataset
 MOST_PARTS = 256  # that one dataset is split into
+CHECKED: set[tuple[str, int, int]] = set()  # JSON files that were read well: every part of a split dataset asks again
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 FEATURES = {
     "text": Features({"prompt": Value("string"), "completion": Value("string")}),
@@ -135,12 +136,14 @@ def pin_data(config: MergeToMixConfig) -> None:
         config.parsed_targets[name] = replace(target, **parts)
 
 
-def split(config: MergeToMixConfig) -> MergeToMixConfig:
+def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
     """`config` with a candidate for every value of a `split_by` column in place of the one that it splits.
 
     Raises:
         InputError: no such column, or values of which no different names can be made; and whatever the new candidates break.
     """
+    if all(one.split_by is None for one in config.parsed_candidates.values()):
+        return config
     made: dict[str, CandidateConfig] = {}
     for name, one in config.parsed_candidates.items():
         if one.split_by is None:
@@ -150,7 +153,10 @@ def split(config: MergeToMixConfig) -> MergeToMixConfig:
         rows = load_raw(one.data, where)
         if one.split_by not in rows.column_names:
             raise InputError(f"{where}.split_by: no column {one.split_by!r}; it has {', '.join(rows.column_names)}")
-        values = sorted(scalars(rows, one.split_by, f"{where}.split_by"), key=str)
+        if not isinstance(rows.features[one.split_by], (Value, ClassLabel)):
+            found = rows[0][one.split_by]
+            raise InputError(f"{where}.split_by: expected a column of texts or numbers, got {found!r:.100}")
+        values = sorted(set(rows[one.split_by]), key=str)
         if len(values) > MOST_PARTS:
             raise InputError(
                 f"{where}.split_by: {one.split_by!r} has {len(values):,} values, and each would be a candidate with an adapter "
@@ -165,25 +171,11 @@ def split(config: MergeToMixConfig) -> MergeToMixConfig:
                 )
             data = replace(one.data, where={**one.data.where, one.split_by: value})
             made[part] = replace(one, data=data, split_by=None)
-    if made.keys() == config.parsed_candidates.keys():
-        return config
     # A configuration made anew, so that whatever is checked of candidates is checked of these.
     given = {name: one.to_json() if one.data.rows is None else one.data.rows for name, one in made.items()}
     whole = replace(config, candidates=given)
     whole.parsed_targets = config.parsed_targets  # which are pinned
     return whole
-
-
-def scalars(rows: Dataset, column: str, where: str) -> set[Any]:
-    """The values of a column.
-
-    Raises:
-        InputError: they are lists or the like.
-    """
-    found = rows[:1][column]
-    if found and not (found[0] is None or isinstance(found[0], (str, int, float))):
-        raise InputError(f"{where}: expected a column of texts or numbers, got {found[0]!r:.100} in {column!r}")
-    return set(rows[column])
 
 
 def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
@@ -270,6 +262,9 @@ def check_json(config: DataConfig, where: str) -> None:
     for path in files:
         if path.suffix not in (".json", ".jsonl", ".ndjson") or not path.is_file():
             continue  # compressed, which Arrow opens
+        version = str(path.absolute()), path.stat().st_mtime_ns, path.stat().st_size
+        if version in CHECKED:
+            continue
         with open(path, "rb") as lines:
             first = lines.read(1 << 16).lstrip()[:1]
             lines.seek(0)
@@ -278,6 +273,7 @@ def check_json(config: DataConfig, where: str) -> None:
                 wrong = next((row for row in whole if not isinstance(row, dict)), None)
                 if wrong is not None:
                     raise InputError(f"{where}: {path}: expected a list of objects, got {wrong!r:.100} in it")
+                CHECKED.add(version)
                 continue
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -290,6 +286,7 @@ def check_json(config: DataConfig, where: str) -> None:
                         break
                     if not isinstance(row, dict):
                         raise InputError(f'{place}: expected an object such as {{"prompt": ...}}, got {row!r:.100}')
+        CHECKED.add(version)
 
 
 def is_one_object(path: Path) -> bool:

@@ -35,6 +35,7 @@ from .config import exists
 from .console import Terminal
 from .errors import InputError, redact
 from .journal import RunFolder, cut_short, file_fingerprint, read_made
+from .merging import ADAPTER_FILES
 from .mixture import Mixture
 from .parsing import dump_yaml, hub_field
 from .record import Record
@@ -42,7 +43,6 @@ from .record import Record
 # What a push has put there before, and takes away when it is no longer part of the run.
 OWN = ("adapters/", "pictures/", "train.jsonl", "adapter_config.json", "adapter_model.safetensors", "training.json")
 PATHS = re.compile(r"(?<![\w/:.~])(?:file://)?(?:\.{0,2}/|~/)(?:[^\s/'\"=:,;()\[\]]+/)+([^\s/'\"=:,;()\[\]]*)")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # As the Hub spells them: those under which rows may be published again, with their source named.
 SHARE_ALIKE = ("cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "cdla-sharing-1.0", "gfdl")
 REPUBLISHABLE = {
@@ -138,14 +138,14 @@ def adapter_files(folder: Path, where: str) -> dict[str, bytes | Path]:
     training = read_made(folder / "training.json")
     if "failed" in training:
         return {f"{where}training.json": as_json(published(training))}
-    config = as_json(published(json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8"))))
+    config = as_json(published(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))))
     described = {
-        ADAPTER[0]: {"bytes": len(config), "sha256_16": digest(config)},
-        ADAPTER[1]: training["files"][ADAPTER[1]],
+        ADAPTER_FILES[0]: {"bytes": len(config), "sha256_16": digest(config)},
+        ADAPTER_FILES[1]: training["files"][ADAPTER_FILES[1]],
     }
     return {
-        f"{where}{ADAPTER[0]}": config,
-        f"{where}{ADAPTER[1]}": folder / ADAPTER[1],
+        f"{where}{ADAPTER_FILES[0]}": config,
+        f"{where}{ADAPTER_FILES[1]}": folder / ADAPTER_FILES[1],
         f"{where}training.json": as_json(published(training | {"files": described})),
     }
 
@@ -370,8 +370,8 @@ def refused(error: Exception, repo_id: str) -> InputError:
     )
 
 
-def fetch_adapter(source: str) -> Path:
-    """The folder of one adapter: a folder, or `org/name`, with a folder in it and `@revision` behind it where needed.
+def fetched(source: str, inside: str, patterns: str, what: str) -> Path:
+    """A folder, or what a model repository `org/name` or `org/name@revision` has of these files.
 
     Raises:
         InputError: there is none.
@@ -380,15 +380,24 @@ def fetch_adapter(source: str) -> Path:
     if local.is_dir():
         return local
     path, _, revision = source.partition("@")
-    repo_id, inside = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
-    patterns = [f"{inside}/adapter_*" if inside else "adapter_*"]
+    repo_id = path.removesuffix(f"/{inside}") if inside else path
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns)) / inside
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[patterns])) / inside
     except FAILURES as error:
         raise InputError(
-            f"adapters: {source!r} is neither a folder nor an adapter that the Hub shows "
+            f"adapters: {source!r} is neither a folder nor {what} that the Hub shows "
             f"({(str(error).strip() or type(error).__name__).splitlines()[0]})"
         ) from error
+
+
+def fetch_adapter(source: str) -> Path:
+    """The folder of one adapter: a folder, or `org/name`, with a folder in it and `@revision` behind it where needed.
+
+    Raises:
+        InputError: there is none.
+    """
+    inside = "/".join(source.partition("@")[0].split("/")[2:])
+    return fetched(source, inside, f"{inside}/adapter_*" if inside else "adapter_*", "an adapter")
 
 
 def fetch_bank(source: str) -> Path:
@@ -397,18 +406,7 @@ def fetch_bank(source: str) -> Path:
     Raises:
         InputError: there is none.
     """
-    local = Path(source).expanduser()
-    if local.is_dir():
-        root = local
-    else:
-        repo_id, _, revision = source.partition("@")
-        try:
-            root = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=["adapters/*"]))
-        except FAILURES as error:
-            raise InputError(
-                f"adapters: {source!r} is neither a folder nor a model repository that the Hub shows "
-                f"({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-            ) from error
+    root = fetched(source, "", "adapters/*", "a model repository")
     folder = root / "adapters" if (root / "adapters").is_dir() else root
     if not any(folder.glob("*/training.json")):
         raise InputError(

@@ -32,7 +32,7 @@ from .adapters import (
 )
 from .config import MergeToMixConfig
 from .console import Terminal
-from .data import Candidate, Target, load_all, overlap, pin_data, split
+from .data import Candidate, Target, load_all, overlap, pin_data, split_candidates
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
@@ -101,7 +101,7 @@ class Ingredients:
                     f"{name}: a token or password stands in it, which the run folder would show; use an environment variable"
                 )
         pin_data(config)
-        self.config = config = split(config)
+        self.config = config = split_candidates(config)
         self.args = args
         self.model_args = pin_revision(model_args)
         self.state = PartialState(cpu=args.use_cpu)
@@ -198,10 +198,13 @@ class Ingredients:
 
     def _plain_base(self) -> Any:
         """The base model without the adapters' stack on it."""
+        self._detach()
+        return self.base
+
+    def _detach(self) -> None:
         if self._stack is not None:
             self._stack.detach()
             self._stack = None
-        return self.base
 
     def _base_to_train(self) -> Any:
         """The base model; one of its own for every training that cuts it into pieces."""

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import InputError
 
 PREFIX = "base_model.model."
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a PEFT folder
 NOT_AVERAGEABLE = {
     "use_dora": "DoRA rescales the merged weight by a magnitude of its own, which is not linear in the adapter",
     "modules_to_save": "modules trained in full are replaced, not added",

@@ -117,7 +117,8 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     if run.config.verify_top_k:
         apart.append(f"verify_top_k: the best {run.config.verify_top_k} mixtures and the baselines, fine-tuned")
     if run.config.adapters and missing:
-        apart.append(f"adapters that {run.config.adapters} has already; they are taken instead of trained")
+        where = run.config.adapters if isinstance(run.config.adapters, str) else ", ".join(run.config.adapters.values())
+        apart.append(f"adapters that {where} has already; they are taken instead of trained")
     last = final if run.config.train_final else 0
     return Plan(len(missing), steps, last, mixtures, seconds, scored, memory, tuple(apart))
 

@@ -116,14 +116,13 @@ class MergeToMixSearcher(Ingredients):
         Raises:
             InputError: for whatever cannot be used.
         """
-        for name, value, kind in (
-            ("model", model, str),
-            ("args", args, SFTConfig),
-            ("peft_config", peft_config, LoraConfig),
+        for name, value, kinds, words in (
+            ("model", model, (str, Path), "a Hub id or a folder"),
+            ("args", args, (SFTConfig,), "a SFTConfig"),
+            ("peft_config", peft_config, (LoraConfig,), "a LoraConfig"),
         ):
-            if not isinstance(value, (kind, Path) if kind is str else kind):
-                what = "a Hub id or a folder" if kind is str else f"a {kind.__name__}"
-                raise InputError(f"{name}: expected {what}, got {type(value).__name__}")
+            if not isinstance(value, kinds):
+                raise InputError(f"{name}: expected {words}, got {type(value).__name__}")
         args = copy.deepcopy(args)
         out = Path(args.output_dir).absolute()
         args.output_dir = str(out.with_name(f"{out.name}-m2m"))
@@ -138,9 +137,8 @@ class MergeToMixSearcher(Ingredients):
     def chosen_rows(self) -> Dataset:
         """The rows of the chosen mixture, shuffled, as `OUT/mixture/train.jsonl` has them; searches first where it must."""
         self.write_outcome()
-        result = self.choose()
-        counts = self.models.counts(result.best.mixture)
-        self._plain_base()
+        counts = self.models.counts(self.choose().best.mixture)
+        self._detach()
         vars(self).pop("base", None)  # or a script that trains on them would have the model in memory twice
         return mixture_dataset(counts, self.candidates, self._data[0], self.args.seed)
 
@@ -154,16 +152,7 @@ class MergeToMixSearcher(Ingredients):
         missing = self.bank.check()
         if missing and self.config.adapters:
             self.prepare()
-            with self.state.local_main_process_first():  # one process of every machine fetches them
-                if isinstance(self.config.adapters, str):
-                    bank = fetch_bank(self.config.adapters)
-                else:
-                    given = self.config.adapters.items()
-                    others = {name: (source, fetch_adapter(source)) for name, source in given if name in missing}
-            if isinstance(self.config.adapters, str):
-                self.bank.take(bank, missing, self.terminal)
-            else:
-                self.bank.adopt(others, self.terminal)
+            self._take_adapters(self.config.adapters, missing)
             missing = self.bank.check()
         if missing:
             self.prepare()
@@ -175,6 +164,18 @@ class MergeToMixSearcher(Ingredients):
             self.bank.train_missing(self._base_to_train, self.tokenizer, settings, self.terminal)
             self._worked = True
             self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
+
+    def _take_adapters(self, given: Any, missing: Sequence[str]) -> None:
+        """Takes missing adapters from a published bank, or one by one from where others have them."""
+        if isinstance(given, str):
+            with self.state.local_main_process_first():  # one process of every machine fetches
+                bank = fetch_bank(given)
+            self.bank.take(bank, missing, self.terminal)
+        else:
+            wanted = {name: source for name, source in given.items() if name in missing}
+            with self.state.local_main_process_first():
+                others = {name: (source, fetch_adapter(source)) for name, source in wanted.items()}
+            self.bank.adopt(others, self.terminal)
 
     def check_hub(self) -> None:
         """Refuses before hours of work what could not be pushed after them.
@@ -235,9 +236,8 @@ class MergeToMixSearcher(Ingredients):
         done = told = 0
         curve: list[tuple[float, float]] = []
         known = len(journal.trials)
-        run = (
-            f"search-from-{known}" if known else "search"
-        )  # its curve is told from the beginning, so in a run of its own
+        # A curve is told from its beginning, so that of a search that goes on is a run of its own.
+        run = f"search-from-{known}" if known else "search"
         tracker = Tracker(self.args, run, speaks=self.state.is_main_process)
 
         with tracker, self.terminal.progress("scoring mixtures", int(total)) as bar:

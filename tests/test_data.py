@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from conftest import build_model, candidate_rows, choice_rows, write_rows
+from conftest import build_adapter, build_model, candidate_rows, choice_rows, write_rows
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from test_run import m2m
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf.config import CandidateConfig, DataConfig, TargetConfig
-from m2m_hf.data import encode, load_all, load_rows, normalise, overlap, split_row, target_row, write_mixture
+from m2m_hf.data import encode, load_all, load_rows, normalise, overlap, read_line, split_row, target_row, write_mixture
 from m2m_hf.errors import InputError
 from m2m_hf.mixture import Mixture
 
@@ -285,6 +285,24 @@ def test_every_value_of_a_column_is_a_candidate(public_set, capsys):
         assert "steps, " not in printed  # nothing is trained
         assert "scored " not in printed.split("cost:")[0]
     assert m2m("status", public_set / "out") == 0
+
+
+def test_parts_may_have_adapters_of_others_and_are_read_once(public_set, monkeypatch):
+    build_adapter(
+        "llama", public_set / "theirs", 0, r=4, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]
+    )
+    with (public_set / "run.yaml").open("a") as file:
+        file.write("adapters: {public-none: theirs}\n")
+    lines = []
+    monkeypatch.setattr(
+        "m2m_hf.data.read_line", lambda content, place: lines.append(place) or read_line(content, place)
+    )
+    assert m2m("search", "--config", public_set / "run.yaml") == 0
+    assert sum("public.jsonl" in place for place in lines) == 24
+    assert "unknown" in json.loads((public_set / "out" / "adapters" / "public-none" / "training.json").read_text())
+    text = (public_set / "run.yaml").read_text()
+    (public_set / "run.yaml").write_text(text.replace("{public-none:", "{public-nine:"))
+    assert m2m("search", "--config", public_set / "run.yaml") == 2
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def run_command(world, line: str, code: int = 0, **environment: str) -> str:
         subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
     elif tool == "pip":
         assert words[0] == "install", line
-        known = yaml.safe_dump((ROOT / "pyproject.toml").read_text())
+        known = (ROOT / "pyproject.toml").read_text()
         for word in re.findall(r"m2m_hf\[(\w+)\]", line):
             assert f"{word} = [" in known, line
         for word in words[1:]:
@@ -158,7 +158,7 @@ def test_pages(world, page):
         run_command(world, "m2m select --config x.yaml")
     if page.stem in ("README", "report"):
         run_command(world, "m2m search --config x.yaml --output_dir runs/another")
-    scripts, said = "", ""
+    said = ""
     for block in given:
         if block.language == "yaml" and block.words:
             Path(block.words[0]).write_text(block.text)
@@ -176,7 +176,6 @@ def test_pages(world, page):
             settings = dict(word.split("=") for word in block.words)
             code = int(settings.pop("exit", 0))
             said = "".join(run_command(world, line, code, **settings) for line in commands(block.text))
-            scripts += block.text
         elif block.language == "text":
             assert re.search(pattern(block.text), " ".join(said.split())), f"{block.text}\nbut\n{said}"
         else:

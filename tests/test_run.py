@@ -448,7 +448,7 @@ def from_script(project, pico, lora=None, **options):
     return MergeToMixSearcher.from_trl(pico, SFTConfig(**args | options), lora, given, target)
 
 
-def test_a_script_of_trl_becomes_a_search(project, pico):
+def test_a_script_of_trl_becomes_a_search(project, pico, monkeypatch):
     assert m2m("search", "--config", project / "run.yaml") == 0
     extra = {
         "eval_strategy": "steps",
@@ -468,7 +468,10 @@ def test_a_script_of_trl_becomes_a_search(project, pico):
         assert ours == theirs, name
     lines = (project / "mine-m2m" / "mixture" / "train.jsonl").read_text().splitlines()
     assert rows.to_list() == [json.loads(line) for line in lines]
-    assert searcher._stack is None
+    assert "base" not in vars(searcher)
+    again = from_script(project, pico, push_to_hub=True, hub_model_id="org/x", **extra)
+    monkeypatch.setattr(again, "_load_base", lambda *_: pytest.fail("a model is loaded for nothing"))
+    assert again.chosen_rows().to_list() == rows.to_list()
 
 
 def test_one_layer_and_the_base_as_the_script_loads_it(project, pico):

@@ -4,6 +4,7 @@ import json
 import sqlite3
 
 import pytest
+import wandb
 from conftest import candidate_rows, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import m2m
@@ -12,6 +13,7 @@ from m2m_hf.config import MergeToMixConfig
 from m2m_hf.errors import InputError
 from m2m_hf.ingredients import Ingredients
 from m2m_hf.parsing import parse
+from m2m_hf.trackers import Tracker, group_of
 
 RUNS = ["adapters/alpha", "adapters/beta", "adapters/gamma", "final", "scores", "search"]
 
@@ -86,8 +88,6 @@ def test_a_tracker_that_is_none_or_not_installed_is_refused_before_anything_is_d
 
 
 def test_runs_of_one_name_in_two_folders_are_two_groups(project):
-    from m2m_hf.trackers import group_of
-
     groups = {
         group_of(parse(project / "run.yaml", values={"output_dir": str(project / one / "out")})[1]) for one in "ab"
     }
@@ -120,26 +120,23 @@ def test_a_search_that_goes_on_tells_its_curve_in_a_run_of_its_own(project):
         assert steps == list(range(1, mixtures + 1)), name
 
 
-def test_no_space_is_made_of_every_run_and_ones_own_run_is_left_open(project, aside, monkeypatch, capsys):
-    import wandb
-
-    frozen = []
-    monkeypatch.setattr(
-        "transformers.integrations.TrackioCallback._freeze_space",
-        lambda self, args, model: (
-            frozen.append(args.trackio_static_space_id) if args.trackio_static_space_id is not False else None
-        ),
-    )
+def test_ones_own_run_is_left_open(project, aside, capsys):
     own = wandb.init(project="mine", settings={"silent": True})
     try:
-        with (project / "run.yaml").open("a") as file:
-            file.write("report_to: [trackio, wandb]\nproject: quizzes\n")
-        assert m2m("adapters", "--config", project / "run.yaml") == 0
+        assert m2m("adapters", "--config", project / "run.yaml", "--report_to", "wandb") == 0
         assert wandb.run is own
         assert "Wandb failed" in capsys.readouterr().out
     finally:
         own.finish()
-    assert not frozen
+
+
+@pytest.mark.parametrize(("given", "told"), [(None, False), ("org/one", "org/one")])
+def test_no_space_is_made_of_every_run(project, given, told):
+    """Trackio would make a static Space of every run that ends, where the setting is None."""
+    values = {"trackio_static_space_id": given} if given else {}
+    args = parse(project / "run.yaml", values=values)[1]
+    assert Tracker(args, "search")._args.trackio_static_space_id == told
+    assert args.trackio_static_space_id == given
 
 
 def test_a_folder_for_all_boards_keeps_run_folders_apart(project, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdapterBank",
+    "Bank",
     "GatedStack",
     "InputError",
     "MergeProbeCallback",
@@ -18,7 +18,7 @@ __all__ = [
     "Trial",
 ]
 _HOMES = {
-    "AdapterBank": "adapters",
+    "Bank": "bank",
     "GatedStack": "merging",
     "InputError": "errors",
     "MergeProbeCallback": "plugins",
@@ -33,7 +33,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from .adapters import AdapterBank
+    from .bank import Bank
     from .callbacks import TrainingRecorder
     from .config import MergeToMixConfig
     from .errors import InputError

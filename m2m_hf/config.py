@@ -17,12 +17,12 @@ from typing import Any
 from .errors import InputError, holds_secret
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset")
+BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset", "imagefolder")
 ANSWERS = ("accuracy", "logprob")
 TEXTS = ("exact_match", "numeric_match", "token_f1")
 METRICS: dict[str, tuple[str, ...]] = {  # of each scorer the metrics that it knows by itself, the default first
     "choice": ANSWERS,
-    "classification": ANSWERS,
+    "classification": (*ANSWERS, "macro_f1"),
     "loss": ("loglikelihood",),
     "generation": TEXTS,
     "command": (),
@@ -213,6 +213,7 @@ class CandidateConfig:
         cost: what choosing it costs, in any unit, to break ties (default: its tokens).
         license: recorded with the chosen mixture.
         split_by: a column; every value in it makes a candidate of its own, called `<name>-<value>`.
+        labels: in classification, other names for its labels, `{theirs: ours}`; those that are not named keep theirs.
         training: fields of SFTConfig or ModelConfig for its adapter alone, with `allow_mixed_training`. Adapters that are
             trained otherwise no longer stand for one model trained on all; this is for measuring what that does.
     """
@@ -224,6 +225,7 @@ class CandidateConfig:
     license: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     split_by: str | None = None
+    labels: Mapping[str, str] | None = None
 
     @classmethod
     def parse(cls, given: Any, where: str, folder: Path) -> "CandidateConfig":
@@ -237,6 +239,7 @@ class CandidateConfig:
             "license": (str,),
             "training": (Mapping,),
             "split_by": (str,),
+            "labels": (Mapping,),
         }
         for key in given:
             if key not in (*DATA_KEYS, *own):
@@ -254,7 +257,8 @@ class CandidateConfig:
         data = DataConfig.parse({key: value for key, value in given.items() if key not in own}, where, folder)
         flags = bool(given.get("required")), bool(given.get("excluded"))
         training, by = dict(given.get("training") or {}), given.get("split_by")
-        return cls(data, *flags, given.get("cost"), given.get("license"), training, by)
+        labels = names_of_labels(given.get("labels"))
+        return cls(data, *flags, given.get("cost"), given.get("license"), training, by, labels)
 
     def to_json(self) -> dict[str, Any]:
         own = {
@@ -264,6 +268,7 @@ class CandidateConfig:
             "license": self.license,
             "training": dict(self.training) or None,
             "split_by": self.split_by,
+            "labels": None if self.labels is None else dict(self.labels),
         }
         return self.data.to_json() | {key: value for key, value in own.items() if value is not None}
 
@@ -391,10 +396,8 @@ class TargetConfig:
         for key in ("task", "test_task"):
             if key in values and Path(values[key]).suffix in (".yaml", ".yml"):
                 values[key] = absolute(values[key], folder)
-        if isinstance(values.get("labels"), (list, tuple)):
-            values["labels"] = {str(label): str(label) for label in values["labels"]}
-        elif "labels" in values:
-            values["labels"] = {str(label): str(word) for label, word in values["labels"].items()}
+        if "labels" in values:
+            values["labels"] = names_of_labels(values["labels"])
         if "labels" in values and len(values["labels"]) < 2:
             raise InputError(f"{where}.labels: expected at least two, got {given['labels']!r}")
         default = (METRICS.get(kind) or ("score" if kind in ("command", "callable") else "",))[0]
@@ -428,6 +431,14 @@ class TargetConfig:
         return given
 
 
+def names_of_labels(given: Any) -> dict[str, str] | None:
+    """Label -> what stands for it, of a list or a mapping."""
+    if given is None:
+        return None
+    pairs = given.items() if isinstance(given, Mapping) else zip(given, given, strict=True)
+    return {str(label): str(word) for label, word in pairs}
+
+
 def plain(value: Any) -> Any:
     """`value` as YAML can hold it."""
     if isinstance(value, enum.Enum):
@@ -451,12 +462,48 @@ class MergeToMixConfig:
         default_factory=dict,
         metadata={
             "help": "YAML only: name -> what load_dataset takes, plus max_examples, columns, where, split_by, required, "
-            "excluded, cost, license."
+            "excluded, cost, license, labels."
         },
     )
     targets: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "YAML only: name -> scorer, data, test_data, metric, weight, min_delta; see below."},
+    )
+    task: str = field(
+        default="causal_lm",
+        metadata={
+            "help": "causal_lm (TRL's SFTTrainer), sequence_classification (rows of text and label) or image_classification "
+            "(image and label; transformers' Trainer, with one frozen head for all: the model's own, or made of the labels' names)."
+        },
+    )
+    expert: str = field(
+        default="lora",
+        metadata={
+            "help": "What is trained for every candidate: lora (an adapter) or full (all parameters; kept as what they changed)."
+        },
+    )
+    trained_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": "expert: full: a regular expression; only parameters with such a name are trained and kept (default: all)."
+        },
+    )
+    delta_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "expert: full: what is kept in: float32 loses nothing; bfloat16 or float16 take half the disk."
+        },
+    )
+    labels: Any = field(
+        default=None,
+        metadata={
+            "help": "YAML only; classification: the label space, a list or {label: words}. Every row is then a choice among "
+            "all of it (default: the model's own classifier's, else among the labels of the row's own dataset)."
+        },
+    )
+    label_template: str = field(
+        default="{label}",
+        metadata={"help": "Classification: the text that is embedded for a label, such as 'a photo of a {label}'."},
     )
     strategy: str = field(
         default="exhaustive",
@@ -481,12 +528,19 @@ class MergeToMixConfig:
             "help": "Stop scoring mixtures that cannot win any more (default: with every strategy but exhaustive)."
         },
     )
-    adapters: str | None = field(
+    adapters: Any = field(
         default=None,
         metadata={
             "help": "Take missing adapters from org/name or org/name@revision, as m2m push wrote them, or from a folder; of the "
             "same data and settings only. In the YAML also {candidate: org/name or a folder}, adapters that somebody has "
             "trained otherwise than with m2m."
+        },
+    )
+    experts: Any = field(
+        default=None,
+        metadata={
+            "help": "The same with expert: full: org/name or a folder with the experts of another run, or in the YAML "
+            "{candidate: org/name or a folder} of finished fine-tunes of the base model."
         },
     )
     max_trials: int | None = field(
@@ -597,18 +651,9 @@ class MergeToMixConfig:
                 raise InputError(f"{name}: expected at least one, as in\n  {name}:\n    {one}\ngot {given!r}")
         if self.race is not None and not isinstance(self.race, bool):
             raise InputError(f"race: expected true or false, got {self.race!r}")
-        bank: Any = self.adapters
-        sources = list(bank.values()) if isinstance(bank, Mapping) else [] if bank is None else [bank]
-        if bank is not None and not (sources and all(isinstance(one, str) and one for one in sources)):
-            raise InputError(
-                "adapters: expected org/name, org/name@revision, a folder, or {candidate: any of these}, "
-                f"got {self.adapters!r}"
-            )
-        for name in bank if isinstance(bank, Mapping) else ():
-            # The names of a candidate's parts are known, and checked, once it has been split.
-            parts = any(isinstance(one, Mapping) and one.get("split_by") for one in self.candidates.values())
-            if name not in self.candidates and not parts:
-                raise InputError(unknown_key_message(str(name), tuple(self.candidates), "adapters"))
+        self._check_task()
+        for key in ("adapters", "experts"):
+            setattr(self, key, self._checked_bank(key, getattr(self, key)))
         if self.licenses is not None and not (
             isinstance(self.licenses, list) and all(isinstance(one, str) for one in self.licenses)
         ):
@@ -624,13 +669,15 @@ class MergeToMixConfig:
             raise InputError(
                 f"strategy: {self.strategy} proposes subsets only; for weights: continuous expected {', '.join(CONTINUOUS)}"
             )
-        here = Path(self.folder or ".").absolute()
-        if isinstance(bank, Mapping):
-            bank = {name: resolve_existing(source, here) for name, source in sorted(bank.items())}
-        elif bank is not None:
-            bank = resolve_existing(bank, here)
-        self.adapters = bank
         check_merge_parameters(self.merge_method, self.merge_parameters, "merge_parameters")
+        if self.expert == "full" and self.merge_method == "linear":
+            raise InputError(
+                "merge_method: linear is defined by the factors of LoRA adapters, which full experts have not"
+            )
+        if self.expert == "full" and self.merge_method == "svd" and "rank" not in self.merge_parameters:
+            raise InputError(
+                "merge_parameters.rank is missing: full experts have no rank of their own for svd; give one"
+            )
         if self.merge_method != "average" and self.weights == "continuous":
             raise InputError(f"weights: continuous needs merge_method: average, got {self.merge_method}")
         folder = Path(self.folder or ".").absolute()
@@ -652,6 +699,94 @@ class MergeToMixConfig:
             check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", folder)
             for name, given in self.targets.items()
         }
+        self._check_scorers()
+
+    def _check_task(self) -> None:
+        """Refuses what does not belong to the task, or to the kind of expert.
+
+        Raises:
+            InputError: with the reason.
+        """
+        foreign = {
+            "labels": self.task == "causal_lm" and self.labels is not None,
+            "label_template": self.task == "causal_lm" and self.label_template != "{label}",
+            "trained_parameters": self.expert == "lora" and self.trained_parameters is not None,
+            "delta_dtype": self.expert == "lora" and self.delta_dtype != "float32",
+            "experts": self.expert == "lora" and self.experts is not None,
+            "adapters": self.expert == "full" and self.adapters is not None,
+        }
+        for name, wrong in foreign.items():
+            if wrong:
+                other = (
+                    "task: sequence_classification or image_classification"
+                    if name.startswith("label")
+                    else "expert: full"
+                )
+                other = "expert: lora; with full give experts:" if name == "adapters" else other
+                raise InputError(f"{name}: {getattr(self, name)!r} belongs to {other}")
+        if "{label}" not in str(self.label_template):
+            raise InputError(f"label_template: expected a text with {{label}} in it, got {self.label_template!r}")
+        if self.labels is not None:
+            if not isinstance(self.labels, (list, tuple, Mapping)) or len(self.labels) < 2:
+                raise InputError(
+                    f"labels: expected a list of names, or {{label: words}}, of two at least; got {self.labels!r}"
+                )
+            self.labels = names_of_labels(self.labels)
+        if self.trained_parameters is not None:
+            try:
+                re.compile(self.trained_parameters)
+            except (re.error, TypeError) as error:
+                raise InputError(
+                    f"trained_parameters: {self.trained_parameters!r} is no regular expression ({error})"
+                ) from error
+
+    def _check_scorers(self) -> None:
+        """Refuses scorers that the task does not have.
+
+        Raises:
+            InputError: with those that it has.
+        """
+        for name, target in self.parsed_targets.items():
+            allowed = {"causal_lm": tuple(OPTIONS)}.get(self.task, ("classification", "command", "callable"))
+            if target.kind not in allowed:
+                raise InputError(
+                    f"targets.{name}.scorer: expected {' or '.join(allowed[:2])} for {self.task}, got {target.kind}"
+                )
+            data = [one for one in (target.data, target.test_data) if one is not None]
+            if self.task != "causal_lm" and (target.normalize != "none" or any(one.template for one in data)):
+                raise InputError(f"targets.{name}: normalize and template belong to task: causal_lm")
+        for name, one in self.parsed_candidates.items():
+            if self.task == "causal_lm" and one.labels is not None:
+                raise InputError(
+                    f"candidates.{name}.labels: belongs to task: sequence_classification or image_classification"
+                )
+
+    @property
+    def bank(self) -> str | dict[str, str] | None:
+        """Where experts come from that are not trained here: `adapters` or `experts`."""
+        found: str | dict[str, str] | None = self.experts if self.expert == "full" else self.adapters
+        return found
+
+    def _checked_bank(self, key: str, bank: Any) -> Any:
+        """`adapters` or `experts`, with paths resolved.
+
+        Raises:
+            InputError: something else than places.
+        """
+        sources = list(bank.values()) if isinstance(bank, Mapping) else [] if bank is None else [bank]
+        if bank is not None and not (sources and all(isinstance(one, str) and one for one in sources)):
+            raise InputError(
+                f"{key}: expected org/name, org/name@revision, a folder, or {{candidate: any of these}}, got {bank!r}"
+            )
+        here = Path(self.folder or ".").absolute()
+        if not isinstance(bank, Mapping):
+            return None if bank is None else resolve_existing(bank, here)
+        for name in bank:
+            # The names of a candidate's parts are known, and checked, once it has been split.
+            parts = any(isinstance(one, Mapping) and one.get("split_by") for one in self.candidates.values())
+            if name not in self.candidates and not parts:
+                raise InputError(unknown_key_message(str(name), tuple(self.candidates), key))
+        return {name: resolve_existing(source, here) for name, source in sorted(bank.items())}
 
     def to_yaml(self) -> dict[str, Any]:
         """The fields as they are written to `OUT/config.yaml`: paths resolved, defaults included."""
@@ -663,6 +798,9 @@ class MergeToMixConfig:
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "task": ("causal_lm", "sequence_classification", "image_classification"),
+    "expert": ("lora", "full"),
+    "delta_dtype": ("float32", "bfloat16", "float16"),
     "strategy": (
         "exhaustive", "auto", "random", "greedy", "beam", "annealing", "surrogate", "bayes", "gradient",
     ),

@@ -24,16 +24,17 @@ from string import Formatter
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from .config import BUILDERS, CandidateConfig, DataConfig, MergeToMixConfig, TargetConfig, check_name
 from .errors import InputError
-from .journal import file_fingerprint, write_atomic, write_json
+from .journal import file_fingerprint, hidden, sync, write_atomic, write_json
 from .mixture import Mixture, row_counts
 
 MOST_FILES = 10_000  # in a folder that is given as a dataset
@@ -584,10 +585,16 @@ def token_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str)
             yield start, len(ids) + isinstance(row["completion"], str)
 
 
+def image_digest(image: Image.Image) -> str:
+    """Recognises an image by its pixels, whatever file they came from."""
+    about = f"{image.mode} {image.size} ".encode()
+    return hashlib.sha256(about + image.tobytes()).hexdigest()[:16]
+
+
 def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
     """How many target rows ask what a row of the candidate asks: the same prompt, letter case and spacing aside.
 
-    Where the prompt is empty, the completion is compared.
+    Where the prompt is empty, the completion is compared. Images are compared by their pixels.
     """
 
     def key(*parts: Prompt) -> str:
@@ -597,43 +604,49 @@ def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
                 return text
         return ""
 
-    if "messages" in candidate.rows.column_names:
+    if "image" in candidate.rows.column_names:
+        asked = {image_digest(row["image"]) for row in candidate.rows}
+    elif "text" in candidate.rows.column_names:
+        asked = {key(text) for text in candidate.rows["text"]}
+    elif "messages" in candidate.rows.column_names:
         asked = {key(messages[:-1], messages[-1:]) for messages in candidate.rows["messages"]}
     else:
         asked = {key(row["prompt"], row["completion"]) for row in candidate.rows}
     return sum(key(row.prompt, row.choices[row.answer]) in asked for row in rows)
 
 
-def mixture_rows(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> list[dict[str, Any]]:
+def mixture_dataset(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> Dataset:
     """So many rows of each candidate, drawn and shuffled with `seed`, none twice; the same counts and seed give the same rows."""
     draw = random.Random(seed)
-    rows: list[dict[str, Any]] = []
+    parts = []
     for name, count in sorted(counts.items()):
         whole = candidates[name].rows
         numbers = range(count) if count == len(whole) else draw.sample(range(len(whole)), count)
-        rows += [whole[number] for number in numbers]
-    draw.shuffle(rows)
-    return rows
-
-
-def mixture_dataset(
-    counts: Mapping[str, int], candidates: Mapping[str, Candidate], data_format: str, seed: int
-) -> Dataset:
-    """`mixture_rows` as what SFTTrainer takes."""
-    return Dataset.from_list(mixture_rows(counts, candidates, seed), features=FEATURES[data_format])
+        parts.append(whole.select(numbers))
+    order = list(range(sum(map(len, parts))))
+    draw.shuffle(order)
+    return concatenate_datasets(parts).select(order)
 
 
 def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:
-    """Writes the mixture's rows, shuffled with `seed`, as `train.jsonl` with its `manifest.json`.
+    """Writes the mixture's rows, shuffled with `seed`, as `train.jsonl` (of images `train.parquet`) with its `manifest.json`.
 
     Of equal weights it is the union of the candidates. Otherwise rows are drawn from each in proportion to its weight, none
     twice, as many as the candidates have. The same mixture and seed give the same bytes. What is there already with the same
     content is left as it is.
     """
     counts = row_counts(mixture, {name: len(candidates[name].rows) for name in mixture.names})
-    rows = mixture_rows(counts, candidates, seed)
-    train = folder / "train.jsonl"
-    write_atomic(train, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows = mixture_dataset(counts, candidates, seed)
+    if "image" in rows.column_names:
+        train = folder / "train.parquet"
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = hidden(train)
+        rows.to_parquet(partial)
+        partial.rename(train)
+        sync(folder)
+    else:
+        train = folder / "train.jsonl"
+        write_atomic(train, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     sources = {
         name: {
             "weight": weight,

@@ -21,7 +21,7 @@ from .config import TargetConfig
 from .journal import sync
 from .mixture import Failure, Mixture, Score, SearchSpace
 from .objectives import MergedObjective, ScorerObjective
-from .scoring import ROUND, ChoiceScorer, LogprobScorer
+from .scoring import ROUND, AnswerScorer, CompletionScorer, LogprobScorer
 
 BLOCK = 1 << 24  # numbers in one temporary tensor
 SUBSETS = 1000  # mixtures that `best_subsets` gives
@@ -200,8 +200,9 @@ class EnsembleObjective(ScorerObjective):
         """The probabilities of these parts; those that are not known cost a pass each."""
         scorer = self._scorer
         parts = torch.stack([self._part(name) for name in names])
-        if isinstance(scorer, ChoiceScorer):
+        if isinstance(scorer, AnswerScorer):
             return Ensemble(names, parts, [row.answer for row in scorer.rows], self._metric == "accuracy")
+        assert isinstance(scorer, CompletionScorer)
         counts = [question.requests[0].scored for question in scorer.questions]
         return Ensemble(names, parts, [0] * parts.shape[1], False, counts)
 

@@ -29,9 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import TargetConfig
 from .data import content_fingerprint
 from .errors import InputError, StoppedError, redact
-from .forward import Stack, Weights, out_of_memory
+from .forward import Weights, out_of_memory
 from .journal import disk_is_full, file_fingerprint
-from .merging import write_adapter
+from .merging import Adapter, write_adapter
+from .methods import Stack
 from .metrics import bootstrap
 from .mixture import Failure, Score
 from .scoring import Scorer
@@ -134,8 +135,9 @@ class CommandScorer(ExternalScorer):
     """A command of the user's, run without a shell once per mixture, that leaves a number in JSON; higher is better.
 
     In its arguments `{adapter}` is replaced by the folder of the mixture as one exact PEFT adapter (of zeros for the base
-    model), `{base_model}` by the base model and `{output}` by the file that it is to write. Without `{output}` its standard
-    output is read. The JSON may also hold `stderr`, and `values`: one number per example, whose mean is then the score.
+    model), `{base_model}` by the base model and `{output}` by the file that it is to write. With full experts there is no
+    adapter, and `{model}` is replaced by the folder of the merged model. Without `{output}` its standard output is read. The
+    JSON may also hold `stderr`, and `values`: one number per example, whose mean is then the score.
 
     Args:
         command: program and arguments.
@@ -156,9 +158,14 @@ class CommandScorer(ExternalScorer):
         if not PartialState().is_main_process:
             return None
         with tempfile.TemporaryDirectory(prefix="m2m-") as folder:
-            adapter, output = Path(folder) / "adapter", Path(folder) / "output.json"
-            write_adapter(adapter, stack.adapters, weights or {stack.names[0]: 0.0}, self.base)
-            places = {"{adapter}": str(adapter), "{base_model}": self.base, "{output}": str(output)}
+            merged, output = Path(folder) / "merged", Path(folder) / "output.json"
+            adapters = {name: one for name, one in stack.adapters.items() if isinstance(one, Adapter)}
+            if adapters:
+                write_adapter(merged, adapters, weights or {stack.names[0]: 0.0}, self.base)
+            else:
+                stack.model.save_pretrained(merged)
+            places = {"{adapter}" if adapters else "{model}": str(merged)}
+            places |= {"{base_model}": self.base, "{output}": str(output)}
             command = [re.sub("|".join(map(re.escape, places)), lambda m: places[m[0]], part) for part in self.command]
             return self._read(self._run(command, output))
 

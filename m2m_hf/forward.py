@@ -22,10 +22,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import InputError
 from .merging import GatedStack
-from .methods import DenseStack
+from .methods import Stack
 
 Weights = Mapping[str, float]
-Stack = GatedStack | DenseStack
 HEAD = 4  # a scored position, with its logits over the whole vocabulary, counts as this many tokens of the budget
 
 
@@ -327,12 +326,70 @@ def weight_gradient(
 
     with ScoredPositions(stack.model) as positions, torch.enable_grad():
         found = work.run(batches_of_rows(work, pieces, tokens_per_batch // stack.shrink), forward)[0]
+    values = chain.from_iterable(found)
+    sums = [tuple(next(values) for _ in question.requests) for question in questions]
+    return sums, gathered_slope(stack, alpha)
+
+
+@torch.inference_mode()
+def row_outputs(
+    stack: Stack,
+    mixtures: Sequence[Weights],
+    sizes: Sequence[int],
+    ask: Callable[[Sequence[int]], torch.Tensor],
+    tokens_per_batch: int,
+) -> list[list[tuple[float, ...]]]:
+    """What a model gives for whole rows, such as the scores of a classifier's labels.
+
+    Args:
+        sizes: tokens of every row.
+        ask: numbers of rows -> a tensor with as many rows, from one forward pass of the stack's model.
+
+    Returns:
+        By mixture and row, the numbers of that row.
+    """
+    work = Pass(stack, mixtures, len(sizes))
+
+    def forward(jobs: list[Job]) -> list[tuple[float, ...]]:
+        work.set(jobs)
+        return [tuple(values) for values in ask([index for _, index in jobs]).double().tolist()]
+
+    made = batches([sizes[index] for _, index in work.jobs], tokens_per_batch // stack.shrink)
+    return work.run(made, forward)
+
+
+def row_gradient(
+    stack: GatedStack,
+    weights: Weights,
+    sizes: Sequence[int],
+    ask: Callable[[Sequence[int]], torch.Tensor],
+    tokens_per_batch: int,
+    slopes: Callable[[int, Sequence[float]], Sequence[float]],
+) -> tuple[list[tuple[float, ...]], dict[str, float]]:
+    """`row_outputs` of one mixture, and the derivative of a score by every adapter's weight; see `weight_gradient`."""
+    alpha = torch.tensor([weights.get(name, 0.0) for name in stack.names], requires_grad=True)
+    work = Pass(stack, [weights], len(sizes))
+
+    def forward(jobs: list[Job]) -> list[tuple[float, ...]]:
+        stack.set_gates(alpha)  # anew, since a graph can be gone through once
+        rows = [index for _, index in jobs]
+        found = ask(rows)
+        values = [tuple(one) for one in found.detach().double().tolist()]
+        factor = torch.tensor([slopes(row, one) for row, one in zip(rows, values, strict=True)], device=found.device)
+        torch.autograd.backward((found * factor).sum())
+        return values
+
+    with torch.enable_grad():
+        found = work.run(batches(sizes, tokens_per_batch // stack.shrink), forward)[0]
+    return found, gathered_slope(stack, alpha)
+
+
+def gathered_slope(stack: GatedStack, alpha: torch.Tensor) -> dict[str, float]:
+    """The derivatives that a pass has left on the weights, summed over the processes; the stack is the base model again."""
     stack.set({})
     slope = torch.zeros_like(alpha) if alpha.grad is None else alpha.grad
     shares = gather_object([slope.tolist()]) if PartialState().num_processes > 1 else [slope.tolist()]
-    values = chain.from_iterable(found)
-    sums = [tuple(next(values) for _ in question.requests) for question in questions]
-    return sums, {name: sum(share[number] for share in shares) for number, name in enumerate(stack.names)}
+    return {name: sum(share[number] for share in shares) for number, name in enumerate(stack.names)}
 
 
 def pieces_of(model: PreTrainedModel, questions: Sequence[Question]) -> list[Question]:

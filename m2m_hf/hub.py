@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -370,7 +370,7 @@ def refused(error: Exception, repo_id: str) -> InputError:
     )
 
 
-def fetched(source: str, inside: str, patterns: str, what: str) -> Path:
+def fetched(source: str, inside: str, patterns: Sequence[str], what: str, key: str) -> Path:
     """A folder, or what a model repository `org/name` or `org/name@revision` has of these files.
 
     Raises:
@@ -382,34 +382,38 @@ def fetched(source: str, inside: str, patterns: str, what: str) -> Path:
     path, _, revision = source.partition("@")
     repo_id = path.removesuffix(f"/{inside}") if inside else path
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[patterns])) / inside
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(patterns))) / inside
     except FAILURES as error:
         raise InputError(
-            f"adapters: {source!r} is neither a folder nor {what} that the Hub shows "
+            f"{key}: {source!r} is neither a folder nor {what} that the Hub shows "
             f"({(str(error).strip() or type(error).__name__).splitlines()[0]})"
         ) from error
 
 
-def fetch_adapter(source: str) -> Path:
-    """The folder of one adapter: a folder, or `org/name`, with a folder in it and `@revision` behind it where needed.
+def fetch_expert(source: str, key: str) -> Path:
+    """The folder of one expert: a folder, or `org/name`, with a folder in it and `@revision` behind it where needed.
+
+    Args:
+        key: `adapters`, or `experts` for a fine-tuned model.
 
     Raises:
         InputError: there is none.
     """
     inside = "/".join(source.partition("@")[0].split("/")[2:])
-    return fetched(source, inside, f"{inside}/adapter_*" if inside else "adapter_*", "an adapter")
+    files, what = (["adapter_*"], "an adapter") if key == "adapters" else (["*.json", "*.safetensors"], "a model")
+    return fetched(source, inside, [f"{inside}/{one}" if inside else one for one in files], what, key)
 
 
-def fetch_bank(source: str) -> Path:
-    """The folder with the adapters of a published bank: `org/name`, `org/name@revision`, or a folder.
+def fetch_bank(source: str, key: str = "adapters") -> Path:
+    """The folder with the experts of a published bank: `org/name`, `org/name@revision`, or a folder.
 
     Raises:
         InputError: there is none.
     """
-    root = fetched(source, "", "adapters/*", "a model repository")
+    root = fetched(source, "", ["adapters/*"], "a model repository", key)
     folder = root / "adapters" if (root / "adapters").is_dir() else root
     if not any(folder.glob("*/training.json")):
         raise InputError(
-            f"adapters: {source} holds no adapters with a training.json; expected what m2m push has put there"
+            f"{key}: {source} holds no adapters with a training.json; expected what m2m push has put there"
         )
     return folder

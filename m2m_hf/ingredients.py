@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import time
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,48 +14,49 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
 from . import parsing
-from .adapters import (
-    LAUNCH,
-    OPERATIONAL,
-    AdapterBank,
-    base_fingerprint,
-    check_model,
-    differing,
-    load_base,
-    load_tokenizer,
-    lora_config,
-    pin_revision,
-    quantization_facts,
-    uniform_facts,
-)
-from .config import MergeToMixConfig
+from .bank import LAUNCH, OPERATIONAL, Bank, differing, tokenizer_facts, uniform_facts
+from .config import MergeToMixConfig, plain
 from .console import Terminal
 from .data import Candidate, Target, load_all, overlap, pin_data, split_candidates
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
-from .forward import Stack
+from .heads import Head, label_words
 from .journal import END, Journal, Keys, RunFolder, fingerprint, read_config, read_made, write_atomic, write_json
-from .merging import GatedStack
-from .methods import AVERAGE, DenseStack, MergeMethod
+from .labelled import Length, load_labelled, words_of
+from .methods import AVERAGE, MergeMethod, Stack, open_stack
 from .mixture import SearchSpace
+from .models import (
+    base_fingerprint,
+    check_model,
+    load_base,
+    load_head,
+    load_image_processor,
+    load_tokenizer,
+    lora_config,
+    make_plan,
+    patches,
+    pin_revision,
+    quantization_facts,
+)
 from .objectives import MergedObjective, Objective
-from .scoring import LogprobScorer, Scorer, make_scorer
+from .scoring import LogprobScorer, Scorer, make_label_scorer, make_scorer
 from .study import Study
 from .surrogates import choose_strategy
 from .trackers import check_trackers
 from .trained import TrainedMixtures, TrainedObjective
-from .training import planned_steps, sharded
+from .training import Settings, planned_steps, sharded
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
 FREE = {
     "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
     "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
     "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
-    "merge_method", "merge_parameters", "allow_mixed_training", "adapters",
+    "merge_method", "merge_parameters", "allow_mixed_training", "adapters", "experts",
     "output_dir",
     "model_name_or_path", "model_revision",  # the adapters' fingerprints know the weights themselves
 }  # fmt: skip
@@ -106,7 +108,9 @@ class Ingredients:
         self.model_args = pin_revision(model_args)
         self.state = PartialState(cpu=args.use_cpu)
         self.terminal = terminal or Terminal(quiet=not self.state.is_main_process)
-        self.lora = lora_config(model_args)
+        self.plan = make_plan(self.model_args, config.task)
+        self._check_kind()
+        self._lora(self.model_args)
         self.run = RunFolder(args.output_dir)
         self._tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
         self._checked = False
@@ -116,10 +120,70 @@ class Ingredients:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.model_args, self.args)
+        """That of texts: of the rows, or of the names of images' labels."""
+        return load_tokenizer(self.model_args, self.args, generates=self.plan is None)
+
+    @cached_property
+    def processing(self) -> Any:
+        """What makes the model's input of rows: the tokenizer, or the image processor."""
+        images = self.config.task == "image_classification"
+        return load_image_processor(self.model_args) if images else self.tokenizer
+
+    @cached_property
+    def _limit(self) -> int:
+        """Tokens that a classifier's text is cut to."""
+        positions = check_model(self.model_args, self.args, None, self.plan)
+        return int(
+            min(positions, getattr(self.processing, "model_max_length", positions), self.args.max_length or positions)
+        )
+
+    @cached_property
+    def head(self) -> Head | None:
+        """The frozen head of a classification run; None for a causal LM. Made of names, it takes the base model to make."""
+        if self.plan is None:
+            return None
+        words = self._words
+        tokenizer = None if self.plan.own is not None else self.tokenizer
+        closed = self._label_space is not None
+        template = self.config.label_template
+        return load_head(self.plan, words, closed, template, self.base, tokenizer, self.model_args, self.args)
+
+    @property
+    def _label_space(self) -> dict[str, str] | None:
+        """Label -> words of the space that every row is a choice in; None where it is one among its own dataset's labels.
+
+        Raises:
+            InputError: labels that the model's own classifier does not have.
+        """
+        given: dict[str, str] | None = self.config.labels
+        if self.plan is None or self.plan.own is None:
+            return given and {label: label_words(word) for label, word in given.items()}
+        if others := sorted(set(given or ()) - set(self.plan.own)):
+            raise InputError(
+                f"labels: {', '.join(others)} are none of the labels of the model's classifier: {', '.join(self.plan.own)[:300]}"
+            )
+        return {label: label for label in self.plan.own if given is None or label in given}
+
+    @cached_property
+    def _words(self) -> dict[str, str]:
+        """Label -> words, of every label that the head knows."""
+        return words_of(self._label_space, self.candidates, self.targets)
 
     @cached_property
     def _data(self) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
+        if self.plan is not None:
+            images = self.config.task == "image_classification"
+            length = (
+                Length(None, 1 << 30, patches(self.model_args)) if images else Length(self.tokenizer, self._limit, 0)
+            )
+            return load_labelled(
+                self.config.parsed_candidates,
+                self.config.parsed_targets,
+                self.config.task,
+                None if self._label_space is None else tuple(self._label_space),
+                length,
+                seed=self.args.seed,
+            )
         return load_all(
             self.config.parsed_candidates,
             self.config.parsed_targets,
@@ -154,14 +218,30 @@ class Ingredients:
         return self._facts(self.args, self.model_args)
 
     @cached_property
-    def bank(self) -> AdapterBank:
+    def bank(self) -> Bank:
         mixed = {
             name: self._facts(*self._settings(name)) for name, one in self.candidates.items() if one.config.training
         }
-        return AdapterBank(self.run.adapters, self.candidates, self.facts, mixed)
+        return Bank(self.run.adapters, self.candidates, self.facts, mixed)
+
+    def _lora(self, model_args: ModelConfig) -> LoraConfig | None:
+        """The shape of the adapters; None where all parameters are trained."""
+        return None if self.config.expert == "full" else lora_config(model_args, self.plan)
+
+    def _training(self, args: SFTConfig, model_args: ModelConfig) -> Settings:
+        """How a model is fine-tuned with these arguments."""
+        return Settings(
+            args,
+            self.processing,
+            self._lora(model_args),
+            self.head,
+            self._limit if self.plan is not None and self.config.task != "image_classification" else 0,
+            self.config.trained_parameters,
+            self.config.delta_dtype,
+        )
 
     def _settings(self, name: str) -> tuple[SFTConfig, ModelConfig]:
-        """What a candidate's adapter is trained with: the same for all, unless mixed training is allowed."""
+        """What a candidate's expert is trained with: the same for all, unless mixed training is allowed."""
         overrides = self.candidates[name].config.training
         where = f"candidates.{name}.training"
         return (
@@ -172,15 +252,27 @@ class Ingredients:
 
     def _facts(self, args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
         """What a model depends on beside its data: see `uniform_facts`."""
-        quantization = quantization_facts(model_args)
+        images = self.config.task == "image_classification"
+        processing = (
+            {"image_processor": fingerprint(plain(self.processing.to_dict()))}
+            if images
+            else tokenizer_facts(self.tokenizer, self._data[0] in ("chat", "messages"))
+        )
+        more: dict[str, Any] = {}
+        if quantization := quantization_facts(model_args):
+            more["quantization"] = fingerprint(quantization)
+        if self.plan is not None:
+            more["head"] = fingerprint(asdict(self.plan))
+            more["labels"] = None if self._label_space is None else fingerprint(self._label_space)
+            more["label_template"] = self.config.label_template
+        if self.config.expert == "full":
+            more |= {
+                "expert": "full",
+                "trained_parameters": self.config.trained_parameters,
+                "delta_dtype": self.config.delta_dtype,
+            }
         return uniform_facts(
-            args,
-            lora_config(model_args),
-            self.tokenizer,
-            self._base_fingerprint,
-            model_args.dtype,
-            self._data[0],
-            quantization,
+            args, self._lora(model_args), processing, self._base_fingerprint, model_args.dtype, self._data[0], more
         )
 
     @cached_property
@@ -194,7 +286,12 @@ class Ingredients:
 
     def _load_base(self, to_train: bool = False) -> Any:
         self.terminal.say(f"loading {self.model_args.model_name_or_path} ({self.model_args.dtype})", style="dim")
-        return load_base(self.model_args, self.args, to_train)
+        return load_base(self.model_args, self.args, to_train, self.plan)
+
+    def _load_other(self, folder: Path) -> Any:
+        """Another model, loaded as the base model is."""
+        other = replace(self.model_args, model_name_or_path=str(folder), model_revision="main")
+        return load_base(other, self.args, plan=self.plan)
 
     def _plain_base(self) -> Any:
         """The base model without the adapters' stack on it."""
@@ -216,14 +313,16 @@ class Ingredients:
         if self._stack is None or self._stack_method != wanted:
             base = self._plain_base()
             adapters = self.bank.load()
-            self._stack = GatedStack(base, adapters) if wanted.gated else DenseStack(base, adapters, wanted)
+            self._stack = open_stack(base, adapters, wanted, self.run.root)
             self._stack_method = wanted
         return self._stack
 
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Of every target `validation` and, where there are sealed rows, `test`."""
-        positions = check_model(self.model_args, self.args, self.lora)
+        positions = check_model(
+            self.model_args, self.args, self._lora(self.model_args), self.plan, self.config.trained_parameters
+        )
         return {name: self._scorers(target, positions) for name, target in self.targets.items()}
 
     def _scorers(self, target: Target, positions: int) -> dict[str, Scorer]:
@@ -244,6 +343,23 @@ class Ingredients:
         if config.kind == "callable":
             given = {part: rows[part] for part in rows if part == "validation" or rows[part]}
             return {part: CallableScorer(config.scorer, one, self.tokenizer) for part, one in given.items()}
+        if self.plan is not None:
+            limit = patches(self.model_args) if self.config.task == "image_classification" else self._limit
+            size = Length(self.tokenizer, limit, limit) if self.config.task == "sequence_classification" else None
+            return {
+                part: make_label_scorer(
+                    config,
+                    one,
+                    self.processing,
+                    lambda: self.head,
+                    [limit if size is None else size(row.prompt) for row in one],
+                    limit,
+                    allow_metric_code=allow,
+                    where=where,
+                )
+                for part, one in rows.items()
+                if one
+            }
         return {
             part: make_scorer(config, one, self.tokenizer, positions, allow_metric_code=allow, where=where)
             for part, one in rows.items()
@@ -300,7 +416,9 @@ class Ingredients:
     def keys(self) -> dict[str, Keys]:
         """Of every target what makes the keys of its trials; the adapters must be there."""
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
-        parts = ("base_model", "dtype", "tokenizer", "chat_template", "quantization")
+        parts = ["base_model", "dtype", "tokenizer", "chat_template", "quantization"]
+        if self.plan is not None:
+            parts += ["image_processor", "head", "labels", "label_template"]
         base = fingerprint([self.facts.get(key) for key in parts])
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
         return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}
@@ -321,6 +439,7 @@ class Ingredients:
                 min_delta=target.config.min_delta,
                 failed=self.failed,
                 method=method,
+                gated=self.config.expert == "lora",
             )
             if kind == "merged":
                 made.append(merged)
@@ -333,8 +452,8 @@ class Ingredients:
     def models(self) -> TrainedMixtures:
         """The models that were fine-tuned on mixtures to be compared; the adapters must be there."""
         return TrainedMixtures(
-            self.run.trained, self.candidates, self._data[0], next(iter(self.keys.values())).model, self._base_to_train,
-            self.tokenizer, self.args, self.lora, self._launched_otherwise,
+            self.run.trained, self.candidates, next(iter(self.keys.values())).model, self._base_to_train, self.args,
+            lambda: self._training(self.args, self.model_args), self._launched_otherwise,
         )  # fmt: skip
 
     @property
@@ -392,6 +511,26 @@ class Ingredients:
         """What the main process has."""
         return broadcast_object_list([value])[0] if self.state.num_processes > 1 else value
 
+    def _check_kind(self) -> None:
+        """Refuses what this task, or this kind of expert, cannot do.
+
+        Raises:
+            InputError: with the reason.
+        """
+        quantised = self.model_args.load_in_4bit or self.model_args.load_in_8bit
+        if quantised and (self.config.expert == "full" or self.plan is not None):
+            what = "expert: full trains the base's own weights" if self.config.expert == "full" else self.config.task
+            raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs; {what}")
+        if self.config.expert == "full" and self.args.deepspeed_plugin is not None:
+            raise InputError(
+                "expert: full is not trained under DeepSpeed, which keeps the base's weights to itself; use FSDP"
+            )
+        if self.plan is not None:
+            foreign = ("packing", "assistant_only_loss", "chat_template_path", "eos_token", "padding_free")
+            for name in foreign:
+                if getattr(self.args, name, None):
+                    raise InputError(f"{name}: belongs to task: causal_lm, got {getattr(self.args, name)!r}")
+
     def check(self) -> None:
         """Reads and checks everything that was given, and shows it in a table, before anything is trained or written.
 
@@ -410,7 +549,7 @@ class Ingredients:
         self._check_search()
         if self.config.final:
             args, model_args = self._final_settings()
-            check_model(model_args, args, lora_config(model_args))
+            check_model(model_args, args, self._lora(model_args), self.plan, self.config.trained_parameters)
         rows = []
         shared = self.overlap
         for name, one in candidates.items():
@@ -534,7 +673,7 @@ class Ingredients:
         """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
         config, space = self.config, self.space  # making the space refuses impossible constraints
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
-        likelihoods = config.objective == "merged" and config.merge_method == "average"
+        likelihoods = config.objective == "merged" and config.merge_method == "average" and config.expert == "lora"
         likelihoods = likelihoods and all(isinstance(one, LogprobScorer) for one in scorers.values())
         for name, scorer in scorers.items():
             metric = self.targets[name].config.metric
@@ -555,8 +694,8 @@ class Ingredients:
         strategy = config.strategy
         if strategy == "gradient" and not likelihoods:
             raise InputError(
-                "strategy: gradient needs objective: merged, merge_method: average and targets whose scorer is choice, "
-                "classification or loss"
+                "strategy: gradient needs expert: lora, objective: merged, merge_method: average and targets whose scorer is "
+                "choice, classification or loss"
             )
         alone = config.objective == "ensemble" and len(scorers) == 1
         if strategy == "auto" and config.weights == "continuous" and not alone:

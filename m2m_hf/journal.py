@@ -126,6 +126,13 @@ def files_of(record: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def weights_of(record: Any) -> Any:
+    """What recognises the weights that a `training.json` describes, also where they were copied; None where it describes none."""
+    files = files_of(record)
+    copied = record.get("delta") if isinstance(record, dict) else None
+    return copied or files.get("delta.safetensors") or files.get("adapter_model.safetensors")
+
+
 def cut_short(folder: Path, record: str = "training.json") -> str | None:
     """What is missing of a folder that a crash or a full disk may have cut short; None where nothing is.
 
@@ -190,6 +197,12 @@ class RunFolder:
         self.pictures = self.root / "pictures"
         self.log = self.root / "log.txt"
         self._lock = FileLock(self.root / ".lock", is_singleton=True)  # one for all users in this process
+
+    @property
+    def rows(self) -> Path:
+        """The rows of the chosen mixture: `train.jsonl`, or `train.parquet` of images."""
+        images = self.mixture / "train.parquet"
+        return images if images.exists() else self.mixture / "train.jsonl"
 
     def refuse_links(self) -> None:
         """Refuses links that lead out of the folder: one of somebody else's could have us write or read anywhere.

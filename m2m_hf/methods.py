@@ -1,12 +1,14 @@
-"""Merge methods beside the average, to compare it with; each on the deltas ΔW = s B A themselves, as its paper defines it.
+"""Merge methods beside the average, to compare it with; each on the deltas ΔW themselves, as its paper defines it.
 
-The average and task arithmetic are linear in the deltas, so the gated stack computes them. The others are computed layer by
-layer on dense ΔW and written into the base model's weights, which are restored from a copy and never by subtracting.
+The average and task arithmetic are linear in the deltas, so of LoRA adapters the gated stack computes them. The others, and all
+of them for full-parameter experts, are computed layer by layer and written into the base model's weights, which are restored
+from a copy and never by subtracting.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import MERGE_PARAMETERS
+from .deltas import Delta, Shelf, Sums, floats
 from .errors import InputError
 from .journal import fingerprint
-from .merging import Adapter, features
+from .merging import Adapter, GatedStack, features
 
 Deltas = Mapping[str, torch.Tensor]
+Expert = Adapter | Delta
 
 
 @dataclass(frozen=True)
@@ -72,65 +76,102 @@ AVERAGE = MergeMethod()
 
 
 class DenseStack:
-    """All adapters of a bank beside one base model, one mixture at a time written into its weights.
+    """The experts of a bank beside one base model, one mixture at a time written into its weights.
 
-    What the scorers need of a `GatedStack`, for methods that are not linear in the deltas.
+    What the scorers need of a `GatedStack`, for full-parameter experts and for methods that are not linear in the deltas.
+    Averages of full-parameter experts come from running sums (`deltas.Sums`), so that a mixture which differs from the last one
+    by a candidate reads the weights of that candidate alone; the base's own weights are on the disk meanwhile. There are in
+    memory: the model, the sums, and one layer. Otherwise the model, its own weights, and one layer with every expert's part.
 
     Args:
         model: the base model, not quantised; given back by `detach`.
-        adapters: name -> adapter.
+        adapters: name -> expert.
         method: how to merge.
+        scratch: a folder with room for the base's weights (default: where temporary files go).
 
     Raises:
-        InputError: layers whose weights cannot be written, or adapters that the method cannot merge.
+        InputError: layers whose weights cannot be written, or experts that the method cannot merge.
     """
 
     takes_rows = False
     shrink = 1  # as of a `GatedStack`
 
-    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter], method: MergeMethod) -> None:
+    def __init__(
+        self, model: PreTrainedModel, adapters: Mapping[str, Expert], method: MergeMethod, scratch: Path | None = None
+    ) -> None:
         self.model = model
         self.adapters = dict(sorted(adapters.items()))
         self.names = tuple(self.adapters)
         self.method = method
-        self._parts = {name: adapter.parts() for name, adapter in self.adapters.items()}
-        self._thresholds: dict[str, float] = {}
-        modules = dict(model.named_modules())
-        owners = [id(one) for module in modules.values() for one in module.parameters(recurse=False)]
-        self._weights: dict[str, nn.Parameter] = {}
+        deltas = {name: one for name, one in self.adapters.items() if isinstance(one, Delta)}
+        self._parts = {name: one.parts() for name, one in self.adapters.items() if isinstance(one, Adapter)}
         self._transposed: set[str] = set()  # layers that keep their weight so
-        for name in sorted({module for parts in self._parts.values() for module in parts}):
-            if name not in modules or features(modules[name]) is None:
+        self._thresholds: dict[str, float] = {}
+        self._weights = self._full_weights(deltas) if deltas else self._adapted_weights()
+        self._sums: Sums | None = None
+        self._pristine: Mapping[str, torch.Tensor] | Shelf
+        if deltas and method.gated:
+            self._sums = Sums(deltas, {name: weight.shape for name, weight in self._weights.items()})
+            self._pristine = Shelf(self._weights, scratch)
+        else:
+            self._pristine = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._written = False
+
+    def _full_weights(self, deltas: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
+        """The model's weights that full-parameter experts change."""
+        weights = floats(self.model)
+        for one in deltas.values():
+            for name, shape in one.shapes.items():
+                if name not in weights or tuple(weights[name].shape) != shape:
+                    raise InputError(
+                        f"{one.path} changes {name!r} of shape {shape}, which {type(self.model).__name__} does not have: another "
+                        "base model?"
+                    )
+        changed = {name for one in deltas.values() for name in one.shapes}
+        return {name: weight for name, weight in weights.items() if name in changed}
+
+    def _adapted_weights(self) -> dict[str, torch.Tensor]:
+        """The model's weights that LoRA adapters change."""
+        modules = dict(self.model.named_modules())
+        owners = [id(one) for module in modules.values() for one in module.parameters(recurse=False)]
+        weights: dict[str, torch.Tensor] = {}
+        for layer in sorted({layer for parts in self._parts.values() for layer in parts}):
+            if layer not in modules or features(modules[layer]) is None:
                 raise InputError(
-                    f"the adapters adapt {name!r}, which {type(model).__name__} does not have: another base model?"
+                    f"the adapters adapt {layer!r}, which {type(self.model).__name__} does not have: another base model?"
                 )
-            weight = modules[name].weight
+            weight = modules[layer].weight
             if type(weight) is not nn.Parameter or not weight.is_floating_point():
                 raise InputError(
-                    f"merge_method: {method.name} writes merged weights, and those of {name!r} are quantised"
+                    f"merge_method: {self.method.name} writes merged weights, and those of {layer!r} are quantised"
                 )
             if owners.count(id(weight)) > 1:
                 raise InputError(
-                    f"merge_method: {method.name} cannot write {name!r}, whose weights another layer shares"
+                    f"merge_method: {self.method.name} cannot write {layer!r}, whose weights another layer shares"
                 )
-            self._weights[name] = weight
-            if isinstance(modules[name], (Conv1D, nn.Embedding)):
-                self._transposed.add(name)
-        self._pristine = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._written = False
+            weights[f"{layer}.weight"] = weight
+            if isinstance(modules[layer], (Conv1D, nn.Embedding)):
+                self._transposed.add(f"{layer}.weight")
+        return weights
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Makes the model that of this mixture; without names, the base model."""
         with torch.no_grad():
-            for name, weight in self._weights.items():
-                pristine = self._pristine[name]
-                if weights:
-                    delta = self._merged(name, weights, weight.device)
-                    delta = delta.T if name in self._transposed else delta
-                    weight.copy_((pristine.float() + delta).to(pristine.dtype))
-                elif self._written:
-                    weight.copy_(pristine)
+            if self._sums is not None and weights and len(set(weights.values())) == 1:
+                share = next(iter(weights.values()))
+                self._sums.to(weights, lambda name, total: self._write(name, total, share))
+            elif weights:
+                for name, weight in self._weights.items():
+                    self._write(name, self._merged(name, weights, weight.device), 1.0)
+            elif self._written:
+                for name, weight in self._weights.items():
+                    weight.copy_(self._pristine[name])
         self._written = bool(weights)
+
+    def _write(self, name: str, delta: torch.Tensor, share: float) -> None:
+        weight = self._weights[name]
+        base = self._pristine[name].to(delta.device, torch.float32)
+        weight.copy_(base.add(delta, alpha=share))
 
     def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
         """The same; all rows have one mixture."""
@@ -140,38 +181,82 @@ class DenseStack:
     def detach(self) -> None:
         """Gives the base model back as it was."""
         self.set({})
+        if isinstance(self._pristine, Shelf):
+            self._pristine.close()
 
-    def _merged(self, layer: str, weights: Mapping[str, float], device: torch.device) -> torch.Tensor:
-        """The merged delta of one layer, of shape (out, in), in fp32."""
-        parts = {name: self._parts[name][layer] for name in sorted(weights) if layer in self._parts[name]}
-        factors = {name: (a.to(device), b.to(device), scale) for name, (a, b, scale) in parts.items()}
+    def _delta(self, expert: str, weight: str, device: torch.device) -> torch.Tensor:
+        """What one expert adds to one weight, in fp32."""
+        one = self.adapters[expert]
+        if isinstance(one, Delta):
+            return one.delta(weight, device)
+        a, b, scale = self._parts[expert][weight.removesuffix(".weight")]
+        delta = scale * (b.to(device) @ a.to(device))
+        return delta.T if weight in self._transposed else delta
+
+    def _changes(self, expert: str) -> list[str]:
+        """The weights that an expert changes."""
+        one = self.adapters[expert]
+        return list(one.shapes) if isinstance(one, Delta) else [f"{layer}.weight" for layer in self._parts[expert]]
+
+    def _merged(self, weight: str, weights: Mapping[str, float], device: torch.device) -> torch.Tensor:
+        """The merged delta of one weight, of its shape, in fp32."""
+        names = [name for name in sorted(weights) if weight in self._changes(name)]
         method = self.method
-        if method.name == "linear":
-            return linear(factors, weights)
-        if method.name == "svd":
-            a = torch.cat([a for a, _, _ in factors.values()])
-            b = torch.cat([weights[name] * scale * b for name, (_, b, scale) in factors.items()], dim=1)
-            return truncated(a, b, method.rank or max(len(a) for a, _, _ in factors.values()))
-        deltas = {name: scale * (b @ a) for name, (a, b, scale) in factors.items()}
+        if not names:
+            return torch.zeros(self._weights[weight].shape, device=device)
+        if self._parts and method.name in ("svd", "linear"):
+            return self._from_factors(weight, {name: weights[name] for name in names}, device)
         if method.name == "ties":
             for name in set(weights) - set(self._thresholds):
                 self._thresholds[name] = self._threshold(name, device)
+            deltas = {name: self._delta(name, weight, device) for name in names}
             return method.scaling * ties(deltas, weights, self._thresholds)
-        kept = {
-            name: dare(delta, method.density, fingerprint([method.seed, name, layer])) for name, delta in deltas.items()
-        }
-        return sum_of(weights[name] * delta for name, delta in kept.items())
+
+        def kept(name: str) -> torch.Tensor:
+            delta = self._delta(name, weight, device)
+            seed = [method.seed, name, weight.removesuffix(".weight")]
+            return dare(delta, method.density, fingerprint(seed)) if method.name == "dare" else delta
+
+        total = sum_of(weights[name] * kept(name) for name in names)
+        if method.name == "svd" and total.ndim > 1 and method.rank is not None:
+            return truncated_dense(total, method.rank)
+        return total
+
+    def _from_factors(self, weight: str, weights: Mapping[str, float], device: torch.device) -> torch.Tensor:
+        """The same of methods that work on the factors of LoRA."""
+        layer = weight.removesuffix(".weight")
+        parts = {name: self._parts[name][layer] for name in weights}
+        factors = {name: (a.to(device), b.to(device), scale) for name, (a, b, scale) in parts.items()}
+        if self.method.name == "linear":
+            found = linear(factors, weights)
+        else:
+            a = torch.cat([a for a, _, _ in factors.values()])
+            b = torch.cat([weights[name] * scale * b for name, (_, b, scale) in factors.items()], dim=1)
+            found = truncated(a, b, self.method.rank or max(len(a) for a, _, _ in factors.values()))
+        return found.T if weight in self._transposed else found
 
     def _threshold(self, name: str, device: torch.device) -> float:
-        """The smallest magnitude that trimming keeps of an adapter's whole delta, all layers together."""
-        parts = self._parts[name]
+        """The smallest magnitude that trimming keeps of an expert's whole delta, all layers together."""
+        changes = self._changes(name)
+        total = sum(self._weights[weight].numel() for weight in changes)
+        return kth_largest(
+            lambda: (self._delta(name, weight, device) for weight in changes),
+            max(1, round(self.method.density * total)),
+        )
 
-        def deltas() -> Iterator[torch.Tensor]:
-            for a, b, scale in parts.values():
-                yield scale * (b.to(device) @ a.to(device))
 
-        total = sum(b.shape[0] * a.shape[1] for a, b, _ in parts.values())
-        return kth_largest(deltas, max(1, round(self.method.density * total)))
+Stack = GatedStack | DenseStack
+
+
+def open_stack(model: PreTrainedModel, experts: Mapping[str, Expert], method: MergeMethod, scratch: Path) -> Stack:
+    """The experts on their base model, ready to be merged in this way: gated where that can be, else written.
+
+    Args:
+        scratch: see `DenseStack`.
+    """
+    if method.gated and not any(isinstance(one, Delta) for one in experts.values()):
+        return GatedStack(model, {name: one for name, one in experts.items() if isinstance(one, Adapter)})
+    return DenseStack(model, experts, method, scratch)
 
 
 def sum_of(tensors: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -233,6 +318,13 @@ def truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> torch.Tensor:
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     product: torch.Tensor = ((q_b @ u[:, :rank]) * s[:rank]) @ (q_a @ v[:rank].T).T
     return product
+
+
+def truncated_dense(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """The same of a matrix that is not given by factors; of more dimensions the first against all others."""
+    u, s, v = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+    product: torch.Tensor = (u[:, :rank] * s[:rank]) @ v[:rank]
+    return product.view(matrix.shape)
 
 
 def linear(

@@ -67,6 +67,24 @@ class Mixture:
 BASE = Mixture(())
 
 
+def walk(mixtures: Iterable[Mixture]) -> list[Mixture]:
+    """Mixtures in the order of the binary reflected Gray code (Gray, 1953) of who is in them.
+
+    Of all subsets each then differs from the one before by a single candidate; of some of them, by few.
+    """
+    several = list(mixtures)
+    place = {name: number for number, name in enumerate(sorted({name for one in several for name in one.names}))}
+
+    def rank(mixture: Mixture) -> int:
+        code = sum(1 << place[name] for name in mixture.names)
+        number = code
+        while code := code >> 1:
+            number ^= code
+        return number
+
+    return sorted(several, key=lambda mixture: (rank(mixture), mixture.items))
+
+
 def row_counts(mixture: Mixture, rows: Mapping[str, int]) -> dict[str, int]:
     """How many rows of each candidate make the mixture: all of them where the weights are equal, else in proportion to these.
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from .errors import InputError
-from .forward import Stack
 from .journal import Keys
-from .methods import AVERAGE, MergeMethod
+from .methods import AVERAGE, MergeMethod, Stack
 from .mixture import Failure, Mixture, Score
 from .racing import order
 from .scoring import LogprobScorer, Scorer
@@ -120,7 +119,8 @@ class MergedObjective(ScorerObjective):
         open_stack: gives the gated stack.
         scorer, keys, **common: see `ScorerObjective`.
         tokens_per_batch: budget of one forward pass.
-        method: how adapters are merged; the average is the paper's.
+        method: how experts are merged; the average is the paper's.
+        gated: whether they are LoRA adapters, whose weights a score can be derived by.
 
     Raises:
         InputError: a scorer that needs the mixture as an adapter, and a method that makes none.
@@ -134,6 +134,7 @@ class MergedObjective(ScorerObjective):
         *,
         tokens_per_batch: int,
         method: MergeMethod = AVERAGE,
+        gated: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(scorer, keys, **common)
@@ -141,6 +142,7 @@ class MergedObjective(ScorerObjective):
             raise InputError(f"merge_method: {method.name} gives no adapter to hand to a command; expected average")
         self.name = method.label
         self._method = method
+        self._gated = gated
         self._open_stack = open_stack
         self._tokens_per_batch = tokens_per_batch
         if scorer.by_row:
@@ -162,7 +164,7 @@ class MergedObjective(ScorerObjective):
 
     @property
     def differentiable(self) -> bool:
-        return isinstance(self._scorer, LogprobScorer) and self._method.name == "average"
+        return isinstance(self._scorer, LogprobScorer) and self._method.name == "average" and self._gated
 
     def gradient(self, mixture: Mixture) -> Score | Failure:
         """The score with the derivative by the weights of the mixture, in one backward pass."""

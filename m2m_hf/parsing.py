@@ -4,10 +4,10 @@ Where the file and the command line say nothing, four defaults differ from TRL's
 
 | field | TRL | here | why |
 |---|---|---|---|
-| `learning_rate` | 2e-5 | 2e-4 | adapters need about ten times the rate of a full fine-tune |
+| `learning_rate` | 2e-5 | 2e-4 with `expert: lora` | adapters need about ten times the rate of a full fine-tune |
 | `use_cpu` | false | true without an accelerator | the Trainer then agrees with what is there |
-| `dtype` | float32 | bfloat16 where the hardware computes in it | the base is frozen; half the memory, twice the speed |
-| `bf16` | true | with `dtype: bfloat16` | processors without it are slower in bfloat16 than in float32 |
+| `dtype` | float32 | with `expert: lora` bfloat16 where that is native | the base is frozen; half the memory, twice the speed |
+| `bf16` | true | where the hardware computes in it | processors without it are slower in bfloat16 than in float32 |
 """
 
 import argparse
@@ -109,19 +109,24 @@ def native_bfloat16(use_cpu: bool) -> bool:
 
 
 def hardware_defaults(given: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
-    """`use_cpu`, `dtype` and `bf16` where neither the file nor a flag says them; see the table above."""
+    """`use_cpu`, `dtype`, `bf16` and `learning_rate` where neither the file nor a flag says them; see the table above."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("use_cpu", "fp16", "bf16"):
         peek.add_argument(f"--{name}", nargs="?", const=True, type=string_to_bool, default=given.get(name))
     peek.add_argument("--dtype", default=given.get("dtype"))
+    peek.add_argument("--expert", default=given.get("expert"))
     said = peek.parse_known_args(list(flags))[0]
     if said.use_cpu is None:
         said.use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if said.dtype is None:
-        said.dtype = "bfloat16" if native_bfloat16(bool(said.use_cpu)) and not said.fp16 else "float32"
+    full = said.expert == "full"
+    native = native_bfloat16(bool(said.use_cpu)) and not said.fp16
     if said.bf16 is None:
-        said.bf16 = not said.fp16 and said.dtype == "bfloat16"
-    return {"use_cpu": said.use_cpu, "dtype": said.dtype, "bf16": said.bf16}
+        said.bf16 = native if full or said.dtype is None else not said.fp16 and said.dtype == "bfloat16"
+    if said.dtype is None:
+        # Small steps on weights in bfloat16 would be rounded away; the Trainer computes in it all the same.
+        said.dtype = "bfloat16" if native and not full else "float32"
+    rate = 2e-5 if full else 2e-4
+    return {"use_cpu": said.use_cpu, "dtype": said.dtype, "bf16": said.bf16, "learning_rate": rate}
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -221,7 +226,9 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
         name = flag[2:].split("=")[0]
         if flag.startswith("--") and name not in names and not (name.startswith("no_") and name[3:] in names):
             raise InputError(unknown_key_message(name, names, flag))
-    defaults = {"output_dir": f"runs/{config.stem if config else 'm2m'}", "learning_rate": 2e-4}
+    defaults = {
+        "output_dir": f"runs/{config.stem if config else 'm2m'}",
+    }
     parser = Parser(CONFIGS)
     try:
         defaults |= hardware_defaults(given, flags)

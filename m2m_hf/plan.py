@@ -12,12 +12,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .adapters import lora_config
 from .console import duration
 from .ingredients import Ingredients
 from .merging import GatedStack
 from .scoring import Scorer
-from .training import TrainingFailedError, planned_steps, train_lora
+from .training import TrainingFailedError, planned_steps, train_expert
 
 STEPS = 3  # of a training that is measured, the first of which is left out
 ROWS = 64  # that are scored to measure
@@ -100,10 +99,10 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     with tempfile.TemporaryDirectory(prefix="m2m-plan-") as folder:
         clock = Clock()
         try:
-            record = train_lora(
-                run._base_to_train(), run.tokenizer, candidates[name].rows, args, lora_config(run.model_args),
-                Path(folder) / "measured", [clock], "plan",
-            )  # fmt: skip
+            settings = run._training(args, run.model_args)
+            record = train_expert(
+                run._base_to_train(), candidates[name].rows, settings, Path(folder) / "measured", [clock], "plan"
+            )
             memory = record["peak_memory_bytes"]
         except TrainingFailedError:
             pass  # of so few steps no wonder
@@ -116,8 +115,8 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     ]
     if run.config.verify_top_k:
         apart.append(f"verify_top_k: the best {run.config.verify_top_k} mixtures and the baselines, fine-tuned")
-    if run.config.adapters and missing:
-        where = run.config.adapters if isinstance(run.config.adapters, str) else ", ".join(run.config.adapters.values())
+    if run.config.bank and missing:
+        where = run.config.bank if isinstance(run.config.bank, str) else ", ".join(run.config.bank.values())
         apart.append(f"adapters that {where} has already; they are taken instead of trained")
     last = final if run.config.train_final else 0
     return Plan(len(missing), steps, last, mixtures, seconds, scored, memory, tuple(apart))

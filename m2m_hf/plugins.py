@@ -323,7 +323,7 @@ def undisturbed(model: Any) -> Iterator[None]:
     for layer in model.modules():
         if isinstance(
             layer, Linear4bit
-        ):  # or inference would repack it, and no gradient pass through it (adapters.load_base)
+        ):  # or inference would repack it, and no gradient pass through it (models.load_base)
             layer.support_avx512bf16_for_cpu = False
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):

@@ -1,14 +1,19 @@
 """The outcome as files: the chosen mixture as data, and a recipe that TRL runs as it is."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from .data import FEATURES, Candidate, write_mixture
+from .heads import HEAD_FILE
 from .journal import RunFolder, write_atomic
 from .mixture import Mixture
 from .parsing import dump_yaml, hub_field, trl_fields
+from .training import Settings
 
 COMMENT = """The chosen mixture: {mixture}
 Run it with: trl sft --config {path}
@@ -22,6 +27,7 @@ def write_recipe(
     data_format: str,
     args: SFTConfig,
     model_args: ModelConfig,
+    expert: str,
 ) -> Path:
     """Writes `OUT/mixture/` and `OUT/recipe.yaml`.
 
@@ -31,6 +37,7 @@ def write_recipe(
 
     Args:
         args: the final fine-tune's arguments (`final:` applied).
+        expert: `lora`, or `full` to train all parameters.
 
     Returns:
         The path of the training data.
@@ -43,11 +50,60 @@ def write_recipe(
         "datasets": [
             {"path": "json", "data_files": str(train), "split": "train", "columns": list(FEATURES[data_format])}
         ],
-        "use_peft": True,
+        "use_peft": expert == "lora",
         "output_dir": str(run.root / "trl"),
         "save_strategy": "no",
         **{key: value for key, value in fields.items() if key not in apart and not hub_field(key)},
     }
     comment = COMMENT.format(mixture=mixture, path=run.recipe, data=run.mixture)
     write_atomic(run.recipe, dump_yaml(recipe, comment))
+    return train
+
+
+LABEL_COMMENT = """The chosen mixture: {mixture}
+Run it with: python recipes/classify.py --config {path}
+which takes transformers and PEFT alone. Rows are in {data}; manifest.json beside them says where every one comes from."""
+# What the Trainer takes; the rest of SFTConfig is TRL's, and our own say where to write.
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+LOADING = ("model_revision", "dtype", "attn_implementation")
+
+
+def write_label_recipe(
+    run: RunFolder,
+    mixture: Mixture,
+    candidates: Mapping[str, Candidate],
+    training: Settings,
+    model_args: ModelConfig,
+) -> Path:
+    """The same of a classification run: `OUT/recipe.yaml` for `recipes/classify.py`, and the frozen head beside the rows.
+
+    Returns:
+        The path of the training data.
+    """
+    assert training.head is not None
+    head, args = training.head, training.args
+    train = write_mixture(run.mixture, mixture, candidates, args.seed)
+    recipe: dict[str, Any] = {
+        "task": head.plan.task,
+        "model_name_or_path": model_args.model_name_or_path,
+        "model_class": head.plan.model_class,
+        "train_file": str(train),
+        "head": {"labels": list(head.labels), "closed": head.closed},
+        "max_length": training.limit or None,
+        "expert": "full" if training.lora is None else "lora",
+        "trained_parameters": training.parameters,
+        "untrained_modules": head.plan.untrained,
+    }
+    if head.vectors is not None:
+        head.save(run.mixture)
+        recipe["head"] = {"file": str(run.mixture / HEAD_FILE), "closed": head.closed}
+    recipe |= {name: getattr(model_args, name) for name in LOADING}
+    recipe |= {name: getattr(model_args, name) for name in LORA} if training.lora is not None else {}
+    taken = {item.name for item in fields(TrainingArguments)} - {"output_dir", "save_strategy", "max_length"}
+    given = {
+        name: value for name, value in trl_fields(args, model_args).items() if name in taken and not hub_field(name)
+    }
+    recipe["training"] = {"output_dir": str(run.root / "trained-by-recipe"), "save_strategy": "no", **given}
+    comment = LABEL_COMMENT.format(mixture=mixture, path=run.recipe, data=run.mixture)
+    write_atomic(run.recipe, dump_yaml({key: value for key, value in recipe.items() if value is not None}, comment))
     return train

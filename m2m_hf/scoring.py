@@ -6,8 +6,8 @@ Scorers that run something else (a command, the lm-evaluation-harness, a Python 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,9 +16,22 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .config import TargetConfig
 from .data import TargetRow, content_fingerprint, encode, render, text_of
 from .errors import InputError, redact
-from .forward import Question, Request, Stack, Weights, completion_logprobs, generate, token_logprobs, weight_gradient
+from .forward import (
+    Question,
+    Request,
+    Weights,
+    completion_logprobs,
+    generate,
+    row_gradient,
+    row_outputs,
+    token_logprobs,
+    weight_gradient,
+)
+from .heads import Head
 from .journal import file_fingerprint
+from .labelled import ImageRow, inputs_of, recognised
 from .merging import GatedStack
+from .methods import Stack
 from .metrics import Metric, module_file
 from .mixture import Failure, Score, mean_and_stderr
 
@@ -77,7 +90,68 @@ class Scorer(ABC):
 
 
 class LogprobScorer(Scorer):
-    """Base of the scorers that need only log-probabilities of given completions.
+    """Base of the scorers that need only log-probabilities: of given completions, or of a classifier's labels."""
+
+    by_row = True
+
+    @abstractmethod
+    def measure(
+        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
+    ) -> list[list[tuple[float, ...]]]:
+        """By mixture and row: the log-probabilities of what could be answered there, up to a constant for the row."""
+
+    @abstractmethod
+    def measure_slope(
+        self, stack: GatedStack, weights: Weights, tokens_per_batch: int
+    ) -> tuple[list[tuple[float, ...]], dict[str, float]]:
+        """The same of one mixture and all rows, with the derivative of the `likelihood` by every adapter's weight."""
+
+    def score(
+        self,
+        stack: Stack,
+        mixtures: Sequence[Weights],
+        tokens_per_batch: int,
+        rows: Sequence[int] | None = None,
+    ) -> list[Score | Failure]:
+        """The score of every mixture; a model with log-probabilities that are not finite has none."""
+        chosen = range(self.examples) if rows is None else rows
+        results: list[Score | Failure] = []
+        for sums in self.measure(stack, mixtures, tokens_per_batch, chosen):
+            if all(math.isfinite(value) for values in sums for value in values):
+                score = self.reduce(sums, chosen)
+                results.append(self._whole(score) if rows is None else score)
+            else:
+                results.append(Failure("the model gives log-probabilities that are not finite"))
+        return results
+
+    @abstractmethod
+    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:
+        """The score of these rows, from the log-probabilities of their completions."""
+
+    @abstractmethod
+    def slopes(self, number: int, sums: Sequence[float]) -> list[float]:
+        """How the `likelihood` changes with the log-probabilities of the completions of one row."""
+
+    def gradient(
+        self, stack: Stack, weights: Weights, tokens_per_batch: int
+    ) -> tuple[Score | Failure, dict[str, float]]:
+        """The score, and the derivative of the `likelihood` by every adapter's weight."""
+        assert isinstance(stack, GatedStack)
+        sums, slope = self.measure_slope(stack, weights, tokens_per_batch)
+        if not all(map(math.isfinite, (*slope.values(), *(value for values in sums for value in values)))):
+            return Failure("the model gives gradients that are not finite"), {}
+        return self._whole(self.reduce(sums, range(len(sums)))), slope
+
+    def _whole(self, score: Score | Failure) -> Score | Failure:
+        return self.whole(score) if isinstance(score, Score) and score.values else score
+
+    @abstractmethod
+    def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
+        """What a mixture makes of every row, for the ensemble objective; float32, see `ensemble.py`."""
+
+
+class CompletionScorer(LogprobScorer):
+    """Base of the scorers of a causal LM's completions.
 
     Args:
         config: the target's.
@@ -88,8 +162,6 @@ class LogprobScorer(Scorer):
     Raises:
         InputError: a completion that alone has more tokens than that.
     """
-
-    by_row = True
 
     def __init__(
         self, config: TargetConfig, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -122,51 +194,18 @@ class LogprobScorer(Scorer):
         """What of the configuration a score depends on."""
         return [config.metric]
 
-    def score(
-        self,
-        stack: Stack,
-        mixtures: Sequence[Weights],
-        tokens_per_batch: int,
-        rows: Sequence[int] | None = None,
-    ) -> list[Score | Failure]:
-        """The score of every mixture; a model with log-probabilities that are not finite has none."""
-        chosen = range(len(self.questions)) if rows is None else rows
-        results: list[Score | Failure] = []
-        for sums in completion_logprobs(stack, mixtures, [self.questions[row] for row in chosen], tokens_per_batch):
-            if all(math.isfinite(value) for values in sums for value in values):
-                score = self.reduce(sums, chosen)
-                results.append(self._whole(score) if rows is None else score)
-            else:
-                results.append(Failure("the model gives log-probabilities that are not finite"))
-        return results
+    def measure(
+        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
+    ) -> list[list[tuple[float, ...]]]:
+        return completion_logprobs(stack, mixtures, [self.questions[row] for row in rows], tokens_per_batch)
 
-    @abstractmethod
-    def reduce(self, sums: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:
-        """The score of these rows, from the log-probabilities of their completions."""
-
-    @abstractmethod
-    def slopes(self, number: int, sums: Sequence[float]) -> list[float]:
-        """How the `likelihood` changes with the log-probabilities of the completions of one row."""
-
-    def gradient(
-        self, stack: Stack, weights: Weights, tokens_per_batch: int
-    ) -> tuple[Score | Failure, dict[str, float]]:
-        """The score, and the derivative of the `likelihood` by every adapter's weight."""
-        assert isinstance(stack, GatedStack)
-        sums, slope = weight_gradient(stack, weights, self.questions, tokens_per_batch, self.slopes)
-        if not all(map(math.isfinite, (*slope.values(), *(value for values in sums for value in values)))):
-            return Failure("the model gives gradients that are not finite"), {}
-        return self._whole(self.reduce(sums, range(len(sums)))), slope
-
-    def _whole(self, score: Score | Failure) -> Score | Failure:
-        return self.whole(score) if isinstance(score, Score) and score.values else score
-
-    @abstractmethod
-    def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
-        """What a mixture makes of every row, for the ensemble objective; float32, see `ensemble.py`."""
+    def measure_slope(
+        self, stack: GatedStack, weights: Weights, tokens_per_batch: int
+    ) -> tuple[list[tuple[float, ...]], dict[str, float]]:
+        return weight_gradient(stack, weights, self.questions, tokens_per_batch, self.slopes)
 
 
-class LossScorer(LogprobScorer):
+class LossScorer(CompletionScorer):
     """Token-weighted log-likelihood of the completions: Σ log p / Σ tokens, the negative of the usual validation loss.
 
     An example's value is its log-probability over the mean number of scored tokens, so that the mean of the values is
@@ -203,33 +242,24 @@ class LossScorer(LogprobScorer):
         return Score(score.value, mean_and_stderr(residuals)[1], score.values, score.logprobs)
 
 
-class ChoiceScorer(LogprobScorer):
-    """The model's answer is the choice that it finds most probable: multiple choice, and classification by label words.
+class AnswerScorer(LogprobScorer):
+    """Base of the scorers by which a model's answer is what it finds most probable of what could be answered.
 
-    The log-probability of a choice may be taken per token or per UTF-8 byte. The score is a metric of the answers' indices, or
-    `logprob`: the log-probability of the right answer after normalising over the choices.
+    The score is a metric of the answers' indices, or `logprob`: the log-probability of the right answer after normalising over
+    those that are possible.
+
+    Args:
+        rows: the questions.
+        metric: compares indices; None for `logprob`.
+        lengths: of each row those by which the log-probabilities of its choices are divided.
     """
 
-    def __init__(
-        self,
-        config: TargetConfig,
-        rows: Sequence[TargetRow],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        metric: Metric | None,
-    ) -> None:
-        super().__init__(config, rows, tokenizer, max_length)
+    def __init__(self, rows: Sequence[TargetRow], metric: Metric | None, lengths: Sequence[Sequence[float]]) -> None:
+        self.rows = rows
+        self.examples = len(rows)
         self.metric = metric
         self.by_row = metric is None or metric.by_example
-        self.lengths: list[list[float]] = []
-        for row, question in zip(rows, self.questions, strict=True):
-            self.lengths.append([
-                {"none": 1, "tokens": request.scored, "bytes": len(text_of(choice).encode())}[config.normalize]
-                for choice, request in zip(row.choices, question.requests, strict=True)
-            ])  # fmt: skip
-
-    def settings(self, config: TargetConfig) -> list[Any]:
-        return [metric_fingerprint(config), config.normalize]
+        self.lengths = lengths
 
     def _distribution(self, row: int, sums: Sequence[float]) -> torch.Tensor:
         """Log-probabilities of a row's choices, normalised over them."""
@@ -242,7 +272,7 @@ class ChoiceScorer(LogprobScorer):
 
     def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every choice; of shape (rows, most choices), 0 where a row has fewer."""
-        sums = completion_logprobs(stack, [weights], self.questions, tokens_per_batch)[0]
+        sums = self.measure(stack, [weights], tokens_per_batch, range(self.examples))[0]
         found = torch.zeros(len(sums), max(map(len, sums)))
         for row, values in enumerate(sums):
             found[row, : len(values)] = self._distribution(row, values).exp().float()
@@ -259,6 +289,93 @@ class ChoiceScorer(LogprobScorer):
         if self.metric is None:
             return Score.of(logprobs, logprobs)
         return measured(self.metric, guesses, answers, logprobs)
+
+
+class ChoiceScorer(AnswerScorer, CompletionScorer):
+    """Multiple choice, and classification by label words, by a causal LM.
+
+    The log-probability of a choice may be taken per token or per UTF-8 byte.
+    """
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        rows: Sequence[TargetRow],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        metric: Metric | None,
+    ) -> None:
+        CompletionScorer.__init__(self, config, rows, tokenizer, max_length)
+        lengths = [
+            [
+                {"none": 1, "tokens": request.scored, "bytes": len(text_of(choice).encode())}[config.normalize]
+                for choice, request in zip(row.choices, question.requests, strict=True)
+            ]
+            for row, question in zip(rows, self.questions, strict=True)
+        ]
+        AnswerScorer.__init__(self, rows, metric, lengths)
+
+    def settings(self, config: TargetConfig) -> list[Any]:
+        return [metric_fingerprint(config), config.normalize]
+
+
+class LabelScorer(AnswerScorer):
+    """Classification by a model with a frozen head: the softmax over a target's labels.
+
+    Args:
+        config: the target's.
+        rows: texts or images with their labels as choices.
+        processing: the tokenizer, or the image processor.
+        head: the run's.
+        sizes: tokens, or patches, of every row.
+        limit: tokens that a text is cut to.
+        metric: see `AnswerScorer`.
+    """
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        rows: Sequence[TargetRow],
+        processing: Any,
+        head: Callable[[], Head],
+        sizes: Sequence[int],
+        limit: int,
+        metric: Metric | None,
+    ) -> None:
+        super().__init__(rows, metric, [[1.0] * len(row.choices) for row in rows])
+        self._processing, self._head, self._limit = processing, head, limit
+        self._sizes = [min(size, limit) for size in sizes]
+        self.cut = sum(size > limit for size in sizes)
+        self.tokens = sum(self._sizes)
+        about = [config.kind, metric_fingerprint(config), limit, *rows]
+        self.fingerprint = content_fingerprint(about, default=recognised)
+
+    def _ask(self, stack: Stack, rows: Sequence[int]) -> torch.Tensor:
+        """The scores of the labels of these rows, all of which are a choice among the same ones."""
+        head, model = self._head(), stack.model
+        content = [row.image if isinstance(row, ImageRow) else row.prompt for row in (self.rows[one] for one in rows)]
+        inputs = {
+            name: tensor.to(model.device) for name, tensor in inputs_of(self._processing, content, self._limit).items()
+        }
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        scores = head.scores(model(**inputs), inputs.get("attention_mask"))
+        return scores[:, head.places(list(map(text_of, self.rows[0].choices)))]
+
+    def measure(
+        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
+    ) -> list[list[tuple[float, ...]]]:
+        sizes = [self._sizes[row] for row in rows]
+
+        def ask(numbers: Sequence[int]) -> torch.Tensor:
+            return self._ask(stack, [rows[number] for number in numbers])
+
+        return row_outputs(stack, mixtures, sizes, ask, tokens_per_batch)
+
+    def measure_slope(
+        self, stack: GatedStack, weights: Weights, tokens_per_batch: int
+    ) -> tuple[list[tuple[float, ...]], dict[str, float]]:
+        return row_gradient(stack, weights, self._sizes, partial(self._ask, stack), tokens_per_batch, self.slopes)
 
 
 class GenerationScorer(Scorer):
@@ -366,6 +483,28 @@ def metric_fingerprint(config: TargetConfig) -> list[str | None]:
     """What recognises a target's metric: the bytes of its module, or its name where that is the Hub's or none."""
     module = module_file(config.metric)
     return [file_fingerprint([module]) if module else config.metric, config.metric_key]
+
+
+def make_label_scorer(
+    config: TargetConfig,
+    rows: Sequence[TargetRow],
+    processing: Any,
+    head: Callable[[], Any],
+    sizes: Sequence[int],
+    limit: int,
+    *,
+    allow_metric_code: bool = False,
+    where: str = "target",
+) -> LabelScorer:
+    """The scorer of a classification run's target; see `LabelScorer`.
+
+    Raises:
+        InputError: a metric that cannot be loaded, or compares texts.
+    """
+    metric = None if config.metric == "logprob" else Metric(config.metric, config.metric_key, allow_metric_code, where)
+    if metric is not None and metric.takes_text:
+        raise InputError(f"{where}.metric: {config.metric!r} compares texts, and scorer classification gives indices")
+    return LabelScorer(config, rows, processing, head, sizes, limit, metric)
 
 
 def make_scorer(

@@ -131,6 +131,7 @@ class Search:
         race: whether mixtures that are asked for together race (`racing.py`), where every target's examples have values.
         budget: what may be spent.
         agree: gives every process the main one's time, on which a budget may depend.
+        order: that in which mixtures that are asked for together are measured.
     """
 
     def __init__(
@@ -143,7 +144,9 @@ class Search:
         race: bool,
         budget: Budget,
         agree: Callable[[Any], Any],
+        order: Callable[[Sequence[Mixture]], list[Mixture]],
     ) -> None:
+        self._order = order
         self.objectives = objectives
         self.space = space
         self.journal = journal
@@ -185,7 +188,7 @@ class Search:
             BudgetSpent: not all of them could be looked at; those that were stand in `standings`.
         """
         new = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in self.standings]
-        allowed = new[: max(0, int(min(len(new), self._budget.max_trials - len(self.standings))))]
+        allowed = self._order(new[: max(0, int(min(len(new), self._budget.max_trials - len(self.standings))))])
         if len(self._steps) > 1 and len(allowed) + (self.best is not None) > 1:
             self._race(allowed)
         else:
@@ -469,6 +472,7 @@ def search(
     write: bool = True,
     agree: Callable[[Any], Any] = lambda value: value,
     on_standing: Callable[[Standing, Standing | None], None] = lambda standing, best: None,
+    order: Callable[[Sequence[Mixture]], list[Mixture]] = list,
 ) -> SearchResult:
     """Scores the base model, every single candidate, all together, and what the strategy proposes; and chooses.
 
@@ -486,13 +490,14 @@ def search(
         write: whether this process writes the journal.
         agree: gives every process the main one's time, on which a budget may depend.
         on_standing: told how every mixture stands and the best so far.
+        order: that in which mixtures that are proposed together are measured.
 
     Raises:
         InputError: the base model has no score, or no mixture has; every mixture falls short of a `min_delta`; or the budget
             ended before any that is allowed was scored.
     """
     race = race and not one_standard_error  # that rule wants more mixtures scored in full than those that may win
-    state = Search(objectives, space, journal, write, on_standing, race, budget, agree)
+    state = Search(objectives, space, journal, write, on_standing, race, budget, agree, order)
     state.fixed([BASE])
     together = Mixture.subset([name for name in names if name not in objectives[0].failed])
     state.fixed([*(Mixture.subset([name]) for name in names), together])

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
 from . import parsing
-from .adapters import LAUNCH, lora_config, model_config
+from .bank import LAUNCH
 from .baselines import candidate_texts, similarity, target_texts
 from .certainty import paired
 from .config import MergeToMixConfig
@@ -26,15 +26,16 @@ from .data import mixture_dataset
 from .ensemble import MOST_SUBSETS, EnsembleObjective
 from .errors import InputError
 from .fidelity import sample
-from .hub import check_login, fetch_adapter, fetch_bank, push
+from .hub import check_login, fetch_bank, fetch_expert, push
 from .ingredients import Ingredients
-from .journal import cut_short, fingerprint, hidden, read_json, read_made, write_json
-from .methods import MergeMethod
-from .mixture import Failure, Mixture, Score, SearchSpace, Standing
+from .journal import cut_short, fingerprint, hidden, read_json, read_made, weights_of, write_json
+from .methods import AVERAGE, MergeMethod, open_stack
+from .mixture import Failure, Mixture, Score, SearchSpace, Standing, walk
+from .models import model_config
 from .objectives import Objective
 from .outcome import Outcome, summarise
 from .plan import plan, told_apart
-from .recipe import write_recipe
+from .recipe import write_label_recipe, write_recipe
 from .report import write_report
 from .scoring import Scorer
 from .search import Budget, SearchResult, default_budget, score_of, search
@@ -44,7 +45,7 @@ from .surrogates import FEW, STRATEGIES, choose_strategy
 from .tables import baselines_table, end_table, fidelity_remarks, fidelity_tables, remarks, verified_table
 from .trackers import Tracker
 from .trained import TrainedMixtures, TrainedObjective
-from .training import publish
+from .training import load_trained, publish
 
 
 class MergeToMixSearcher(Ingredients):
@@ -140,7 +141,7 @@ class MergeToMixSearcher(Ingredients):
         counts = self.models.counts(self.choose().best.mixture)
         self._detach()
         vars(self).pop("base", None)  # or a script that trains on them would have the model in memory twice
-        return mixture_dataset(counts, self.candidates, self._data[0], self.args.seed)
+        return mixture_dataset(counts, self.candidates, self.args.seed)
 
     def train_adapters(self) -> None:
         """Trains one adapter per candidate, where it is missing.
@@ -150,32 +151,35 @@ class MergeToMixSearcher(Ingredients):
         """
         self.check()
         missing = self.bank.check()
-        if missing and self.config.adapters:
+        if missing and self.config.bank:
             self.prepare()
-            self._take_adapters(self.config.adapters, missing)
+            self._take_experts(self.config.bank, missing)
             missing = self.bank.check()
         if missing:
             self.prepare()
 
-            def settings(name: str) -> tuple[SFTConfig, LoraConfig]:
-                args, model_args = self._settings(name)
-                return args, lora_config(model_args)
-
-            self.bank.train_missing(self._base_to_train, self.tokenizer, settings, self.terminal)
+            self.bank.train_missing(
+                self._base_to_train, lambda name: self._training(*self._settings(name)), self.terminal
+            )
             self._worked = True
-            self.terminal.say(f"trained {len(missing)} adapters: {os.path.relpath(self.run.adapters)}\n")
+            what = "adapters" if self.config.expert == "lora" else "experts"
+            self.terminal.say(f"trained {len(missing)} {what}: {os.path.relpath(self.run.adapters)}\n")
 
-    def _take_adapters(self, given: Any, missing: Sequence[str]) -> None:
-        """Takes missing adapters from a published bank, or one by one from where others have them."""
+    def _take_experts(self, given: str | Mapping[str, str], missing: Sequence[str]) -> None:
+        """Takes missing experts from a published bank, or one by one from where others have them."""
+        key = "adapters" if self.config.expert == "lora" else "experts"
         if isinstance(given, str):
             with self.state.local_main_process_first():  # one process of every machine fetches
-                bank = fetch_bank(given)
+                bank = fetch_bank(given, key)
             self.bank.take(bank, missing, self.terminal)
         else:
             wanted = {name: source for name, source in given.items() if name in missing}
             with self.state.local_main_process_first():
-                others = {name: (source, fetch_adapter(source)) for name, source in wanted.items()}
-            self.bank.adopt(others, self.terminal)
+                others = {name: (source, fetch_expert(source, key)) for name, source in wanted.items()}
+            if self.config.expert == "lora":
+                self.bank.adopt(others, self.plan, self.terminal)
+            else:
+                self.bank.adopt_models(others, self._plain_base(), self._load_other, self.plan, self.terminal)
 
     def check_hub(self) -> None:
         """Refuses before hours of work what could not be pushed after them.
@@ -270,6 +274,7 @@ class MergeToMixSearcher(Ingredients):
                 write=self.state.is_main_process,
                 agree=self._agree,
                 on_standing=on_standing,
+                order=walk if config.expert == "full" else list,
             )
         if self._stack is not None and self._stack.shrink > 1:
             less = max(1, self._tokens_per_batch // self._stack.shrink)
@@ -483,7 +488,14 @@ class MergeToMixSearcher(Ingredients):
         result = self.choose()
         summary = summarise(self._outcome())
         if self.state.is_main_process:
-            write_recipe(self.run, result.best.mixture, self.candidates, self._data[0], *self._final_settings())
+            args, model_args = self._final_settings()
+            if self.plan is None:
+                write_recipe(
+                    self.run, result.best.mixture, self.candidates, self._data[0], args, model_args, self.config.expert
+                )
+            else:
+                training = self._training(args, model_args)
+                write_label_recipe(self.run, result.best.mixture, self.candidates, training, model_args)
             write_json(self.run.summary, summary)
         self.state.wait_for_everyone()
         return summary
@@ -549,14 +561,12 @@ class MergeToMixSearcher(Ingredients):
         if self.state.is_main_process:
             self._put_old_final_aside()
             shutil.rmtree(hidden(self.run.final), ignore_errors=True)
-            shutil.copytree(
-                trained, hidden(self.run.final), ignore=shutil.ignore_patterns("*.json.partial", "test.json")
-            )
-            (hidden(self.run.final) / "training.json").unlink()
+            self._make_final(trained)
         publish(
             self.run.final,
             {
                 **record,
+                **({"delta": weights_of(record)} if self.config.expert == "full" else {}),
                 "fingerprint": self._final_fingerprint(mixture),
                 "mixture": mixture.weights,
                 "rows": sum(counts.values()),
@@ -573,6 +583,23 @@ class MergeToMixSearcher(Ingredients):
                 }
                 tracker.log(step, values)
 
+    def _make_final(self, trained: Path) -> None:
+        """Puts together what `OUT/final` is to hold: the adapter, or the whole model as it was scored; and the head beside it."""
+        folder = hidden(self.run.final)
+        if self.config.expert == "full":
+            stack = open_stack(self._plain_base(), {"trained": load_trained(trained)}, AVERAGE, self.run.root)
+            try:
+                stack.set({"trained": 1.0})
+                stack.model.save_pretrained(folder)
+            finally:
+                stack.detach()
+            self.processing.save_pretrained(folder)
+        else:
+            shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("*.json.partial", "test.json"))
+            (folder / "training.json").unlink()
+        if self.head is not None and self.head.vectors is not None:
+            self.head.save(folder)
+
     @cached_property
     def _final_models(self) -> TrainedMixtures:
         """Where the final model is made: without settings of its own it is the very model that a study would fine-tune."""
@@ -580,8 +607,8 @@ class MergeToMixSearcher(Ingredients):
             return self.models
         args, model_args = self._final_settings()
         return TrainedMixtures(
-            self.run.trained, self.candidates, self._data[0], self._final_model, self._base_to_train, self.tokenizer, args,
-            lora_config(model_args),
+            self.run.trained, self.candidates, self._final_model, self._base_to_train, args,
+            lambda: self._training(args, model_args),
         )  # fmt: skip
 
     def _score_of(
@@ -650,7 +677,8 @@ class MergeToMixSearcher(Ingredients):
             self.terminal.say(line)
         if self.state.is_main_process:
             self.terminal.say(f"report: {os.path.relpath(write_report(self.run.root))}")
-        self.terminal.say(f"recipe: trl sft --config {os.path.relpath(self.run.recipe)}")
+        how = "trl sft" if self.plan is None else "python recipes/classify.py"
+        self.terminal.say(f"recipe: {how} --config {os.path.relpath(self.run.recipe)}")
         if outcome.final is None:
             self.terminal.say(f"next: m2m sft {os.path.relpath(self.run.root)}")
 

@@ -21,11 +21,11 @@ from .journal import (
     cut_short,
     damaged_values,
     file_fingerprint,
-    files_of,
     hidden,
     read_config,
     read_json,
     read_made,
+    weights_of,
 )
 from .mixture import Mixture, SearchSpace
 
@@ -75,15 +75,15 @@ def status(run: RunFolder) -> Status:
     if searched:
         left.append(searched)
     final = read_made(run.final / "training.json")
-    weights = files_of(final).get("adapter_model.safetensors")
+    weights = weights_of(final)
     models = sorted(path.parent for path in run.trained.glob("[!.]*/training.json"))
     checked = [check(folder, found, "it is trained again when it is needed") for folder in models]
     # The final model may be a copy of one of them, and is counted once.
-    others = [seconds for record, seconds in checked if files_of(record).get("adapter_model.safetensors") != weights]
+    others = [seconds for record, seconds in checked if weights_of(record) != weights]
     if others:
         spent["mixtures fine-tuned"] = sum(others)
         found.lines.append(f"fine-tuned to compare: {len(others)} models, {duration(sum(others))}")
-    rows = run.mixture / "train.jsonl"
+    rows = run.rows
     manifest = read_made(run.mixture / "manifest.json")
     if rows.exists() and manifest.get("sha256_16") != file_fingerprint([rows]):
         found.damage.append(f"{os.path.relpath(rows)}: not what its manifest says; m2m search writes it again")

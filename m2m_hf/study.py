@@ -78,7 +78,7 @@ class Study:
         with self._progress(title, len(mixtures)) as bar:
             state = Search(
                 objectives, self.space, self._journal, self._write, lambda *_: bar.advance(), False, Budget(),
-                self._agree,
+                self._agree, list,
             )  # fmt: skip
             state.fixed(mixtures)
         return [state.standings[mixture] for mixture in mixtures]

@@ -5,21 +5,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from .callbacks import BankProgress
 from .console import Bar
 from .data import Candidate, mixture_dataset
 from .errors import InputError
-from .forward import Stack
-from .journal import Keys, cut_short, files_of, hidden, read_json, read_made, write_json
-from .merging import GatedStack
+from .journal import Keys, cut_short, hidden, read_json, read_made, weights_of, write_json
+from .methods import AVERAGE, Stack, open_stack
 from .mixture import Failure, Mixture, Score, row_counts
 from .objectives import ScorerObjective
 from .scoring import Scorer
-from .training import TrainingFailedError, agreed, finished, load_trained, mixture_steps, publish, train_lora
+from .training import (
+    Settings,
+    TrainingFailedError,
+    agreed,
+    finished,
+    load_trained,
+    mixture_steps,
+    publish,
+    train_expert,
+)
 
 Counts = Mapping[str, int]
 
@@ -32,12 +39,10 @@ class TrainedMixtures:
     Args:
         folder: `OUT/trained`.
         candidates: by name.
-        data_format: the run's.
         name: gives a model its fingerprint, from the rows of each candidate.
         base: gives the base model to train.
-        tokenizer: the run's.
         args: the uniform training arguments.
-        config: the uniform LoRA shape.
+        settings: gives them with everything else that training takes.
         launch: in what this launch differs from the one that trained the adapters.
     """
 
@@ -45,23 +50,19 @@ class TrainedMixtures:
         self,
         folder: Path,
         candidates: Mapping[str, Candidate],
-        data_format: str,
         name: Callable[[Counts], str],
         base: Callable[[], PreTrainedModel],
-        tokenizer: PreTrainedTokenizerBase,
         args: SFTConfig,
-        config: LoraConfig,
+        settings: Callable[[], Settings],
         launch: Sequence[str] = (),
     ) -> None:
         self._launch = launch
         self.root = folder
         self.candidates = candidates
-        self._data_format = data_format
         self._name = name
         self._base = base
-        self._tokenizer = tokenizer
         self._args = args
-        self._config = config
+        self._settings = settings
 
     def counts(self, mixture: Mixture) -> dict[str, int]:
         """Rows of each candidate that the mixture trains on."""
@@ -86,7 +87,7 @@ class TrainedMixtures:
             run: the name in the trackers (default: what the mixture is).
 
         Raises:
-            TrainingFailedError: see `train_lora`.
+            TrainingFailedError: see `train_expert`.
             InputError: the adapters were trained by another number of processes, so that this would be another batch.
         """
         folder = self.folder(counts)
@@ -97,15 +98,13 @@ class TrainedMixtures:
                     f"{'; '.join(self._launch)}. Start with as many processes"
                 )
             watching = [] if bar is None else [BankProgress(bar, before, note)]
-            rows = mixture_dataset(counts, self.candidates, self._data_format, self._args.seed)
+            rows = mixture_dataset(counts, self.candidates, self._args.seed)
             run = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
             try:
-                record = train_lora(
+                record = train_expert(
                     self._base(),
-                    self._tokenizer,
                     rows,
-                    self._args,
-                    self._config,
+                    self._settings(),
                     hidden(folder),
                     watching,
                     folder.name,
@@ -125,11 +124,10 @@ class TrainedMixtures:
 
     def seconds(self, without: Mapping[str, Any] | None = None) -> float:
         """Time spent training all models here but the one that the final model, of this `training.json`, is a copy of."""
-        weights = "adapter_model.safetensors"
-        copied = files_of(without).get(weights)
+        copied = weights_of(without)
         folders = [path.parent for path in sorted(self.root.glob("[!.]*/training.json"))]
         records = [read_made(folder / "training.json") for folder in folders if cut_short(folder) is None]
-        return float(sum(one.get("seconds", 0.0) for one in records if files_of(one).get(weights) != copied))
+        return float(sum(one.get("seconds", 0.0) for one in records if weights_of(one) != copied))
 
 
 class TrainedObjective(ScorerObjective):
@@ -180,7 +178,7 @@ class TrainedObjective(ScorerObjective):
             folder = self.models.train(counts)
         except TrainingFailedError as error:
             return Failure(str(error))
-        stack = GatedStack(self._base(), {"trained": load_trained(folder)})
+        stack = open_stack(self._base(), {"trained": load_trained(folder)}, AVERAGE, self.models.root)
         try:
             return scorer.score(stack, [{"trained": 1.0}], self._tokens_per_batch)[0]
         finally:

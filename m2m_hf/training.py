@@ -1,10 +1,14 @@
-"""One LoRA fine-tune: TRL's SFTTrainer, going on from the last whole checkpoint; judged, and put in its place whole."""
+"""One fine-tune, of an adapter or of all parameters: TRL's SFTTrainer, or transformers' Trainer for classification.
+
+It goes on from the last whole checkpoint, is judged, and put in its place whole.
+"""
 
 import copy
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,21 +17,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from .callbacks import Checkpoints, TrainingRecorder
 from .data import Candidate
+from .deltas import DELTA_FILE, Delta, floats, save_delta
 from .errors import InputError, StoppedError
 from .forward import out_of_memory
+from .heads import Head, HeadPlan
 from .journal import (
     MARK,
     altered,
@@ -41,7 +42,9 @@ from .journal import (
     sync,
     write_json,
 )
+from .labelled import Collate
 from .merging import Adapter
+from .methods import Expert
 from .trackers import Tracker
 
 DECIMALS = 6  # of a loss: more would tell how often its sum was interrupted
@@ -74,8 +77,31 @@ class TrainingFailedError(InputError):
     """A training whose outcome is of no use: not finite, worse than guessing, or no change at all."""
 
 
-class AdapterTrainer(SFTTrainer):
-    """TRL's trainer, with checkpoints that hold the adapter alone and with a sum of all losses.
+@dataclass(frozen=True)
+class Settings:
+    """How a model is fine-tuned: everything but the base model and the rows.
+
+    Args:
+        args: the Trainer's.
+        processing: the tokenizer, or the image processor.
+        lora: the shape of the adapter; None to train all parameters.
+        head: of a classifier; None for a causal LM.
+        limit: tokens that a classifier's text is cut to.
+        parameters: of those that are trained in full, a pattern of their names (None: all).
+        delta_dtype: that these are kept in.
+    """
+
+    args: SFTConfig
+    processing: Any
+    lora: LoraConfig | None
+    head: Head | None = None
+    limit: int = 0
+    parameters: str | None = None
+    delta_dtype: str = "float32"
+
+
+class Bookkeeping(Trainer):
+    """What both trainers add to transformers': checkpoints that hold an adapter alone, and a sum of all losses.
 
     The Trainer forgets the losses before a checkpoint, and leaves out those that are not finite; what is logged here is the
     same whether or not training was interrupted. With an adapter it would ask the Hub for the base model's vocabulary whenever
@@ -103,8 +129,10 @@ class AdapterTrainer(SFTTrainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
+        if self.args.should_save and isinstance(self.model, PeftModel):
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+        elif self.args.should_save:
+            super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: nobody reads a checkpoint's."""
@@ -119,6 +147,30 @@ class AdapterTrainer(SFTTrainer):
         return {"loss_sum": self.summed(), "logged_step": self.logged_step, "logged_sum": self.logged_sum}
 
 
+class CompletionTrainer(Bookkeeping, SFTTrainer):
+    """TRL's, for causal LMs."""
+
+
+class LabelTrainer(Bookkeeping):
+    """transformers' own, for classifiers with a frozen head: cross-entropy over the labels that a row may have."""
+
+    loss_is_scaled_for_ga = False  # it is a mean over the rows of a batch
+
+    def __init__(self, head: Head, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._head = head
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one batch: the model, without `labels` among its inputs, gives features or logits."""
+        labels, allowed = inputs.pop("labels"), inputs.pop("allowed")
+        outputs = model(**inputs)
+        scores = self._head.scores(outputs, inputs.get("attention_mask"))
+        loss = torch.nn.functional.cross_entropy(scores.masked_fill(~allowed, -math.inf), labels)
+        return (loss, outputs) if return_outputs else loss
+
+
 def last_checkpoint(folder: Path, of: str) -> Path | None:
     """The last checkpoint in `folder` that is whole and belongs to the training `of`."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
@@ -128,76 +180,64 @@ def last_checkpoint(folder: Path, of: str) -> Path | None:
 
 
 def verdict(
-    tensors: Mapping[str, torch.Tensor], loss: float, curve: Sequence[float], args: SFTConfig, vocabulary: int
+    finite: bool, changed: bool, loss: float, curve: Sequence[float], args: SFTConfig, choices: int
 ) -> str | None:
-    """Why a trained adapter is of no use; None where it is.
+    """Why what was trained is of no use; None where it is.
 
     Args:
-        tensors: its factors; those of B start as zeros.
+        finite: whether all its weights are.
+        changed: whether anything was.
         loss: mean over the training.
         curve: losses as they were logged.
-        vocabulary: of the model; guessing has a loss of its logarithm.
+        choices: tokens of the vocabulary, or labels; guessing has a loss of the logarithm.
     """
-    if not math.isfinite(loss) or not all(tensor.isfinite().all() for tensor in tensors.values()):
+    if not math.isfinite(loss) or not finite:
         return (
             f"it diverged: loss {loss:g}, or weights that are not finite; try a lower learning_rate (now {args.learning_rate:g}) "
             "or max_grad_norm"
         )
-    if len(curve) > 1 and curve[-1] > max(curve[0], math.log(vocabulary)) + 1:
+    if len(curve) > 1 and curve[-1] > max(curve[0], math.log(choices)) + 1:
         return (
             f"it exploded: the loss went from {curve[0]:.3f} to {curve[-1]:.3f}, worse than guessing "
-            f"({math.log(vocabulary):.3f}); try a lower learning_rate (now {args.learning_rate:g})"
+            f"({math.log(choices):.3f}); try a lower learning_rate (now {args.learning_rate:g})"
         )
-    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name):
+    if not changed:
         return f"it learned nothing: every weight of its delta is 0; is the learning_rate ({args.learning_rate:g}) too small?"
     return None
 
 
-def train_lora(
+def train_expert(
     base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    args: SFTConfig,
-    config: LoraConfig,
+    settings: Settings,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     of: str = "",
     run: str = "training",
 ) -> dict[str, Any]:
-    """Fine-tunes one LoRA adapter on `rows` with TRL's SFTTrainer, saves it to `folder`, and gives the base back untouched.
+    """Fine-tunes on `rows`, saves the adapter, or what changed of all parameters, to `folder`, and gives the base back untouched.
 
-    Checkpoints are written to `checkpoints(folder)` as `args` say (TRL: every 500 steps), and stay until `publish`. From the
-    last whole one of the same training it goes on, to the very weights that it would have had otherwise. Under FSDP or
+    Checkpoints are written to `checkpoints(folder)` as the arguments say (TRL: every 500 steps), and stay until `publish`. From
+    the last whole one of the same training it goes on, to the very weights that it would have had otherwise. Under FSDP or
     DeepSpeed there are none, and the base is not given back: it is in pieces, and of no further use.
 
-    SFTTrainer seeds itself before it makes the adapter, so every call starts from the same adapter weights.
+    Every call seeds itself before it makes an adapter, so that all start from the same weights.
 
     Args:
         of: fingerprint of all that the outcome depends on.
         run: its name in the trackers that `report_to` names.
 
     Returns:
-        What the run used: see `TrainingRecorder`; and `loss`, its mean over the steps.
+        What the run used: see `TrainingRecorder`; `loss`, its mean over the steps; and of full experts `kept`, see `save_delta`.
 
     Raises:
         TrainingFailedError: nothing is saved.
         StoppedError: something ended it early.
     """
-    tracker = Tracker(args, run, of, PartialState().is_main_process)
-    args = copy.deepcopy(args)
-    args.report_to = []
-    saved = checkpoints(folder)
-    args.output_dir = str(saved)
-    if sharded():
-        args.save_strategy = "no"
-    args.save_total_limit = 2  # an older one is deleted before the newer one is marked as whole
-    args.save_only_model = False
-    args.eval_strategy = "no"
-    args.push_to_hub = False
-    args.disable_tqdm = True
-    args.logging_first_step = True
-    args.include_num_input_tokens_seen = "non_padding"
     state = PartialState()
+    tracker = Tracker(settings.args, run, of, state.is_main_process)
+    saved = checkpoints(folder)
+    args = arguments(settings, saved)
     of = fingerprint([of, state.num_processes, sharded()])
     found: list[Any] = [None]
     if state.is_main_process:
@@ -207,21 +247,13 @@ def train_lora(
     found = [agreed(found[0])]
     mark: dict[str, Any] = read_json(found[0] / MARK) if found[0] else {"seconds": 0.0, "losses": {}}
     recorder = TrainingRecorder(mark["seconds"])
-    untouched = set(vars(base)), set(base.get_input_embeddings()._forward_hooks)
-    trainer = AdapterTrainer(
-        model=base,
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=copy.deepcopy(config),
-        callbacks=[recorder, tracker, *callbacks],
-    )
+    untouched = Untouched(base, settings)
+    trainer = make_trainer(base, rows, settings, args, [recorder, tracker, *callbacks])
     trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
     for name, value in mark["losses"].items():
         setattr(trainer, name, value)
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
-    peft_model = trainer.model
     try:
         try:
             with tracker:
@@ -239,26 +271,159 @@ def train_lora(
         if done < planned:
             raise StoppedError(f"the training was ended after {done:,} of {planned:,} steps")
         loss = trainer.summed() / max(1, done)
-        # Where the weights are in pieces, all processes must help to put them together; the main one gets them.
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else peft_model.state_dict()
-        tensors = {name: tensor for name, tensor in weights.items() if "lora_" in name}
+        choices = len(settings.head.labels) if settings.head else base.config.get_text_config().vocab_size
         curve = [loss for _, loss in recorder.record["loss_curve"]]
-        reason = agreed(verdict(tensors, loss, curve, args, base.config.get_text_config().vocab_size))
+        weights, changed = untouched.trained(trainer)
+        finite = all(tensor.isfinite().all() for tensor in weights.values())
+        reason = agreed(verdict(finite, changed, loss, curve, args, choices))
+        kept = {}
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
             if reason is None:
-                for item in fields(peft_model.peft_config["default"]):
-                    value = getattr(peft_model.peft_config["default"], item.name)
-                    if isinstance(value, set):  # or their order would change from run to run
-                        setattr(peft_model.peft_config["default"], item.name, sorted(value))
-                peft_model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+                kept = untouched.save(trainer.model, weights, folder)
         state.wait_for_everyone()
         if reason is not None:
             raise TrainingFailedError(reason)
     finally:
         if not sharded():
-            restore(base, peft_model, *untouched)
-    return recorder.record | {"loss": round(loss, DECIMALS)}
+            untouched.restore(trainer.model)
+    return recorder.record | {"loss": round(loss, DECIMALS)} | kept
+
+
+def arguments(settings: Settings, saved: Path) -> SFTConfig:
+    """The Trainer's arguments for one training, whose checkpoints go to `saved`."""
+    args = copy.deepcopy(settings.args)
+    args.report_to = []
+    args.output_dir = str(saved)
+    if sharded():
+        args.save_strategy = "no"
+    args.save_total_limit = 2  # an older one is deleted before the newer one is marked as whole
+    args.save_only_model = False
+    args.eval_strategy = "no"
+    args.push_to_hub = False
+    args.disable_tqdm = True
+    args.logging_first_step = True
+    args.include_num_input_tokens_seen = "non_padding"
+    if settings.head is not None:
+        args.remove_unused_columns = False  # the collator reads them
+        if settings.head.plan.task == "image_classification":
+            args.include_num_input_tokens_seen = "no"
+    return args
+
+
+def make_trainer(
+    base: PreTrainedModel, rows: Dataset, settings: Settings, args: SFTConfig, callbacks: Sequence[TrainerCallback]
+) -> "CompletionTrainer | LabelTrainer":
+    """The Trainer that the settings ask for, over the base with an adapter on it or with its parameters free."""
+    common = {
+        "args": args,
+        "train_dataset": rows,
+        "processing_class": settings.processing,
+        "callbacks": list(callbacks),
+    }
+    set_seed(args.seed)
+    plan = None if settings.head is None else settings.head.plan
+    if settings.lora is None:
+        base.requires_grad_(False)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(is_trained(name, plan, settings.parameters))
+    if settings.head is None:
+        adapter = {} if settings.lora is None else {"peft_config": copy.deepcopy(settings.lora)}
+        return CompletionTrainer(model=base, **common, **adapter)
+    collate = Collate(settings.processing, settings.head, rows, settings.limit)
+    model = base if settings.lora is None else get_peft_model(base, copy.deepcopy(settings.lora))
+    return LabelTrainer(settings.head, model=model, data_collator=collate, **common)
+
+
+def is_trained(name: str, plan: HeadPlan | None, parameters: str | None) -> bool:
+    """Whether a full expert may change the parameter of this name: one that the pattern allows, and not the head's."""
+    kept = plan.untrained if plan else None
+    if kept is not None and re.fullmatch(kept, name):
+        return False
+    return parameters is None or re.search(parameters, name) is not None
+
+
+class Untouched:
+    """What a base model was before a training, to tell what was trained, and to give it back as it was.
+
+    Args:
+        base: before a Trainer has seen it.
+        settings: of the training.
+    """
+
+    def __init__(self, base: PreTrainedModel, settings: Settings) -> None:
+        self._base, self._settings = base, settings
+        self._attributes = set(vars(base))
+        self._hooks = set(input_hooks(base))
+        here = PartialState().is_main_process or not sharded()  # or the weights are elsewhere
+        # Of an adapter's base only what training changes beside parameters: running statistics of normalisation.
+        self._before = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in (floats(base).items() if here else ())
+            if settings.lora is None or not isinstance(tensor, torch.nn.Parameter)
+        }
+
+    def trained(self, trainer: "CompletionTrainer | LabelTrainer") -> tuple[dict[str, torch.Tensor], bool]:
+        """(the weights that were trained, whether they changed anything); all processes must ask.
+
+        Where the weights are in pieces all must help to put them together, and the main one gets them.
+        """
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else trainer.model.state_dict()
+        if self._settings.lora is not None:
+            weights = {name: tensor for name, tensor in whole.items() if "lora_" in name}
+            rise = [tensor for name, tensor in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
+            return weights, any(tensor.any() for tensor in rise)
+        weights = {name: whole[name] for name in self._before if name in whole}
+        moved = (not torch.equal(tensor.cpu(), self._before[name]) for name, tensor in weights.items())
+        return weights, any(moved)
+
+    def save(self, model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
+        """Writes the expert; on the main process."""
+        if self._settings.lora is None:
+            dtype = getattr(torch, self._settings.delta_dtype)
+            return {"kept": save_delta(folder, self._before, weights, dtype) | {"dtype": self._settings.delta_dtype}}
+        shape = model.peft_config["default"]
+        for item in fields(shape):
+            value = getattr(shape, item.name)
+            if isinstance(value, set):  # or their order would change from run to run
+                setattr(shape, item.name, sorted(value))
+        model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
+        return {}
+
+    def restore(self, model: Any) -> None:
+        """Gives the base back, to be trained or scored as if it were freshly loaded.
+
+        With activation checkpointing TRL and the Trainer each put a hook on the input embeddings and remember the last one
+        only, so that transformers' own way to take them off would leave one behind.
+
+        Args:
+            model: what was trained: the base, or the PEFT model around it.
+        """
+        base = self._base
+        if isinstance(model, PeftModel):
+            model.unload()
+        if base.is_activation_checkpointing:
+            base.activation_checkpointing_disable()
+        hooks = input_hooks(base)
+        for hook in set(hooks) - self._hooks:
+            del hooks[hook]
+        for name in set(vars(base)) - self._attributes:
+            delattr(base, name)
+        base.requires_grad_(False)
+        with torch.no_grad():
+            for name, tensor in floats(base).items():
+                if name in self._before:
+                    tensor.copy_(self._before[name])
+        base.eval()
+
+
+def input_hooks(model: PreTrainedModel) -> dict[int, Any]:
+    """The forward hooks on a model's input embeddings; none where it has no such layer."""
+    try:
+        hooks: dict[int, Any] = model.get_input_embeddings()._forward_hooks
+    except (NotImplementedError, AttributeError):
+        return {}
+    return hooks
 
 
 def publish(folder: Path, record: Mapping[str, Any]) -> None:
@@ -299,8 +464,8 @@ def agreed(value: Any) -> Any:
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
-def load_trained(folder: Path) -> Adapter:
-    """The adapter that was trained into `folder`.
+def load_trained(folder: Path) -> Expert:
+    """The expert that was trained into `folder`.
 
     Raises:
         InputError: what is there is not what was trained.
@@ -310,25 +475,4 @@ def load_trained(folder: Path) -> Adapter:
             f"{folder / file} is not what was trained: its content has changed. Restore it, or delete {folder} to have it "
             "trained again"
         )
-    return Adapter.load(folder)
-
-
-def restore(base: PreTrainedModel, peft_model: PeftModel, attributes: set[str], hooks: set[int]) -> None:
-    """Takes the adapter and TRL's patches off `base`, which can then be trained or scored as if it were freshly loaded.
-
-    Args:
-        attributes: names of the instance attributes that `base` had before.
-        hooks: ids of the forward hooks that its input embeddings had before. With activation checkpointing TRL and the
-            Trainer each put one there and remember the last one only, so that transformers' own way to take them off
-            would leave one behind.
-    """
-    peft_model.unload()
-    if base.is_activation_checkpointing:
-        base.activation_checkpointing_disable()
-    embedding_hooks = base.get_input_embeddings()._forward_hooks
-    for hook in set(embedding_hooks) - hooks:
-        del embedding_hooks[hook]
-    for name in set(vars(base)) - attributes:
-        delattr(base, name)
-    base.requires_grad_(False)
-    base.eval()
+    return Delta(folder) if (folder / DELTA_FILE).exists() else Adapter.load(folder)

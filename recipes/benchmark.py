@@ -31,7 +31,6 @@ import torch
 from trl import ModelConfig
 
 from m2m_hf import InputError, MergeToMixSearcher, parsing
-from m2m_hf.adapters import load_base, load_tokenizer
 from m2m_hf.benchmark import (
     METHODS,
     SIZES,
@@ -47,8 +46,9 @@ from m2m_hf.benchmark import (
 )
 from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.console import Terminal
-from m2m_hf.merging import GatedStack
-from m2m_hf.scoring import LogprobScorer, make_scorer
+from m2m_hf.merging import Adapter, GatedStack
+from m2m_hf.models import load_base, load_tokenizer
+from m2m_hf.scoring import CompletionScorer, make_scorer
 
 
 def main() -> None:
@@ -125,11 +125,12 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
         scorer = make_scorer(target.config, rows, searcher.tokenizer, 10**6)
         model_args, tokenizer, base = searcher.model_args, searcher.tokenizer, searcher.base
         budget = searcher.config.tokens_per_batch
-        adapters = None if given.random_adapters or searcher.bank.check() else searcher.bank.load()
+        whole = {} if given.random_adapters or searcher.bank.check() else searcher.bank.load()
+        adapters = {name: one for name, one in whole.items() if isinstance(one, Adapter)} or None
         if adapters is None and not given.random_adapters:
             terminal.say("the run has no complete bank; random adapters stand in, which cost the same")
             given.random_adapters = len(searcher.candidates)
-    if not isinstance(scorer, LogprobScorer):
+    if not isinstance(scorer, CompletionScorer):
         raise InputError("the benchmark needs a target with scorer choice, classification or loss")
     if adapters is None:
         adapters = random_adapters(base, given.random_adapters or 8, model_args.lora_r, lora_targets(model_args))

@@ -37,7 +37,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.adapters import load_base, lora_config
 from m2m_hf.benchmark import (
     SIZES,
     Sums,
@@ -56,8 +55,9 @@ from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.console import Terminal
 from m2m_hf.forward import Weights, completion_logprobs
 from m2m_hf.merging import Adapter, GatedStack
-from m2m_hf.scoring import LogprobScorer, make_scorer
-from m2m_hf.training import train_lora
+from m2m_hf.models import load_base, lora_config
+from m2m_hf.scoring import CompletionScorer, make_scorer
+from m2m_hf.training import Settings, train_expert
 
 ADAPTERS, RANK, SLOWEST = 8, 16, 1.10
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -168,12 +168,14 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
     rows = random_rows(32, choices=2)
     data = Dataset.from_list([{"prompt": row.prompt, "completion": row.choices[0]} for row in rows])
     scorer = make_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
-    assert isinstance(scorer, LogprobScorer)
+    assert isinstance(scorer, CompletionScorer)
     values, trained = [], []
     for number in range(2):
         with Terminal(quiet=True).progress("", 3) as bar:
             out = folder / f"adapter{number}"
-            train_lora(base, tokenizer, data, args, lora_config(model_args), out, [BankProgress(bar, 0, "")])
+            train_expert(
+                base, data, Settings(args, tokenizer, lora_config(model_args)), out, [BankProgress(bar, 0, "")]
+            )
         adapter = Adapter.load(out)
         trained.append(all(bool(tensor.any()) for name, tensor in adapter.tensors.items() if "lora_B" in name))
         stack = GatedStack(base, {"adapter": adapter})
@@ -215,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         rows = random_rows(200 if given.device == "cuda" else 8)
         scorer = make_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
-        assert isinstance(scorer, LogprobScorer)
+        assert isinstance(scorer, CompletionScorer)
         budget = 16384 if given.device == "cuda" else 1024
         for where, targets in (("attention", ATTENTION), ("all linear layers", "all-linear")):
             adapters = random_adapters(model, ADAPTERS, RANK, targets)

@@ -32,7 +32,7 @@ import m2m_hf.plots
 from m2m_hf.cli import main
 from m2m_hf.journal import Journal, cut_short
 from m2m_hf.searcher import MergeToMixSearcher  # noqa: F401 - imported once for all forks
-from m2m_hf.training import AdapterTrainer
+from m2m_hf.training import CompletionTrainer
 
 TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
 APART = (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")
@@ -86,14 +86,14 @@ def fork(work: Callable[[], int], log: Path) -> int:
 
 def count_steps(told: Path) -> None:
     """Has every step of every training leave a line."""
-    real = AdapterTrainer.training_step
+    real = CompletionTrainer.training_step
 
     def step(self, *arguments, **options):
         with open(told, "a") as file:
             file.write(f"{self.args.output_dir} {self.state.global_step}\n")
         return real(self, *arguments, **options)
 
-    AdapterTrainer.training_step = step
+    CompletionTrainer.training_step = step
 
 
 def finish(process: int) -> int:

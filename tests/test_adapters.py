@@ -12,13 +12,14 @@ from test_run import m2m
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
-from m2m_hf.adapters import differing, load_base
+from m2m_hf.bank import differing
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.merging import Adapter, GatedStack
+from m2m_hf.models import load_base
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.training import planned_steps, train_lora
+from m2m_hf.training import planned_steps, train_expert
 
 
 def searcher(project, *flags: str) -> MergeToMixSearcher:
@@ -62,7 +63,7 @@ def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
         args=args,
         train_dataset=one.candidates["gamma"].rows,
         processing_class=one.tokenizer,
-        peft_config=one.lora,
+        peft_config=one._lora(one.model_args),
     )
     fresh.train()
     fresh.model.save_pretrained(tmp_path / "fresh")
@@ -77,7 +78,7 @@ def test_training_gives_the_base_back_untouched(project, checkpointing):
     base = load_base(one.model_args, one.args)
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     attributes = set(vars(base))
-    train_lora(base, one.tokenizer, one.candidates["alpha"].rows, one.args, one.lora, project / "a")
+    train_expert(base, one.candidates["alpha"].rows, one._training(one.args, one.model_args), project / "a")
     assert list(base.state_dict()) == list(state)
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in state.items())
     assert set(vars(base)) == attributes
@@ -92,13 +93,13 @@ def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (project / "out" / "adapters").rglob("*") if path.is_file()}
     shutil.rmtree(project / "out" / "adapters" / "beta")
     trained = []
-    real = train_lora
+    real = train_expert
 
-    def spy(base, tokenizer, rows, args, config, folder, *rest):
+    def spy(base, rows, settings, folder, *rest):
         trained.append(folder.name)
-        return real(base, tokenizer, rows, args, config, folder, *rest)
+        return real(base, rows, settings, folder, *rest)
 
-    monkeypatch.setattr("m2m_hf.adapters.train_lora", spy)
+    monkeypatch.setattr("m2m_hf.bank.train_expert", spy)
     again = searcher(project)
     assert again.bank.check() == ["beta"]
     again.train_adapters()

@@ -10,12 +10,12 @@ from peft import PeftModel
 from test_run import m2m
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.adapters import load_base, lora_config
 from m2m_hf.callbacks import BankProgress
 from m2m_hf.console import Terminal
 from m2m_hf.forward import Question, Request, completion_logprobs
 from m2m_hf.merging import Adapter, GatedStack, write_adapter
-from m2m_hf.training import train_lora
+from m2m_hf.models import load_base, lora_config
+from m2m_hf.training import Settings, train_expert
 
 KINDS = {
     "nf4": {"load_in_4bit": True},
@@ -47,7 +47,7 @@ def train(base, args, folder):
     rows = Dataset.from_list(candidate_rows("alpha"))
     config = lora_config(ModelConfig(lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
     with Terminal(quiet=True).progress("", 3) as bar:
-        train_lora(base, build_tokenizer(), rows, args, config, folder, [BankProgress(bar, 0, "")])
+        train_expert(base, rows, Settings(args, build_tokenizer(), config), folder, [BankProgress(bar, 0, "")])
     return Adapter.load(folder)
 
 

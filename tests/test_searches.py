@@ -140,7 +140,7 @@ def test_a_pool_grows_and_shrinks(project, capsys, monkeypatch):
     config = yaml.safe_load((project / "run.yaml").read_text())
     del config["candidates"]["beta"]
     (project / "run.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("m2m_hf.adapters.train_lora", lambda *args: pytest.fail("an adapter was trained"))
+    monkeypatch.setattr("m2m_hf.bank.train_expert", lambda *args: pytest.fail("an adapter was trained"))
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert "beta" not in summary(project)["singles"]
 

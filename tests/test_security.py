@@ -16,16 +16,16 @@ from conftest import build_adapter, candidate_rows, choice_rows, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from m2m_hf.adapters import load_base
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.data import fill
 from m2m_hf.errors import InputError
 from m2m_hf.journal import MARK, describe_files
 from m2m_hf.merging import Adapter
+from m2m_hf.models import load_base
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.training import train_lora
+from m2m_hf.training import train_expert
 
 
 class Bomb:
@@ -157,7 +157,7 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
 
     def train(*callbacks):
         rows = one.candidates["alpha"].rows
-        return train_lora(one.base, one.tokenizer, rows, one.args, one.lora, tmp_path / "run", callbacks)
+        return train_expert(one.base, rows, one._training(one.args, one.model_args), tmp_path / "run", callbacks)
 
     with pytest.raises(KeyboardInterrupt):
         train(Stop())

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import choice_rows, project_folder, write_rows
 
-from m2m_hf import InputError, adapters, trained
+from m2m_hf import InputError, bank, trained
 from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.journal import Journal
@@ -106,8 +106,8 @@ def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr(trained, "train_lora", fail)
-    monkeypatch.setattr(adapters, "train_lora", fail)
+    monkeypatch.setattr(trained, "train_expert", fail)
+    monkeypatch.setattr(bank, "train_expert", fail)
     monkeypatch.setattr(ChoiceScorer, "score", fail)
     assert m2m("fidelity", "--config", path) == 0
     assert ((project / "out" / "fidelity.json").read_bytes(), (project / "out" / "trials.jsonl").read_bytes()) == before
@@ -118,7 +118,7 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
     whole = json.loads((project / "out" / "fidelity.json").read_text())
     again = project / "again"
     done = 0
-    real = trained.train_lora
+    real = trained.train_expert
 
     def stops(*args, **kwargs):
         nonlocal done
@@ -127,7 +127,7 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trained, "train_lora", stops)
+    monkeypatch.setattr(trained, "train_expert", stops)
     assert m2m("fidelity", "--config", path, "--output_dir", again) == 130
     assert m2m("fidelity", "--config", path, "--output_dir", again) == 0
     found = json.loads((again / "fidelity.json").read_text())
@@ -279,7 +279,7 @@ def test_verification_obeys_min_delta(studied, capsys):
 
 def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, capsys):
     path = project / "run.yaml"
-    real = trained.train_lora
+    real = trained.train_expert
 
     def diverges(base, tokenizer, rows, *rest):
         if (
@@ -290,13 +290,13 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
             raise TrainingFailedError("training for x diverged: loss nan, weights not finite")
         return real(base, tokenizer, rows, *rest)
 
-    monkeypatch.setattr(trained, "train_lora", diverges)
+    monkeypatch.setattr(trained, "train_expert", diverges)
     assert m2m("fidelity", "--config", path) == 0
     assert "left out: alpha + beta could not be fine-tuned" in capsys.readouterr().out
     found = json.loads((project / "out" / "fidelity.json").read_text())
     assert len(found["mixtures"]) == 6
     assert found["failed"][0]["mixture"] == {"alpha": 0.5, "beta": 0.5}
-    monkeypatch.setattr(trained, "train_lora", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trained, "train_expert", lambda *args: pytest.fail("trained again"))
     assert m2m("fidelity", "--config", path) == 0
 
 

@@ -17,7 +17,7 @@ from m2m_hf.errors import StoppedError
 from m2m_hf.journal import MARK, altered, cut_short, hidden
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.training import finished, last_checkpoint, publish, train_lora, verdict
+from m2m_hf.training import finished, last_checkpoint, publish, train_expert, verdict
 
 TIMES = {"seconds", "peak_memory_bytes"}
 
@@ -47,7 +47,9 @@ class KillAt(TrainerCallback):
 
 
 def train(one: MergeToMixSearcher, folder: Path, callbacks=(), of: str = "x"):
-    return train_lora(one.base, one.tokenizer, one.candidates["alpha"].rows, one.args, one.lora, folder, callbacks, of)
+    return train_expert(
+        one.base, one.candidates["alpha"].rows, one._training(one.args, one.model_args), folder, callbacks, of
+    )
 
 
 @pytest.fixture
@@ -169,14 +171,13 @@ def test_a_training_that_something_ends_early_is_not_taken_for_finished(checkpoi
 
 def test_verdicts():
     args = SFTConfig(output_dir="x", use_cpu=True, bf16=False)
-    sound = {"lora_A": torch.ones(2), "lora_B": torch.ones(2)}
-    assert verdict(sound, 1.0, [3.0, 1.0], args, 100) is None
-    assert verdict(sound, 1.0, [1.0, 5.0], args, 100) is None  # worse, but not worse than guessing
-    assert verdict(sound, 1.0, [9.0, 9.5], args, 100) is None  # as bad as it began
-    assert "exploded" in verdict(sound, 1.0, [1.0, 6.0], args, 100)
-    assert "learned nothing" in verdict(sound | {"lora_B": torch.zeros(2)}, 1.0, [3.0, 3.0], args, 100)
-    assert "diverged" in verdict(sound, float("nan"), [], args, 100)
-    assert "diverged" in verdict(sound | {"lora_A": torch.tensor([1.0, float("inf")])}, 1.0, [], args, 100)
+    assert verdict(True, True, 1.0, [3.0, 1.0], args, 100) is None
+    assert verdict(True, True, 1.0, [1.0, 5.0], args, 100) is None  # worse, but not worse than guessing
+    assert verdict(True, True, 1.0, [9.0, 9.5], args, 100) is None  # as bad as it began
+    assert "exploded" in verdict(True, True, 1.0, [1.0, 6.0], args, 100)
+    assert "learned nothing" in verdict(True, False, 1.0, [3.0, 3.0], args, 100)
+    assert "diverged" in verdict(True, True, float("nan"), [], args, 100)
+    assert "diverged" in verdict(False, True, 1.0, [], args, 100)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import evaluate
 
 from ..errors import InputError
 
-SHIPPED = ("accuracy", "exact_match", "numeric_match", "token_f1")
+SHIPPED = ("accuracy", "exact_match", "macro_f1", "numeric_match", "token_f1")
 RESAMPLES = 200  # of the bootstrap: its error on a standard error is then about 5 %
 
 

@@ -1,38 +1,36 @@
-"""The bank: one LoRA adapter per candidate, all trained alike, none trained twice.
+"""The bank: one expert per candidate, all trained alike, none trained twice.
 
-Uniformity is what makes the average of the adapters stand in for training on the mixture (arXiv 2505.16066), so everything
-that could tell two adapters apart except their data is written down, compared, and refused where it differs.
+Uniformity is what makes the average of the experts stand in for training on the mixture (arXiv 2505.16066), so everything
+that could tell two of them apart except their data is written down, compared, and refused where it differs.
 """
 
-import copy
 import json
+import math
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
-from accelerate.utils import patch_environment
-from bitsandbytes.nn import Linear4bit
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RevisionResolutionError
-from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
-from trl.trainer.utils import create_model_from_path
+from peft import LoraConfig
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from .callbacks import BankProgress
 from .console import Terminal, duration
 from .data import Candidate
+from .deltas import DELTA_FILE, floats, save_delta
 from .errors import InputError
+from .heads import SUFFIX, HeadPlan
 from .journal import altered, cut_short, file_fingerprint, files_of, fingerprint, hidden, read_json, sync
-from .merging import ADAPTER_FILES, Adapter, refuse_unless_averageable
+from .merging import ADAPTER_FILES, Adapter
+from .methods import Expert
+from .models import lora_facts
 from .training import (
+    Settings,
     TrainingFailedError,
     agreed,
     finished,
@@ -41,7 +39,7 @@ from .training import (
     planned_steps,
     publish,
     sharded,
-    train_lora,
+    train_expert,
 )
 
 # Settings that change where or how something is told, not what is learned.
@@ -57,276 +55,77 @@ OPERATIONAL = {
     "greater_is_better", "model_init_kwargs", "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
 NEEDED = {"fingerprint", "data", "uniform", "steps", "seconds", "files"}  # in every `training.json`
+HEADS_APART = (
+    "heads that were trained for one candidate each belong to labels of their own, and their average to none. Expected experts "
+    "whose head is the base model's, or that have none"
+)
+MOST_MOVED = 0.5  # of the norm of the base's weights: fine-tuning moves them by a few percent
 LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
 
 
-def lora_config(model_args: ModelConfig) -> LoraConfig:
-    """The LoRA shape that `model_args` describe, as TRL builds it.
-
-    Raises:
-        InputError: one that cannot be averaged (DoRA, modules_to_save, ...).
-    """
-    model_args = copy.copy(model_args)
-    model_args.use_peft = True
-    try:
-        config = get_peft_config(model_args)
-    except Exception as error:  # whatever PEFT makes of what it is given
-        raise InputError(f"lora: {str(error) or type(error).__name__}") from error
-    refuse_unless_averageable(config, "configuration")
-    return config
-
-
-def model_config(model: str, lora: LoraConfig, loading: Mapping[str, Any]) -> ModelConfig:
-    """TRL's `ModelConfig` of a base model and a LoRA shape, as `lora_config` takes it.
-
-    Args:
-        loading: what `from_pretrained` is given: `dtype`, `revision`, `attn_implementation`.
-
-    Raises:
-        InputError: a shape, or a way of loading, that it cannot say.
-    """
-    names = {
-        "dtype": "dtype",
-        "torch_dtype": "dtype",
-        "revision": "model_revision",
-        "attn_implementation": "attn_implementation",
-    }
-    if others := loading.keys() - names:
-        raise InputError(f"model_init_kwargs: expected {', '.join(names)} alone, got {', '.join(sorted(others))}")
-    modules = sorted(lora.target_modules) if isinstance(lora.target_modules, set) else lora.target_modules
-    if isinstance(modules, list) and len(modules) == 1:
-        modules *= 2  # of a list of one ModelConfig would make a text, which PEFT takes for a regular expression
-    options: dict[str, Any] = {"dtype": "float32"}
-    options |= {names[name]: str(value).removeprefix("torch.") for name, value in loading.items()}
-    made = ModelConfig(
-        model_name_or_path=model,
-        use_peft=True,
-        lora_r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        lora_target_modules=modules,
-        use_rslora=lora.use_rslora,
-        **options,
-    )
-    refuse_unless_averageable(lora, "peft_config")
-    given, said = lora_facts(lora), lora_facts(lora_config(made))
-    for name, value in given.items():
-        if name != "lora_config.task_type" and value != said[name]:
-            raise InputError(
-                f"peft_config: {name.removeprefix('lora_config.')}={value!r} cannot be said in a run's configuration, which has "
-                "lora_r, lora_alpha, lora_dropout, lora_target_modules and use_rslora; leave it out"
-            )
-    return made
-
-
-def pin_revision(model_args: ModelConfig) -> ModelConfig:
-    """`model_args` with the revision of a Hub model replaced by its commit, so that everything is loaded from the same one.
-
-    Raises:
-        InputError: no such model or revision.
-    """
-    if Path(model_args.model_name_or_path).is_dir():
-        return model_args
-    model_args = copy.copy(model_args)
-    try:
-        revision = HfApi().resolve_revision(model_args.model_name_or_path, revision=model_args.model_revision)
-    except (OSError, ValueError, RevisionResolutionError) as error:
-        raise not_found(model_args, error) from error
-    model_args.model_revision = revision.resolved
-    return model_args
-
-
-def not_found(model_args: ModelConfig, error: Exception) -> InputError:
-    """What to say where the model cannot be found or read."""
-    return InputError(
-        f"model_name_or_path: {model_args.model_name_or_path!r} is neither a local model folder nor a model that the Hub "
-        f"shows ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-    )
-
-
-def load_tokenizer(model_args: ModelConfig, args: SFTConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that TRL would load for this model, with the special tokens and the chat template that it would set.
-
-    Raises:
-        InputError: no such model or tokenizer, or a token that it does not have.
-    """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise not_found(model_args, error) from error
-    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
-    tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    for name in ("eos_token", "pad_token"):
-        if getattr(tokenizer, name) not in tokenizer.get_vocab():
-            raise InputError(f"{name}: {getattr(tokenizer, name)!r} is not a token of this model; give one that is")
-    if args.chat_template_path is not None:
-        if not Path(args.chat_template_path).is_file():
-            raise InputError(f"chat_template_path: expected a Jinja file, got {args.chat_template_path!r}")
-        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
-    return tokenizer
-
-
-@contextmanager
-def unsharded(args: SFTConfig) -> Iterator[None]:
-    """While active, models are loaded with all their weights on every process, also where training will cut them into pieces."""
-    plugin = args.deepspeed_plugin
-    with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-        if plugin is not None:
-            unset_hf_deepspeed_config()
-        try:
-            yield
-        finally:
-            if plugin is not None:
-                set_hf_deepspeed_config(plugin.dschf)
-
-
-def check_model(model_args: ModelConfig, args: SFTConfig, config: LoraConfig) -> int:
-    """Tries everything about the model that needs no weights: its configuration, its attention, the LoRA shape on its layers.
-
-    Returns:
-        The number of positions that the model has (a million where it does not say).
-
-    Raises:
-        InputError: whatever of it cannot work.
-    """
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise not_found(model_args, error) from error
-    try:
-        with torch.device("meta"), unsharded(args):
-            model = transformers.AutoModelForCausalLM.from_config(
-                model_config, attn_implementation=model_args.attn_implementation
-            )
-    except Exception as error:
-        raise InputError(
-            f"model_name_or_path: {model_args.model_name_or_path!r} is no causal LM to be used ({error})"
-        ) from error
-    try:
-        get_peft_model(model, copy.deepcopy(config))
-    except Exception as error:
-        raise InputError(
-            f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
-            f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
-        ) from error
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return positions or 1_000_000
-
-
-def load_base(model_args: ModelConfig, args: SFTConfig, to_train: bool = False) -> PreTrainedModel:
-    """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses; safetensors only.
-
-    With `load_in_4bit` or `load_in_8bit` bitsandbytes quantises it while it is loaded.
-
-    Args:
-        to_train: under FSDP or DeepSpeed, as their training wants it, which moves and cuts it itself; it can then not be scored.
-
-    Raises:
-        InputError: no such model.
-    """
-    state = PartialState()
-    kwargs: dict[str, Any] = {}
-    if state.num_processes > 1:
-        kwargs["device_map"] = None
-    if quantization := get_quantization_config(model_args):
-        kwargs["quantization_config"] = quantization
-        if state.num_processes > 1 and state.device.type != "cpu":
-            kwargs["device_map"] = {"": state.local_process_index}
-    to_train = to_train and sharded()
-    try:
-        with nullcontext() if to_train else unsharded(args):
-            model = create_model_from_path(
-                model_args.model_name_or_path,
-                revision=model_args.model_revision,
-                attn_implementation=model_args.attn_implementation,
-                dtype=model_args.dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                **kwargs,
-            )
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            # On processors with AVX512-BF16 bitsandbytes 0.50 repacks the weights in place when it first infers with them. It
-            # rounds their scales, and from then on no gradient passes through the layer, without a word.
-            layer.support_avx512bf16_for_cpu = False
-    placed = to_train or quantization or hasattr(model, "hf_device_map")
-    return model if placed else model.to(args.device)
-
-
-def base_fingerprint(model_args: ModelConfig) -> str:
-    """Recognises the base weights: the bytes of a local folder's safetensors, or the commit of a Hub model.
-
-    Raises:
-        InputError: a local folder without safetensors.
-    """
-    folder = Path(model_args.model_name_or_path)
-    if not folder.is_dir():
-        return str(model_args.model_revision)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").exists():
-        raise InputError(f"{folder}: expected config.json and *.safetensors in it; other weight files are not loaded")
-    return file_fingerprint([folder / "config.json", *weights])
-
-
-def quantization_facts(model_args: ModelConfig) -> dict[str, Any] | None:
-    """How the base is quantised, as plain values; None where it is not."""
-    config = get_quantization_config(model_args)
-    return None if config is None else {**config.to_diff_dict(), "version.bitsandbytes": version("bitsandbytes")}
-
-
 def uniform_facts(
     args: SFTConfig,
-    config: LoraConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    config: LoraConfig | None,
+    processing: Mapping[str, Any],
     base: str,
     dtype: str | None,
     data_format: str,
-    quantization: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything beside the data that an adapter depends on, flat, so that what differs can be named.
+    """Everything beside the data that an expert depends on, flat, so that what differs can be named.
 
     Args:
+        config: the LoRA shape; None for full experts.
+        processing: what prepares the data, see `tokenizer_facts`.
         base: fingerprint of the base weights.
         dtype: the base's dtype as asked for.
-        data_format: the run's format (`data.py`).
-        quantization: what bitsandbytes does to the base, see `quantization_facts`.
+        data_format: the run's format (`data.py`, `labelled.py`).
+        more: how the base is quantised, where the head comes from, what a full expert trains and keeps.
     """
-    facts: dict[str, Any] = {"base_model": base, "dtype": dtype, "data_format": data_format}
-    if quantization:
-        facts["quantization"] = fingerprint(quantization)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    facts["tokenizer"] = fingerprint([content, str(tokenizer.special_tokens_map)])
-    facts["chat_template"] = fingerprint(tokenizer.chat_template) if data_format != "text" else None
+    facts: dict[str, Any] = {
+        "base_model": base,
+        "dtype": dtype,
+        "data_format": data_format,
+        **processing,
+        **(more or {}),
+    }
     facts["processes"] = PartialState().num_processes
     if sharded():
         facts["sharded"] = True  # accelerate then trains in float32 where it would otherwise not
     for name, value in args.to_dict().items():
         if name not in OPERATIONAL:
             facts[name] = getattr(args, name) if name.endswith("_token") else value  # to_dict hides tokens, as secrets
-    facts |= lora_facts(config)
+    if config is not None:
+        facts |= lora_facts(config)
     for library in LIBRARIES:
         facts[f"version.{library}"] = version(library)
     # As JSON gives them back, so that what is in memory compares with what was written.
     return dict(sorted(json.loads(json.dumps(facts, default=str)).items()))
 
 
-def lora_facts(config: LoraConfig) -> dict[str, Any]:
-    """The shape of an adapter, as JSON gives it back."""
-    aside = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping")
-    found = {
-        f"lora_config.{name}": sorted(value) if isinstance(value, set) else value
-        for name, value in config.to_dict().items()
-        if name not in aside
+def refuse_head(changed: Sequence[str], plan: HeadPlan | None, where: str) -> None:
+    """Refuses an expert that has changed the head.
+
+    Args:
+        changed: names of the modules or weights that it changes.
+
+    Raises:
+        InputError: with the reason.
+    """
+    kept = plan.untrained if plan is not None and plan.own is not None else None
+    if head := [name for name in changed if kept and re.fullmatch(kept, name)]:
+        raise InputError(f"{where} has trained {', '.join(head[:3])}: {HEADS_APART}")
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Any]:
+    """What recognises a tokenizer, and where it is used its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return {
+        "tokenizer": fingerprint([content, str(tokenizer.special_tokens_map)]),
+        "chat_template": fingerprint(tokenizer.chat_template) if chat else None,
     }
-    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -335,7 +134,7 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return [f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)" for name in names]
 
 
-class AdapterBank:
+class Bank:
     """The adapters of one run, in `OUT/adapters/<candidate>/`.
 
     A candidate whose training failed has a folder too, which says why in place of an adapter.
@@ -428,7 +227,7 @@ class AdapterBank:
             self._refuse_others(name, record, folder, there if len(there) == len(self.candidates) else {})
             if (reason := cut_short(folder / name)) or altered(folder / name):
                 raise InputError(f"{folder / name}: {reason or 'not what was trained'}; fetch it again")
-            Adapter.load(folder / name)
+            load_trained(folder / name)
         if PartialState().is_main_process:
             for name, record in there.items():
                 partial = hidden(self.folder / name)
@@ -442,7 +241,7 @@ class AdapterBank:
         if there:
             terminal.say(f"took {len(there)} adapters that were trained elsewhere: {', '.join(there)}")
 
-    def adopt(self, others: Mapping[str, tuple[str, Path]], terminal: Terminal) -> None:
+    def adopt(self, others: Mapping[str, tuple[str, Path]], plan: HeadPlan | None, terminal: Terminal) -> None:
         """Takes adapters that were not trained by this package, as far as their files tell that they may be averaged.
 
         What they do not tell, such as the learning rate, is taken on trust: recorded as `unknown` in `training.json`, and
@@ -450,22 +249,26 @@ class AdapterBank:
 
         Args:
             others: candidate -> (what was given, the folder of the adapter).
+            plan: of the head of a classification run.
 
         Raises:
             InputError: one that is no LoRA adapter that can be averaged, or of another shape than this run's.
         """
-        unknown: list[str] = []
         for name, (source, folder) in others.items():
             adapter = Adapter.load(folder)
             shape = lora_facts(adapter.config)
-            del shape["lora_config.task_type"]  # which plain scripts leave out
+            for name_only in (
+                "task_type",
+                "exclude_modules",
+            ):  # of which the first is often left out, the second has had its effect
+                del shape[f"lora_config.{name_only}"]
+            refuse_head([*adapter.parts()], plan, f"adapters.{name}: {source}")
             ours = {fact: value for fact, value in self.facts[name].items() if fact in shape}
             if differences := differing(ours, shape):
                 raise InputError(
                     f"adapters.{name}: {source} has another shape than this run asks for: {'; '.join(differences)}. The final "
                     "model is trained with this run's: give the shape of the adapters in the configuration"
                 )
-            unknown = [fact for fact in self.facts[name] if fact not in shape]
             base = adapter.config.base_model_name_or_path
             if base:
                 terminal.say(f"  {name}: says that it was trained on {base}", "dim")
@@ -477,21 +280,7 @@ class AdapterBank:
                     shutil.copyfile(folder / file, partial / file)
             PartialState().wait_for_everyone()
             weights = file_fingerprint([folder / file for file in ADAPTER_FILES])
-            data = self.candidates[name].fingerprint
-            publish(
-                self.folder / name,
-                {
-                    "candidate": name,
-                    "fingerprint": fingerprint([self.facts[name], data, weights]),
-                    "data": data,
-                    "rows": len(self.candidates[name].rows),
-                    "steps": 0,
-                    "seconds": 0.0,
-                    "source": source,
-                    "unknown": unknown,
-                    "uniform": self.facts[name],
-                },
-            )
+            self._publish_adopted(name, source, weights, [fact for fact in self.facts[name] if fact not in shape], {})
         if others:
             terminal.say(
                 f"took {len(others)} adapters that others have trained: {', '.join(others)}. Their files tell rank, scaling and "
@@ -499,11 +288,100 @@ class AdapterBank:
                 "yellow",
             )
 
+    def adopt_models(
+        self,
+        others: Mapping[str, tuple[str, Path]],
+        base: PreTrainedModel,
+        load: Callable[[Path], PreTrainedModel],
+        plan: HeadPlan | None,
+        terminal: Terminal,
+    ) -> None:
+        """The same of finished fine-tunes of all parameters: what each has changed of the base becomes an expert.
+
+        Args:
+            others: candidate -> (what was given, the folder of the model).
+            base: the run's base model.
+            load: loads a model as the base was loaded.
+
+        Raises:
+            InputError: a model of another architecture, with a head of its own, or that is no fine-tune of the base.
+        """
+        before = floats(base)
+        for name, (source, folder) in others.items():
+            where = f"experts.{name}: {source}"
+            architecture = next(
+                iter(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or ()), ""
+            )
+            if plan is not None and plan.own is None and architecture.endswith(SUFFIX[plan.task]):
+                raise InputError(f"{where} is a {architecture}, whose classifier was trained with it: {HEADS_APART}")
+            after = floats(load(folder))
+            if [(key, one.shape) for key, one in before.items()] != [(key, one.shape) for key, one in after.items()]:
+                others_too = sorted({key for key in {*before, *after} if key not in before or key not in after}) or [
+                    "shapes"
+                ]
+                raise InputError(f"{where} has other weights than the base model: {', '.join(others_too[:3])}")
+            changed = [key for key, one in before.items() if not torch.equal(one, after[key])]
+            refuse_head(changed, plan, where)
+            size = math.sqrt(sum(float(one.double().square().sum()) for one in before.values()))
+            moved = math.sqrt(
+                sum(float((after[key].double() - before[key].double()).square().sum()) for key in changed)
+            )
+            if not changed or not moved < MOST_MOVED * size:
+                raise InputError(
+                    f"{where} is {moved / size:.0%} of the base's weights away from them: "
+                    + ("it is the base itself" if not changed else "expected a fine-tune of the base model")
+                )
+            terminal.say(
+                f"  {name}: {len(changed)} of {len(before)} weights changed, by {moved / size:.2%} of the base's", "dim"
+            )
+            kept: dict[str, Any] = {}
+            if PartialState().is_main_process:
+                partial = hidden(self.folder / name)
+                shutil.rmtree(partial, ignore_errors=True)
+                dtype = self.facts[name]["delta_dtype"]
+                kept = save_delta(partial, before, after, getattr(torch, dtype)) | {"dtype": dtype}
+            del after
+            weights = agreed(file_fingerprint([hidden(self.folder / name) / DELTA_FILE]) if kept else None)
+            known = ("base_model", "dtype", "data_format")
+            unknown = [fact for fact in self.facts[name] if fact not in known]
+            self._publish_adopted(name, source, weights, unknown, {"kept": kept})
+        if others:
+            terminal.say(
+                f"took {len(others)} fine-tunes that others have made: {', '.join(others)}. Their weights tell architecture and "
+                "distance from the base; data, learning rate, epochs, batch size, seed and versions are taken on trust",
+                "yellow",
+            )
+
+    def _publish_adopted(
+        self, name: str, source: str, weights: str, unknown: Sequence[str], more: Mapping[str, Any]
+    ) -> None:
+        """Puts an expert of others into its place.
+
+        Args:
+            weights: recognises its files.
+            unknown: what these do not tell.
+        """
+        data = self.candidates[name].fingerprint
+        publish(
+            self.folder / name,
+            {
+                "candidate": name,
+                "fingerprint": fingerprint([self.facts[name], data, weights]),
+                "data": data,
+                "rows": len(self.candidates[name].rows),
+                "steps": 0,
+                "seconds": 0.0,
+                "source": source,
+                "unknown": list(unknown),
+                **more,
+                "uniform": self.facts[name],
+            },
+        )
+
     def train_missing(
         self,
         base: Callable[[], PreTrainedModel],
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Callable[[str], tuple[SFTConfig, LoraConfig]],
+        settings: Callable[[str], Settings],
         terminal: Terminal,
     ) -> None:
         """Trains the adapters that `check` names, one after another, each on what `base` gives and with what `settings` give.
@@ -516,7 +394,7 @@ class AdapterBank:
         torn = {name: cut_short(self.folder / name) for name in asked if (self.folder / name).exists()}
         missing = [name for name in asked if not finished(self.folder / name, of[name])]
         steps = {
-            name: planned_steps(settings(name)[0], self.candidates[name].trained_rows, self.candidates[name].tokens)
+            name: planned_steps(settings(name).args, self.candidates[name].trained_rows, self.candidates[name].tokens)
             for name in missing
         }
         for name in missing:
@@ -535,11 +413,10 @@ class AdapterBank:
                 }
                 done += steps[name]
                 try:
-                    record = train_lora(
+                    record = train_expert(
                         base(),
-                        tokenizer,
                         self.candidates[name].rows,
-                        *settings(name),
+                        settings(name),
                         hidden(folder),
                         [progress],
                         of[name],
@@ -553,10 +430,8 @@ class AdapterBank:
                 publish(folder, {**about, **record, "uniform": self.facts[name]})
                 curve = [loss for _, loss in record["loss_curve"]]
                 loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
-                terminal.say(
-                    f"  {name}: {record['steps']:,} steps, {record['tokens']:,} tokens, "
-                    f"loss {loss}, {duration(record['seconds'])}"
-                )
+                seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
+                terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
 
         records = self.training().values()
         PartialState().wait_for_everyone()
@@ -587,8 +462,8 @@ class AdapterBank:
             records[name] = record
         return records
 
-    def load(self) -> dict[str, Adapter]:
-        """Name -> adapter, from the disk; without those that failed.
+    def load(self) -> dict[str, Expert]:
+        """Name -> expert, from the disk; without those that failed.
 
         Raises:
             InputError: one that is not the one that was trained.

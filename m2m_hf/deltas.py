@@ -1,0 +1,172 @@
+"""Full-parameter experts: what fine-tuning changed of every weight, kept in safetensors; and exact sums of several.
+
+An expert is the difference δ = θ - θ0 of its fine-tuned weights from the base's (a task vector: Ilharco et al., 2212.04089).
+A mixture's model has the weights θ0 + Σ w_i δ_i. Experts stay on the disk and are read one tensor at a time.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .errors import InputError
+
+DELTA_FILE = "delta.safetensors"
+BITS = 30  # of a sum: one less than there are, so that rounding cannot overflow
+
+
+def floats(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every weight that training may change, once: parameters and the buffers that a checkpoint holds, under their first name."""
+    kept = set(model.state_dict(keep_vars=True))
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in kept and tensor.is_floating_point() and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def save_delta(
+    folder: Path, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Writes what was changed as `delta.safetensors`; weights that are as they were are left out.
+
+    The difference is taken in fp32. Of two fp32 numbers within a factor of two of each other it is exact (Sterbenz, 1974), as
+    that of two bf16 numbers nearly always is, so that θ0 + δ is the fine-tuned weight again. A smaller `dtype` loses digits.
+
+    Args:
+        before: name -> weight of the base.
+        after: the same names and shapes, fine-tuned.
+        dtype: that it is written in.
+
+    Returns:
+        For `training.json`: parameters kept, and the share of the delta's norm that its dtype has lost.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    total = lost = 0.0
+    for name, weight in before.items():
+        delta = after[name].detach().to("cpu", torch.float32) - weight.to("cpu", torch.float32)
+        if delta.any():
+            kept[name] = delta.to(dtype).contiguous()
+            total += float(delta.double().square().sum())
+            lost += float((kept[name].double() - delta.double()).square().sum())
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / DELTA_FILE, metadata={"format": "pt"})
+    parameters = sum(tensor.numel() for tensor in kept.values())
+    return {"parameters": parameters, "lost": round(math.sqrt(lost / total), 9) if total else 0.0}
+
+
+class Delta:
+    """A full-parameter expert on the disk.
+
+    Args:
+        folder: that holds `delta.safetensors`.
+
+    Raises:
+        InputError: no such file, or one that holds other things than numbers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / DELTA_FILE
+        try:
+            with safe_open(self.path, "pt") as file:
+                # Of the file's order, since what is read in that order is read in one go.
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+                kinds = {file.get_slice(name).get_dtype() for name in self.shapes}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path}: expected the weights of a full-parameter expert ({error})") from error
+        if others := kinds - {"F64", "F32", "F16", "BF16"}:
+            raise InputError(f"{self.path}: expected floating-point numbers, got {', '.join(sorted(others))}")
+
+    def delta(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """What was added to the weight `name`, in fp32."""
+        with safe_open(self.path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.to(device, torch.float32)
+
+
+class Shelf:
+    """Tensors put aside on the disk, to be read one by one; gone when this object is.
+
+    Args:
+        tensors: by name.
+        folder: in which a hidden folder is made for them (None: where temporary files go).
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], folder: Path | None) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._place = tempfile.TemporaryDirectory(prefix=".base-", dir=folder)
+        self._path = Path(self._place.name) / "base.safetensors"
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, self._path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(
+            self._path, "pt"
+        ) as file:  # anew each time, or the file would stay in memory as far as it was read
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        self._place.cleanup()
+
+
+class Sums:
+    """Σ δ_i over a set of experts that changes by one or two at a time, for every weight; exact.
+
+    Sums in floating point keep a trace of what was added and taken away before: the same mixture would have other weights when
+    the search goes another way, and the error would grow with its length. These are of 32-bit integers, in a unit for every
+    weight that no sum of all experts can overflow: a power of two, about 2^-30 of the largest sum possible. What is added can be
+    taken away without a trace, so nothing accumulates, and the order plays no part. The unit is finer than fp32 is at that sum.
+
+    Args:
+        experts: by name; each reads its own tensors.
+        changed: the weights of the model that any of them changes -> shape.
+
+    Raises:
+        InputError: numbers that are not finite.
+    """
+
+    def __init__(self, experts: Mapping[str, Delta], changed: Mapping[str, torch.Size]) -> None:
+        self._experts = experts
+        self._units: dict[str, float] = {}
+        self._sums = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in changed.items()}
+        self._members: frozenset[str] | None = frozenset()
+        for name in changed:
+            largest = sum(float(one.delta(name).abs().max()) for one in experts.values() if name in one.shapes)
+            if not math.isfinite(largest):
+                raise InputError(f"{name}: not all experts have finite numbers there")
+            self._units[name] = max(2.0 ** (math.frexp(largest)[1] - BITS), torch.finfo(torch.float32).tiny)
+
+    def to(self, members: Collection[str], write: Callable[[str, torch.Tensor], None]) -> None:
+        """Goes to the sums over these experts, weight by weight.
+
+        Args:
+            write: is given every weight's name and its sum in fp32.
+        """
+        wanted = frozenset(members)
+        here = self._members
+        added, dropped = wanted - (here or frozenset()), (here or frozenset()) - wanted
+        anew = here is None or len(added) + len(dropped) > len(wanted)
+        self._members = None  # until all is done: whoever interrupts this leaves some weights behind
+        for name, total in self._sums.items():
+            if anew:
+                total.zero_()
+            for one in sorted(wanted if anew else added):
+                self._add(total, one, name, 1)
+            for one in () if anew else sorted(dropped):
+                self._add(total, one, name, -1)
+            write(name, total.to(torch.float32).mul_(self._units[name]))
+        self._members = wanted
+
+    def _add(self, total: torch.Tensor, expert: str, name: str, sign: int) -> None:
+        if name in self._experts[expert].shapes:
+            delta = self._experts[expert].delta(name)
+            total.add_((delta / self._units[name]).round_().to(torch.int32), alpha=sign)

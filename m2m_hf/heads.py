@@ -1,0 +1,212 @@
+"""The head of a classifier: what makes a score for every label of a model's output. It is frozen, and one for all.
+
+Parameters can be averaged only where they stand for the same thing. Heads that were trained for one candidate each do not: their
+rows belong to labels of their own, and the weights below them have learned to speak to them. So the head is fixed before anything
+is trained. It is either the classifier that the base model already has, or made of the labels' names: the base encoder's own
+embedding of them, as CLIP classifies by its text tower (arXiv 2103.00020). A label's row then depends on its name alone, so that
+datasets whose labels are their own share one space.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from .errors import InputError
+from .journal import fingerprint
+
+HEAD_FILE = "head.safetensors"
+SCALE = 20.0  # of a cosine in the softmax: the temperature of 0.05 with which sentence encoders are trained
+LONGEST = 64  # tokens of a label's name
+SUFFIX = {"sequence_classification": "ForSequenceClassification", "image_classification": "ForImageClassification"}
+# Families with a text tower beside their image tower -> (the latter alone, the field of its output that holds the embedding).
+TOWERS = {
+    "clip": ("CLIPVisionModelWithProjection", "image_embeds"),
+    "siglip": ("SiglipVisionModel", "pooler_output"),
+}
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Where the head of a run comes from, as the base model's configuration tells before any weights are there.
+
+    Args:
+        task: `sequence_classification` or `image_classification`.
+        model_class: of transformers, that loads the base model.
+        own: label -> column of the classifier that the model has; None where the head is made of names.
+        pooling: how a row's features are taken from the output: `mean` or `cls` over tokens, or a field of it.
+        two_towers: whether names are embedded by a text tower beside what is trained.
+        prefix: of the weights below a classifier of its own.
+    """
+
+    task: str
+    model_class: str
+    own: Mapping[str, int] | None
+    pooling: str
+    two_towers: bool = False
+    prefix: str | None = None
+
+    @property
+    def untrained(self) -> str | None:
+        """A pattern of the modules that no expert may change: the head, and a pooler that nothing reads."""
+        if self.own is not None:
+            return rf"(?!{self.prefix}\.).*"
+        return r"(.*\.)?pooler(\..*)?" if self.pooling in ("mean", "cls") else None
+
+
+def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
+    """What the head will be.
+
+    Raises:
+        InputError: a model that has neither a classifier of its own nor a way to embed names.
+    """
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    architecture = next(iter(config.architectures or ()), "")
+    if architecture.endswith(SUFFIX[task]):
+        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+            raise InputError(
+                f"model_name_or_path: {model!r} gives {config.problem_type or 'a single number'}; expected a classifier of which "
+                "one label is right"
+            )
+        own = {str(label): int(column) for column, label in config.id2label.items()}
+        loads: Any = getattr(transformers, architecture)
+        return HeadPlan(task, architecture, own, "logits", prefix=loads.base_model_prefix)
+    if task == "sequence_classification":
+        return HeadPlan(task, "AutoModel", None, sentence_pooling(model, revision))
+    if config.model_type in TOWERS:
+        image, pooling = TOWERS[config.model_type]
+        return HeadPlan(task, image, None, pooling, two_towers=True)
+    raise InputError(
+        f"model_name_or_path: {model!r} ({config.model_type}) has no classifier, and no text tower that could make one of the "
+        f"labels' names. A head trained for every candidate apart could not be averaged. Give a model with a trained classifier "
+        f"over your labels (...{SUFFIX[task]}), or one of {', '.join(TOWERS)}"
+    )
+
+
+def sentence_pooling(model: str, revision: str | None) -> str:
+    """How a sentence encoder pools its tokens, as sentence-transformers writes it beside the weights; else their mean."""
+    path = cached_file(
+        model, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    if found.get("pooling_mode_cls_token"):
+        return "cls"
+    return "mean"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen head.
+
+    Args:
+        labels: that it knows, in the order of its scores.
+        plan: where it comes from.
+        vectors: of length 1, of shape (labels, features), fp32; None where the scores are columns of the model's own logits.
+        scale: of the cosines.
+        closed: whether every row is a choice among all labels, and not only among those of its own dataset.
+    """
+
+    labels: tuple[str, ...]
+    plan: HeadPlan
+    vectors: torch.Tensor | None = None
+    scale: float = SCALE
+    closed: bool = True
+    _columns: list[int] = field(default_factory=list)
+
+    def scores(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        """The score of every label, of shape (rows, labels), fp32; their softmax over the labels that may be right is the answer.
+
+        Args:
+            outputs: of the model.
+            mask: the text's attention mask, of shape (rows, tokens).
+        """
+        if self.vectors is None:
+            logits: torch.Tensor = outputs.logits.float()[:, self._columns]
+            return logits
+        found = nn.functional.normalize(features(outputs, mask, self.plan.pooling), dim=-1)
+        return self.scale * found @ self.vectors.to(found.device).T
+
+    def places(self, labels: Sequence[str]) -> list[int]:
+        """Where labels stand among the scores."""
+        return [self.labels.index(label) for label in labels]
+
+    def save(self, folder: Path) -> None:
+        """Writes vectors and what else is needed to classify without this package as `head.safetensors`."""
+        assert self.vectors is not None
+        about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling}
+        save_file({"vectors": self.vectors}, folder / HEAD_FILE, metadata={"format": "pt", "head": json.dumps(about)})
+
+
+def features(outputs: Any, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """A row's features, of shape (rows, features), fp32."""
+    found: torch.Tensor = outputs["last_hidden_state" if pooling in ("mean", "cls") else pooling].float()
+    if pooling == "cls":
+        return found[:, 0]
+    if pooling == "mean":
+        weights = torch.ones(found.shape[:2], device=found.device) if mask is None else mask.to(found.dtype)
+        return (found * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+    return found
+
+
+def label_words(label: str) -> str:
+    """A label as words: names of labels often have underscores for spaces."""
+    return label.replace("_", " ").strip() or label
+
+
+def own_head(plan: HeadPlan, labels: Sequence[str]) -> Head:
+    """The classifier that the base model has."""
+    assert plan.own is not None
+    return Head(tuple(labels), plan, _columns=[plan.own[label] for label in labels])
+
+
+@torch.no_grad()
+def head_of_names(
+    plan: HeadPlan,
+    words: Mapping[str, str],
+    template: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    closed: bool,
+) -> Head:
+    """The head made of names, each embedded by itself, so that a label's row does not depend on which others there are.
+
+    Args:
+        words: label -> the words that stand for it.
+        template: a text with `{label}` in it, into which the words are put.
+        model: the base model; of two towers both.
+        tokenizer: its own.
+        closed: see `Head`.
+
+    Raises:
+        InputError: two labels that are embedded alike.
+    """
+    model.eval()
+    rows = []
+    for label in words:
+        text = template.replace("{label}", words[label])
+        padding: Any = "max_length" if plan.pooling == "pooler_output" else False  # SigLIP was trained so
+        given = tokenizer(text, truncation=True, max_length=LONGEST, padding=padding, return_tensors="pt").to(
+            model.device
+        )
+        if plan.two_towers:
+            row = model.get_text_features(**given).pooler_output.float()
+        else:
+            row = features(model(**given), given.get("attention_mask"), plan.pooling)
+        rows.append(nn.functional.normalize(row[0], dim=0))
+    vectors = torch.stack(rows).cpu()
+    scale = float(model.logit_scale.exp()) if plan.two_towers else SCALE
+    seen: dict[str, str] = {}
+    for label, row in zip(words, vectors, strict=True):
+        other = seen.setdefault(fingerprint(row.tolist()), label)
+        if other != label:
+            raise InputError(f"labels: {label!r} and {other!r} are the same words to this model; give them other words")
+    return Head(tuple(words), plan, vectors, scale, closed)

@@ -1,0 +1,251 @@
+"""Candidates and targets of classification: rows of a text, or an image, and its label.
+
+Labels are names. A candidate or target may call them otherwise and say so (`labels: {theirs: ours}`). Without a label space that
+is given, a row is a choice among the labels of its own dataset, which stands in its `source`: datasets with labels of their own
+then need not know of each other, and those that join later change nothing for the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from datasets import ClassLabel, Dataset, Value
+from PIL import Image
+
+from .config import CandidateConfig, DataConfig, TargetConfig
+from .data import Candidate, Target, TargetRow, content_fingerprint, image_digest, load_rows
+from .errors import InputError
+from .heads import Head, label_words
+
+CONTENT = {"sequence_classification": "text", "image_classification": "image"}
+
+
+@dataclass(frozen=True)
+class ImageRow(TargetRow):
+    """A question about an image, whose digest is the `prompt`; the image itself is read when it is needed."""
+
+    rows: Dataset = field(repr=False, compare=False, kw_only=True)
+    number: int = field(compare=False, kw_only=True)
+
+    @property
+    def image(self) -> Image.Image:
+        found: Image.Image = self.rows[self.number]["image"]
+        return found
+
+
+def recognised(row: Any) -> dict[str, Any]:
+    """What a row's fingerprint is made of."""
+    return {name: getattr(row, name) for name in ("prompt", "choices", "answer")}
+
+
+def load_labelled(
+    candidates: Mapping[str, CandidateConfig],
+    targets: Mapping[str, TargetConfig],
+    task: str,
+    known: Sequence[str] | None,
+    length: "Length",
+    *,
+    seed: int,
+) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
+    """Loads everything that a classification run reads; see `data.load_all`.
+
+    Args:
+        known: the label space, where there is one: of the user's, or of the base model's classifier.
+        length: counts tokens.
+        seed: draws `max_examples`.
+
+    Returns:
+        The rows' format, the candidates and the targets by name.
+
+    Raises:
+        InputError: anything wrong with any of them, with its place.
+    """
+    column = CONTENT[task]
+    loaded = {}
+    for name, config in candidates.items():
+        where = f"candidates.{name}"
+        rows = labelled(config.data, config.labels, column, name, known, where, seed)
+        sizes = [length(text) for text in rows["text"]] if column == "text" else [length.image] * len(rows)
+        loaded[name] = Candidate(
+            name=name,
+            config=config,
+            rows=rows,
+            fingerprint=content_fingerprint(contents(rows, column)),
+            tokens=sum(min(size, length.limit) for size in sizes),
+            longest=max(sizes),
+            truncated=sum(size > length.limit for size in sizes),
+            dropped=0,
+        )
+    made = {}
+    for name, target in targets.items():
+        parts: dict[str, tuple[Any, ...]] = {}
+        labels: tuple[str, ...] = ()
+        for part in ("data", "test_data"):
+            data: DataConfig | None = getattr(target, part)
+            where = f"targets.{name}.{part}"
+            if data is None:
+                continue
+            if target.kind == "callable":
+                parts[part] = tuple(load_rows(data, where, seed))
+                continue
+            rows = labelled(data, target.labels, column, name, known, where, seed)
+            # Without a list of labels they are those of the validation set, also for the test.
+            labels = labels or tuple(sorted(set(target.labels.values()) if target.labels else set(rows["label"])))
+            parts[part] = tuple(questions(rows, column, labels, where))
+        made[name] = Target(name, target, parts.get("data", ()), parts.get("test_data", ()))
+    return column, loaded, made
+
+
+def labelled(
+    data: DataConfig,
+    renamed: Mapping[str, str] | None,
+    column: str,
+    name: str,
+    known: Sequence[str] | None,
+    where: str,
+    seed: int,
+) -> Dataset:
+    """Rows with exactly the columns text or image, label, source; labels are names.
+
+    Raises:
+        InputError: a column that is missing, content of another kind, or a label that is not known.
+    """
+    rows = load_rows(data, where, seed)
+    if missing := [one for one in (column, "label") if one not in rows.column_names]:
+        raise InputError(
+            f"{where}: no column {' and '.join(map(repr, missing))}; it has {', '.join(rows.column_names)}. To rename, "
+            f"add to it, for instance, columns: {{{rows.column_names[0]}: {missing[0]}}}"
+        )
+    kind = rows.features["label"]
+    given = rows["label"]
+    if isinstance(kind, ClassLabel):
+        labels: list[Any] = [None if one in (None, -1) else kind.int2str(one) for one in given]
+    elif isinstance(kind, Value) and not kind.dtype.startswith(("float", "bool")):
+        labels = [None if one is None else str(one) for one in given]
+    else:
+        raise InputError(f"{where}.label: expected names or whole numbers, got {given[0]!r:.100}")
+    for number, label in enumerate(labels, start=1):
+        if label is None or not label.strip():
+            raise InputError(f"{where}, row {number}.label: expected a label, got {given[number - 1]!r}")
+        ours = (renamed or {}).get(label, label)
+        if known is not None and ours not in known:
+            raise InputError(
+                f"{where}, row {number}.label: {ours!r} is none of the {len(known)} labels of this run: {', '.join(known)[:200]}. "
+                f"Heads that are trained for a candidate's own labels could not be averaged: map them, with labels: "
+                f"{{{label}: {known[0]}, ...}} beside its data, or leave out the rows that have no counterpart"
+            )
+        if renamed is not None and label not in renamed and ours not in renamed.values():
+            raise InputError(
+                f"{where}, row {number}.label: {label!r} is not among its labels: {', '.join(renamed)[:200]}"
+            )
+        labels[number - 1] = ours
+    if column == "text":
+        for number, text in enumerate(rows["text"], start=1):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{where}, row {number}.text: expected text, got {text!r:.100}")
+        content: Any = Value("string")
+    else:
+        content = datasets.Image()
+        if not isinstance(rows.features["image"], datasets.Image):
+            raise InputError(
+                f"{where}.image: expected images, as imagefolder or parquet files of images hold them, got "
+                f"{rows.features['image']}"
+            )
+    features = datasets.Features({column: content, "label": Value("string"), "source": Value("string")})
+    rows = rows.select_columns([column])
+    rows = rows.add_column("label", labels).add_column("source", [name] * len(labels))
+    return rows.cast(features)
+
+
+def contents(rows: Dataset, column: str) -> list[list[str]]:
+    """What recognises every row: its text, or its image's digest, and its label."""
+    labels = rows["label"]
+    if column == "text":
+        return [[text, label] for text, label in zip(rows["text"], labels, strict=True)]
+    return [[image_digest(row["image"]), row["label"]] for row in rows]
+
+
+def questions(rows: Dataset, column: str, labels: Sequence[str], where: str) -> list[TargetRow]:
+    """A target's rows as questions whose choices are its labels."""
+    found: list[TargetRow] = []
+    place = {label: number for number, label in enumerate(labels)}
+    for number, (content, label) in enumerate(contents(rows, column)):
+        if label not in place:
+            raise InputError(
+                f"{where}, row {number + 1}.label: expected one of {', '.join(labels)[:300]}, got {label!r}"
+            )
+        if column == "text":
+            found.append(TargetRow(content, tuple(labels), place[label]))
+        else:
+            found.append(ImageRow(content, tuple(labels), place[label], rows=rows, number=number))
+    if len(labels) < 2:
+        raise InputError(f"{where}: has one label alone, {', '.join(labels)}; expected at least two, or give labels:")
+    return found
+
+
+class Length:
+    """How many tokens a row has.
+
+    Args:
+        tokenizer: of texts; None for images.
+        limit: tokens that a text is cut to.
+        image: patches of an image, as the model cuts it.
+    """
+
+    def __init__(self, tokenizer: Any, limit: int, image: int) -> None:
+        self.tokenizer, self.limit, self.image = tokenizer, limit, image
+
+    def __call__(self, text: str) -> int:
+        return len(self.tokenizer(text)["input_ids"])
+
+
+def words_of(
+    space: Mapping[str, str] | None, candidates: Mapping[str, Candidate], targets: Mapping[str, Target]
+) -> dict[str, str]:
+    """Label -> words, of every label that occurs, in alphabetical order; or of the space that was given."""
+    if space is not None:
+        return dict(space)
+    labels = {label for one in candidates.values() for label in one.rows.unique("label")}
+    labels |= {label for one in targets.values() for row in one.questions for label in row.choices}
+    return {str(label): label_words(str(label)) for label in sorted(labels)}
+
+
+class Collate:
+    """Makes a batch of training rows: the model's inputs, `labels` (places in the head) and `allowed`, of shape (rows, labels).
+
+    Args:
+        processing: the tokenizer, or the image processor.
+        head: the run's.
+        rows: all training rows, whose labels by `source` say what a row may be.
+        limit: tokens that a text is cut to.
+    """
+
+    def __init__(self, processing: Any, head: Head, rows: Dataset, limit: int) -> None:
+        self._inputs = partial(inputs_of, processing, limit=limit)
+        self._place = {label: number for number, label in enumerate(head.labels)}
+        self._allowed: dict[str, torch.Tensor] = {}
+        pairs = set(zip(rows["source"], rows["label"], strict=True))
+        for source in {source for source, _ in pairs}:
+            among = head.labels if head.closed else [label for one, label in pairs if one == source]
+            self._allowed[source] = torch.zeros(len(head.labels), dtype=torch.bool)
+            self._allowed[source][head.places(among)] = True
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch: dict[str, torch.Tensor] = dict(self._inputs([row.get("text", row.get("image")) for row in rows]))
+        batch["labels"] = torch.tensor([self._place[row["label"]] for row in rows])
+        batch["allowed"] = torch.stack([self._allowed[row["source"]] for row in rows])
+        return batch
+
+
+def inputs_of(processing: Any, content: Sequence[Any], limit: int) -> Mapping[str, torch.Tensor]:
+    """What the model is given of texts, padded to the longest, or of images."""
+    if isinstance(content[0], str):
+        found: Mapping[str, torch.Tensor] = processing(
+            list(content), truncation=True, max_length=limit, padding=True, return_tensors="pt"
+        )
+    else:
+        found = processing(images=list(content), return_tensors="pt")
+    return found

@@ -472,8 +472,8 @@ class MergeToMixConfig:
     task: str = field(
         default="causal_lm",
         metadata={
-            "help": "causal_lm (TRL's SFTTrainer), sequence_classification (rows of text and label) or image_classification "
-            "(image and label; transformers' Trainer, with one frozen head for all: the model's own, or made of the labels' names)."
+            "help": "causal_lm (TRL's SFTTrainer), sequence_classification (text and label) or image_classification (image and "
+            "label): transformers' Trainer, with one frozen head for all, the model's own or made of the labels' names."
         },
     )
     expert: str = field(
@@ -494,7 +494,7 @@ class MergeToMixConfig:
             "help": "expert: full: what is kept in: float32 loses nothing; bfloat16 or float16 take half the disk."
         },
     )
-    labels: Any = field(
+    labels: str | None = field(
         default=None,
         metadata={
             "help": "YAML only; classification: the label space, a list or {label: words}. Every row is then a choice among "
@@ -528,7 +528,7 @@ class MergeToMixConfig:
             "help": "Stop scoring mixtures that cannot win any more (default: with every strategy but exhaustive)."
         },
     )
-    adapters: Any = field(
+    adapters: str | None = field(
         default=None,
         metadata={
             "help": "Take missing adapters from org/name or org/name@revision, as m2m push wrote them, or from a folder; of the "
@@ -536,7 +536,7 @@ class MergeToMixConfig:
             "trained otherwise than with m2m."
         },
     )
-    experts: Any = field(
+    experts: str | None = field(
         default=None,
         metadata={
             "help": "The same with expert: full: org/name or a folder with the experts of another run, or in the YAML "
@@ -726,12 +726,10 @@ class MergeToMixConfig:
                 raise InputError(f"{name}: {getattr(self, name)!r} belongs to {other}")
         if "{label}" not in str(self.label_template):
             raise InputError(f"label_template: expected a text with {{label}} in it, got {self.label_template!r}")
-        if self.labels is not None:
-            if not isinstance(self.labels, (list, tuple, Mapping)) or len(self.labels) < 2:
-                raise InputError(
-                    f"labels: expected a list of names, or {{label: words}}, of two at least; got {self.labels!r}"
-                )
-            self.labels = names_of_labels(self.labels)
+        labels: Any = self.labels
+        if labels is not None and (not isinstance(labels, (list, tuple, Mapping)) or len(labels) < 2):
+            raise InputError(f"labels: expected a list of names, or {{label: words}}, of two at least; got {labels!r}")
+        self.parsed_labels = names_of_labels(labels)
         if self.trained_parameters is not None:
             try:
                 re.compile(self.trained_parameters)

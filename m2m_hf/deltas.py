@@ -5,7 +5,9 @@ A mixture's model has the weights θ0 + Σ w_i δ_i. Experts stay on the disk an
 """
 
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def save_delta(
     kept: dict[str, torch.Tensor] = {}
     total = lost = 0.0
     for name, weight in before.items():
-        delta = after[name].detach().to("cpu", torch.float32) - weight.to("cpu", torch.float32)
+        delta = after[name].detach().to("cpu", torch.float32) - weight.detach().to("cpu", torch.float32)
         if delta.any():
             kept[name] = delta.to(dtype).contiguous()
             total += float(delta.double().square().sum())
@@ -103,8 +105,9 @@ class Shelf:
     def __init__(self, tensors: Mapping[str, torch.Tensor], folder: Path | None) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self._place = tempfile.TemporaryDirectory(prefix=".base-", dir=folder)
-        self._path = Path(self._place.name) / "base.safetensors"
+        place = tempfile.mkdtemp(prefix=".base-", dir=folder)
+        self.close = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        self._path = Path(place) / "base.safetensors"
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, self._path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -113,9 +116,6 @@ class Shelf:
         ) as file:  # anew each time, or the file would stay in memory as far as it was read
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
-
-    def close(self) -> None:
-        self._place.cleanup()
 
 
 class Sums:

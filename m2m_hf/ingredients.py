@@ -155,7 +155,7 @@ class Ingredients:
         Raises:
             InputError: labels that the model's own classifier does not have.
         """
-        given: dict[str, str] | None = self.config.labels
+        given = self.config.parsed_labels
         if self.plan is None or self.plan.own is None:
             return given and {label: label_words(word) for label, word in given.items()}
         if others := sorted(set(given or ()) - set(self.plan.own)):

@@ -133,9 +133,9 @@ def labelled(
         ours = (renamed or {}).get(label, label)
         if known is not None and ours not in known:
             raise InputError(
-                f"{where}, row {number}.label: {ours!r} is none of the {len(known)} labels of this run: {', '.join(known)[:200]}. "
-                f"Heads that are trained for a candidate's own labels could not be averaged: map them, with labels: "
-                f"{{{label}: {known[0]}, ...}} beside its data, or leave out the rows that have no counterpart"
+                f"{where}, row {number}.label: {ours!r} is none of the {len(known)} labels of this run: "
+                f"{', '.join(known)[:200]}. Heads that are trained for a candidate's own labels could not be averaged: map "
+                f"them, with labels: {{{label}: {known[0]}, ...}} beside its data, or leave out the rows that have no counterpart"
             )
         if renamed is not None and label not in renamed and ours not in renamed.values():
             raise InputError(

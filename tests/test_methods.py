@@ -106,7 +106,9 @@ def test_svd_truncates_to_the_best_approximation(adapters):
     whole = sum(THIRDS[name] * scale * (of[name].parts()[module][1] @ of[name].parts()[module][0]) for name in of)
     u, s, v = torch.linalg.svd(whole, full_matrices=False)
     expected = (u[:, :3] * s[:3]) @ v[:3]
-    found = DenseStack(build_model("llama"), of, MergeMethod("svd", rank=3))._merged(module, THIRDS, a.device)
+    found = DenseStack(build_model("llama"), of, MergeMethod("svd", rank=3))._merged(
+        f"{module}.weight", THIRDS, a.device
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -35,7 +35,8 @@ class MergeMethod:
             those that agree; Yadav et al., 2023), `dare` (drop at random, rescale, average; Yu et al., 2024), `svd` (the average,
             truncated to a lower rank) or `linear` (what PEFT's `combination_type="linear"` does: factors are summed apart).
         scaling: λ of `task_arithmetic` and `ties`.
-        density: share of the entries of a delta that `ties` keeps (its largest), or `dare` (at random).
+        density: share of the entries of a delta that `ties` keeps (its largest), or `dare` (at random); weights that training
+            left as they were are no entries.
         rank: of `svd`; None: that of the adapters.
         seed: of `dare`.
     """

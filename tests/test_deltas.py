@@ -23,7 +23,7 @@ def fine_tuned(family: str, dtype: torch.dtype, seed: int) -> dict[str, torch.Te
     draw = torch.Generator().manual_seed(seed)
     base = floats(build_model(family).to(dtype))
     return {
-        name: (one.float() + 0.01 * torch.randn(one.shape, generator=draw) * one.float().abs().mean()).to(dtype)
+        name: (one.float() + 0.01 * torch.randn(one.shape, generator=draw) * (one.float().abs().mean() + 0.01)).to(dtype)
         for name, one in base.items()
     }
 

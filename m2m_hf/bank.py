@@ -121,7 +121,11 @@ def refuse_head(changed: Sequence[str], plan: HeadPlan | None, where: str) -> No
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Any]:
     """What recognises a tokenizer, and where it is used its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    content: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for one in ("truncation", "padding"):  # as they were asked for last
+            content.pop(one, None)
     return {
         "tokenizer": fingerprint([content, str(tokenizer.special_tokens_map)]),
         "chat_template": fingerprint(tokenizer.chat_template) if chat else None,
@@ -306,7 +310,7 @@ class Bank:
         Raises:
             InputError: a model of another architecture, with a head of its own, or that is no fine-tune of the base.
         """
-        before = floats(base)
+        before = {key: one.detach() for key, one in floats(base).items()}
         for name, (source, folder) in others.items():
             where = f"experts.{name}: {source}"
             architecture = next(
@@ -314,7 +318,7 @@ class Bank:
             )
             if plan is not None and plan.own is None and architecture.endswith(SUFFIX[plan.task]):
                 raise InputError(f"{where} is a {architecture}, whose classifier was trained with it: {HEADS_APART}")
-            after = floats(load(folder))
+            after = {key: one.detach() for key, one in floats(load(folder)).items()}
             if [(key, one.shape) for key, one in before.items()] != [(key, one.shape) for key, one in after.items()]:
                 others_too = sorted({key for key in {*before, *after} if key not in before or key not in after}) or [
                     "shapes"

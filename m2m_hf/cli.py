@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .searcher import MergeToMixSearcher
 
 DESCRIPTION = """\
-Which of my datasets belong in the fine-tuning mixture? Trains one LoRA adapter per candidate dataset, scores the exact
+Which of my datasets belong in the fine-tuning mixture? Trains one expert per candidate dataset (a LoRA adapter, or a
+fine-tune of all parameters) of a language model, or of a classifier of texts or images, scores the exact
 average of every subset on your target's validation set, and fine-tunes once on the best subset (Merge to Mix).
 
   m2m init                       write a configuration, from four questions or another trainer's
@@ -52,12 +53,14 @@ SCORERS = """\
 targets: each has a scorer and what that needs:
   choice          data: rows of prompt, choices, answer (an index, or the text); metric: accuracy or logprob; normalize: none,
                   tokens or bytes
-  classification  data: rows of prompt, label; labels: {label: word}, or those in the data; metric and normalize as above
+  classification  data: rows of prompt, label; labels: {label: word}, or those in the data; metric and normalize as above. With
+                  task: sequence_classification rows of text, label, with image_classification of image, label (path: imagefolder,
+                  data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob
   loss            data: rows of prompt, completion, or of messages; the score is the log-likelihood per token
   generation      data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
                   token_f1
   command         command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output};
-                  timeout: 3600 (seconds)
+                  timeout: 3600 (seconds); with expert: full "{model}" in place of "{adapter}"
   lm_eval         task: a name, or a YAML of your own (with allow_metric_code); num_fewshot, limit; pip install 'm2m_hf[lm_eval]'
 The sealed test is test_data, test_command or test_task. A metric may also be the path or Hub id of an evaluate module, which
 runs its code, so only with allow_metric_code: true. Several targets have a weight each, and min_delta: by how much at most a
@@ -81,7 +84,8 @@ a configuration that runs:
       scorer: choice
 
 Any field can also be given as --field value. Beside those above, every field of TRL's SFTConfig and ModelConfig is one, with
-TRL's defaults except: learning_rate 2e-4; use_cpu, dtype and bf16 as the hardware suggests; output_dir runs/<name of the YAML>.
+TRL's defaults except: learning_rate 2e-4 (with expert: full 2e-5); use_cpu, dtype and bf16 as the hardware suggests;
+output_dir runs/<name of the YAML>.
 """
 
 

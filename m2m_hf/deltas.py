@@ -41,7 +41,8 @@ def save_delta(
     """Writes what was changed as `delta.safetensors`; weights that are as they were are left out.
 
     The difference is taken in fp32. Of two fp32 numbers within a factor of two of each other it is exact (Sterbenz, 1974), as
-    that of two bf16 numbers nearly always is, so that θ0 + δ is the fine-tuned weight again. A smaller `dtype` loses digits.
+    that of two bf16 numbers nearly always is, so that θ0 + δ is the fine-tuned weight again. Where a weight has changed its sign,
+    or most of its size, it is so to the last digit that fp32 has of θ0. A smaller `dtype` loses more.
 
     Args:
         before: name -> weight of the base.

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .errors import InputError
-from .journal import fingerprint
+from .journal import fingerprint, hidden
 
-HEAD_FILE = "head.safetensors"
 SCALE = 20.0  # of a cosine in the softmax: the temperature of 0.05 with which sentence encoders are trained
 LONGEST = 64  # tokens of a label's name
 SUFFIX = {"sequence_classification": "ForSequenceClassification", "image_classification": "ForImageClassification"}
@@ -139,11 +139,27 @@ class Head:
         """Where labels stand among the scores."""
         return [self.labels.index(label) for label in labels]
 
-    def save(self, folder: Path) -> None:
-        """Writes vectors and what else is needed to classify without this package as `head.safetensors`."""
+    def save(self, path: Path, of: str) -> None:
+        """Writes vectors and what else is needed to classify without this package.
+
+        Args:
+            of: recognises what they were made from.
+        """
         assert self.vectors is not None
-        about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling}
-        save_file({"vectors": self.vectors}, folder / HEAD_FILE, metadata={"format": "pt", "head": json.dumps(about)})
+        about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling, "of": of}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"vectors": self.vectors}, hidden(path), metadata={"format": "pt", "head": json.dumps(about)})
+        hidden(path).rename(path)
+
+    @classmethod
+    def read(cls, path: Path, plan: HeadPlan, closed: bool, of: str) -> "Head | None":
+        """The head that was written there; None where there is none, or one made from something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                about, vectors = json.loads(file.metadata()["head"]), file.get_tensor("vectors")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return cls(tuple(about["labels"]), plan, vectors, about["scale"], closed) if about.get("of") == of else None
 
 
 def features(outputs: Any, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:

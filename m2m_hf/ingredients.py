@@ -25,7 +25,7 @@ from .data import Candidate, Target, load_all, overlap, pin_data, split_candidat
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
-from .heads import Head, label_words
+from .heads import Head, label_words, own_head
 from .journal import END, Journal, Keys, RunFolder, fingerprint, read_config, read_made, write_atomic, write_json
 from .labelled import Length, load_labelled, words_of
 from .methods import AVERAGE, MergeMethod, Stack, open_stack
@@ -116,6 +116,7 @@ class Ingredients:
         self._checked = False
         self._stack: Stack | None = None
         self._stack_method = AVERAGE
+        self._head_of_names: Head | None = None
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
 
     @cached_property
@@ -139,14 +140,23 @@ class Ingredients:
 
     @cached_property
     def head(self) -> Head | None:
-        """The frozen head of a classification run; None for a causal LM. Made of names, it takes the base model to make."""
+        """The frozen head of a classification run; None for a causal LM. Made of names, it is made when the base is loaded."""
         if self.plan is None:
             return None
-        words = self._words
-        tokenizer = None if self.plan.own is not None else self.tokenizer
-        closed = self._label_space is not None
-        template = self.config.label_template
-        return load_head(self.plan, words, closed, template, self.base, tokenizer, self.model_args, self.args)
+        if self.plan.own is not None:
+            return own_head(self.plan, tuple(self._words))
+        found = Head.read(self.run.head, self.plan, self._label_space is not None, self._head_fingerprint)
+        if found is None:
+            assert self.base is not None  # loads it
+            found = self._head_of_names
+        return found
+
+    @cached_property
+    def _head_fingerprint(self) -> str:
+        """What recognises a head that is made of names."""
+        assert self.plan is not None
+        about = [asdict(self.plan), self._words, self.config.label_template]
+        return fingerprint([self._base_fingerprint, self.model_args.dtype, *about])
 
     @property
     def _label_space(self) -> dict[str, str] | None:
@@ -282,7 +292,15 @@ class Ingredients:
     @cached_property
     def base(self) -> Any:
         """The base model, loaded once for the adapters, the search and the final fine-tune."""
-        return self._load_base()
+        model = self._load_base()
+        if (
+            self.plan is not None and self.plan.own is None
+        ):  # now, while nothing is on the model that changes what it says
+            closed, template = self._label_space is not None, self.config.label_template
+            self._head_of_names = load_head(
+                self.plan, self._words, closed, template, model, self.tokenizer, self.model_args, self.args
+            )
+        return model
 
     def _load_base(self, to_train: bool = False) -> Any:
         self.terminal.say(f"loading {self.model_args.model_name_or_path} ({self.model_args.dtype})", style="dim")

@@ -185,6 +185,7 @@ class RunFolder:
         self.root = Path(root).absolute()
         self.config = self.root / "config.yaml"
         self.adapters = self.root / "adapters"
+        self.head = self.root / "head.safetensors"
         self.targets = self.root / "targets.json"
         self.trials = self.root / "trials.jsonl"
         self.mixture = self.root / "mixture"

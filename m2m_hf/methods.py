@@ -83,6 +83,7 @@ class DenseStack:
     Averages of full-parameter experts come from running sums (`deltas.Sums`), so that a mixture which differs from the last one
     by a candidate reads the weights of that candidate alone; the base's own weights are on the disk meanwhile. There are in
     memory: the model, the sums, and one layer. Otherwise the model, its own weights, and one layer with every expert's part.
+    A single expert is added as it is, so that its mixture is that model to the last bit.
 
     Args:
         model: the base model, not quantised; given back by `detach`.
@@ -111,7 +112,7 @@ class DenseStack:
         self._weights = self._full_weights(deltas) if deltas else self._adapted_weights()
         self._sums: Sums | None = None
         self._pristine: Mapping[str, torch.Tensor] | Shelf
-        if deltas and method.gated:
+        if len(deltas) > 1 and method.gated:
             self._sums = Sums(deltas, {name: weight.shape for name, weight in self._weights.items()})
             self._pristine = Shelf(self._weights, scratch)
         else:
@@ -158,7 +159,7 @@ class DenseStack:
     def set(self, weights: Mapping[str, float]) -> None:
         """Makes the model that of this mixture; without names, the base model."""
         with torch.no_grad():
-            if self._sums is not None and weights and len(set(weights.values())) == 1:
+            if self._sums is not None and len(weights) > 1 and len(set(weights.values())) == 1:
                 share = next(iter(weights.values()))
                 self._sums.to(weights, lambda name, total: self._write(name, total, share))
             elif weights:

@@ -23,7 +23,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from .errors import InputError
-from .heads import Head, HeadPlan, head_of_names, own_head, plan_head
+from .heads import Head, HeadPlan, head_of_names, plan_head
 from .journal import file_fingerprint
 from .merging import refuse_unless_averageable
 from .training import is_trained, sharded
@@ -309,20 +309,17 @@ def load_head(
     closed: bool,
     template: str,
     base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     model_args: ModelConfig,
     args: SFTConfig,
 ) -> Head:
-    """The frozen head of a classification run.
+    """The frozen head of a classification run that is made of labels' names.
 
     Args:
         words: label -> words.
         closed, template: see `heads.head_of_names`.
         base: the base model, whose own embedding of them it is; where that is a tower beside it, both are loaded for a moment.
     """
-    if plan.own is not None:
-        return own_head(plan, tuple(words))
-    assert tokenizer is not None
     if plan.two_towers:
         base = load_base(model_args, args, plan=replace(plan, model_class="AutoModel"))
     return head_of_names(plan, words, template, base, tokenizer, closed=closed)

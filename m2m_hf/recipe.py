@@ -8,11 +8,11 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
+from .config import plain
 from .data import FEATURES, Candidate, write_mixture
-from .heads import HEAD_FILE
 from .journal import RunFolder, write_atomic
 from .mixture import Mixture
-from .parsing import dump_yaml, hub_field, trl_fields
+from .parsing import dump_yaml, hub_field, is_plain, trl_fields
 from .training import Settings
 
 COMMENT = """The chosen mixture: {mixture}
@@ -63,7 +63,6 @@ def write_recipe(
 LABEL_COMMENT = """The chosen mixture: {mixture}
 Run it with: python recipes/classify.py --config {path}
 which takes transformers and PEFT alone. Rows are in {data}; manifest.json beside them says where every one comes from."""
-# What the Trainer takes; the rest of SFTConfig is TRL's, and our own say where to write.
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 LOADING = ("model_revision", "dtype", "attn_implementation")
 
@@ -75,7 +74,7 @@ def write_label_recipe(
     training: Settings,
     model_args: ModelConfig,
 ) -> Path:
-    """The same of a classification run: `OUT/recipe.yaml` for `recipes/classify.py`, and the frozen head beside the rows.
+    """The same of a classification run: `OUT/recipe.yaml` for `recipes/classify.py`.
 
     Returns:
         The path of the training data.
@@ -95,15 +94,18 @@ def write_label_recipe(
         "untrained_modules": head.plan.untrained,
     }
     if head.vectors is not None:
-        head.save(run.mixture)
-        recipe["head"] = {"file": str(run.mixture / HEAD_FILE), "closed": head.closed}
+        recipe["head"] = {"file": str(run.head), "closed": head.closed}
     recipe |= {name: getattr(model_args, name) for name in LOADING}
     recipe |= {name: getattr(model_args, name) for name in LORA} if training.lora is not None else {}
-    taken = {item.name for item in fields(TrainingArguments)} - {"output_dir", "save_strategy", "max_length"}
-    given = {
-        name: value for name, value in trl_fields(args, model_args).items() if name in taken and not hub_field(name)
-    }
-    recipe["training"] = {"output_dir": str(run.root / "trained-by-recipe"), "save_strategy": "no", **given}
+    # SFTConfig's defaults are others than those of TrainingArguments, of which the recipe says what differs.
+    defaults = TrainingArguments(output_dir="out", use_cpu=args.use_cpu)
+    recipe["training"] = {"output_dir": str(run.root / "trained-by-recipe"), "save_strategy": "no", "report_to": "none"}
+    for item in fields(TrainingArguments):
+        value = plain(getattr(args, item.name))
+        aside = item.name in recipe["training"] or hub_field(item.name) or not item.init
+        if not aside and value != plain(getattr(defaults, item.name)) and is_plain(value):
+            recipe["training"][item.name] = value
+    recipe["training"]["use_cpu"] = args.use_cpu
     comment = LABEL_COMMENT.format(mixture=mixture, path=run.recipe, data=run.mixture)
     write_atomic(run.recipe, dump_yaml({key: value for key, value in recipe.items() if value is not None}, comment))
     return train

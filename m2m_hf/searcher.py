@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTConfig
 
 from . import parsing
 from .bank import LAUNCH
-from .baselines import candidate_texts, similarity, target_texts
+from .baselines import candidate_content, similarity, target_content
 from .certainty import paired
 from .config import MergeToMixConfig
 from .console import Terminal
@@ -455,8 +455,12 @@ class MergeToMixSearcher(Ingredients):
     @cached_property
     def _similarities(self) -> dict[str, float]:
         """Name -> cosine with the targets in the base model's hidden states, most similar first; kept on the disk."""
-        asked = {name: target_texts(one.rows, self.tokenizer, self.args.seed) for name, one in self.targets.items()}
-        asked = {name: texts for name, texts in asked.items() if texts}
+        labelled = self.plan is not None
+        asked = {
+            name: target_content(one.rows, self.processing, self.args.seed, labelled)
+            for name, one in self.targets.items()
+        }
+        asked = {name: content for name, content in asked.items() if content}
         if not asked:
             return {}
         weights = {name: self.targets[name].config.weight for name in asked}
@@ -466,12 +470,14 @@ class MergeToMixSearcher(Ingredients):
         if known.get("fingerprint") == of:
             return dict(known["cosine"])
         base = self._plain_base()
-        texts = {
-            name: candidate_texts(self.candidates[name], self.tokenizer, self.args.seed) for name in self.space.names
+        content = {
+            name: candidate_content(self.candidates[name], self.processing, self.args.seed) for name in self.space.names
         }
+        longest = min(512, self._limit) if self.config.task == "sequence_classification" else 512
         total = dict.fromkeys(self.space.names, 0.0)
         for target, rows in asked.items():
-            for name, cosine in similarity(base, texts, rows, self._tokens_per_batch).items():
+            cosines = similarity(base, content, rows, self._tokens_per_batch, longest, self.processing)
+            for name, cosine in cosines.items():
                 total[name] += weights[target] / sum(weights.values()) * cosine
         found = dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
         if self.state.is_main_process:
@@ -495,6 +501,8 @@ class MergeToMixSearcher(Ingredients):
                 )
             else:
                 training = self._training(args, model_args)
+                if self._head_of_names is not None:
+                    self._head_of_names.save(self.run.head, self._head_fingerprint)
                 write_label_recipe(self.run, result.best.mixture, self.candidates, training, model_args)
             write_json(self.run.summary, summary)
         self.state.wait_for_everyone()
@@ -598,7 +606,7 @@ class MergeToMixSearcher(Ingredients):
             shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("*.json.partial", "test.json"))
             (folder / "training.json").unlink()
         if self.head is not None and self.head.vectors is not None:
-            self.head.save(folder)
+            shutil.copyfile(self.run.head, folder / self.run.head.name)
 
     @cached_property
     def _final_models(self) -> TrainedMixtures:

@@ -19,6 +19,8 @@ from hub_server import Hub
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BertConfig,
+    BertModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -192,6 +194,75 @@ targets:
 """
     )
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    """A folder with a pico BERT, whose pooler nothing trains, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    shape = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    torch.manual_seed(0)
+    BertModel(BertConfig(**shape, max_position_embeddings=64, attn_implementation="sdpa")).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+INTENTS = {"greetings": ["hello_there", "good_bye"], "colours": ["red", "green", "blue"], "noise": ["one", "two"]}
+
+
+def intent_rows(labels: list[str], count: int, start: int = 0) -> list[dict]:
+    return [
+        {"text": f"{labels[i % len(labels)]} {i} big small", "label": labels[i % len(labels)]}
+        for i in range(start, start + count)
+    ]
+
+
+def write_intents(folder: Path, model: Path) -> Path:
+    """A classification run: three candidates with labels of their own, and a target with others; `intents.yaml`."""
+    for name, labels in INTENTS.items():
+        write_rows(folder / f"{name}.jsonl", intent_rows(labels, 12))
+    for part, start in (("validation", 100), ("test", 200)):
+        write_rows(folder / f"{part}_intents.jsonl", intent_rows(["red", "cold", "hot", "hello_there"], 10, start))
+    (folder / "intents.yaml").write_text(
+        f"""
+model_name_or_path: {model}
+task: sequence_classification
+lora_r: 4
+lora_target_modules: all-linear
+learning_rate: 1.0e-2
+max_steps: 3
+per_device_train_batch_size: 4
+activation_checkpointing: false
+logging_steps: 1
+use_cpu: true
+dtype: float32
+bf16: false
+output_dir: {folder / "out"}
+candidates:
+  greetings: {{path: json, data_files: greetings.jsonl}}
+  colours: {{path: json, data_files: colours.jsonl}}
+  noise: {{path: json, data_files: noise.jsonl}}
+targets:
+  intents:
+    data: {{path: json, data_files: validation_intents.jsonl}}
+    test_data: {{path: json, data_files: test_intents.jsonl}}
+    scorer: classification
+    metric: logprob
+"""
+    )
+    return folder
+
+
+@pytest.fixture
+def intents(tmp_path, encoder) -> Path:
+    """See `write_intents`."""
+    return write_intents(tmp_path, encoder)
 
 
 @pytest.fixture

@@ -137,10 +137,6 @@ def labelled(
                 f"{', '.join(known)[:200]}. Heads that are trained for a candidate's own labels could not be averaged: map "
                 f"them, with labels: {{{label}: {known[0]}, ...}} beside its data, or leave out the rows that have no counterpart"
             )
-        if renamed is not None and label not in renamed and ours not in renamed.values():
-            raise InputError(
-                f"{where}, row {number}.label: {label!r} is not among its labels: {', '.join(renamed)[:200]}"
-            )
         labels[number - 1] = ours
     if column == "text":
         for number, text in enumerate(rows["text"], start=1):

@@ -7,6 +7,7 @@ average itself and not an approximation of it. Changing the mixture writes N num
 may be quantised.
 """
 
+import inspect
 import math
 import re
 from collections import Counter
@@ -227,6 +228,16 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
 
 
+def two_rows(model: PreTrainedModel) -> dict[str, Any]:
+    """The smallest input of two rows that a model takes: three tokens each, or an image."""
+    if model.main_input_name == "pixel_values":
+        config = model.config
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype, device=model.device)}
+    ids = {"input_ids": torch.zeros(2, 3, dtype=torch.long, device=model.device)}
+    return ids | ({"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {})
+
+
 class GatedStack:
     """All adapters of a bank on one base model; `set` makes the base behave as any of their averages.
 
@@ -279,7 +290,6 @@ class GatedStack:
             Whether every adapted layer sees rows as rows, so that each may have a mixture of its own. The output head does
             not while only scored positions are kept, nor do layers to which tokens are routed.
         """
-        shape = (2, 3)
         by_input: dict[int, list[StackedLayer]] = {}
         seen: list[torch.Tensor] = []
         by_row = not any(modules[layer.name] is self.model.get_output_embeddings() for layer in self._layers)
@@ -287,7 +297,7 @@ class GatedStack:
         def look(layer: StackedLayer) -> Any:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 nonlocal by_row
-                by_row &= args[0].shape[:2] == shape
+                by_row &= len(args[0]) == 2 and args[0].ndim == (2 if layer.is_embedding else 3)
                 seen.append(args[0])  # held, so that no other tensor takes its id
                 if not layer.is_embedding:
                     by_input.setdefault(id(args[0]), []).append(layer)
@@ -299,9 +309,7 @@ class GatedStack:
             if self._layers:
                 self.model.eval()
                 with torch.inference_mode():
-                    self.model(
-                        input_ids=torch.zeros(shape, dtype=torch.long, device=self.model.device), use_cache=False
-                    )
+                    self.model(**two_rows(self.model))
         finally:
             for handle in handles:
                 handle.remove()

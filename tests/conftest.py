@@ -1,9 +1,11 @@
 """Pico models and tokenizers, made in code: no network, milliseconds."""
 
 import gc
+import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from forks import Forks
 from hub_server import Hub
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -129,6 +132,29 @@ def choice_rows(count: int = 10, start: int = 100) -> list[dict]:
         }
         for i in range(start, start + count)
     ]
+
+
+def picture(colour: tuple[int, int, int], seed: int) -> Image.Image:
+    """8 by 8 noisy pixels of about this colour."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randint(-25, 25, (8, 8, 3), generator=draw) + torch.tensor(colour)
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+def main_in(*arguments: object) -> int:
+    """What `m2m` ends with."""
+    return main([str(one) for one in arguments])
+
+
+@pytest.fixture(scope="session")
+def classify():
+    """`recipes/classify.py` as a module."""
+    spec = importlib.util.spec_from_file_location("classify", ROOT / "recipes" / "classify.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.path", ["", *sys.path])
+        spec.loader.exec_module(module)
+    return module
 
 
 def pytest_collection_finish() -> None:

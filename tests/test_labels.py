@@ -1,6 +1,5 @@
 """Classification with a frozen head: of texts by the embedding of labels' names, and with experts of both kinds."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import COLOURS, INTENTS, intent_rows, write_rows
+from conftest import COLOURS, INTENTS, intent_rows, main_in, write_rows
 from datasets import ClassLabel, Dataset, Features, Value
 from peft import PeftModel
 from safetensors import safe_open
@@ -18,17 +17,12 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceCl
 
 from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
 from m2m_hf.callbacks import BankProgress
-from m2m_hf.cli import main
 from m2m_hf.console import Terminal
 from m2m_hf.deltas import floats
 from m2m_hf.parsing import parse
 
 ROOT = Path(__file__).parents[1]
 KINDS = [(), ("--expert", "full", "--learning_rate", "1e-3")]
-
-
-def m2m(*arguments: object) -> int:
-    return main([str(one) for one in arguments])
 
 
 def searcher(project: Path, *flags: str, **values) -> MergeToMixSearcher:
@@ -56,7 +50,7 @@ def expected(base, merged, tokenizer, rows: list[dict], labels: list[str]) -> li
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
-    assert m2m("select", "--config", intents / "intents.yaml", *kind) == 0
+    assert main_in("select", "--config", intents / "intents.yaml", *kind) == 0
     told = capsys.readouterr().out
     out = intents / "out"
     summary = json.loads((out / "summary.json").read_text())
@@ -100,23 +94,18 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
     # Once more: nothing is trained, scored or loaded.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("m2m_hf.ingredients.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
-        assert m2m("select", "--config", out / "config.yaml") == 0
+        assert main_in("select", "--config", out / "config.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert m2m("status", out) == 0
+    assert main_in("status", out) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_recipe_gives_the_final_weights_without_this_package(intents, encoder, kind):
-    assert m2m("select", "--config", intents / "intents.yaml", *kind) == 0
+def test_the_recipe_gives_the_final_weights_without_this_package(intents, kind, classify):
+    assert main_in("select", "--config", intents / "intents.yaml", *kind) == 0
     out = intents / "out"
     assert "import m2m_hf" not in (ROOT / "recipes" / "classify.py").read_text()
     assert "from m2m_hf" not in (ROOT / "recipes" / "classify.py").read_text()
-    spec = importlib.util.spec_from_file_location("classify", ROOT / "recipes" / "classify.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", ["", *sys.path])
-        spec.loader.exec_module(module)
-    module.main(out / "recipe.yaml")
+    classify.main(out / "recipe.yaml")
     made = out / "trained-by-recipe"
     file = "model.safetensors" if kind else "adapter_model.safetensors"
     ours, theirs = load_file(out / "final" / file), load_file(made / file)
@@ -129,7 +118,7 @@ def test_the_recipe_gives_the_final_weights_without_this_package(intents, encode
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_it_goes_on_to_the_same_bytes(intents, kind):
     flags = ("--max_steps", "6", "--save_steps", "2", "--lora_dropout", "0.1", *kind)
-    assert m2m("adapters", "--config", intents / "intents.yaml", *flags, "--output_dir", intents / "whole") == 0
+    assert main_in("adapters", "--config", intents / "intents.yaml", *flags, "--output_dir", intents / "whole") == 0
 
     def killed(self, args, state, control, **kwargs):
         if state.global_step == 5:
@@ -137,8 +126,8 @@ def test_interrupted_it_goes_on_to_the_same_bytes(intents, kind):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BankProgress, "on_step_begin", killed)
-        assert m2m("adapters", "--config", intents / "intents.yaml", *flags) == 130
-    assert m2m("adapters", "--config", intents / "intents.yaml", *flags) == 0
+        assert main_in("adapters", "--config", intents / "intents.yaml", *flags) == 130
+    assert main_in("adapters", "--config", intents / "intents.yaml", *flags) == 0
     file = "delta.safetensors" if kind else "adapter_model.safetensors"
     for name in INTENTS:
         ours, whole = ((intents / place / "adapters" / name / file).read_bytes() for place in ("out", "whole"))
@@ -155,7 +144,7 @@ def test_the_base_is_given_back_whole(intents):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_trains_the_pooler_that_nothing_reads(intents, kind):
-    assert m2m("adapters", "--config", intents / "intents.yaml", *kind) == 0
+    assert main_in("adapters", "--config", intents / "intents.yaml", *kind) == 0
     file = "delta.safetensors" if kind else "adapter_model.safetensors"
     names = load_file(intents / "out" / "adapters" / "colours" / file)
     assert names
@@ -164,12 +153,12 @@ def test_nothing_trains_the_pooler_that_nothing_reads(intents, kind):
 
 def test_only_the_parameters_that_are_named_are_trained(intents):
     flags = ("--expert", "full", "--trained_parameters", "attention")
-    assert m2m("adapters", "--config", intents / "intents.yaml", *flags) == 0
+    assert main_in("adapters", "--config", intents / "intents.yaml", *flags) == 0
     names = load_file(intents / "out" / "adapters" / "colours" / "delta.safetensors")
     assert names
     assert all("attention" in name for name in names)
     assert (
-        m2m("adapters", "--config", intents / "intents.yaml", "--expert", "full", "--trained_parameters", "nowhere")
+        main_in("adapters", "--config", intents / "intents.yaml", "--expert", "full", "--trained_parameters", "nowhere")
         == 2
     )
 
@@ -191,13 +180,13 @@ def test_a_candidate_that_joins_changes_nothing_for_the_others(intents):
     path = intents / "intents.yaml"
     whole = path.read_text()
     path.write_text(whole.replace("  noise: {path: json, data_files: noise.jsonl}\n", ""))
-    assert m2m("search", "--config", path) == 0
+    assert main_in("search", "--config", path) == 0
     before = {
         one: (intents / "out" / "adapters" / one / "training.json").read_bytes() for one in ("greetings", "colours")
     }
     lines = (intents / "out" / "trials.jsonl").read_text().splitlines()
     path.write_text(whole)
-    assert m2m("search", "--config", path) == 0
+    assert main_in("search", "--config", path) == 0
     assert all(
         (intents / "out" / "adapters" / one / "training.json").read_bytes() == text for one, text in before.items()
     )
@@ -213,7 +202,7 @@ def test_metrics_and_the_other_objectives(intents):
             .replace("metric: logprob", f"metric: {metric}")
             .replace("metric: accuracy", f"metric: {metric}")
         )
-        assert m2m("search", "--config", path, "--output_dir", out) == 0
+        assert main_in("search", "--config", path, "--output_dir", out) == 0
         line = trial_of(out, {"colours", "noise"})
         assert len(line["logprobs"]) == 10
         assert len(line["values"]) == (10 if metric == "accuracy" else 0)
@@ -327,7 +316,7 @@ def test_label_columns_of_other_kinds(intents):
 def test_what_cannot_be_is_said(intents, capsys, change, words):
     path = intents / "intents.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
-    assert m2m("adapters", "--config", path) == 2
+    assert main_in("adapters", "--config", path) == 2
     assert words in capsys.readouterr().err
     assert not (intents / "out").exists()
 
@@ -344,13 +333,13 @@ def test_what_cannot_be_is_said(intents, capsys, change, words):
 )
 def test_rows_that_are_none_are_named(intents, capsys, rows, words):
     write_rows(intents / "colours.jsonl", rows)
-    assert m2m("adapters", "--config", intents / "intents.yaml") == 2
+    assert main_in("adapters", "--config", intents / "intents.yaml") == 2
     assert words in capsys.readouterr().err
 
 
 def test_target_rows_in_a_candidate_are_found(intents, capsys):
     write_rows(intents / "noise.jsonl", [{"text": "RED  108 big small", "label": "x"}, {"text": "other", "label": "y"}])
-    assert m2m("adapters", "--config", intents / "intents.yaml") == 2
+    assert main_in("adapters", "--config", intents / "intents.yaml") == 2
     assert "also stand in noise (1)" in capsys.readouterr().err
 
 
@@ -388,7 +377,7 @@ def own(intents, classifier, encoder) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_of_the_models_own_is_the_head_and_stays_as_it_is(own, classifier, kind):
-    assert m2m("select", "--config", own / "intents.yaml", *kind) == 0
+    assert main_in("select", "--config", own / "intents.yaml", *kind) == 0
     file = "delta.safetensors" if kind else "adapter_model.safetensors"
     names = load_file(own / "out" / "adapters" / "colours" / file)
     assert names
@@ -410,7 +399,7 @@ def test_heads_that_were_trained_apart_are_refused(own, classifier, capsys, tmp_
     path = own / "intents.yaml"
     given = yaml.safe_load(path.read_text()) | {"expert": "full", "experts": {"colours": str(tmp_path / "theirs")}}
     path.write_text(yaml.safe_dump(given))
-    assert m2m("adapters", "--config", path) == 2
+    assert main_in("adapters", "--config", path) == 2
     assert "their average to none" in capsys.readouterr().err
 
 
@@ -427,7 +416,7 @@ def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tm
     given["experts"] = {name: f"theirs/{name}" for name in INTENTS}
     path.write_text(yaml.safe_dump(given))
     monkeypatch.setattr("m2m_hf.bank.train_expert", lambda *args: pytest.fail("an expert was trained"))
-    assert m2m("search", "--config", path) == 0
+    assert main_in("search", "--config", path) == 0
     told = capsys.readouterr().out
     assert "taken on trust" in told
     record = json.loads((intents / "out" / "adapters" / "noise" / "training.json").read_text())
@@ -456,12 +445,12 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(intents, encoder, tmp_path,
     path.write_text(
         yaml.safe_dump(yaml.safe_load(path.read_text()) | {"expert": "full", "experts": {"noise": "theirs"}})
     )
-    assert m2m("adapters", "--config", path) == 2
+    assert main_in("adapters", "--config", path) == 2
     assert words in capsys.readouterr().err
 
 
 def test_a_study_of_full_experts(intents):
-    assert m2m("fidelity", "--config", intents / "intents.yaml", "--expert", "full", "--learning_rate", "1e-3") == 0
+    assert main_in("fidelity", "--config", intents / "intents.yaml", "--expert", "full", "--learning_rate", "1e-3") == 0
     found = json.loads((intents / "out" / "fidelity.json").read_text())
     assert len(found["mixtures"]) == 7
     assert all(one["trained"]["score"] is not None for one in found["mixtures"])
@@ -470,7 +459,7 @@ def test_a_study_of_full_experts(intents):
 
 def test_the_plan_writes_nothing(intents):
     for kind in KINDS:
-        assert m2m("select", "--config", intents / "intents.yaml", *kind, "--dry_run") == 0
+        assert main_in("select", "--config", intents / "intents.yaml", *kind, "--dry_run") == 0
         assert not (intents / "out").exists()
 
 

@@ -1,0 +1,248 @@
+"""Classification of images: a ViT with a classifier of its own, and a CLIP whose head is its text tower's embedding of names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import build_tokenizer, main_in, picture
+from datasets import Dataset, Features, Image, Value, load_dataset
+from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from m2m_hf.console import Terminal
+from m2m_hf.parsing import parse
+from m2m_hf.searcher import MergeToMixSearcher
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+KINDS = [(), ("--expert", "full", "--learning_rate", "1e-3")]
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def write_images(path: Path, labels: list[str], count: int, start: int = 0) -> Path:
+    rows = [
+        {"image": picture(COLOURS[labels[i % len(labels)]], i + start), "label": labels[i % len(labels)]}
+        for i in range(count)
+    ]
+    Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(COLOURS)), "label2id": {name: place for place, name in enumerate(COLOURS)}}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SHAPE, **names)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    text = {
+        **SHAPE,
+        "vocab_size": 320,
+        "max_position_embeddings": 40,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    config = CLIPConfig(
+        text_config={**text, "projection_dim": 12}, projection_dim=12,
+        vision_config={**SHAPE, "image_size": 8, "patch_size": 4, "projection_dim": 12},
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    ends = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ends  # where CLIP takes what a text means
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures_of(tmp_path):
+    """model folder -> a run on images, `images.yaml`."""
+
+    def make(model: Path, targets: str) -> Path:
+        for number, (name, labels) in enumerate(
+            {"warm": ["red", "green"], "cold": ["blue", "green"], "all": [*COLOURS]}.items()
+        ):
+            write_images(tmp_path / f"{name}.parquet", labels, 9, 100 * number)
+        for number, part in enumerate(("validation", "test")):
+            write_images(tmp_path / f"{part}.parquet", [*COLOURS], 7, 1000 * (number + 1))
+        given = {
+            "model_name_or_path": str(model),
+            "task": "image_classification",
+            "lora_r": 4,
+            "lora_target_modules": targets,
+            "learning_rate": 1e-2,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "activation_checkpointing": False,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "dtype": "float32",
+            "bf16": False,
+            "output_dir": str(tmp_path / "out"),
+            "candidates": {
+                name: {"path": "parquet", "data_files": f"{name}.parquet"} for name in ("warm", "cold", "all")
+            },
+            "targets": {
+                "colours": {
+                    "data": {"path": "parquet", "data_files": "validation.parquet"},
+                    "test_data": {"path": "parquet", "data_files": "test.parquet"},
+                    "scorer": "classification",
+                }
+            },
+        }
+        (tmp_path / "images.yaml").write_text(yaml.safe_dump(given))
+        return tmp_path
+
+    return make
+
+
+def lines(out: Path) -> dict[frozenset, dict]:
+    found = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+    return {frozenset(one["names"]): one for one in found if one["objective"] == "merged"}
+
+
+def validation(folder: Path) -> list[dict]:
+    return list(load_dataset("parquet", data_files=str(folder / "validation.parquet"), split="train"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vit_with_a_classifier_of_its_own(pictures_of, vit, kind, capsys):
+    folder = pictures_of(vit, "all-linear")
+    assert main_in("select", "--config", folder / "images.yaml", *kind) == 0
+    out = folder / "out"
+    assert (out / "mixture" / "train.parquet").exists()
+    assert not [
+        name for name in load_file(next((out / "adapters" / "warm").glob("*.safetensors"))) if "classifier" in name
+    ]
+    rows = validation(folder)
+    inputs = AutoImageProcessor.from_pretrained(vit)(images=[row["image"] for row in rows], return_tensors="pt")
+    model = ViTForImageClassification.from_pretrained(vit).eval()
+
+    def right() -> list[float]:
+        with torch.no_grad():
+            logits = model(**inputs).logits.log_softmax(1)
+        return [float(one[model.config.label2id[row["label"]]]) for one, row in zip(logits, rows, strict=True)]
+
+    found = lines(out)
+    assert found[frozenset()]["logprobs"] == pytest.approx(right(), abs=2e-5)
+    if kind:
+        state = model.state_dict()
+        for name in ("warm", "cold"):
+            for key, change in load_file(out / "adapters" / name / "delta.safetensors").items():
+                state[key] += change / 2
+        assert found[frozenset({"warm", "cold"})]["logprobs"] == pytest.approx(right(), abs=2e-5)
+        final = ViTForImageClassification.from_pretrained(out / "final")
+        assert final.config.id2label == model.config.id2label
+    before = (out / "mixture" / "train.parquet").read_bytes()
+    assert main_in("select", "--config", folder / "images.yaml", *kind) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (out / "mixture" / "train.parquet").read_bytes() == before
+    assert main_in("status", out) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_recipe_trains_the_same(pictures_of, vit, kind, classify):
+    folder = pictures_of(vit, "all-linear")
+    assert main_in("select", "--config", folder / "images.yaml", *kind) == 0
+    classify.main(folder / "out" / "recipe.yaml")
+    file = "model.safetensors" if kind else "adapter_model.safetensors"
+    ours, theirs = (load_file(folder / "out" / place / file) for place in ("final", "trained-by-recipe"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-8 if kind else 0) for name in ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clip_classifies_by_its_text_tower(pictures_of, clip, kind):
+    folder = pictures_of(clip, ".*(q_proj|v_proj)")
+    assert main_in("search", "--config", folder / "images.yaml", "--label_template", "a photo of {label}", *kind) == 0
+    model = CLIPModel.from_pretrained(clip).eval()
+    tokenizer, processor = AutoTokenizer.from_pretrained(clip), AutoImageProcessor.from_pretrained(clip)
+    rows, labels = validation(folder), sorted(COLOURS)
+    with torch.no_grad():
+        texts = tokenizer([f"a photo of {label}" for label in labels], padding=True, return_tensors="pt")
+        pixels = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        logits = model(**texts, pixel_values=pixels).logits_per_image.log_softmax(1)
+    expected = [float(one[labels.index(row["label"])]) for one, row in zip(logits, rows, strict=True)]
+    assert lines(folder / "out")[frozenset()]["logprobs"] == pytest.approx(expected, abs=1e-4)
+    names = load_file(next((folder / "out" / "adapters" / "warm").glob("*.safetensors")))
+    assert names
+    assert not [name for name in names if "text_model" in name]
+
+
+def test_a_backbone_without_a_head_is_refused_with_the_reason(pictures_of, tmp_path, capsys):
+    model = tmp_path / "bare"
+    ViTModel(ViTConfig(image_size=8, patch_size=4, **SHAPE)).save_pretrained(model)
+    folder = pictures_of(model, "all-linear")
+    assert main_in("adapters", "--config", folder / "images.yaml") == 2
+    assert "A head trained for every candidate apart could not be averaged" in capsys.readouterr().err
+
+
+def test_labels_the_classifier_does_not_have_are_refused_or_mapped(pictures_of, vit, capsys):
+    folder = pictures_of(vit, "all-linear")
+    path = folder / "images.yaml"
+    given = yaml.safe_load(path.read_text())
+    rows = validation(folder)
+    for row in rows:
+        row["label"] = {"red": "rouge"}.get(row["label"], row["label"])
+    Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(
+        folder / "all.parquet"
+    )
+    assert main_in("adapters", "--config", path, "--allow_overlap", "true") == 2
+    assert "'rouge' is none of the 3 labels of this run: red, green, blue" in capsys.readouterr().err
+    given["candidates"]["all"]["labels"] = {"rouge": "red"}
+    path.write_text(yaml.safe_dump(given))
+    assert main_in("adapters", "--config", path) == 2
+    assert "also stand in all (7)" in capsys.readouterr().err  # the same pixels, in another file
+    assert main_in("adapters", "--config", path, "--allow_overlap", "true") == 0
+
+
+def test_a_folder_of_images_is_read(pictures_of, vit, tmp_path):
+    folder = pictures_of(vit, "all-linear")
+    for label, colour in COLOURS.items():
+        for number in range(3):
+            place = tmp_path / "files" / label / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            picture(colour, number).save(place)
+    path = folder / "images.yaml"
+    given = yaml.safe_load(path.read_text())
+    given["candidates"]["all"] = {"path": "imagefolder", "data_dir": "files"}
+    path.write_text(yaml.safe_dump(given))
+    one = MergeToMixSearcher(*parse(path), Terminal(quiet=True))
+    assert sorted(one.candidates["all"].rows["label"]) == sorted([*COLOURS] * 3)
+    one.train_adapters()
+
+
+def test_a_study_of_images(pictures_of, vit):
+    folder = pictures_of(vit, "all-linear")
+    assert main_in("fidelity", "--config", folder / "images.yaml") == 0
+    found = json.loads((folder / "out" / "fidelity.json").read_text())
+    assert len(found["mixtures"]) == 7
+    assert len(found["similarity"]) == 3
+
+
+def test_what_is_no_image_is_named(pictures_of, vit, capsys):
+    folder = pictures_of(vit, "all-linear")
+    Dataset.from_list([{"image": "here.png", "label": "red"}]).to_parquet(folder / "all.parquet")
+    assert main_in("adapters", "--config", folder / "images.yaml") == 2
+    assert "candidates.all.image: expected images" in capsys.readouterr().err

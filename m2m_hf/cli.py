@@ -246,9 +246,9 @@ def run(command: argparse.Namespace, overrides: Sequence[str], log: LibraryLog, 
         log.open(searcher.run.log)
     if command.command == "adapters":
         searcher.train_adapters()
-        failed = searcher.failed
+        failed, word = searcher.failed, "experts" if searcher.config.expert == "full" else "adapters"
         searcher.terminal.say(
-            f"{len(searcher.candidates) - len(failed)} adapters are complete: {os.path.relpath(searcher.run.adapters)}"
+            f"{len(searcher.candidates) - len(failed)} {word} are complete: {os.path.relpath(searcher.run.adapters)}"
             + (f"; the training of {', '.join(failed)} failed" if failed else "")
         )
     elif command.command == "search":

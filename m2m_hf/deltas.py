@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import nn
 
 from .errors import InputError
 
+Part = slice | None  # rows of a tensor; None: all of it
 DELTA_FILE = "delta.safetensors"
+BLOCK = 1 << 22  # numbers of a tensor that are worked on at once
 BITS = 30  # of a sum: one less than there are, so that rounding cannot overflow
 
 
@@ -66,6 +68,23 @@ def save_delta(
     return {"parameters": parameters, "lost": round(math.sqrt(lost / total), 9) if total else 0.0}
 
 
+def blocks(shape: Sequence[int]) -> Iterator[Part]:
+    """A tensor of this shape in parts of whole rows, so that of a large one no second copy is in memory."""
+    numbers = math.prod(shape)
+    if numbers <= BLOCK or not shape:
+        yield None
+        return
+    rows = max(1, BLOCK * shape[0] // numbers)
+    yield from (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+
+
+def read(path: Path, name: str, part: Part) -> torch.Tensor:
+    """A tensor of a safetensors file, or rows of it; opened anew, or the file would stay in memory as far as it was read."""
+    with safe_open(path, "pt") as file:
+        found: torch.Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
+    return found
+
+
 class Delta:
     """A full-parameter expert on the disk.
 
@@ -88,11 +107,9 @@ class Delta:
         if others := kinds - {"F64", "F32", "F16", "BF16"}:
             raise InputError(f"{self.path}: expected floating-point numbers, got {', '.join(sorted(others))}")
 
-    def delta(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """What was added to the weight `name`, in fp32."""
-        with safe_open(self.path, "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor.to(device, torch.float32)
+    def delta(self, name: str, device: torch.device | str = "cpu", part: Part = None) -> torch.Tensor:
+        """What was added to the weight `name`, or to rows of it, in fp32."""
+        return read(self.path, name, part).to(device, torch.float32)
 
 
 class Shelf:
@@ -111,12 +128,8 @@ class Shelf:
         self._path = Path(place) / "base.safetensors"
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, self._path)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(
-            self._path, "pt"
-        ) as file:  # anew each time, or the file would stay in memory as far as it was read
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+    def read(self, name: str, part: Part = None) -> torch.Tensor:
+        return read(self._path, name, part)
 
 
 class Sums:
@@ -141,33 +154,37 @@ class Sums:
         self._sums = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in changed.items()}
         self._members: frozenset[str] | None = frozenset()
         for name in changed:
-            largest = sum(float(one.delta(name).abs().max()) for one in experts.values() if name in one.shapes)
+            having = [one for one in experts.values() if name in one.shapes]
+            parts = list(blocks(changed[name]))
+            largest = sum(max(float(one.delta(name, part=part).abs().max()) for part in parts) for one in having)
             if not math.isfinite(largest):
                 raise InputError(f"{name}: not all experts have finite numbers there")
             self._units[name] = max(2.0 ** (math.frexp(largest)[1] - BITS), torch.finfo(torch.float32).tiny)
 
-    def to(self, members: Collection[str], write: Callable[[str, torch.Tensor], None]) -> None:
-        """Goes to the sums over these experts, weight by weight.
+    def to(self, members: Collection[str], write: Callable[[str, Part, torch.Tensor], None]) -> None:
+        """Goes to the sums over these experts, weight by weight and block by block.
 
         Args:
-            write: is given every weight's name and its sum in fp32.
+            write: is given every weight's name, which part of it, and the sum there in fp32.
         """
         wanted = frozenset(members)
         here = self._members
         added, dropped = wanted - (here or frozenset()), (here or frozenset()) - wanted
         anew = here is None or len(added) + len(dropped) > len(wanted)
         self._members = None  # until all is done: whoever interrupts this leaves some weights behind
-        for name, total in self._sums.items():
-            if anew:
-                total.zero_()
-            for one in sorted(wanted if anew else added):
-                self._add(total, one, name, 1)
-            for one in () if anew else sorted(dropped):
-                self._add(total, one, name, -1)
-            write(name, total.to(torch.float32).mul_(self._units[name]))
+        for name, whole in self._sums.items():
+            for part in blocks(whole.shape):
+                total = whole if part is None else whole[part]
+                if anew:
+                    total.zero_()
+                for one in sorted(wanted if anew else added):
+                    self._add(total, one, name, part, 1)
+                for one in () if anew else sorted(dropped):
+                    self._add(total, one, name, part, -1)
+                write(name, part, total.to(torch.float32).mul_(self._units[name]))
         self._members = wanted
 
-    def _add(self, total: torch.Tensor, expert: str, name: str, sign: int) -> None:
+    def _add(self, total: torch.Tensor, expert: str, name: str, part: Part, sign: int) -> None:
         if name in self._experts[expert].shapes:
-            delta = self._experts[expert].delta(name)
+            delta = self._experts[expert].delta(name, part=part)
             total.add_((delta / self._units[name]).round_().to(torch.int32), alpha=sign)

@@ -573,10 +573,16 @@ class Ingredients:
         for name, one in candidates.items():
             steps = planned_steps(self.args, one.trained_rows, one.tokens)
             found = sum(shared[name, target] for target in targets)
-            figures = (len(one.rows), one.tokens, one.longest, one.truncated, steps, found)
-            rows.append([name, *(f"{figure:,}" for figure in figures)])
-        columns = ["", "rows", "tokens", "longest", "truncated", "steps", "in target"]
-        self.terminal.table(f"candidates ({self._data[0]} format)", columns, rows)
+            figures = {"rows": len(one.rows), "tokens": one.tokens, "longest": one.longest, "truncated": one.truncated}
+            if self.plan is not None:
+                figures |= {"labels": len(one.rows.unique("label"))}
+            if self.config.task == "image_classification":  # all of one size
+                figures = {"rows": len(one.rows), "labels": figures["labels"]}
+            figures |= {"steps": steps, "in target": found}
+            rows.append([name, *(f"{figure:,}" for figure in figures.values())])
+        self.terminal.table(f"candidates ({self._data[0]} format)", ["", *figures], rows)
+        if self.plan is not None:
+            self.terminal.say(self._describe_head())
         for target in targets.values():
             self.terminal.say(f"target {target.name}: {self._describe(target)}")
         self.terminal.say("")
@@ -603,6 +609,15 @@ class Ingredients:
         self._check_targets()
         self.bank.check()
         self._checked = True
+
+    def _describe_head(self) -> str:
+        """What classifies, for the line under the first table."""
+        assert self.plan is not None
+        if self.plan.own is not None:
+            return f"head: the model's own classifier of {len(self.plan.own)} labels, frozen"
+        among = "all of them" if self._label_space is not None else "those of its own dataset"
+        tower = "the text tower" if self.plan.two_towers else "the base model"
+        return f"head: {tower}'s embedding of {len(self._words)} labels' names, frozen; a row is a choice among {among}"
 
     def _describe(self, target: Target) -> str:
         """What a target is scored on and how, for the line under the first table."""

@@ -126,6 +126,12 @@ def files_of(record: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def experts_word(record: Any) -> str:
+    """What experts with such a `training.json`, or of this configuration, are called: `adapters`; `experts` where all is trained."""
+    given = record.get("uniform", record) if isinstance(record, dict) else {}
+    return "experts" if isinstance(given, dict) and given.get("expert") == "full" else "adapters"
+
+
 def weights_of(record: Any) -> Any:
     """What recognises the weights that a `training.json` describes, also where they were copied; None where it describes none."""
     files = files_of(record)

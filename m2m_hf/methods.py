@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import MERGE_PARAMETERS
-from .deltas import Delta, Shelf, Sums, floats
+from .deltas import Delta, Part, Shelf, Sums, blocks, floats
 from .errors import InputError
 from .journal import fingerprint
 from .merging import Adapter, GatedStack, features
@@ -161,19 +161,25 @@ class DenseStack:
         with torch.no_grad():
             if self._sums is not None and len(weights) > 1 and len(set(weights.values())) == 1:
                 share = next(iter(weights.values()))
-                self._sums.to(weights, lambda name, total: self._write(name, total, share))
+                self._sums.to(weights, lambda name, part, total: self._write(name, total, share, part))
             elif weights:
                 for name, weight in self._weights.items():
                     self._write(name, self._merged(name, weights, weight.device), 1.0)
             elif self._written:
                 for name, weight in self._weights.items():
-                    weight.copy_(self._pristine[name])
+                    for part in blocks(weight.shape):
+                        (weight if part is None else weight[part]).copy_(self._base(name, part))
         self._written = bool(weights)
 
-    def _write(self, name: str, delta: torch.Tensor, share: float) -> None:
-        weight = self._weights[name]
-        base = self._pristine[name].to(delta.device, torch.float32)
-        weight.copy_(base.add(delta, alpha=share))
+    def _base(self, name: str, part: Part = None) -> torch.Tensor:
+        """The base's own weight, or rows of it."""
+        if isinstance(self._pristine, Shelf):
+            return self._pristine.read(name, part)
+        return self._pristine[name] if part is None else self._pristine[name][part]
+
+    def _write(self, name: str, delta: torch.Tensor, share: float, part: Part = None) -> None:
+        weight = self._weights[name] if part is None else self._weights[name][part]
+        weight.copy_(self._base(name, part).to(delta.device, torch.float32).add(delta, alpha=share))
 
     def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
         """The same; all rows have one mixture."""

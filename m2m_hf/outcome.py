@@ -9,7 +9,7 @@ from typing import Any
 from .certainty import Certainty, certainty
 from .data import Candidate, Target
 from .fidelity import VERDICTS
-from .journal import Keys
+from .journal import Keys, experts_word
 from .mixture import Mixture, Score, SearchSpace, Standing, mean_over_targets
 from .search import SearchResult, score_of
 from .worth import Worth, worth
@@ -50,6 +50,11 @@ class Outcome:
     verified: Mapping[str, Any] | None = None
     fine_tuned: Sequence[Standing] = ()
     compare_seconds: float = 0.0
+
+    @property
+    def experts(self) -> str:
+        """What the candidates' experts are called."""
+        return experts_word(next(iter(self.training.values()), {}))
 
     @property
     def usable(self) -> list[str]:
@@ -270,14 +275,14 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
             )
     for name, record in outcome.training.items():
         if "failed" in record:
-            text = f"{name} is in no mixture: the training of its adapter failed: {record['failed']}"
+            text = f"{name} is in no mixture: the training of its {outcome.experts[:-1]} failed: {record['failed']}"
             found.append(("no_adapter", text))
     if taken := [name for name, record in outcome.training.items() if record.get("unknown")]:
         found.append(
             (
                 "trained_elsewhere",
-                f"how the adapters of {', '.join(taken)} were trained is not known: averages mean something only if they were "
-                "all trained alike, from this base model and on these rows",
+                f"how the {outcome.experts} of {', '.join(taken)} were trained is not known: averages mean something only if they "
+                "were all trained alike, from this base model and on these rows",
             )
         )
     for (name, target), rows in outcome.overlap.items():
@@ -292,9 +297,9 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
         found.append(
             (
                 "averages_badly",
-                f"the adapters average badly: {worse[0]} of {worse[1]} mixtures are worse than their parts are on average, "
-                "as of adapters that were trained for too long or with too high a learning rate; the scores of mixtures then say "
-                "little of models trained on them",
+                f"the {outcome.experts} average badly: {worse[0]} of {worse[1]} mixtures are worse than their parts are on "
+                f"average, as of {outcome.experts} that were trained for too long or with too high a learning rate; the scores of "
+                "mixtures then say little of models trained on them",
             )
         )
     if sure and sure.tied > 1:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from .console import duration
 from .ingredients import Ingredients
+from .journal import experts_word
 from .merging import GatedStack
 from .scoring import Scorer
 from .training import TrainingFailedError, planned_steps, train_expert
@@ -29,6 +30,7 @@ class Plan:
 
     Args:
         adapters: to be trained.
+        experts: what these are called, `adapters` or `experts`.
         steps: of them together; `final_steps` of the final fine-tune on all candidates, the most that it can take.
         mixtures: to be scored at most; races end most of them early.
         seconds_per_step: measured; None where nothing is to be trained.
@@ -38,6 +40,7 @@ class Plan:
     """
 
     adapters: int
+    experts: str
     steps: int
     final_steps: int
     mixtures: int
@@ -59,9 +62,9 @@ class Plan:
 
         adapters, search, final = self.steps * step, self.mixtures * self.seconds_per_mixture, self.final_steps * step
         lines = [
-            f"adapters: {self.adapters} to train, {self.steps:,} steps, {about(adapters)}"
+            f"{self.experts}: {self.adapters} to train, {self.steps:,} steps, {about(adapters)}"
             if self.adapters
-            else "adapters: all there",
+            else f"{self.experts}: all there",
             f"search: up to {self.mixtures:,} mixtures, about {duration(search)} ({self.seconds_per_mixture:.2f} s each, unless "
             "a race ends it early)",
             f"final fine-tune: up to {self.final_steps:,} steps, {about(final)}"
@@ -84,6 +87,7 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     """
     candidates, args = run.candidates, copy.deepcopy(run.args)
     missing = run.bank.check()
+    word = experts_word({"expert": run.config.expert})
     steps = sum(
         planned_steps(run._settings(name)[0], candidates[name].trained_rows, candidates[name].tokens)
         for name in missing
@@ -117,9 +121,9 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
         apart.append(f"verify_top_k: the best {run.config.verify_top_k} mixtures and the baselines, fine-tuned")
     if run.config.bank and missing:
         where = run.config.bank if isinstance(run.config.bank, str) else ", ".join(run.config.bank.values())
-        apart.append(f"adapters that {where} has already; they are taken instead of trained")
+        apart.append(f"{word} that {where} has already; they are taken instead of trained")
     last = final if run.config.train_final else 0
-    return Plan(len(missing), steps, last, mixtures, seconds, scored, memory, tuple(apart))
+    return Plan(len(missing), word, steps, last, mixtures, seconds, scored, memory, tuple(apart))
 
 
 class Clock(TrainerCallback):

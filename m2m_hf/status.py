@@ -20,6 +20,7 @@ from .journal import (
     checkpoints,
     cut_short,
     damaged_values,
+    experts_word,
     file_fingerprint,
     hidden,
     read_config,
@@ -64,12 +65,12 @@ def status(run: RunFolder) -> Status:
     if at_work(run):
         found.lines.append("a process is at work in it now")
     left = []
-    trained, seconds = adapters(run, names, found)
+    trained, seconds = adapters(run, names, found, experts_word(given))
     missing = [name for name in names if name not in trained]
     failed = [name for name, record in trained.items() if "failed" in record]
     if missing:
-        left.append(f"{len(missing)} adapters ({', '.join(missing)})")
-    spent = {"adapters": seconds}
+        left.append(f"{len(missing)} {experts_word(given)} ({', '.join(missing)})")
+    spent = {experts_word(given): seconds}
     searched = search(run, config, [name for name in names if name not in failed], found, spent)
     summary = read_made(run.summary)
     if searched:
@@ -113,7 +114,7 @@ def status(run: RunFolder) -> Status:
     found.lines.append(f"left: {'; '.join(left)}" if left else "left: nothing")
     found.lines += [f"damaged: {one}" for one in found.damage]
     if not found.damage:
-        found.lines.append("whole: adapters, models, journal and mixture are as they were written")
+        found.lines.append(f"whole: {experts_word(given)}, models, journal and mixture are as they were written")
     if left or found.damage:
         found.lines.append(f"go on with: m2m select --config {os.path.relpath(run.config)}")
     return found
@@ -153,8 +154,12 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e15 else 0.0
 
 
-def adapters(run: RunFolder, names: list[str], found: Status) -> tuple[dict[str, dict[str, Any]], float]:
-    """(candidate -> `training.json` of every adapter that is there, seconds spent on them)."""
+def adapters(run: RunFolder, names: list[str], found: Status, word: str) -> tuple[dict[str, dict[str, Any]], float]:
+    """(candidate -> `training.json` of every expert that is there, seconds spent on them).
+
+    Args:
+        word: what they are called.
+    """
     trained: dict[str, dict[str, Any]] = {}
     total = 0.0
     for name in names:
@@ -165,7 +170,7 @@ def adapters(run: RunFolder, names: list[str], found: Status) -> tuple[dict[str,
             if record:
                 trained[name] = record
     steps = sum(number(one.get("steps")) for one in trained.values())
-    found.lines.append(f"adapters: {len(trained)} of {len(names)}, {steps:,.0f} steps, {duration(total)}")
+    found.lines.append(f"{word}: {len(trained)} of {len(names)}, {steps:,.0f} steps, {duration(total)}")
     for name, record in trained.items():
         if "failed" in record:
             found.lines.append(f"  {name}: failed: {record['failed']}")

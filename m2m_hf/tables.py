@@ -133,10 +133,10 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
         )
     kind = next(iter(result.best.trials.values())).objective
     explained = {
-        "merged": "merged: the exact average of the adapters, not trained",
-        "ensemble": "merged: scored by the average of the adapters' probabilities, not trained",
+        "merged": f"merged: the exact average of the {outcome.experts}, not trained",
+        "ensemble": f"merged: scored by the average of the {outcome.experts}' probabilities, not trained",
     }
-    lines.append(explained.get(kind, f"merged: the adapters by {kind}, not trained"))
+    lines.append(explained.get(kind, f"merged: the {outcome.experts} by {kind}, not trained"))
     uniform = (
         f"for the same {steps} steps"
         if steps
@@ -151,7 +151,7 @@ def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Ma
         )
     )
     lines.append(
-        f"cost: adapters {duration(costs['train_seconds'])}, {len(result.standings)} mixtures scored in "
+        f"cost: {outcome.experts} {duration(costs['train_seconds'])}, {len(result.standings)} mixtures scored in "
         f"{duration(costs['search_seconds'])}"
         + (f", mixtures fine-tuned to compare {duration(costs['compare_seconds'])}" if costs["compare_seconds"] else "")
         + (f", final model {duration(costs['final_seconds'])}" if final else "")

@@ -55,6 +55,13 @@ def test_nothing_is_lost_on_the_disk(bank, tmp_path, dtype):
         assert torch.equal(weight, checkpoints["a"][name]), name
 
 
+@pytest.fixture(params=[1 << 22, 50], ids=["whole", "in blocks"])
+def block(request, monkeypatch):
+    """Weights that are worked on as they are, and rows at a time."""
+    monkeypatch.setattr("m2m_hf.deltas.BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_is_the_average_of_the_checkpoints_in_any_order(bank, tmp_path, family, dtype):
@@ -78,6 +85,7 @@ def test_a_merged_model_is_the_average_of_the_checkpoints_in_any_order(bank, tmp
             assert torch.equal(weight, again[name]), (name, members)
 
 
+@pytest.mark.usefixtures("block")
 def test_detached_it_leaves_the_base_and_no_files(bank, tmp_path):
     _, experts = bank("llama", torch.float32, 2)
     model = build_model("llama")
@@ -99,10 +107,10 @@ def test_sums_interrupted_halfway_are_made_anew(bank, tmp_path, monkeypatch):
     stack.set({"a": 1.0})
     real, calls = Delta.delta, itertools.count()
 
-    def stops(self, *args):
+    def stops(self, *args, **more):
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, *args)
+        return real(self, *args, **more)
 
     monkeypatch.setattr(Delta, "delta", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -119,7 +127,12 @@ def test_a_neighbour_costs_the_reading_of_one_expert(bank, tmp_path, monkeypatch
     stack = DenseStack(build_model("llama"), experts, AVERAGE, tmp_path)
     read: list[str] = []
     real = Delta.delta
-    monkeypatch.setattr(Delta, "delta", lambda self, *args: (read.append(self.path.parent.name), real(self, *args))[1])
+
+    def spy(self, *args, **more):
+        read.append(self.path.parent.name)
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(Delta, "delta", spy)
     every = walk(Mixture.subset(one) for size in range(1, 6) for one in itertools.combinations("abcde", size))
     tensors = len(experts["a"].shapes)
     for mixture in every:

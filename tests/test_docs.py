@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, candidate_rows, choice_rows, write_rows
+from conftest import ROOT, candidate_rows, choice_rows, intent_rows, write_rows
 from hub_server import Repository
 
 from m2m_hf.launch import relaunched
@@ -18,6 +18,7 @@ from m2m_hf.launch import relaunched
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 TRAINER = """
 import torch
 from datasets import load_dataset
@@ -60,7 +61,7 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch, hub, forks, pico):
+def world(tmp_path, monkeypatch, hub, forks, pico, encoder):
     """A folder with the data that the pages speak of, a Hub with their model and dataset, and a way to run Python there."""
     (tmp_path / "data").mkdir()
     for name in ("openbookqa", "mawps", "chat", "sums_validation", "chat_validation"):
@@ -76,6 +77,14 @@ def world(tmp_path, monkeypatch, hub, forks, pico):
         (tmp_path / name).symlink_to(ROOT / name)
     model = hub.repositories["model", MODEL] = Repository(False)
     model.commits.append(("b" * 40, {path.name: path.read_bytes() for path in pico.iterdir()}))
+    for name, labels in (("banking", ["card arrival", "lost card"]), ("travel", ["book a flight", "weather"])):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", intent_rows(labels, 12))
+    for number, part in enumerate(("validation", "test")):
+        asked = intent_rows(["card arrival", "top up"], 8, 100 * (number + 1))
+        write_rows(tmp_path / "data" / f"requests_{part}.jsonl", asked)
+    hub.repositories["model", ENCODER] = Repository(False)
+    files = {path.name: path.read_bytes() for path in encoder.iterdir()}
+    hub.repositories["model", ENCODER].commits.append(("c" * 40, files))
     rows = [{"question": row["prompt"], "answer": row["completion"]} for row in candidate_rows("gsm8k", 12)]
     write_rows(tmp_path / "gsm8k.jsonl", rows)
     card = b"---\nconfigs:\n- config_name: main\n  data_files: main.jsonl\n---\n"

@@ -25,7 +25,7 @@ from .data import Candidate
 from .deltas import DELTA_FILE, floats, save_delta
 from .errors import InputError
 from .heads import SUFFIX, HeadPlan
-from .journal import altered, cut_short, file_fingerprint, files_of, fingerprint, hidden, read_json, sync
+from .journal import altered, cut_short, experts_word, file_fingerprint, files_of, fingerprint, hidden, read_json, sync
 from .merging import ADAPTER_FILES, Adapter
 from .methods import Expert
 from .models import lora_facts
@@ -59,6 +59,7 @@ HEADS_APART = (
     "heads that were trained for one candidate each belong to labels of their own, and their average to none. Expected experts "
     "whose head is the base model's, or that have none"
 )
+MOST_LOST = 0.01  # share of a delta's norm, above which it is said
 MOST_MOVED = 0.5  # of the norm of the base's weights: fine-tuning moves them by a few percent
 LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
@@ -194,9 +195,9 @@ class Bank:
                 f"adapter {name!r} in {folder} was trained otherwise than this run asks for, and adapters that "
                 f"differ in anything but their data cannot be averaged: {'; '.join(differences)}. Restore the settings, "
                 + (
-                    f"choose another --output_dir, or delete {self.folder} to train all adapters again"
+                    f"choose another --output_dir, or delete {self.folder} to train all again"
                     if ours
-                    else "or leave out adapters:"
+                    else f"or leave out {experts_word(there)}:"
                 )
             )
         if there["data"] != self.candidates[name].fingerprint:
@@ -206,7 +207,7 @@ class Bank:
                 + (
                     f"delete {self.folder / name} to have this adapter trained again"
                     if ours
-                    else f"leave out adapters: ({folder})"
+                    else f"leave out {experts_word(there)}: ({folder})"
                 )
             )
 
@@ -243,7 +244,8 @@ class Bank:
                 move(self.folder / name)
         PartialState().wait_for_everyone()
         if there:
-            terminal.say(f"took {len(there)} adapters that were trained elsewhere: {', '.join(there)}")
+            word = experts_word(next(iter(there.values())))
+            terminal.say(f"took {len(there)} {word} that were trained elsewhere: {', '.join(there)}")
 
     def adopt(self, others: Mapping[str, tuple[str, Path]], plan: HeadPlan | None, terminal: Terminal) -> None:
         """Takes adapters that were not trained by this package, as far as their files tell that they may be averaged.
@@ -310,7 +312,10 @@ class Bank:
         Raises:
             InputError: a model of another architecture, with a head of its own, or that is no fine-tune of the base.
         """
-        before = {key: one.detach() for key, one in floats(base).items()}
+        kept_out = plan.untrained if plan is not None and plan.own is None else None  # a pooler, which nothing reads
+        before = {
+            key: one.detach() for key, one in floats(base).items() if not (kept_out and re.fullmatch(kept_out, key))
+        }
         for name, (source, folder) in others.items():
             where = f"experts.{name}: {source}"
             architecture = next(
@@ -318,7 +323,11 @@ class Bank:
             )
             if plan is not None and plan.own is None and architecture.endswith(SUFFIX[plan.task]):
                 raise InputError(f"{where} is a {architecture}, whose classifier was trained with it: {HEADS_APART}")
-            after = {key: one.detach() for key, one in floats(load(folder)).items()}
+            after = {
+                key: one.detach()
+                for key, one in floats(load(folder)).items()
+                if not (kept_out and re.fullmatch(kept_out, key))
+            }
             if [(key, one.shape) for key, one in before.items()] != [(key, one.shape) for key, one in after.items()]:
                 others_too = sorted({key for key in {*before, *after} if key not in before or key not in after}) or [
                     "shapes"
@@ -436,6 +445,11 @@ class Bank:
                 loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
                 seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
                 terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
+                if (lost := record.get("kept", {}).get("lost", 0.0)) > MOST_LOST:
+                    terminal.say(
+                        f"  {name}: delta_dtype {record['kept']['dtype']} has lost {lost:.1%} of what was learned",
+                        "yellow",
+                    )
 
         records = self.training().values()
         PartialState().wait_for_everyone()

@@ -62,9 +62,10 @@ def centroid(
         for start in range(0, len(content), IMAGES):
             pixels = processing(images=list(content[start : start + IMAGES]), return_tensors="pt")["pixel_values"]
             hidden = model.base_model(pixel_values=pixels.to(model.device, model.dtype))[0]
-            while hidden.ndim > 2:  # over patches, whether they stand in a row or as a picture
-                hidden = hidden.float().mean(1 if hidden.ndim == 3 else -1)
-            total += hidden.double().sum(0).cpu()
+            if hidden.ndim == 4:  # patches as a picture: (rows, features, height, width)
+                hidden = hidden.flatten(2).transpose(1, 2)
+            mean = hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()
+            total += mean.double().sum(0).cpu()
         return total / len(content)
     kept = [list(text)[:longest] for text in content]
     for batch in batches([len(text) for text in kept], tokens_per_batch):

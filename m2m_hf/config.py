@@ -730,6 +730,8 @@ class MergeToMixConfig:
         if labels is not None and (not isinstance(labels, (list, tuple, Mapping)) or len(labels) < 2):
             raise InputError(f"labels: expected a list of names, or {{label: words}}, of two at least; got {labels!r}")
         self.parsed_labels = names_of_labels(labels)
+        if labels is not None and len(self.parsed_labels or ()) < len(labels):
+            raise InputError(f"labels: one of them stands there twice: {labels!r}")
         if self.trained_parameters is not None:
             try:
                 re.compile(self.trained_parameters)
@@ -751,9 +753,17 @@ class MergeToMixConfig:
                     f"targets.{name}.scorer: expected {' or '.join(allowed[:2])} for {self.task}, got {target.kind}"
                 )
             data = [one for one in (target.data, target.test_data) if one is not None]
+            place, other = ("{model}", "{adapter}") if self.expert == "full" else ("{adapter}", "{model}")
+            for part in (*target.command, *target.test_command):
+                if other in part:
+                    raise InputError(
+                        f"targets.{name}.command: with expert: {self.expert} it is given {place}, not {other}"
+                    )
             if self.task != "causal_lm" and (target.normalize != "none" or any(one.template for one in data)):
                 raise InputError(f"targets.{name}: normalize and template belong to task: causal_lm")
         for name, one in self.parsed_candidates.items():
+            if self.task != "causal_lm" and one.data.template:
+                raise InputError(f"candidates.{name}.template: belongs to task: causal_lm")
             if self.task == "causal_lm" and one.labels is not None:
                 raise InputError(
                     f"candidates.{name}.labels: belongs to task: sequence_classification or image_classification"

@@ -26,6 +26,7 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.table import embed_table_storage
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from jinja2 import TemplateError
@@ -587,6 +588,7 @@ def token_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str)
 
 def image_digest(image: Image.Image) -> str:
     """Recognises an image by its pixels, whatever file they came from."""
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")  # a palette's pixels are indices
     about = f"{image.mode} {image.size} ".encode()
     return hashlib.sha256(about + image.tobytes()).hexdigest()[:16]
 
@@ -641,7 +643,9 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
         train = folder / "train.parquet"
         folder.mkdir(parents=True, exist_ok=True)
         partial = hidden(train)
-        rows.to_parquet(partial)
+        # Images that are files are put into it.
+        whole = rows.flatten_indices().with_format("arrow").map(embed_table_storage, batched=True, batch_size=256)
+        whole.with_format(None).to_parquet(partial)
         partial.rename(train)
         sync(folder)
     else:

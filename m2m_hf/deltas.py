@@ -58,10 +58,11 @@ def save_delta(
     total = lost = 0.0
     for name, weight in before.items():
         delta = after[name].detach().to("cpu", torch.float32) - weight.detach().to("cpu", torch.float32)
-        if delta.any():
-            kept[name] = delta.to(dtype).contiguous()
-            total += float(delta.double().square().sum())
-            lost += float((kept[name].double() - delta.double()).square().sum())
+        cast = delta.to(dtype).contiguous()
+        total += float(delta.double().square().sum())
+        lost += float((cast.double() - delta.double()).square().sum())
+        if cast.any():
+            kept[name] = cast
     folder.mkdir(parents=True, exist_ok=True)
     save_file(kept, folder / DELTA_FILE, metadata={"format": "pt"})
     parameters = sum(tensor.numel() for tensor in kept.values())

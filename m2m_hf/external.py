@@ -24,10 +24,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets.fingerprint import Hasher
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TargetConfig
-from .data import content_fingerprint
+from .data import content_fingerprint, image_digest
 from .errors import InputError, StoppedError, redact
 from .forward import Weights, out_of_memory
 from .journal import disk_is_full, file_fingerprint
@@ -108,7 +109,7 @@ class CallableScorer(ExternalScorer):
     def __init__(self, function: Any, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
         self.function, self.rows, self.tokenizer = function, list(rows), tokenizer
         self.examples = len(self.rows)
-        self.fingerprint = content_fingerprint(["callable", Hasher.hash(function), *self.rows], default=str)
+        self.fingerprint = content_fingerprint(["callable", Hasher.hash(function), *self.rows], default=recognised)
 
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score:
         with self.asked("the scorer"):
@@ -129,6 +130,11 @@ class CallableScorer(ExternalScorer):
         if isinstance(found, (list, tuple)) and found and all(isinstance(value, (int, float)) for value in found):
             return Score.of([float(value) for value in found])
         raise InputError(f"a scorer gave {found!r}; expected a number, one number for each row, or a Score")
+
+
+def recognised(value: Any) -> str:
+    """What a row's value that JSON has not is known by."""
+    return image_digest(value) if isinstance(value, Image.Image) else str(value)
 
 
 class CommandScorer(ExternalScorer):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .errors import InputError
-from .journal import fingerprint, hidden
+from .journal import hidden
 
 SCALE = 20.0  # of a cosine in the softmax: the temperature of 0.05 with which sentence encoders are trained
 LONGEST = 64  # tokens of a label's name
@@ -77,7 +77,13 @@ def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
                 "one label is right"
             )
         own = {str(label): int(column) for column, label in config.id2label.items()}
-        loads: Any = getattr(transformers, architecture)
+        if len(own) < len(config.id2label):
+            raise InputError(
+                f"model_name_or_path: two labels of {model!r} have one name: {', '.join(config.id2label.values())}"
+            )
+        loads: Any = getattr(transformers, architecture, None)
+        if loads is None:
+            raise InputError(f"model_name_or_path: {model!r} is a {architecture}, which transformers does not have")
         return HeadPlan(task, architecture, own, "logits", prefix=loads.base_model_prefix)
     if task == "sequence_classification":
         return HeadPlan(task, "AutoModel", None, sentence_pooling(model, revision))
@@ -97,10 +103,15 @@ def sentence_pooling(model: str, revision: str | None) -> str:
         model, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
     )  # fmt: skip
-    found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    if found.get("pooling_mode_cls_token"):
-        return "cls"
-    return "mean"
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {"pooling_mode_mean_tokens": True}
+        modes = [name for name, on in found.items() if name.startswith("pooling_mode_") and on]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: expected how sentence-transformers pools tokens, as JSON ({error})") from error
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise InputError(f"{path}: expected {' or '.join(known)} alone, got {', '.join(modes) or 'none'}")
+    return known[modes[0]]
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,7 @@ class Head:
         vectors: of length 1, of shape (labels, features), fp32; None where the scores are columns of the model's own logits.
         scale: of the cosines.
         closed: whether every row is a choice among all labels, and not only among those of its own dataset.
+        columns: of the model's own logits, one for every label.
     """
 
     labels: tuple[str, ...]
@@ -120,7 +132,7 @@ class Head:
     vectors: torch.Tensor | None = None
     scale: float = SCALE
     closed: bool = True
-    _columns: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
 
     def scores(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
         """The score of every label, of shape (rows, labels), fp32; their softmax over the labels that may be right is the answer.
@@ -130,7 +142,7 @@ class Head:
             mask: the text's attention mask, of shape (rows, tokens).
         """
         if self.vectors is None:
-            logits: torch.Tensor = outputs.logits.float()[:, self._columns]
+            logits: torch.Tensor = outputs.logits.float()[:, self.columns]
             return logits
         found = nn.functional.normalize(features(outputs, mask, self.plan.pooling), dim=-1)
         return self.scale * found @ self.vectors.to(found.device).T
@@ -181,7 +193,7 @@ def label_words(label: str) -> str:
 def own_head(plan: HeadPlan, labels: Sequence[str]) -> Head:
     """The classifier that the base model has."""
     assert plan.own is not None
-    return Head(tuple(labels), plan, _columns=[plan.own[label] for label in labels])
+    return Head(tuple(labels), plan, columns=[plan.own[label] for label in labels])
 
 
 @torch.no_grad()
@@ -201,18 +213,15 @@ def head_of_names(
         model: the base model; of two towers both.
         tokenizer: its own.
         closed: see `Head`.
-
-    Raises:
-        InputError: two labels that are embedded alike.
     """
     model.eval()
     rows = []
     for label in words:
         text = template.replace("{label}", words[label])
         padding: Any = "max_length" if plan.pooling == "pooler_output" else False  # SigLIP was trained so
-        given = tokenizer(text, truncation=True, max_length=LONGEST, padding=padding, return_tensors="pt").to(
-            model.device
-        )
+        longest = min(LONGEST, tokenizer.model_max_length)
+        given = tokenizer(text, truncation=True, max_length=longest, padding=padding, return_tensors="pt")
+        given = given.to(model.device)
         if plan.two_towers:
             row = model.get_text_features(**given).pooler_output.float()
         else:
@@ -220,9 +229,4 @@ def head_of_names(
         rows.append(nn.functional.normalize(row[0], dim=0))
     vectors = torch.stack(rows).cpu()
     scale = float(model.logit_scale.exp()) if plan.two_towers else SCALE
-    seen: dict[str, str] = {}
-    for label, row in zip(words, vectors, strict=True):
-        other = seen.setdefault(fingerprint(row.tolist()), label)
-        if other != label:
-            raise InputError(f"labels: {label!r} and {other!r} are the same words to this model; give them other words")
     return Head(tuple(words), plan, vectors, scale, closed)

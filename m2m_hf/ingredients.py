@@ -3,9 +3,10 @@
 import contextlib
 import math
 import os
+import shutil
 import socket
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
+from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from . import parsing
@@ -25,7 +27,7 @@ from .data import Candidate, Target, load_all, overlap, pin_data, split_candidat
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
-from .heads import Head, label_words, own_head
+from .heads import LONGEST, SCALE, Head, label_words, own_head
 from .journal import END, Journal, Keys, RunFolder, fingerprint, read_config, read_made, write_atomic, write_json
 from .labelled import Length, load_labelled, words_of
 from .methods import AVERAGE, MergeMethod, Stack, open_stack
@@ -33,6 +35,7 @@ from .mixture import SearchSpace
 from .models import (
     base_fingerprint,
     check_model,
+    image_mode,
     load_base,
     load_head,
     load_image_processor,
@@ -155,8 +158,10 @@ class Ingredients:
     def _head_fingerprint(self) -> str:
         """What recognises a head that is made of names."""
         assert self.plan is not None
-        about = [asdict(self.plan), self._words, self.config.label_template]
-        return fingerprint([self._base_fingerprint, self.model_args.dtype, *about])
+        about = [asdict(self.plan), self._words, self.config.label_template, SCALE, LONGEST]
+        return fingerprint(
+            [self._base_fingerprint, self.model_args.dtype, tokenizer_facts(self.tokenizer, False), *about]
+        )
 
     @property
     def _label_space(self) -> dict[str, str] | None:
@@ -193,6 +198,7 @@ class Ingredients:
                 None if self._label_space is None else tuple(self._label_space),
                 length,
                 seed=self.args.seed,
+                mode=image_mode(self.model_args),
             )
         return load_all(
             self.config.parsed_candidates,
@@ -246,6 +252,7 @@ class Ingredients:
             self._lora(model_args),
             self.head,
             self._limit if self.plan is not None and self.config.task != "image_classification" else 0,
+            {name: sorted(one.rows.unique("label")) for name, one in self.candidates.items()} if self.plan else {},
             self.config.trained_parameters,
             self.config.delta_dtype,
         )
@@ -275,6 +282,11 @@ class Ingredients:
             more["head"] = fingerprint(asdict(self.plan))
             more["labels"] = None if self._label_space is None else fingerprint(self._label_space)
             more["label_template"] = self.config.label_template
+            if self.plan.two_towers:
+                more |= tokenizer_facts(self.tokenizer, False)
+            if not images:
+                more["limit"] = self._limit
+                more["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
         if self.config.expert == "full":
             more |= {
                 "expert": "full",
@@ -293,9 +305,10 @@ class Ingredients:
     def base(self) -> Any:
         """The base model, loaded once for the adapters, the search and the final fine-tune."""
         model = self._load_base()
-        if (
-            self.plan is not None and self.plan.own is None
-        ):  # now, while nothing is on the model that changes what it says
+        if self.config.task == "sequence_classification":  # some models find by it where a text ends
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        # Now, while nothing is on the model that changes what it says.
+        if self.plan is not None and self.plan.own is None:
             closed, template = self._label_space is not None, self.config.label_template
             self._head_of_names = load_head(
                 self.plan, self._words, closed, template, model, self.tokenizer, self.model_args, self.args
@@ -328,6 +341,7 @@ class Ingredients:
     def _open_stack(self, method: MergeMethod) -> Stack:
         """The adapters on the base model, ready to be merged so; one stack at a time."""
         wanted = AVERAGE if method.gated else method
+        assert self.plan is None or self.head is not None  # made or read now, where gradients may follow
         if self._stack is None or self._stack_method != wanted:
             base = self._plain_base()
             adapters = self.bank.load()
@@ -360,7 +374,7 @@ class Ingredients:
         rows = {"validation": target.rows, "test": target.test_rows}
         if config.kind == "callable":
             given = {part: rows[part] for part in rows if part == "validation" or rows[part]}
-            return {part: CallableScorer(config.scorer, one, self.tokenizer) for part, one in given.items()}
+            return {part: CallableScorer(config.scorer, one, self.processing) for part, one in given.items()}
         if self.plan is not None:
             limit = patches(self.model_args) if self.config.task == "image_classification" else self._limit
             size = Length(self.tokenizer, limit, limit) if self.config.task == "sequence_classification" else None
@@ -436,7 +450,7 @@ class Ingredients:
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
         parts = ["base_model", "dtype", "tokenizer", "chat_template", "quantization"]
         if self.plan is not None:
-            parts += ["image_processor", "head", "labels", "label_template"]
+            parts += ["image_processor", "head", "labels", "label_template", "sides"]
         base = fingerprint([self.facts.get(key) for key in parts])
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
         return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}
@@ -544,10 +558,17 @@ class Ingredients:
                 "expert: full is not trained under DeepSpeed, which keeps the base's weights to itself; use FSDP"
             )
         if self.plan is not None:
-            foreign = ("packing", "assistant_only_loss", "chat_template_path", "eos_token", "padding_free")
-            for name in foreign:
-                if getattr(self.args, name, None):
-                    raise InputError(f"{name}: belongs to task: causal_lm, got {getattr(self.args, name)!r}")
+            own = {item.name for item in fields(TrainingArguments)} | {"max_length", "pad_token"}
+            plain_args = SFTConfig(output_dir="out", use_cpu=self.args.use_cpu, bf16=False)
+            for item in fields(SFTConfig):
+                given = getattr(self.args, item.name)
+                if item.name not in own and item.init and given != getattr(plain_args, item.name):
+                    raise InputError(f"{item.name}: belongs to task: causal_lm, got {given!r}")
+            for name, none in (("label_smoothing_factor", 0.0), ("use_liger_kernel", False)):
+                if getattr(self.args, name) != none:
+                    raise InputError(f"{name}: not for classification with a frozen head; expected {none}")
+            if str(getattr(self.args.train_sampling_strategy, "value", self.args.train_sampling_strategy)) != "random":
+                raise InputError(f"train_sampling_strategy: expected random, got {self.args.train_sampling_strategy!r}")
 
     def check(self) -> None:
         """Reads and checks everything that was given, and shows it in a table, before anything is trained or written.
@@ -565,6 +586,7 @@ class Ingredients:
                 f"got {self.config.max_trials}"
             )
         self._check_search()
+        self._check_words()
         if self.config.final:
             args, model_args = self._final_settings()
             check_model(model_args, args, self._lora(model_args), self.plan, self.config.trained_parameters)
@@ -589,10 +611,9 @@ class Ingredients:
         for scored, parts in scorers.items():
             for part, scorer in parts.items():
                 if scorer.cut:
-                    self.terminal.say(
-                        f"{scored}, {part}: {scorer.cut} prompts are too long for the model; their beginning is cut",
-                        "yellow",
-                    )
+                    what = "prompts are too long for the model; their beginning"
+                    what = "texts are too long; their end" if self.plan is not None else what
+                    self.terminal.say(f"{scored}, {part}: {scorer.cut} {what} is cut", "yellow")
         for name, one in candidates.items():
             if one.dropped:
                 self.terminal.say(
@@ -609,6 +630,28 @@ class Ingredients:
         self._check_targets()
         self.bank.check()
         self._checked = True
+
+    def _check_words(self) -> None:
+        """Refuses labels among which a row is a choice and that are the same words to the model.
+
+        Raises:
+            InputError: naming two of them.
+        """
+        if self.plan is None or self.plan.own is not None:
+            return
+        sets = {f"candidates.{name}": one.rows.unique("label") for name, one in self.candidates.items()}
+        sets |= {f"targets.{name}": one.questions[0].choices for name, one in self.targets.items() if one.questions}
+        if self._label_space is not None:
+            sets = {"labels": tuple(self._label_space)}
+        for where, labels in sets.items():
+            seen: dict[tuple[int, ...], str] = {}
+            for label in labels:
+                text = self.config.label_template.replace("{label}", self._words[label])
+                other = seen.setdefault(tuple(self.tokenizer(text)["input_ids"]), label)
+                if other != label:
+                    raise InputError(
+                        f"{where}: {other!r} and {label!r} are the same words to the model; give them others"
+                    )
 
     def _describe_head(self) -> str:
         """What classifies, for the line under the first table."""
@@ -749,6 +792,8 @@ class Ingredients:
         """Claims the run folder and writes the resolved configuration."""
         if self.state.is_main_process:
             self.run.lock()
+            for old in self.run.root.glob(".base-*"):  # of a process that was killed
+                shutil.rmtree(old, ignore_errors=True)
             # Another process may have been at work since they were looked at first.
             self._check_run_folder()
             self._check_targets()

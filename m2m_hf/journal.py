@@ -127,7 +127,7 @@ def files_of(record: Any) -> dict[str, dict[str, Any]]:
 
 
 def experts_word(record: Any) -> str:
-    """What experts with such a `training.json`, or of this configuration, are called: `adapters`; `experts` where all is trained."""
+    """What experts with such a `training.json`, or of this configuration, are called: `adapters`, or with full ones `experts`."""
     given = record.get("uniform", record) if isinstance(record, dict) else {}
     return "experts" if isinstance(given, dict) and given.get("expert") == "full" else "adapters"
 

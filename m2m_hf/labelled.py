@@ -49,6 +49,7 @@ def load_labelled(
     length: "Length",
     *,
     seed: int,
+    mode: str = "RGB",
 ) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
     """Loads everything that a classification run reads; see `data.load_all`.
 
@@ -56,6 +57,7 @@ def load_labelled(
         known: the label space, where there is one: of the user's, or of the base model's classifier.
         length: counts tokens.
         seed: draws `max_examples`.
+        mode: what images are converted to.
 
     Returns:
         The rows' format, the candidates and the targets by name.
@@ -67,7 +69,12 @@ def load_labelled(
     loaded = {}
     for name, config in candidates.items():
         where = f"candidates.{name}"
-        rows = labelled(config.data, config.labels, column, name, known, where, seed)
+        rows = labelled(config.data, config.labels, column, name, known, where, seed, mode)
+        if known is None and len(rows.unique("label")) < 2:
+            raise InputError(
+                f"{where}: all its rows are labelled {rows[0]['label']!r}, and each is a choice among the labels of its own "
+                "dataset; expected at least two, or a label space for all, labels: [...]"
+            )
         sizes = [length(text) for text in rows["text"]] if column == "text" else [length.image] * len(rows)
         loaded[name] = Candidate(
             name=name,
@@ -91,9 +98,10 @@ def load_labelled(
             if target.kind == "callable":
                 parts[part] = tuple(load_rows(data, where, seed))
                 continue
-            rows = labelled(data, target.labels, column, name, known, where, seed)
-            # Without a list of labels they are those of the validation set, also for the test.
-            labels = labels or tuple(sorted(set(target.labels.values()) if target.labels else set(rows["label"])))
+            rows = labelled(data, target.labels, column, name, known, where, seed, mode)
+            # Without a list of labels they are the label space, or those of the validation set, also for the test.
+            given = set(target.labels.values()) if target.labels else set(known or rows["label"])
+            labels = labels or tuple(sorted(given))
             parts[part] = tuple(questions(rows, column, labels, where))
         made[name] = Target(name, target, parts.get("data", ()), parts.get("test_data", ()))
     return column, loaded, made
@@ -107,6 +115,7 @@ def labelled(
     known: Sequence[str] | None,
     where: str,
     seed: int,
+    mode: str,
 ) -> Dataset:
     """Rows with exactly the columns text or image, label, source; labels are names.
 
@@ -127,6 +136,7 @@ def labelled(
         labels = [None if one is None else str(one) for one in given]
     else:
         raise InputError(f"{where}.label: expected names or whole numbers, got {given[0]!r:.100}")
+    theirs = {label for label in labels if label is not None}
     for number, label in enumerate(labels, start=1):
         if label is None or not label.strip():
             raise InputError(f"{where}, row {number}.label: expected a label, got {given[number - 1]!r}")
@@ -138,18 +148,23 @@ def labelled(
                 f"them, with labels: {{{label}: {known[0]}, ...}} beside its data, or leave out the rows that have no counterpart"
             )
         labels[number - 1] = ours
+    if where.startswith("candidates.") and (unused := sorted(set(renamed or ()) - theirs)):
+        raise InputError(
+            f"{where}.labels: no row is labelled {', '.join(unused)}; its labels are {', '.join(sorted(theirs))[:200]}"
+        )
     if column == "text":
         for number, text in enumerate(rows["text"], start=1):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{where}, row {number}.text: expected text, got {text!r:.100}")
         content: Any = Value("string")
     else:
-        content = datasets.Image()
+        content = datasets.Image(mode=mode)
         if not isinstance(rows.features["image"], datasets.Image):
             raise InputError(
                 f"{where}.image: expected images, as imagefolder or parquet files of images hold them, got "
                 f"{rows.features['image']}"
             )
+        check_images(rows.select_columns(["image"]), where)
     features = datasets.Features({column: content, "label": Value("string"), "source": Value("string")})
     rows = rows.select_columns([column])
     rows = rows.add_column("label", labels).add_column("source", [name] * len(labels))
@@ -164,6 +179,24 @@ def contents(rows: Dataset, column: str) -> list[list[str]]:
     return [[image_digest(row["image"]), row["label"]] for row in rows]
 
 
+def check_images(rows: Dataset, where: str) -> None:
+    """Opens every image once.
+
+    Raises:
+        InputError: one that cannot be read, or whose numbers are no colours.
+    """
+    for number in range(len(rows)):
+        try:
+            image = rows[number]["image"]
+            if image is None:
+                raise ValueError("there is none")
+            image.load()
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are numbers of kind {image.mode}; expected colours or greys of 8 bits")
+        except Exception as error:  # whatever Pillow makes of it
+            raise InputError(f"{where}, row {number + 1}.image: cannot be read ({error})") from error
+
+
 def questions(rows: Dataset, column: str, labels: Sequence[str], where: str) -> list[TargetRow]:
     """A target's rows as questions whose choices are its labels."""
     found: list[TargetRow] = []
@@ -171,7 +204,8 @@ def questions(rows: Dataset, column: str, labels: Sequence[str], where: str) -> 
     for number, (content, label) in enumerate(contents(rows, column)):
         if label not in place:
             raise InputError(
-                f"{where}, row {number + 1}.label: expected one of {', '.join(labels)[:300]}, got {label!r}"
+                f"{where}, row {number + 1}.label: expected one of {', '.join(labels)[:300]}, got {label!r}; "
+                "labels: beside scorer: says which there are"
             )
         if column == "text":
             found.append(TargetRow(content, tuple(labels), place[label]))
@@ -215,19 +249,17 @@ class Collate:
     Args:
         processing: the tokenizer, or the image processor.
         head: the run's.
-        rows: all training rows, whose labels by `source` say what a row may be.
+        among: `source` -> the labels that a row of it may have; without effect where the label space is closed.
         limit: tokens that a text is cut to.
     """
 
-    def __init__(self, processing: Any, head: Head, rows: Dataset, limit: int) -> None:
+    def __init__(self, processing: Any, head: Head, among: Mapping[str, Sequence[str]], limit: int) -> None:
         self._inputs = partial(inputs_of, processing, limit=limit)
         self._place = {label: number for number, label in enumerate(head.labels)}
         self._allowed: dict[str, torch.Tensor] = {}
-        pairs = set(zip(rows["source"], rows["label"], strict=True))
-        for source in {source for source, _ in pairs}:
-            among = head.labels if head.closed else [label for one, label in pairs if one == source]
+        for source, labels in among.items():
             self._allowed[source] = torch.zeros(len(head.labels), dtype=torch.bool)
-            self._allowed[source][head.places(among)] = True
+            self._allowed[source][head.places(head.labels if head.closed else labels)] = True
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = dict(self._inputs([row.get("text", row.get("image")) for row in rows]))

@@ -231,9 +231,10 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
 def two_rows(model: PreTrainedModel) -> dict[str, Any]:
     """The smallest input of two rows that a model takes: three tokens each, or an image."""
     if model.main_input_name == "pixel_values":
-        config = model.config
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype, device=model.device)}
+        size = getattr(model.config, "image_size", 64)
+        high, wide = (size, size) if isinstance(size, int) else size
+        channels = getattr(model.config, "num_channels", 3)
+        return {"pixel_values": torch.zeros(2, channels, high, wide, dtype=model.dtype, device=model.device)}
     ids = {"input_ids": torch.zeros(2, 3, dtype=torch.long, device=model.device)}
     return ids | ({"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {})
 
@@ -292,12 +293,13 @@ class GatedStack:
         """
         by_input: dict[int, list[StackedLayer]] = {}
         seen: list[torch.Tensor] = []
+        texts = self.model.main_input_name != "pixel_values"
         by_row = not any(modules[layer.name] is self.model.get_output_embeddings() for layer in self._layers)
 
         def look(layer: StackedLayer) -> Any:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 nonlocal by_row
-                by_row &= len(args[0]) == 2 and args[0].ndim == (2 if layer.is_embedding else 3)
+                by_row &= args[0].shape[:2] == (2, 3) if texts else len(args[0]) == 2 and args[0].ndim == 3
                 seen.append(args[0])  # held, so that no other tensor takes its id
                 if not layer.is_embedding:
                     by_input.setdefault(id(args[0]), []).append(layer)

@@ -158,6 +158,7 @@ class DenseStack:
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Makes the model that of this mixture; without names, the base model."""
+        written, self._written = self._written, True  # also where this is interrupted
         with torch.no_grad():
             if self._sums is not None and len(weights) > 1 and len(set(weights.values())) == 1:
                 share = next(iter(weights.values()))
@@ -165,7 +166,7 @@ class DenseStack:
             elif weights:
                 for name, weight in self._weights.items():
                     self._write(name, self._merged(name, weights, weight.device), 1.0)
-            elif self._written:
+            elif written:
                 for name, weight in self._weights.items():
                     for part in blocks(weight.shape):
                         (weight if part is None else weight[part]).copy_(self._base(name, part))

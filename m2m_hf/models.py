@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,6 +28,16 @@ from .heads import Head, HeadPlan, head_of_names, plan_head
 from .journal import file_fingerprint
 from .merging import refuse_unless_averageable
 from .training import is_trained, sharded
+
+PATCHES = 256  # of an image, where the model does not cut it into any: for how many are scored at once
+
+
+def image_mode(model_args: ModelConfig) -> str:
+    """What images are converted to before the model sees them: `L` where it takes one channel, else `RGB`."""
+    config = transformers.AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+    )
+    return "L" if getattr(getattr(config, "vision_config", config), "num_channels", 3) == 1 else "RGB"
 
 
 def lora_config(model_args: ModelConfig, plan: HeadPlan | None = None) -> LoraConfig:
@@ -132,6 +143,11 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
     except (OSError, ValueError, KeyError) as error:
         raise not_found(model_args, error) from error
     if not generates:
+        tokenizer.pad_token = args.pad_token or tokenizer.pad_token
+        if tokenizer.pad_token not in tokenizer.get_vocab():
+            raise InputError(
+                f"pad_token: {tokenizer.pad_token!r} is not a token of this model, and texts are padded to one length; give one"
+            )
         return tokenizer
     tokenizer.eos_token = args.eos_token or tokenizer.eos_token
     tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
@@ -191,13 +207,13 @@ def load_image_processor(model_args: ModelConfig) -> Any:
 
 
 def patches(model_args: ModelConfig) -> int:
-    """Into how many tokens the model cuts an image; 1 where it does not say."""
+    """Into how many tokens the model cuts an image; `PATCHES` where it does not say."""
     config = transformers.AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
     )
     config = getattr(config, "vision_config", config)
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 1
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else PATCHES
 
 
 def check_model(
@@ -248,8 +264,16 @@ def check_model(
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
             f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
         ) from error
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return positions or 1_000_000
+    if plan is not None and plan.prefix and not hasattr(model, plan.prefix):
+        raise InputError(
+            f"model_name_or_path: what of {plan.model_class} is its classifier, and what is below it, cannot be told; expected a "
+            f"model with a part {plan.prefix!r}"
+        )
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
+            return int(positions) - int(layer.padding_idx) - 1  # as RoBERTa counts
+    return int(positions)
 
 
 def model_class(plan: HeadPlan | None) -> Any:
@@ -282,7 +306,7 @@ def load_base(
     to_train = to_train and sharded()
     try:
         with nullcontext() if to_train else unsharded(args):
-            model = create_model_from_path(
+            model, told = create_model_from_path(
                 model_args.model_name_or_path,
                 None if plan is None else model_class(plan),
                 revision=model_args.model_revision,
@@ -290,10 +314,17 @@ def load_base(
                 dtype=model_args.dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
                 **kwargs,
             )
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
+    kept = plan.untrained if plan is not None and plan.own is None else None  # such as a pooler, which nothing reads
+    if missing := sorted(name for name in told["missing_keys"] if kept is None or not re.fullmatch(kept, name)):
+        raise InputError(
+            f"model_name_or_path: {model_args.model_name_or_path!r} has no weights for {', '.join(missing[:3])}"
+            f"{' and others' * (len(missing) > 3)} of {type(model).__name__}, which would be random numbers"
+        )
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             # On processors with AVX512-BF16 bitsandbytes 0.50 repacks the weights in place when it first infers with them. It

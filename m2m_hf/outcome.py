@@ -281,8 +281,8 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
         found.append(
             (
                 "trained_elsewhere",
-                f"how the {outcome.experts} of {', '.join(taken)} were trained is not known: averages mean something only if they "
-                "were all trained alike, from this base model and on these rows",
+                f"how the {outcome.experts} of {', '.join(taken)} were trained is not known: averages mean something only "
+                "if they were all trained alike, from this base model and on these rows",
             )
         )
     for (name, target), rows in outcome.overlap.items():
@@ -298,8 +298,8 @@ def cautions(outcome: Outcome) -> list[tuple[str, str]]:
             (
                 "averages_badly",
                 f"the {outcome.experts} average badly: {worse[0]} of {worse[1]} mixtures are worse than their parts are on "
-                f"average, as of {outcome.experts} that were trained for too long or with too high a learning rate; the scores of "
-                "mixtures then say little of models trained on them",
+                f"average, as of {outcome.experts} that were trained for too long or with too high a learning rate; the scores "
+                "of mixtures then say little of models trained on them",
             )
         )
     if sure and sure.tied > 1:

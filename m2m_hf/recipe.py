@@ -87,7 +87,7 @@ def write_label_recipe(
         "model_name_or_path": model_args.model_name_or_path,
         "model_class": head.plan.model_class,
         "train_file": str(train),
-        "head": {"labels": list(head.labels), "closed": head.closed},
+        "head": {"labels": list(head.labels), "columns": head.columns, "closed": head.closed},
         "max_length": training.limit or None,
         "expert": "full" if training.lora is None else "lora",
         "trained_parameters": training.parameters,
@@ -95,6 +95,8 @@ def write_label_recipe(
     }
     if head.vectors is not None:
         recipe["head"] = {"file": str(run.head), "closed": head.closed}
+    if not head.closed:
+        recipe["head"]["among"] = {name: list(training.among[name]) for name in mixture.names}
     recipe |= {name: getattr(model_args, name) for name in LOADING}
     recipe |= {name: getattr(model_args, name) for name in LORA} if training.lora is not None else {}
     # SFTConfig's defaults are others than those of TrainingArguments, of which the recipe says what differs.

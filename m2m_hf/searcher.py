@@ -501,8 +501,8 @@ class MergeToMixSearcher(Ingredients):
                 )
             else:
                 training = self._training(args, model_args)
-                if self._head_of_names is not None:
-                    self._head_of_names.save(self.run.head, self._head_fingerprint)
+                if training.head is not None and training.head.vectors is not None:
+                    training.head.save(self.run.head, self._head_fingerprint)
                 write_label_recipe(self.run, result.best.mixture, self.candidates, training, model_args)
             write_json(self.run.summary, summary)
         self.state.wait_for_everyone()

@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -87,6 +87,7 @@ class Settings:
         lora: the shape of the adapter; None to train all parameters.
         head: of a classifier; None for a causal LM.
         limit: tokens that a classifier's text is cut to.
+        among: of a classifier's datasets the labels that a row may have.
         parameters: of those that are trained in full, a pattern of their names (None: all).
         delta_dtype: that these are kept in.
     """
@@ -96,6 +97,7 @@ class Settings:
     lora: LoraConfig | None
     head: Head | None = None
     limit: int = 0
+    among: Mapping[str, Sequence[str]] = field(default_factory=dict)
     parameters: str | None = None
     delta_dtype: str = "float32"
 
@@ -265,7 +267,7 @@ def train_expert(
                 raise
             raise InputError(
                 f"training does not fit into memory: lower per_device_train_batch_size (now {args.per_device_train_batch_size}; "
-                "gradient_accumulation_steps makes up for it) or max_length, or load_in_4bit"
+                f"gradient_accumulation_steps makes up for it){'' if settings.head else ', max_length, or load_in_4bit'}"
             ) from error
         done, planned = trainer.state.global_step, trainer.state.max_steps
         if done < planned:
@@ -276,12 +278,14 @@ def train_expert(
         weights, changed = untouched.trained(trainer)
         finite = all(tensor.isfinite().all() for tensor in weights.values())
         reason = agreed(verdict(finite, changed, loss, curve, args, choices))
-        kept = {}
+        kept: dict[str, Any] = {}
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
             if reason is None:
                 kept = untouched.save(trainer.model, weights, folder)
-        state.wait_for_everyone()
+            if kept and not kept["kept"]["parameters"]:
+                reason = f"delta_dtype: {settings.delta_dtype} keeps nothing of what was learned; expected float32"
+        reason = agreed(reason)
         if reason is not None:
             raise TrainingFailedError(reason)
     finally:
@@ -330,7 +334,7 @@ def make_trainer(
     if settings.head is None:
         adapter = {} if settings.lora is None else {"peft_config": copy.deepcopy(settings.lora)}
         return CompletionTrainer(model=base, **common, **adapter)
-    collate = Collate(settings.processing, settings.head, rows, settings.limit)
+    collate = Collate(settings.processing, settings.head, settings.among, settings.limit)
     model = base if settings.lora is None else get_peft_model(base, copy.deepcopy(settings.lora))
     return LabelTrainer(settings.head, model=model, data_collator=collate, **common)
 
@@ -354,6 +358,10 @@ class Untouched:
     def __init__(self, base: PreTrainedModel, settings: Settings) -> None:
         self._base, self._settings = base, settings
         self._attributes = set(vars(base))
+        # The Trainer writes the tokenizer's special tokens into both, by which some models find a text's end.
+        self._configs = [
+            (one, copy.deepcopy(vars(one))) for one in (base.config, getattr(base, "generation_config", None)) if one
+        ]
         self._hooks = set(input_hooks(base))
         here = PartialState().is_main_process or not sharded()  # or the weights are elsewhere
         # Of an adapter's base only what training changes beside parameters: running statistics of normalisation.
@@ -409,6 +417,9 @@ class Untouched:
             del hooks[hook]
         for name in set(vars(base)) - self._attributes:
             delattr(base, name)
+        for config, known in self._configs:
+            vars(config).clear()
+            vars(config).update(known)
         base.requires_grad_(False)
         with torch.no_grad():
             for name, tensor in floats(base).items():

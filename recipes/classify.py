@@ -36,10 +36,9 @@ class FrozenHead:
 
     Args:
         recipe: of `OUT/recipe.yaml`.
-        model: whose own classifier it is, where the recipe names no file.
     """
 
-    def __init__(self, recipe: dict[str, Any], model: Any) -> None:
+    def __init__(self, recipe: dict[str, Any]) -> None:
         self.closed = recipe["head"]["closed"]
         if "file" in recipe["head"]:
             with safe_open(recipe["head"]["file"], "pt") as file:
@@ -48,7 +47,8 @@ class FrozenHead:
             self.labels, self.scale, self.pooling = about["labels"], about["scale"], about["pooling"]
         else:
             self.labels = recipe["head"]["labels"]
-            self.columns = [int(model.config.label2id[label]) for label in self.labels]
+            self.columns = recipe["head"]["columns"]
+        self.among = recipe["head"].get("among", {})
 
     def __call__(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
         if not hasattr(self, "vectors"):
@@ -71,10 +71,9 @@ class Collate:
     def __init__(self, processing: Any, head: FrozenHead, rows: Any, limit: int | None) -> None:
         self.processing, self.limit = processing, limit
         self.place = {label: number for number, label in enumerate(head.labels)}
-        pairs = set(zip(rows["source"], rows["label"], strict=True))
-        self.allowed = {source: torch.full((len(head.labels),), head.closed) for source, _ in pairs}
-        for source, label in pairs:
-            self.allowed[source][self.place[label]] = True
+        self.allowed = {source: torch.full((len(head.labels),), head.closed) for source in rows.unique("source")}
+        for source, labels in head.among.items():
+            self.allowed[source][[self.place[label] for label in labels]] = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if "text" in rows[0]:
@@ -124,7 +123,7 @@ def main(path: Path) -> None:
     processing = loads.from_pretrained(name, revision=revision)
     file = recipe["train_file"]
     rows = load_dataset("parquet" if file.endswith(".parquet") else "json", data_files=file, split="train")
-    head = FrozenHead(recipe, model)
+    head = FrozenHead(recipe)
     frozen = recipe.get("untrained_modules")
     set_seed(args.seed)
     if recipe["expert"] == "lora":

@@ -28,6 +28,7 @@ class Draft:
         scorer: one of `SCORERS`.
         settings: fields of TRL's configurations.
         lost: fields of the configuration that this was made from, which have no counterpart.
+        task: one that is not a language model's.
     """
 
     model: str = ""
@@ -36,6 +37,7 @@ class Draft:
     scorer: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    task: str | None = None
 
 
 def named(source: str) -> tuple[str, dict[str, Any]]:
@@ -69,8 +71,8 @@ def all_named(sources: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def guess_scorer(source: Mapping[str, Any], folder: Path) -> str:
-    """The scorer that the first row of a local file asks for; `loss` where that does not tell."""
+def guess_scorer(source: Mapping[str, Any], folder: Path) -> tuple[str, str | None]:
+    """The scorer that the first row of a local file asks for, `loss` where that does not tell; and the task, if it is another."""
     files = source.get("data_files")
     path = folder / files if isinstance(files, str) else None
     try:
@@ -78,10 +80,11 @@ def guess_scorer(source: Mapping[str, Any], folder: Path) -> str:
             row = json.loads(next(lines))
         columns = set(row)
     except (OSError, ValueError, StopIteration, TypeError):
-        return "loss"
+        return "loss", None
     if "choices" in columns:
-        return "choice"
-    return "classification" if "label" in columns else "loss"
+        return "choice", None
+    task = "sequence_classification" if "text" in columns and "prompt" not in columns else None
+    return ("classification", task) if "label" in columns else ("loss", None)
 
 
 AXOLOTL = {
@@ -256,11 +259,12 @@ def ask(draft: Draft, question: Callable[[str, str], str] | None, folder: Path) 
                 question("3. Validation rows of the task that you care about? a file or a Hub id", "validation.jsonl")
             )
     assert draft.target is not None
+    guess, task = guess_scorer(draft.target[1], folder)
     if not draft.scorer:
-        guess = guess_scorer(draft.target[1], folder)
         draft.scorer = question(f"4. How is it scored? {', '.join(SCORERS)}", guess) if question else guess
     if draft.scorer not in SCORERS:
         raise InputError(f"--scorer: expected {', '.join(SCORERS)}, got {draft.scorer!r}")
+    draft.task = task if draft.scorer == "classification" else None
     for name in (*draft.candidates, draft.target[0]):
         check_name(name, "candidate or target")
 
@@ -291,19 +295,22 @@ def configuration(draft: Draft, name: str) -> str:
     def key(name: str) -> str:
         return name if yaml.safe_load(name) == name else json.dumps(name)  # 2024 and no would be something else
 
-    settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-4, "num_train_epochs": 1} | draft.settings
+    settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-4, "num_train_epochs": 1}
+    settings |= ({"lora_target_modules": "all-linear"} if draft.task else {}) | draft.settings
+    rows = "text and label" if draft.task else "prompt and completion, or messages"
     if draft.settings.get("max_steps", -1) > 0:
         settings.pop("num_train_epochs")
     target, source = draft.target
     lines = [
         f"# Which of these datasets belong in the mixture? m2m select --config {name}",
         f"model_name_or_path: {json.dumps(draft.model)}",
+        *([f"task: {draft.task}"] if draft.task else []),
         f"output_dir: runs/{Path(name).stem}",
         "",
         "# The same for every adapter and for the final fine-tune: fields of TRL's SFTConfig and ModelConfig.",
         yaml.safe_dump(settings, sort_keys=False).strip(),
         "",
-        "# name: what load_dataset takes. Rows have prompt and completion, or messages; rename with columns: {theirs: ours}.",
+        f"# name: what load_dataset takes. Rows have {rows}; rename with columns: {{theirs: ours}}.",
         "# Also: max_examples, split, where: {column: value}, split_by: column, license, cost, required, excluded.",
         "candidates:",
         *(f"  {key(one)}: {shown(given)}" for one, given in draft.candidates.items()),

@@ -118,3 +118,13 @@ def test_names_that_yaml_would_take_for_something_else_and_two_of_one_name(proje
     assert list(config.parsed_candidates) == ["2024", "no"]
     assert m2m("init", *flags, "alpha.jsonl", "sub/alpha.jsonl", "--output", "x.yaml") == 2
     assert "two candidates would be called 'alpha'; name them: alpha_2=sub/alpha.jsonl" in capsys.readouterr().err
+
+
+def test_rows_of_text_and_label_make_a_classification(intents, encoder, monkeypatch):
+    monkeypatch.chdir(intents)
+    flags = ("--model", encoder, "--data", "colours.jsonl", "noise.jsonl", "--target", "asked=validation_intents.jsonl")
+    assert m2m("init", *flags) == 0
+    given = yaml.safe_load((intents / "m2m.yaml").read_text())
+    assert given["task"] == "sequence_classification"
+    assert given["targets"]["asked"]["scorer"] == "classification"
+    assert m2m("search", "--config", "m2m.yaml", "--max_steps", 1) == 0

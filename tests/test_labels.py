@@ -387,7 +387,7 @@ def test_a_classifier_of_the_models_own_is_the_head_and_stays_as_it_is(own, clas
         base, final = (load_file(place / "model.safetensors") for place in (classifier, own / "out" / "final"))
         assert torch.equal(base["classifier.weight"], final["classifier.weight"])
     recipe = yaml.safe_load((own / "out" / "recipe.yaml").read_text())
-    assert recipe["head"] == {"labels": ["red", "green", "blue"], "closed": True}
+    assert recipe["head"] == {"labels": ["red", "green", "blue"], "columns": [0, 1, 2], "closed": True}
 
 
 def test_heads_that_were_trained_apart_are_refused(own, classifier, capsys, tmp_path):

@@ -643,7 +643,7 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
         train = folder / "train.parquet"
         folder.mkdir(parents=True, exist_ok=True)
         partial = hidden(train)
-        # Images that are files are put into it.
+        # With the images themselves: of files there would be their places on this machine alone.
         whole = rows.flatten_indices().with_format("arrow").map(embed_table_storage, batched=True, batch_size=256)
         whole.with_format(None).to_parquet(partial)
         partial.rename(train)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
 from .errors import InputError
-from .journal import RunFolder, file_fingerprint, read_json, read_made, write_atomic, write_json
+from .journal import RunFolder, file_fingerprint, read_config, read_json, read_made, write_atomic, write_json
 from .parsing import dump_yaml, with_overrides
 from .training import planned_steps
 
@@ -35,17 +35,20 @@ def axolotl(args: SFTConfig, model: ModelConfig, targets: list[str], data_format
     else:
         bare = {"format": "{instruction}", "no_input_format": "{instruction}"}
         rows = {"type": {"field_instruction": "prompt", "field_output": "completion", **bare}}
-    config = {
-        "base_model": model.model_name_or_path,
-        "revision_of_model": revision(model),
-        "load_in_4bit": model.load_in_4bit or None,
-        "load_in_8bit": model.load_in_8bit or None,
+    lora = {
         "adapter": "qlora" if model.load_in_4bit else "lora",
         "lora_r": model.lora_r,
         "lora_alpha": model.lora_alpha,
         "lora_dropout": model.lora_dropout,
         "lora_target_modules": targets[0] if len(targets) == 1 else targets,
         "peft_use_rslora": model.use_rslora or None,
+    }
+    config = {
+        "base_model": model.model_name_or_path,
+        "revision_of_model": revision(model),
+        "load_in_4bit": model.load_in_4bit or None,
+        "load_in_8bit": model.load_in_8bit or None,
+        **(lora if model.use_peft else {}),
         "datasets": [{"path": "json", "data_files": [DATA], "split": "train", **rows}],
         "train_on_inputs": False,
         "sequence_len": args.max_length or 2048,
@@ -78,17 +81,20 @@ def llamafactory(args: SFTConfig, model: ModelConfig, targets: list[str], data_f
         about = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags | {"system_tag": "system"}}
     else:
         about = {"columns": {"prompt": "prompt", "response": "completion"}}
-    config = {
-        "model_name_or_path": model.model_name_or_path,
-        "model_revision": revision(model),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
+    lora = {
         "lora_rank": model.lora_r,
         "lora_alpha": model.lora_alpha,
         "lora_dropout": model.lora_dropout,
         "lora_target": ",".join(targets),
         "use_rslora": model.use_rslora or None,
+    }
+    config = {
+        "model_name_or_path": model.model_name_or_path,
+        "model_revision": revision(model),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora" if model.use_peft else "full",
+        **(lora if model.use_peft else {}),
         "quantization_bit": 4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
         "dataset": "mixture",
         "dataset_dir": ".",
@@ -158,7 +164,7 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         The folder, and the names of settings that could not be translated.
 
     Raises:
-        InputError: no recipe in the run folder, or rows that are not those of its manifest.
+        InputError: no recipe in the run folder, one for a classifier, or rows that are not those of its manifest.
     """
     if kind not in KINDS:
         raise InputError(f"--to: expected {', '.join(KINDS)}, got {kind!r}")
@@ -167,11 +173,16 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         raise InputError(
             f"{run.root} has no recipe.yaml; expected the output_dir of a finished m2m search or m2m select"
         )
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    if "task" in recipe:
+        raise InputError(
+            f"{run.root} is a run of task: {recipe['task']}, whose frozen head no other trainer has; expected one of "
+            f"task: causal_lm. Use its recipe in their place: python recipes/classify.py --config {run.recipe}"
+        )
     rows = run.mixture / DATA
     manifest = read_made(run.mixture / "manifest.json")
     if not rows.exists() or manifest.get("sha256_16") != file_fingerprint([rows]):
         raise InputError(f"{rows}: not what its manifest says; m2m search writes it again")
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     folder = (folder or run.root / "export" / kind).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     columns = recipe["datasets"][0]["columns"]
@@ -188,6 +199,8 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         shutil.copyfile(rows, folder / DATA)
     write_json(folder / "manifest.json", manifest)
     lost: list[str] = []
+    if kind != "jsonl" and read_config(run.config).get("trained_parameters"):
+        lost.append("trained_parameters")  # which TRL's own recipe cannot say either
     if kind == "trl":
         (data,) = recipe["datasets"]
         recipe |= {"datasets": [{**data, "data_files": DATA}], "output_dir": "trl"}
@@ -195,7 +208,7 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
             folder / "recipe.yaml", dump_yaml(recipe, "Run it in this folder with: trl sft --config recipe.yaml")
         )
     elif kind != "jsonl":
-        lost = sorted(set(recipe) - TRANSLATED)
+        lost += sorted(set(recipe) - TRANSLATED)
         settings = {key: value for key, value in recipe.items() if key in TRANSLATED - {"datasets", "output_dir"}}
         base = SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False), ModelConfig()
         model_settings = {key: settings.pop(key) for key in ("model_name_or_path", "model_revision") if key in settings}
@@ -211,7 +224,7 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         ):  # of which it takes a share or steps, as its transformers does
             tokens = sum(one["tokens"] for one in manifest["sources"].values())
             args.warmup_steps = args.get_warmup_steps(planned_steps(args, manifest["rows"], tokens))
-        modules = target_modules(run)
+        modules = target_modules(run) if model.use_peft else []
         if kind == "llamafactory" and any(re.search(r"[^\w.]", one) for one in modules):
             lost.append("lora_target_modules, a pattern")
         if not args.max_length:

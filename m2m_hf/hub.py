@@ -1,9 +1,9 @@
-"""A finished run on the Hub: adapters and final model in a model repository, the chosen mixture in a dataset repository.
+"""A finished run on the Hub: experts and final model in a model repository, the chosen mixture in a dataset repository.
 
-`org/name` holds the final adapter at its root and every candidate's in `adapters/<candidate>/`, so that
-`PeftModel.from_pretrained(model, "org/name", subfolder="adapters/<candidate>")` loads one; the dataset of the same id holds the
-rows of the chosen mixture where their licences allow it, and always its manifest and recipe. Nothing that names a place on this
-machine is published.
+`org/name` holds the final adapter, or the final model, at its root and every candidate's expert in `adapters/<candidate>/`, so
+that `PeftModel.from_pretrained(model, "org/name", subfolder="adapters/<candidate>")` loads an adapter; the dataset of the same id
+holds the rows of the chosen mixture where their licences allow it, and always its manifest and recipe. A head that is made of
+labels' names is in both. Nothing that names a place on this machine is published.
 """
 
 import hashlib
@@ -26,22 +26,33 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    hf_hub_download,
     snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
 
 from . import __version__
 from .config import exists
 from .console import Terminal
 from .errors import InputError, redact
-from .journal import RunFolder, cut_short, file_fingerprint, read_made
-from .merging import ADAPTER_FILES
+from .journal import RunFolder, cut_short, file_fingerprint, files_of, read_made
 from .mixture import Mixture
 from .parsing import dump_yaml, hub_field
 from .record import Record
 
-# What a push has put there before, and takes away when it is no longer part of the run.
-OWN = ("adapters/", "pictures/", "train.jsonl", "adapter_config.json", "adapter_model.safetensors", "training.json")
+# What a push has put there before, and takes away when it is no longer part of the run; see `put_before`.
+OWN = (
+    "adapters/", "pictures/", "train.jsonl", "train.parquet", "head.safetensors", "adapter_config.json",
+    "adapter_model.safetensors", "training.json",
+)  # fmt: skip
+# The Hub's name of a task, and the class that loads its models.
+TASKS = {
+    "causal_lm": ("text-generation", "AutoModelForCausalLM"),
+    "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
+    "image_classification": ("image-classification", "AutoModelForImageClassification"),
+}
+LABELS = ("labels", "id2label")  # names, which may look like paths
 PATHS = re.compile(r"(?<![\w/:.~])(?:file://)?(?:\.{0,2}/|~/)(?:[^\s/'\"=:,;()\[\]]+/)+([^\s/'\"=:,;()\[\]]*)")
 # As the Hub spells them: those under which rows may be published again, with their source named.
 SHARE_ALIKE = ("cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "cdla-sharing-1.0", "gfdl")
@@ -79,7 +90,7 @@ class Repository:
 def published(value: Any) -> Any:
     """`value` as others may see it: of absolute paths the last part alone, and no secrets."""
     if isinstance(value, Mapping):
-        return {key: published(one) for key, one in value.items()}
+        return {key: one if key in LABELS else published(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [published(one) for one in value]
     if isinstance(value, str):
@@ -127,8 +138,8 @@ def license_of(name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def adapter_files(folder: Path, where: str) -> dict[str, bytes | Path]:
-    """An adapter and its `training.json`, which tells how to recognise what is published of it.
+def expert_files(folder: Path, where: str) -> dict[str, bytes | Path]:
+    """What was trained, and its `training.json`, which tells how to recognise what is published of it.
 
     Raises:
         InputError: it is not whole.
@@ -136,18 +147,16 @@ def adapter_files(folder: Path, where: str) -> dict[str, bytes | Path]:
     if reason := cut_short(folder):
         raise InputError(f"{folder}: {reason}; m2m select makes it again")
     training = read_made(folder / "training.json")
-    if "failed" in training:
-        return {f"{where}training.json": as_json(published(training))}
-    config = as_json(published(json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))))
-    described = {
-        ADAPTER_FILES[0]: {"bytes": len(config), "sha256_16": digest(config)},
-        ADAPTER_FILES[1]: training["files"][ADAPTER_FILES[1]],
-    }
-    return {
-        f"{where}{ADAPTER_FILES[0]}": config,
-        f"{where}{ADAPTER_FILES[1]}": folder / ADAPTER_FILES[1],
-        f"{where}training.json": as_json(published(training | {"files": described})),
-    }
+    files: dict[str, bytes | Path] = {}
+    described = files_of(training)
+    described.pop("README.md", None)  # we have our own
+    for name in described:
+        files[where + name] = folder / name
+        if name.endswith("config.json"):  # not every JSON: a vocabulary's tokens may look like paths
+            content = as_json(published(json.loads((folder / name).read_text(encoding="utf-8"))))
+            files[where + name] = content
+            described[name] = {"bytes": len(content), "sha256_16": digest(content)}
+    return files | {f"{where}training.json": as_json(published(training | {"files": described}))}
 
 
 def digest(content: bytes) -> str:
@@ -163,7 +172,17 @@ def plan(run: RunFolder, repo_id: str) -> list[Repository]:
     """
     check_name(repo_id)
     record = Record.read(run)
-    return [mixture_repository(run, record, repo_id), model_repository(run, record, repo_id)]
+    if not run.recipe.exists():
+        raise InputError(f"{run.recipe} is missing; m2m search writes it again")
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    if has_names(recipe) and not run.head.exists():
+        raise InputError(f"{run.head} is missing; m2m search writes it again")
+    return [mixture_repository(run, record, repo_id, recipe), model_repository(run, record, repo_id, recipe)]
+
+
+def has_names(recipe: Mapping[str, Any]) -> bool:
+    """Whether the head of a run is made of labels' names, and stands in a file."""
+    return "file" in recipe.get("head", {})
 
 
 def check_name(repo_id: str) -> None:
@@ -176,41 +195,58 @@ def check_name(repo_id: str) -> None:
         raise InputError(f"repo_id: expected org/name, of letters, digits, '.', '-' and '_', got {repo_id!r}")
 
 
-def mixture_repository(run: RunFolder, record: Record, repo_id: str) -> Repository:
+def mixture_repository(run: RunFolder, record: Record, repo_id: str, recipe: dict[str, Any]) -> Repository:
     manifest = read_made(run.mixture / "manifest.json")
-    if not manifest or manifest.get("sha256_16") != file_fingerprint([run.mixture / "train.jsonl"]):
+    if not manifest or manifest.get("sha256_16") != file_fingerprint([run.rows]):
         raise InputError(f"{run.mixture}: not what its manifest says; m2m search writes it again")
     licenses, refusal = row_licenses(manifest)
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    data = {"path": repo_id, "split": "train", "columns": recipe["datasets"][0]["columns"]}
+    rows, labelled = run.rows.name, record.task != "causal_lm"
+    places: dict[str, Any]
+    if labelled:
+        head = recipe["head"] | ({"file": run.head.name} if has_names(recipe) else {})
+        made = Path(recipe["training"]["output_dir"]).name
+        places = {"train_file": rows, "head": head, "training": recipe["training"] | {"output_dir": made}}
+    else:
+        data = {"path": repo_id, "split": "train", "columns": recipe["datasets"][0]["columns"]}
+        places = {"datasets": [{**recipe["datasets"][0], "data_files": rows} if refusal else data], "output_dir": "trl"}
+    published_recipe = published(recipe | {"model_name_or_path": base_model(record)[0]} | places)
+    command = recipe_command(record)
+    comment = f"The chosen mixture: {record.best}\nRun it {'in this folder ' if labelled else ''}with: {command}"
     if refusal:
-        data = {**recipe["datasets"][0], "data_files": "train.jsonl"}
-    recipe |= {"model_name_or_path": base_model(record)[0], "datasets": [data], "output_dir": "trl"}
-    comment = f"The chosen mixture: {record.best}\nRun it with: trl sft --config recipe.yaml"
-    if refusal:
-        comment += "\ntrain.jsonl is made from the sources in manifest.json; it may not be published."
+        comment += f"\n{rows} is made from the sources in manifest.json; it may not be published."
     card = DatasetCardData(
         license=licenses[0] if len(licenses) == 1 else "other",
         license_name=None if len(licenses) == 1 else "see-sources",
         license_link=None
         if len(licenses) == 1
         else f"https://huggingface.co/datasets/{repo_id}/blob/main/manifest.json",
-        tags=["merge-to-mix", "instruction-tuning"],
-        task_categories=["text-generation"],
+        tags=["merge-to-mix"] if labelled else ["merge-to-mix", "instruction-tuning"],
+        task_categories=[TASKS[record.task][0]],
         source_datasets=[one["source"]["path"] for one in manifest["sources"].values() if on_hub(one["source"])]
         or None,
-        configs=None if refusal else [{"config_name": "default", "data_files": "train.jsonl"}],
+        configs=None if refusal else [{"config_name": "default", "data_files": rows}],
         viewer=False if refusal else None,
     )
-    text = render("dataset_card.md.jinja", record, repo_id, card, manifest=manifest, refusal=refusal, on_hub=on_hub)
+    text = render(
+        "dataset_card.md.jinja", record, repo_id, card, manifest=manifest, refusal=refusal, on_hub=on_hub,
+        command=command, labelled=labelled, has_names=has_names(recipe),
+    )  # fmt: skip
     files: dict[str, bytes | Path] = {
         "README.md": text,
         "manifest.json": as_json(published(manifest)),
-        "recipe.yaml": dump_yaml(published(recipe), comment).encode(),
+        "recipe.yaml": dump_yaml(published_recipe, comment).encode(),
     }
+    if has_names(recipe):
+        files[run.head.name] = run.head
     if not refusal:
-        files["train.jsonl"] = run.mixture / "train.jsonl"
+        files[rows] = run.rows
     return Repository("dataset", files, [refusal] if refusal else [])
+
+
+def recipe_command(record: Record) -> str:
+    """What runs the published recipe."""
+    runner = "trl sft" if record.task == "causal_lm" else "m2m recipe classify"
+    return f"{runner} --config recipe.yaml"
 
 
 def on_hub(source: Mapping[str, Any]) -> bool:
@@ -219,7 +255,7 @@ def on_hub(source: Mapping[str, Any]) -> bool:
     return "/" in path and not os.path.isabs(path) and not source.get("data_files")
 
 
-def model_repository(run: RunFolder, record: Record, repo_id: str) -> Repository:
+def model_repository(run: RunFolder, record: Record, repo_id: str, recipe: Mapping[str, Any]) -> Repository:
     name, is_id = base_model(record)
     license_name = license_of(str(record.config["model_name_or_path"]))
     results = []
@@ -228,7 +264,7 @@ def model_repository(run: RunFolder, record: Record, repo_id: str) -> Repository
             about = record.summary["targets"][target]
             results.append(
                 EvalResult(
-                    task_type="text-generation",
+                    task_type=TASKS[record.task][0],
                     dataset_type=target,
                     dataset_name=target,
                     dataset_split=part,
@@ -239,12 +275,16 @@ def model_repository(run: RunFolder, record: Record, repo_id: str) -> Repository
     chosen = [record.config["candidates"][one] for one in record.best.names]
     card = ModelCardData(
         base_model=name if is_id else None,
-        library_name="peft",
-        pipeline_tag="text-generation",
+        library_name="transformers" if record.full else "peft",
+        pipeline_tag=TASKS[record.task][0],
         license=license_name or "other",
         license_name=None if license_name else "as-the-base-model",
         license_link=None if license_name or not is_id else f"https://huggingface.co/{name}",
-        tags=["merge-to-mix", "lora", "sft", "trl"],
+        tags=[
+            "merge-to-mix",
+            *([] if record.full else ["lora"]),
+            *(["sft", "trl"] if record.task == "causal_lm" else []),
+        ],
         datasets=[repo_id, *sorted({one["path"] for one in chosen if on_hub(one)})],
         model_name=repo_id.split("/")[1] if results else None,
         eval_results=results or None,
@@ -253,20 +293,43 @@ def model_repository(run: RunFolder, record: Record, repo_id: str) -> Repository
     config = published({key: one for key, one in record.config.items() if not hub_field(key)}) | {"output_dir": "run"}
     files: dict[str, bytes | Path] = {
         "README.md": render(
-            "model_card.md.jinja", record, repo_id, card, pictures=[path.stem for path in pictures], base=name
+            "model_card.md.jinja", record, repo_id, card, pictures=[path.stem for path in pictures], base=name,
+            command=recipe_command(record), use=use(run, record, recipe),
         ),
         "config.yaml": dump_yaml(config, "The configuration of the run.").encode(),
         "summary.json": as_json(published(record.summary)),
         **{f"pictures/{path.name}": path for path in pictures},
-    }
+    }  # fmt: skip
     for candidate in record.candidates:
-        files |= adapter_files(run.adapters / candidate, f"adapters/{candidate}/")
+        files |= expert_files(run.adapters / candidate, f"adapters/{candidate}/")
+    if has_names(recipe):
+        files[run.head.name] = run.head
     if record.final:
-        files |= adapter_files(run.final, "")
+        files |= expert_files(run.final, "")
     notes = [] if is_id else [f"the base model is a local folder; others are told its name alone, {name}"]
     if not record.final:
         notes.append("there is no final model yet; m2m sft makes it, and the same command then adds it")
     return Repository("model", files, notes)
+
+
+def use(run: RunFolder, record: Record, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card's example of use is made of: the classes that load model and rows, and how a row's features are pooled."""
+    names, head = has_names(recipe), recipe.get("head", {})
+    pooling = None
+    if names:
+        with safe_open(run.head, "np") as file:
+            pooling = json.loads(file.metadata()["head"])["pooling"]
+    images = record.task == "image_classification"
+    return {
+        "loads": recipe["model_class"] if names else TASKS[record.task][1],
+        "prepares": "AutoImageProcessor" if images else "AutoTokenizer",
+        "images": images,
+        "names": names,
+        "pooling": pooling,
+        "closed": head.get("closed"),
+        "labels": head.get("labels") if record.config.get("labels") else None,  # else all that the classifier has
+        "limit": recipe.get("max_length"),
+    }
 
 
 def render(template: str, record: Record, repo_id: str, card: Any, **more: Any) -> bytes:
@@ -275,6 +338,7 @@ def render(template: str, record: Record, repo_id: str, card: Any, **more: Any) 
         loader=jinja2.PackageLoader("m2m_hf"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     page = environment.get_template(template).render(
         record=record, summary=published(record.summary), repo_id=repo_id, version=__version__, Mixture=Mixture, **more
     )
@@ -313,7 +377,7 @@ def push(
         try:
             api.create_repo(repo_id, repo_type=one.kind, private=private, exist_ok=True)
             there = set(api.list_repo_files(repo_id, repo_type=one.kind))
-            gone = sorted(path for path in there - set(one.files) if path.startswith(OWN))
+            gone = sorted(put_before(repo_id, one.kind, there) - set(one.files))
             if private and not api.repo_info(repo_id, repo_type=one.kind).private:
                 raise InputError(
                     f"{one.kind} {repo_id} is there already and public; make it private on the Hub, or leave --private"
@@ -337,6 +401,14 @@ def push(
     if dry_run:
         terminal.say("nothing was sent")
     return addresses
+
+
+def put_before(repo_id: str, kind: str, there: set[str]) -> set[str]:
+    """What of these files an earlier push has put there: those of the final model are named by its `training.json`."""
+    named = {}
+    if "training.json" in there:
+        named = files_of(read_made(Path(hf_hub_download(repo_id, "training.json", repo_type=kind))))
+    return {path for path in there if path.startswith(OWN) or path in named}
 
 
 def record_title(run: RunFolder) -> str:
@@ -370,8 +442,10 @@ def refused(error: Exception, repo_id: str) -> InputError:
     )
 
 
-def fetched(source: str, inside: str, patterns: Sequence[str], what: str, key: str) -> Path:
-    """A folder, or what a model repository `org/name` or `org/name@revision` has of these files.
+def fetched(
+    source: str, inside: str, patterns: Sequence[str], what: str, key: str, but: list[str] | None = None
+) -> Path:
+    """A folder, or what a model repository `org/name` or `org/name@revision` has of these files, `but` not of those.
 
     Raises:
         InputError: there is none.
@@ -382,7 +456,10 @@ def fetched(source: str, inside: str, patterns: Sequence[str], what: str, key: s
     path, _, revision = source.partition("@")
     repo_id = path.removesuffix(f"/{inside}") if inside else path
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(patterns))) / inside
+        found = snapshot_download(
+            repo_id, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=but
+        )
+        return Path(found) / inside
     except FAILURES as error:
         raise InputError(
             f"{key}: {source!r} is neither a folder nor {what} that the Hub shows "
@@ -401,7 +478,14 @@ def fetch_expert(source: str, key: str) -> Path:
     """
     inside = "/".join(source.partition("@")[0].split("/")[2:])
     files, what = (["adapter_*"], "an adapter") if key == "adapters" else (["*.json", "*.safetensors"], "a model")
-    return fetched(source, inside, [f"{inside}/{one}" if inside else one for one in files], what, key)
+    patterns = [f"{inside}/{one}" if inside else one for one in files]
+    found = fetched(source, inside, patterns, what, key, [f"{inside}/*/*" if inside else "*/*"])
+    if key == "experts" and not (found / "config.json").is_file():
+        raise InputError(
+            f"experts: {source} has no config.json; expected a fine-tuned model. What m2m push puts there of all candidates is "
+            "taken together: experts: org/name"
+        )
+    return found
 
 
 def fetch_bank(source: str, key: str = "adapters") -> Path:
@@ -413,7 +497,5 @@ def fetch_bank(source: str, key: str = "adapters") -> Path:
     root = fetched(source, "", ["adapters/*"], "a model repository", key)
     folder = root / "adapters" if (root / "adapters").is_dir() else root
     if not any(folder.glob("*/training.json")):
-        raise InputError(
-            f"{key}: {source} holds no adapters with a training.json; expected what m2m push has put there"
-        )
+        raise InputError(f"{key}: {source} holds no {key} with a training.json; expected what m2m push has put there")
     return folder

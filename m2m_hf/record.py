@@ -81,6 +81,21 @@ class Record:
         return [name for name, one in self.training.items() if "failed" not in one]
 
     @property
+    def task(self) -> str:
+        """What the model is trained to do; runs of before there was a choice do not say."""
+        return str(self.config.get("task", "causal_lm"))
+
+    @property
+    def full(self) -> bool:
+        """Whether all parameters are trained, and not adapters."""
+        return bool(self.config.get("expert") == "full")
+
+    @property
+    def expert(self) -> str:
+        """What the expert of a candidate is called where people read of it."""
+        return "expert" if self.full else "adapter"
+
+    @property
     def best(self) -> Mixture:
         return Mixture.of(self.summary["best"]["mixture"])
 

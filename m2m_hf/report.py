@@ -10,7 +10,7 @@ from . import __version__
 from .certainty import paired, scores_of
 from .console import duration
 from .fidelity import LARGER, VERDICTS
-from .journal import RunFolder, experts_word, write_atomic
+from .journal import RunFolder, write_atomic
 from .mixture import Mixture
 from .plots import INTERVAL, draw
 from .record import Record
@@ -55,7 +55,7 @@ def costs(record: Record) -> list[tuple[str, str, str]]:
     counts = record.summary["counts"]
     rows = [
         (
-            f"{counts['candidates']} {experts_word(record.config)}",
+            f"{counts['candidates']} {record.expert}s",
             f"{spent['adapter_steps']:,} steps",
             duration(spent["train_seconds"]),
         ),
@@ -98,8 +98,6 @@ def write_report(root: Path) -> Path:
         left_out=[name for name in record.candidates if name not in record.best.names],
         config=yaml.safe_dump(dict(record.config), sort_keys=False, allow_unicode=True, width=100),
         recipe=run.recipe.name,
-        experts=experts_word(record.config),
-        causal=record.config.get("task", "causal_lm") == "causal_lm",
     )
     write_atomic(run.report, page)
     return run.report

@@ -94,6 +94,37 @@ def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
         assert factory["mask_history"] is True
 
 
+def test_full_fine_tunes_are_asked_for_without_an_adapter(project, capsys):
+    flags = ("--expert", "full", "--learning_rate", "2e-3", "--trained_parameters", "layers")
+    assert m2m("search", "--config", project / "run.yaml", *flags) == 0
+    out = project / "out"
+    for kind in KINDS:
+        capsys.readouterr()
+        assert m2m("export", out, "--to", kind) == 0
+        assert ("counterpart there: trained_parameters\n" in capsys.readouterr().out) == (kind != "jsonl")
+        assert (out / "export" / kind / "train.jsonl").exists()
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+    recipe = out / "export" / "trl" / "recipe.yaml"
+    _, args, model, _ = parser.parse_args_and_config(["--config", str(recipe)], fail_with_unknown_args=True)
+    assert (args.learning_rate, model.use_peft) == (2e-3, False)
+    axolotl = yaml.safe_load((out / "export" / "axolotl" / "config.yml").read_text())
+    factory = yaml.safe_load((out / "export" / "llamafactory" / "config.yaml").read_text())
+    assert factory["finetuning_type"] == "full"
+    for given in (axolotl, factory):
+        assert (given["max_steps"], given["learning_rate"]) == (3, 2e-3)
+        assert not [key for key in given if "lora" in key or "adapter" in key]
+
+
+def test_a_classifier_is_not_exported_and_its_recipe_named(intents, capsys):
+    assert m2m("search", "--config", intents / "intents.yaml") == 0
+    for kind in KINDS:
+        assert m2m("export", intents / "out", "--to", kind) == 2
+        told = capsys.readouterr().err
+        assert "is a run of task: sequence_classification" in told
+        assert f"python recipes/classify.py --config {intents / 'out' / 'recipe.yaml'}" in told
+    assert not (intents / "out" / "export").exists()
+
+
 def test_what_cannot_be_exported(finished, capsys):
     assert m2m("export", finished / "nothing", "--to", "trl") == 2
     assert "has no recipe.yaml" in capsys.readouterr().err

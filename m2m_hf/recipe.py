@@ -28,6 +28,7 @@ def write_recipe(
     args: SFTConfig,
     model_args: ModelConfig,
     expert: str,
+    parameters: str | None,
 ) -> Path:
     """Writes `OUT/mixture/` and `OUT/recipe.yaml`.
 
@@ -38,13 +39,16 @@ def write_recipe(
     Args:
         args: the final fine-tune's arguments (`final:` applied).
         expert: `lora`, or `full` to train all parameters.
+        parameters: those that are trained alone, which TRL has no field for: a comment says so.
 
     Returns:
         The path of the training data.
     """
     train = write_mixture(run.mixture, mixture, candidates, args.seed)
     fields = trl_fields(args, model_args)
-    apart = ("output_dir", "save_strategy", "use_peft")
+    apart = ["output_dir", "save_strategy", "use_peft"]
+    if expert == "full":
+        apart += [name for name in fields if name.startswith("lora_") or name == "use_rslora"]
     recipe = {
         "model_name_or_path": fields.pop("model_name_or_path"),
         "datasets": [
@@ -56,13 +60,16 @@ def write_recipe(
         **{key: value for key, value in fields.items() if key not in apart and not hub_field(key)},
     }
     comment = COMMENT.format(mixture=mixture, path=run.recipe, data=run.mixture)
+    if parameters is not None:
+        comment += f"\nNot as in the run: TRL trains all parameters, and not only those called {parameters}."
     write_atomic(run.recipe, dump_yaml(recipe, comment))
     return train
 
 
 LABEL_COMMENT = """The chosen mixture: {mixture}
-Run it with: python recipes/classify.py --config {path}
-which takes transformers and PEFT alone. Rows are in {data}; manifest.json beside them says where every one comes from."""
+Run it with: m2m recipe classify --config {path}
+or, where m2m_hf is not installed, with its recipes/classify.py, which takes transformers and PEFT alone.
+Its rows are in {data}; manifest.json beside them says where every one comes from."""
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 LOADING = ("model_revision", "dtype", "attn_implementation")
 

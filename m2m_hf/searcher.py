@@ -496,9 +496,8 @@ class MergeToMixSearcher(Ingredients):
         if self.state.is_main_process:
             args, model_args = self._final_settings()
             if self.plan is None:
-                write_recipe(
-                    self.run, result.best.mixture, self.candidates, self._data[0], args, model_args, self.config.expert
-                )
+                how = self.config.expert, self.config.trained_parameters
+                write_recipe(self.run, result.best.mixture, self.candidates, self._data[0], args, model_args, *how)
             else:
                 training = self._training(args, model_args)
                 if training.head is not None and training.head.vectors is not None:
@@ -685,7 +684,7 @@ class MergeToMixSearcher(Ingredients):
             self.terminal.say(line)
         if self.state.is_main_process:
             self.terminal.say(f"report: {os.path.relpath(write_report(self.run.root))}")
-        how = "trl sft" if self.plan is None else "python recipes/classify.py"
+        how = "trl sft" if self.plan is None else "m2m recipe classify"
         self.terminal.say(f"recipe: {how} --config {os.path.relpath(self.run.recipe)}")
         if outcome.final is None:
             self.terminal.say(f"next: m2m sft {os.path.relpath(self.run.root)}")

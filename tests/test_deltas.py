@@ -5,8 +5,12 @@ import random
 
 import pytest
 import torch
-from conftest import build_model
+import yaml
+from conftest import build_model, main_in
+from datasets import load_dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 from m2m_hf.deltas import DELTA_FILE, Delta, floats, save_delta
 from m2m_hf.errors import InputError
@@ -258,3 +262,26 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         save_delta(tmp_path / name, before, after, torch.float32)
     with pytest.raises(InputError, match="finite"):
         DenseStack(build_model("llama"), {name: Delta(tmp_path / name) for name in "ab"}, AVERAGE, tmp_path)
+
+
+def test_a_full_fine_tune_of_a_language_model(project, capsys):
+    """From rows to a model, and to the same one by TRL alone."""
+    flags = ("--expert", "full", "--learning_rate", "1e-3")
+    assert main_in("select", "--config", project / "run.yaml", *flags) == 0
+    out = project / "out"
+    assert "3 experts" in capsys.readouterr().out
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["use_peft"] is False
+    assert not [key for key in recipe if key.startswith("lora_")]
+    model = AutoModelForCausalLM.from_pretrained(out / "final")
+    args = SFTConfig(**{key: value for key, value in recipe.items() if key in SFTConfig.__dataclass_fields__})
+    rows = load_dataset("json", data_files=recipe["datasets"][0]["data_files"], split="train")
+    trainer = SFTTrainer(recipe["model_name_or_path"], args=args, train_dataset=rows)
+    trainer.train()
+    theirs = trainer.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-8), name
+    assert main_in("select", "--config", project / "run.yaml", *flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main_in("status", out) == 0
+    assert "experts: 3 of 3" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def copied(intents, encoder, tmp_path):
 
 
 def test_a_search_scores_the_same_in_the_process_that_trained_and_in_another(intents, tmp_path):
-    """The Trainer writes the tokenizer's special tokens into the model's configuration, by which this model finds a text's end."""
+    """The Trainer writes special tokens into the configuration, by which this model finds where a text ends."""
     shape = {
         "hidden_size": 16,
         "intermediate_size": 24,

@@ -56,7 +56,7 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["counts"]["trials"] == 8
     assert summary["final"]["test"] is not None
-    assert "recipes/classify.py" in told
+    assert "m2m recipe classify --config" in told
 
     # The merged score is that of weights averaged by code that shares nothing with this.
     rows = intent_rows(["red", "cold", "hot", "hello_there"], 10, 100)

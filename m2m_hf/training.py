@@ -276,7 +276,8 @@ def train_expert(
         choices = len(settings.head.labels) if settings.head else base.config.get_text_config().vocab_size
         curve = [loss for _, loss in recorder.record["loss_curve"]]
         weights, changed = untouched.trained(trainer)
-        finite = all(tensor.isfinite().all() for tensor in weights.values())
+        # Of numbers whose squares are not, nothing can be made either: a step of 1e30 may leave a loss that is finite.
+        finite = all(tensor.float().square().sum().isfinite() for tensor in weights.values())
         reason = agreed(verdict(finite, changed, loss, curve, args, choices))
         kept: dict[str, Any] = {}
         if state.is_main_process:

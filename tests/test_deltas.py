@@ -59,7 +59,7 @@ def test_nothing_is_lost_on_the_disk(bank, tmp_path, dtype):
         assert torch.equal(weight, checkpoints["a"][name]), name
 
 
-@pytest.fixture(params=[1 << 22, 50], ids=["whole", "in blocks"])
+@pytest.fixture(params=[1 << 22, 2000], ids=["whole", "in blocks"])
 def block(request, monkeypatch):
     """Weights that are worked on as they are, and rows at a time."""
     monkeypatch.setattr("m2m_hf.deltas.BLOCK", request.param)

@@ -281,14 +281,14 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
     path = project / "run.yaml"
     real = trained.train_expert
 
-    def diverges(base, tokenizer, rows, *rest):
+    def diverges(base, rows, *rest):
         if (
             len(rows) == 24
             and any("beta" in row["prompt"] for row in rows)
             and any("alpha" in row["prompt"] for row in rows)
         ):
             raise TrainingFailedError("training for x diverged: loss nan, weights not finite")
-        return real(base, tokenizer, rows, *rest)
+        return real(base, rows, *rest)
 
     monkeypatch.setattr(trained, "train_expert", diverges)
     assert m2m("fidelity", "--config", path) == 0

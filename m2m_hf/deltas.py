@@ -21,7 +21,7 @@ from .errors import InputError
 
 Part = slice | None  # rows of a tensor; None: all of it
 DELTA_FILE = "delta.safetensors"
-BLOCK = 1 << 22  # numbers of a tensor that are worked on at once
+BLOCK = 1 << 20  # numbers of a tensor that are worked on at once
 BITS = 30  # of a sum: one less than there are, so that rounding cannot overflow
 
 
@@ -126,11 +126,13 @@ class Shelf:
             folder.mkdir(parents=True, exist_ok=True)
         place = tempfile.mkdtemp(prefix=".base-", dir=folder)
         self.close = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
-        self._path = Path(place) / "base.safetensors"
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, self._path)
+        # A file for each, since all in one would be in memory twice while it is written.
+        self._paths = {name: Path(place) / f"{number}.safetensors" for number, name in enumerate(tensors)}
+        for name, tensor in tensors.items():
+            save_file({name: tensor.detach().contiguous()}, self._paths[name])
 
     def read(self, name: str, part: Part = None) -> torch.Tensor:
-        return read(self._path, name, part)
+        return read(self._paths[name], name, part)
 
 
 class Sums:

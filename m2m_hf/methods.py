@@ -113,8 +113,8 @@ class DenseStack:
         self._sums: Sums | None = None
         self._pristine: Mapping[str, torch.Tensor] | Shelf
         if len(deltas) > 1 and method.gated:
-            self._sums = Sums(deltas, {name: weight.shape for name, weight in self._weights.items()})
             self._pristine = Shelf(self._weights, scratch)
+            self._sums = Sums(deltas, {name: weight.shape for name, weight in self._weights.items()})
         else:
             self._pristine = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._written = False
@@ -165,7 +165,9 @@ class DenseStack:
                 self._sums.to(weights, lambda name, part, total: self._write(name, total, share, part))
             elif weights:
                 for name, weight in self._weights.items():
-                    self._write(name, self._merged(name, weights, weight.device), 1.0)
+                    # What is linear in the deltas needs no weight whole.
+                    for part in blocks(weight.shape) if self.method.gated else (None,):
+                        self._write(name, self._merged(name, weights, weight.device, part), 1.0, part)
             elif written:
                 for name, weight in self._weights.items():
                     for part in blocks(weight.shape):
@@ -193,11 +195,11 @@ class DenseStack:
         if isinstance(self._pristine, Shelf):
             self._pristine.close()
 
-    def _delta(self, expert: str, weight: str, device: torch.device) -> torch.Tensor:
-        """What one expert adds to one weight, in fp32."""
+    def _delta(self, expert: str, weight: str, device: torch.device, part: Part = None) -> torch.Tensor:
+        """What one expert adds to one weight, or to rows of it, in fp32."""
         one = self.adapters[expert]
         if isinstance(one, Delta):
-            return one.delta(weight, device)
+            return one.delta(weight, device, part)
         a, b, scale = self._parts[expert][weight.removesuffix(".weight")]
         delta = scale * (b.to(device) @ a.to(device))
         return delta.T if weight in self._transposed else delta
@@ -207,12 +209,14 @@ class DenseStack:
         one = self.adapters[expert]
         return list(one.shapes) if isinstance(one, Delta) else [f"{layer}.weight" for layer in self._parts[expert]]
 
-    def _merged(self, weight: str, weights: Mapping[str, float], device: torch.device) -> torch.Tensor:
-        """The merged delta of one weight, of its shape, in fp32."""
+    def _merged(
+        self, weight: str, weights: Mapping[str, float], device: torch.device, part: Part = None
+    ) -> torch.Tensor:
+        """The merged delta of one weight, or of rows of it, in fp32."""
         names = [name for name in sorted(weights) if weight in self._changes(name)]
         method = self.method
         if not names:
-            return torch.zeros(self._weights[weight].shape, device=device)
+            return torch.zeros_like(self._base(weight, part), dtype=torch.float32, device=device)
         if self._parts and method.name in ("svd", "linear"):
             return self._from_factors(weight, {name: weights[name] for name in names}, device)
         if method.name == "ties":
@@ -222,7 +226,7 @@ class DenseStack:
             return method.scaling * ties(deltas, weights, self._thresholds)
 
         def kept(name: str) -> torch.Tensor:
-            delta = self._delta(name, weight, device)
+            delta = self._delta(name, weight, device, part)
             seed = [method.seed, name, weight.removesuffix(".weight")]
             return dare(delta, method.density, fingerprint(seed)) if method.name == "dare" else delta
 

@@ -94,7 +94,10 @@ def test_the_ensemble_objective(project, capsys):
     change(project, targets={"g": target})
     for flags, message in (
         (("--objective", "ensemble"), "objective ensemble averages the probabilities of right answers"),
-        (("--strategy", "gradient"), "gradient needs expert: lora, objective: merged, merge_method: average and targets"),
+        (
+            ("--strategy", "gradient"),
+            "gradient needs expert: lora, objective: merged, merge_method: average and targets",
+        ),
     ):
         capsys.readouterr()
         assert m2m("search", "--config", project / "run.yaml", *flags, "--output_dir", project / "fresh") == 2

@@ -5,9 +5,9 @@ m2m adapters --config recipes/intents.yaml --expert full --learning_rate 2e-5 --
 python recipes/benchmark_full.py --config runs/intents-full/config.yaml
 ```
 
-Takes the experts of a finished bank and writes the weights of all their subsets into the base, one after another: in the order of
-the Gray code with running sums, in the order of size with running sums, and by adding all experts of each mixture. The weights are the
-same but for rounding, which is checked. The highest resident memory is that of the process.
+Takes the experts of a finished bank and writes the weights of all their subsets into the base, one after another: in the order
+of the Gray code with running sums, in the order of size with running sums, and by adding all experts of each mixture. The
+weights are the same but for rounding, which is checked. The highest resident memory is that of the process.
 """
 
 import sys

@@ -122,6 +122,44 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
     assert "processes (2 there, 1 now)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_classifiers_of_two_processes_are_those_of_one(intents, tmp_path, launch_forks, kind):
+    """Trained by two processes they are scored by one, and by two, to the same journal."""
+    os.rename(intents / "intents.yaml", intents / "run.yaml")
+    flags = ("--expert", kind, "--learning_rate", "1e-3")
+    done = launch_forks(intents, tmp_path / "two", *flags)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "two").glob(".base-*"))
+    os.rename(tmp_path / "two" / "trials.jsonl", tmp_path / "trials.jsonl")
+    assert m2m("search", "--config", intents / "run.yaml", "--output_dir", tmp_path / "two", *flags) == 0
+    one, two = trials(tmp_path / "two"), trials(tmp_path)
+    assert [line["key"] for line in one] == [line["key"] for line in two if line["objective"] == "merged"][: len(one)]
+    for left, right in zip(one, two, strict=False):
+        assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
+
+
+def test_full_experts_of_models_in_pieces_are_those_of_whole_ones(project, tmp_path, launch_forks):
+    flags = ("--expert", "full", "--learning_rate", "1e-3", "--train_final", "false")
+    done = launch_forks(project, tmp_path / "whole", *flags)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "pieces.py").write_text(ON_AN_ACCELERATOR + RUN)
+    script = tmp_path / "pieces.py"
+    done = launch_forks(
+        project, tmp_path / "pieces", *flags, script=script, config="fsdp2", options=("--mixed_precision", "no")
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "pieces" / "adapters" / "alpha" / "training.json").read_text())
+    assert record["uniform"]["sharded"]
+    assert record["uniform"]["expert"] == "full"
+    for name in ("alpha", "gamma"):
+        whole, pieces = (
+            load_file(tmp_path / run / "adapters" / name / "delta.safetensors") for run in ("whole", "pieces")
+        )
+        assert whole.keys() == pieces.keys()
+        for key, tensor in whole.items():
+            torch.testing.assert_close(tensor, pieces[key], atol=1e-6, rtol=0)
+
+
 def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys, launch_forks):
     (tmp_path / "dies.py").write_text(ONE_DIES + RUN)
     done = launch_forks(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")

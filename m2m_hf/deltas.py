@@ -4,10 +4,10 @@ An expert is the difference δ = θ - θ0 of its fine-tuned weights from the bas
 A mixture's model has the weights θ0 + Σ w_i δ_i. Experts stay on the disk and are read one tensor at a time.
 """
 
+import atexit
 import math
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,24 @@ class Delta:
         return read(self.path, name, part).to(device, torch.float32)
 
 
+def aside(folder: Path | None) -> tuple[Path, Callable[[], None]]:
+    """A hidden folder for what need not be in memory, and what removes it; it is removed at the end of the process at the latest.
+
+    Args:
+        folder: where it is made (None: where temporary files go).
+    """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=".base-", dir=folder))
+
+    def remove() -> None:
+        atexit.unregister(remove)
+        shutil.rmtree(place, ignore_errors=True)
+
+    atexit.register(remove)
+    return place, remove
+
+
 class Shelf:
     """Tensors put aside on the disk, to be read one by one; gone when this object is.
 
@@ -122,12 +140,9 @@ class Shelf:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], folder: Path | None) -> None:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        place = tempfile.mkdtemp(prefix=".base-", dir=folder)
-        self.close = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        place, self.close = aside(folder)
         # A file for each, since all in one would be in memory twice while it is written.
-        self._paths = {name: Path(place) / f"{number}.safetensors" for number, name in enumerate(tensors)}
+        self._paths = {name: place / f"{number}.safetensors" for number, name in enumerate(tensors)}
         for name, tensor in tensors.items():
             save_file({name: tensor.detach().contiguous()}, self._paths[name])
 
@@ -146,15 +161,18 @@ class Sums:
     Args:
         experts: by name; each reads its own tensors.
         changed: the weights of the model that any of them changes -> shape.
+        folder: see `Shelf`. The sums are files there, of which one at a time is looked at: they are in memory as far as there is
+            room.
 
     Raises:
         InputError: numbers that are not finite.
     """
 
-    def __init__(self, experts: Mapping[str, Delta], changed: Mapping[str, torch.Size]) -> None:
+    def __init__(self, experts: Mapping[str, Delta], changed: Mapping[str, torch.Size], folder: Path | None) -> None:
         self._experts = experts
         self._units: dict[str, float] = {}
-        self._sums = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in changed.items()}
+        self._shapes = changed
+        self._place, self.close = aside(folder)
         self._members: frozenset[str] | None = frozenset()
         for name in changed:
             having = [one for one in experts.values() if name in one.shapes]
@@ -175,8 +193,10 @@ class Sums:
         added, dropped = wanted - (here or frozenset()), (here or frozenset()) - wanted
         anew = here is None or len(added) + len(dropped) > len(wanted)
         self._members = None  # until all is done: whoever interrupts this leaves some weights behind
-        for name, whole in self._sums.items():
-            for part in blocks(whole.shape):
+        for number, (name, shape) in enumerate(self._shapes.items()):
+            file = str(self._place / str(number))
+            whole = torch.from_file(file, shared=True, size=shape.numel(), dtype=torch.int32).view(shape)
+            for part in blocks(shape):
                 total = whole if part is None else whole[part]
                 if anew:
                     total.zero_()

@@ -81,8 +81,8 @@ class DenseStack:
 
     What the scorers need of a `GatedStack`, for full-parameter experts and for methods that are not linear in the deltas.
     Averages of full-parameter experts come from running sums (`deltas.Sums`), so that a mixture which differs from the last one
-    by a candidate reads the weights of that candidate alone; the base's own weights are on the disk meanwhile. There are in
-    memory: the model, the sums, and one layer. Otherwise the model, its own weights, and one layer with every expert's part.
+    by a candidate reads the weights of that candidate alone; sums and the base's own weights are on the disk meanwhile. There are
+    in memory: the model and one layer of the sums. Otherwise the model, its own weights, and one layer with every expert's part.
     A single expert is added as it is, so that its mixture is that model to the last bit.
 
     Args:
@@ -114,7 +114,7 @@ class DenseStack:
         self._pristine: Mapping[str, torch.Tensor] | Shelf
         if len(deltas) > 1 and method.gated:
             self._pristine = Shelf(self._weights, scratch)
-            self._sums = Sums(deltas, {name: weight.shape for name, weight in self._weights.items()})
+            self._sums = Sums(deltas, {name: weight.shape for name, weight in self._weights.items()}, scratch)
         else:
             self._pristine = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._written = False
@@ -192,8 +192,9 @@ class DenseStack:
     def detach(self) -> None:
         """Gives the base model back as it was."""
         self.set({})
-        if isinstance(self._pristine, Shelf):
-            self._pristine.close()
+        for one in (self._pristine, self._sums):
+            if isinstance(one, (Shelf, Sums)):
+                one.close()
 
     def _delta(self, expert: str, weight: str, device: torch.device, part: Part = None) -> torch.Tensor:
         """What one expert adds to one weight, or to rows of it, in fp32."""

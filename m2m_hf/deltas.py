@@ -132,7 +132,7 @@ def aside(folder: Path | None) -> tuple[Path, Callable[[], None]]:
 
 
 class Shelf:
-    """Tensors put aside on the disk, to be read one by one; gone when this object is.
+    """Tensors put aside on the disk, to be read one by one, until `close`.
 
     Args:
         tensors: by name.

@@ -150,7 +150,7 @@ class Ingredients:
             return own_head(self.plan, tuple(self._words))
         found = Head.read(self.run.head, self.plan, self._label_space is not None, self._head_fingerprint)
         if found is None:
-            assert self.base is not None  # loads it
+            _ = self.base  # loads it, and makes the head
             found = self._head_of_names
         return found
 
@@ -341,7 +341,7 @@ class Ingredients:
     def _open_stack(self, method: MergeMethod) -> Stack:
         """The adapters on the base model, ready to be merged so; one stack at a time."""
         wanted = AVERAGE if method.gated else method
-        assert self.plan is None or self.head is not None  # made or read now, where gradients may follow
+        _ = self.head  # made or read now, where gradients may follow
         if self._stack is None or self._stack_method != wanted:
             base = self._plain_base()
             adapters = self.bank.load()

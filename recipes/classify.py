@@ -52,7 +52,8 @@ class FrozenHead:
 
     def __call__(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
         if not hasattr(self, "vectors"):
-            return outputs.logits.float()[:, self.columns]  # type: ignore[no-any-return]
+            logits: torch.Tensor = outputs.logits.float()[:, self.columns]
+            return logits
         found = outputs["last_hidden_state" if self.pooling in ("mean", "cls") else self.pooling].float()
         if self.pooling == "cls":
             found = found[:, 0]

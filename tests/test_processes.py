@@ -133,6 +133,7 @@ def test_classifiers_of_two_processes_are_those_of_one(intents, tmp_path, launch
     os.rename(tmp_path / "two" / "trials.jsonl", tmp_path / "trials.jsonl")
     assert m2m("search", "--config", intents / "run.yaml", "--output_dir", tmp_path / "two", *flags) == 0
     one, two = trials(tmp_path / "two"), trials(tmp_path)
+    assert len(one) == 8
     assert [line["key"] for line in one] == [line["key"] for line in two if line["objective"] == "merged"][: len(one)]
     for left, right in zip(one, two, strict=False):
         assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)

@@ -71,20 +71,10 @@ def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
     config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     architecture = next(iter(config.architectures or ()), "")
     if architecture.endswith(SUFFIX[task]):
-        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-            raise InputError(
-                f"model_name_or_path: {model!r} gives {config.problem_type or 'a single number'}; expected a classifier of which "
-                "one label is right"
-            )
-        own = {str(label): int(column) for column, label in config.id2label.items()}
-        if len(own) < len(config.id2label):
-            raise InputError(
-                f"model_name_or_path: two labels of {model!r} have one name: {', '.join(config.id2label.values())}"
-            )
         loads: Any = getattr(transformers, architecture, None)
         if loads is None:
             raise InputError(f"model_name_or_path: {model!r} is a {architecture}, which transformers does not have")
-        return HeadPlan(task, architecture, own, "logits", prefix=loads.base_model_prefix)
+        return plan_own(config, loads, f"model_name_or_path: {model!r}")
     if task == "sequence_classification":
         return HeadPlan(task, "AutoModel", None, sentence_pooling(model, revision))
     if config.model_type in TOWERS:
@@ -95,6 +85,23 @@ def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
         f"labels' names. A head trained for every candidate apart could not be averaged. Give a model with a trained classifier "
         f"over your labels (...{SUFFIX[task]}), or one of {', '.join(TOWERS)}"
     )
+
+
+def plan_own(config: transformers.PretrainedConfig, architecture: type[PreTrainedModel], what: str) -> HeadPlan:
+    """The head that is a model's own classifier.
+
+    Raises:
+        InputError: `what` cannot be used as one.
+    """
+    task = next(task for task, suffix in SUFFIX.items() if architecture.__name__.endswith(suffix))
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        raise InputError(
+            f"{what} gives {config.problem_type or 'a single number'}; expected a classifier of which one label is right"
+        )
+    own = {str(label): int(column) for column, label in config.id2label.items()}
+    if len(own) < len(config.id2label):
+        raise InputError(f"{what}: two of its labels have one name: {', '.join(config.id2label.values())}")
+    return HeadPlan(task, architecture.__name__, own, "logits", prefix=architecture.base_model_prefix)
 
 
 def sentence_pooling(model: str, revision: str | None) -> str:

@@ -37,6 +37,7 @@ from .models import (
     check_model,
     image_mode,
     load_base,
+    load_config,
     load_head,
     load_image_processor,
     load_tokenizer,
@@ -134,14 +135,6 @@ class Ingredients:
         return load_image_processor(self.model_args) if images else self.tokenizer
 
     @cached_property
-    def _limit(self) -> int:
-        """Tokens that a classifier's text is cut to."""
-        positions = check_model(self.model_args, self.args, None, self.plan)
-        return int(
-            min(positions, getattr(self.processing, "model_max_length", positions), self.args.max_length or positions)
-        )
-
-    @cached_property
     def head(self) -> Head | None:
         """The frozen head of a classification run; None for a causal LM. Made of names, it is made when the base is loaded."""
         if self.plan is None:
@@ -153,6 +146,19 @@ class Ingredients:
             _ = self.base  # loads it, and makes the head
             found = self._head_of_names
         return found
+
+    def _known_head(self) -> Head:
+        assert self.head is not None
+        return self.head
+
+    @cached_property
+    def _length(self) -> Length:
+        """Counts the tokens of a classifier's input."""
+        if self.config.task == "image_classification":
+            return Length(patches(load_config(self.model_args)))
+        positions = check_model(self.model_args, self.args, None, self.plan)
+        limit = min(positions, self.tokenizer.model_max_length, self.args.max_length or positions)
+        return Length(int(limit), self.tokenizer)
 
     @cached_property
     def _head_fingerprint(self) -> str:
@@ -187,18 +193,14 @@ class Ingredients:
     @cached_property
     def _data(self) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
         if self.plan is not None:
-            images = self.config.task == "image_classification"
-            length = (
-                Length(None, 1 << 30, patches(self.model_args)) if images else Length(self.tokenizer, self._limit, 0)
-            )
             return load_labelled(
                 self.config.parsed_candidates,
                 self.config.parsed_targets,
                 self.config.task,
                 None if self._label_space is None else tuple(self._label_space),
-                length,
+                self._length,
                 seed=self.args.seed,
-                mode=image_mode(self.model_args),
+                mode=image_mode(load_config(self.model_args)),
             )
         return load_all(
             self.config.parsed_candidates,
@@ -251,7 +253,7 @@ class Ingredients:
             self.processing,
             self._lora(model_args),
             self.head,
-            self._limit if self.plan is not None and self.config.task != "image_classification" else 0,
+            self._length.limit if self.plan is not None else 0,
             {name: sorted(one.rows.unique("label")) for name, one in self.candidates.items()} if self.plan else {},
             self.config.trained_parameters,
             self.config.delta_dtype,
@@ -285,7 +287,7 @@ class Ingredients:
             if self.plan.two_towers:
                 more |= tokenizer_facts(self.tokenizer, False)
             if not images:
-                more["limit"] = self._limit
+                more["limit"] = self._length.limit
                 more["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
         if self.config.expert == "full":
             more |= {
@@ -376,16 +378,13 @@ class Ingredients:
             given = {part: rows[part] for part in rows if part == "validation" or rows[part]}
             return {part: CallableScorer(config.scorer, one, self.processing) for part, one in given.items()}
         if self.plan is not None:
-            limit = patches(self.model_args) if self.config.task == "image_classification" else self._limit
-            size = Length(self.tokenizer, limit, limit) if self.config.task == "sequence_classification" else None
             return {
                 part: make_label_scorer(
                     config,
                     one,
                     self.processing,
-                    lambda: self.head,
-                    [limit if size is None else size(row.prompt) for row in one],
-                    limit,
+                    self._known_head,
+                    self._length,
                     allow_metric_code=allow,
                     where=where,
                 )

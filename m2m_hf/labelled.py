@@ -55,7 +55,7 @@ def load_labelled(
 
     Args:
         known: the label space, where there is one: of the user's, or of the base model's classifier.
-        length: counts tokens.
+        length: counts tokens, of the model's input.
         seed: draws `max_examples`.
         mode: what images are converted to.
 
@@ -75,7 +75,7 @@ def load_labelled(
                 f"{where}: all its rows are labelled {rows[0]['label']!r}, and each is a choice among the labels of its own "
                 "dataset; expected at least two, or a label space for all, labels: [...]"
             )
-        sizes = [length(text) for text in rows["text"]] if column == "text" else [length.image] * len(rows)
+        sizes = length(rows["label" if column == "image" else "text"])
         loaded[name] = Candidate(
             name=name,
             config=config,
@@ -217,19 +217,20 @@ def questions(rows: Dataset, column: str, labels: Sequence[str], where: str) -> 
 
 
 class Length:
-    """How many tokens a row has.
+    """How many tokens rows have.
 
     Args:
+        limit: tokens that a text is cut to, or patches of an image, as the model cuts it.
         tokenizer: of texts; None for images.
-        limit: tokens that a text is cut to.
-        image: patches of an image, as the model cuts it.
     """
 
-    def __init__(self, tokenizer: Any, limit: int, image: int) -> None:
-        self.tokenizer, self.limit, self.image = tokenizer, limit, image
+    def __init__(self, limit: int, tokenizer: Any = None) -> None:
+        self.limit, self._tokenizer = limit, tokenizer
 
-    def __call__(self, text: str) -> int:
-        return len(self.tokenizer(text)["input_ids"])
+    def __call__(self, texts: Sequence[Any]) -> list[int]:
+        if self._tokenizer is None:
+            return [self.limit] * len(texts)
+        return [len(self._tokenizer(text)["input_ids"]) for text in texts]
 
 
 def words_of(

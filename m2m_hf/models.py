@@ -32,11 +32,22 @@ from .training import is_trained, sharded
 PATCHES = 256  # of an image, where the model does not cut it into any: for how many are scored at once
 
 
-def image_mode(model_args: ModelConfig) -> str:
-    """What images are converted to before the model sees them: `L` where it takes one channel, else `RGB`."""
-    config = transformers.AutoConfig.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-    )
+def load_config(model_args: ModelConfig) -> Any:
+    """The base model's configuration.
+
+    Raises:
+        InputError: no such model.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise not_found(model_args, error) from error
+
+
+def image_mode(config: Any) -> str:
+    """What images are converted to before a model sees them: `L` where it takes one channel, else `RGB`."""
     return "L" if getattr(getattr(config, "vision_config", config), "num_channels", 3) == 1 else "RGB"
 
 
@@ -206,11 +217,8 @@ def load_image_processor(model_args: ModelConfig) -> Any:
         ) from error
 
 
-def patches(model_args: ModelConfig) -> int:
-    """Into how many tokens the model cuts an image; `PATCHES` where it does not say."""
-    config = transformers.AutoConfig.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-    )
+def patches(config: Any) -> int:
+    """Into how many tokens a model cuts an image; `PATCHES` where it does not say."""
     config = getattr(config, "vision_config", config)
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else PATCHES
@@ -235,12 +243,7 @@ def check_model(
     Raises:
         InputError: whatever of it cannot work.
     """
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise not_found(model_args, error) from error
+    model_config = load_config(model_args)
     try:
         kind = model_class(plan)
         if plan is not None and plan.two_towers:
@@ -269,11 +272,16 @@ def check_model(
             f"model_name_or_path: what of {plan.model_class} is its classifier, and what is below it, cannot be told; expected a "
             f"model with a part {plan.prefix!r}"
         )
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+    return positions(model)
+
+
+def positions(model: PreTrainedModel) -> int:
+    """How many tokens a model has positions for; a million where it does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
     for name, layer in model.named_modules():
         if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
-            return int(positions) - int(layer.padding_idx) - 1  # as RoBERTa counts
-    return int(positions)
+            return int(found) - int(layer.padding_idx) - 1  # as RoBERTa counts
+    return int(found)
 
 
 def model_class(plan: HeadPlan | None) -> Any:

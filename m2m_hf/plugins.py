@@ -3,8 +3,9 @@
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from transformers.trainer_utils import sort_checkpoints
 
 from .config import TargetConfig, check_name
 from .console import Terminal
-from .data import load_all
+from .data import Target, load_all
 from .errors import InputError
 from .external import CallableScorer
+from .heads import SUFFIX, own_head, plan_own
 from .journal import read_made
+from .labelled import Length, load_labelled
 from .merging import Adapter, GatedStack, refuse_unless_averageable
 from .mixture import Failure, Mixture, SearchSpace
-from .scoring import Scorer, make_scorer
+from .models import image_mode, patches, positions
+from .scoring import Scorer, make_label_scorer, make_scorer
 
 
 class LiveTargets:
@@ -45,10 +49,14 @@ class LiveTargets:
         allow_metric_code: bool,
     ) -> None:
         self.trainer = trainer
-        tokenizer = trainer.processing_class
-        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        suffix = next((one for one in SUFFIX.values() if type(self.base).__name__.endswith(one)), None)
+        images = suffix == SUFFIX["image_classification"]
+        self.processing: Any = trainer.processing_class
+        expected = transformers.BaseImageProcessor if images else transformers.PreTrainedTokenizerBase
+        if not isinstance(self.processing, expected):
             raise InputError(
-                f"trainer: expected one with a tokenizer as its processing_class, got {type(tokenizer).__name__}"
+                f"trainer: expected one with {'an image processor' if images else 'a tokenizer'} as its processing_class, got "
+                f"{type(self.processing).__name__}"
             )
         parsed = {
             check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", Path.cwd())
@@ -59,25 +67,55 @@ class LiveTargets:
                 raise InputError(
                     f"targets.{name}.scorer: {one.kind} needs an adapter on the disk; expected another one"
                 )
-        _, _, loaded = load_all(
-            {}, parsed, tokenizer, seed=trainer.args.seed, max_length=None, assistant_only_loss=False
-        )
-        positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+            if suffix is not None and one.kind not in ("classification", "callable"):
+                raise InputError(
+                    f"targets.{name}.scorer: the trainer's model is a {type(self.base).__name__}, which writes no text; expected "
+                    f"classification, got {one.kind}"
+                )
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise InputError("trainer: its model is in pieces (FSDP, DeepSpeed), and cannot be scored while it trains")
         if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
             raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
         total = sum(one.weight for one in parsed.values())
         self.shares = {name: one.weight / total for name, one in parsed.items()}
+        made = self._causal(parsed) if suffix is None else self._classifiers(parsed)
         self.scorers: dict[str, Scorer] = {
-            name: CallableScorer(one.config.scorer, one.rows, tokenizer)
+            name: CallableScorer(one.config.scorer, one.rows, self.processing)
             if one.config.kind == "callable"
-            else make_scorer(
-                one.config, one.rows, tokenizer, positions, allow_metric_code=allow_metric_code, where=f"targets.{name}"
+            else make(allow_metric_code=allow_metric_code, where=f"targets.{name}")
+            for name, (one, make) in made.items()
+        }
+        self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
+
+    def _causal(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
+        """Every target's rows, and what makes its scorer."""
+        length = positions(self.base)
+        seed = self.trainer.args.seed
+        _, _, loaded = load_all({}, targets, self.processing, seed=seed, max_length=None, assistant_only_loss=False)
+        return {
+            name: (one, partial(make_scorer, one.config, one.rows, self.processing, length))
+            for name, one in loaded.items()
+        }
+
+    def _classifiers(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
+        """The same for a classifier, whose own labels are those that a row may have."""
+        config = self.base.config
+        plan = plan_own(config, type(self.base), f"trainer: its model, a {type(self.base).__name__},")
+        assert plan.own is not None
+        head = own_head(plan, tuple(plan.own))
+        longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
+        images = plan.task == "image_classification"
+        length = Length(patches(config)) if images else Length(longest, self.processing)
+        _, _, loaded = load_labelled(
+            {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
+        )
+        return {
+            name: (
+                one,
+                partial(make_label_scorer, one.config, one.rows, self.processing, lambda: head, length),
             )
             for name, one in loaded.items()
         }
-        self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
 
     @property
     def model(self) -> Any:
@@ -129,9 +167,11 @@ class TargetScoreCallback(TrainerCallback):
     ```
 
     Args:
-        trainer: whose model and tokenizer are scored with.
+        trainer: whose model and tokenizer, or image processor, are scored with. It trains a causal LM or a classifier
+            (`...ForSequenceClassification`, `...ForImageClassification`).
         targets: name -> what stands under `targets:` in a configuration (scorers `choice`, `classification`, `loss`,
-            `generation`, and Python functions). Relative paths are relative to the working directory.
+            `generation`, and Python functions; with a classifier `classification` of rows text/label or image/label, whose
+            labels are the names in the model's `id2label`). Relative paths are relative to the working directory.
         tokens_per_batch: tokens in one forward pass (default: 1024 on a CPU, else 16384).
         allow_metric_code: load metrics of one's own, which runs the code in them.
 

@@ -95,7 +95,7 @@ def write_label_recipe(
         "model_class": head.plan.model_class,
         "train_file": str(train),
         "head": {"labels": list(head.labels), "columns": head.columns, "closed": head.closed},
-        "max_length": training.limit or None,
+        "max_length": training.limit if head.plan.task == "sequence_classification" else None,
         "expert": "full" if training.lora is None else "lora",
         "trained_parameters": training.parameters,
         "untrained_modules": head.plan.untrained,

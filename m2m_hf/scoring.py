@@ -29,7 +29,7 @@ from .forward import (
 )
 from .heads import Head
 from .journal import file_fingerprint
-from .labelled import ImageRow, inputs_of, recognised
+from .labelled import ImageRow, Length, inputs_of, recognised
 from .merging import GatedStack
 from .methods import Stack
 from .metrics import Metric, module_file
@@ -327,8 +327,7 @@ class LabelScorer(AnswerScorer):
         rows: texts or images with their labels as choices.
         processing: the tokenizer, or the image processor.
         head: the run's.
-        sizes: tokens, or patches, of every row.
-        limit: tokens that a text is cut to.
+        length: counts tokens, and knows what they are cut to.
         metric: see `AnswerScorer`.
     """
 
@@ -338,16 +337,16 @@ class LabelScorer(AnswerScorer):
         rows: Sequence[TargetRow],
         processing: Any,
         head: Callable[[], Head],
-        sizes: Sequence[int],
-        limit: int,
+        length: Length,
         metric: Metric | None,
     ) -> None:
         super().__init__(rows, metric, [[1.0] * len(row.choices) for row in rows])
-        self._processing, self._head, self._limit = processing, head, limit
-        self._sizes = [min(size, limit) for size in sizes]
-        self.cut = sum(size > limit for size in sizes)
+        self._processing, self._head, self._limit = processing, head, length.limit
+        sizes = length([row.prompt for row in rows])
+        self._sizes = [min(size, length.limit) for size in sizes]
+        self.cut = sum(size > length.limit for size in sizes)
         self.tokens = sum(self._sizes)
-        about = [config.kind, metric_fingerprint(config), limit, *rows]
+        about = [config.kind, metric_fingerprint(config), length.limit, *rows]
         self.fingerprint = content_fingerprint(about, default=recognised)
 
     def _ask(self, stack: Stack, rows: Sequence[int]) -> torch.Tensor:
@@ -489,9 +488,8 @@ def make_label_scorer(
     config: TargetConfig,
     rows: Sequence[TargetRow],
     processing: Any,
-    head: Callable[[], Any],
-    sizes: Sequence[int],
-    limit: int,
+    head: Callable[[], Head],
+    length: Length,
     *,
     allow_metric_code: bool = False,
     where: str = "target",
@@ -504,7 +502,7 @@ def make_label_scorer(
     metric = None if config.metric == "logprob" else Metric(config.metric, config.metric_key, allow_metric_code, where)
     if metric is not None and metric.takes_text:
         raise InputError(f"{where}.metric: {config.metric!r} compares texts, and scorer classification gives indices")
-    return LabelScorer(config, rows, processing, head, sizes, limit, metric)
+    return LabelScorer(config, rows, processing, head, length, metric)
 
 
 def make_scorer(

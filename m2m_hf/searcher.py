@@ -473,7 +473,7 @@ class MergeToMixSearcher(Ingredients):
         content = {
             name: candidate_content(self.candidates[name], self.processing, self.args.seed) for name in self.space.names
         }
-        longest = min(512, self._limit) if self.config.task == "sequence_classification" else 512
+        longest = min(512, self._length.limit) if self.config.task == "sequence_classification" else 512
         total = dict.fromkeys(self.space.names, 0.0)
         for target, rows in asked.items():
             cosines = similarity(base, content, rows, self._tokens_per_batch, longest, self.processing)

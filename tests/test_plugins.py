@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from conftest import build_model, candidate_rows
-from datasets import Dataset
+from conftest import COLOURS, build_model, build_tokenizer, candidate_rows, picture, write_rows
+from datasets import Dataset, Features, Image, Value, load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import EarlyStoppingCallback
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError, MergeProbeCallback, TargetScoreCallback
@@ -240,3 +249,117 @@ def test_embeddings_are_refused_before_the_training(tokenizer, tmp_path, targets
     one.model = get_peft_model(build_model("llama"), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     with pytest.raises(InputError, match="an adapter on embeddings cannot be probed"):
         MergeProbeCallback(one, "alpha", bank, targets, every=2)
+
+
+NAMES = {"id2label": dict(enumerate(COLOURS[:3])), "label2id": {name: place for place, name in enumerate(COLOURS[:3])}}
+PICO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def classifier(folder, images: bool, lora: LoraConfig | None = None, dropout: float = 0.3) -> Trainer:
+    """The script of somebody else: transformers' own Trainer, on a classifier with a head that it trains too."""
+    torch.manual_seed(0)
+    options = {**PICO, **NAMES, "hidden_dropout_prob": dropout}
+    if images:
+        model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **options))
+        processing = ViTImageProcessorPil(size={"height": 8, "width": 8})
+        shown = [picture((200, 30, 30), 1), picture((30, 200, 30), 2), picture((30, 30, 200), 3)]
+        rows = [dict(processing(shown[one % 3]), labels=one % 3) for one in range(12)]
+        rows = [{"pixel_values": row["pixel_values"][0], "labels": row["labels"]} for row in rows]
+    else:
+        model = BertForSequenceClassification(BertConfig(vocab_size=320, max_position_embeddings=64, **options))
+        processing = build_tokenizer()
+        rows = [dict(processing(f"{COLOURS[one % 3]} {one}"), labels=one % 3) for one in range(12)]
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    args = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, learning_rate=0.01, per_device_train_batch_size=4, eval_strategy="steps",
+        eval_steps=2, max_steps=4, disable_tqdm=True, report_to="none", save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    shown = Dataset.from_list(rows)
+    return Trainer(model, args, train_dataset=shown, eval_dataset=shown.select(range(4)), processing_class=processing)
+
+
+def asked(tmp_path, images: bool, **more) -> dict:
+    """A target of rows that a classifier may be asked, whose labels are the numbers that stand for them."""
+    numbers = [one % 3 for one in range(7)]
+    if images:
+        rows = {"image": [picture((200, 30, 30), 10 + one) for one in numbers], "label": numbers}
+        features = Features({"image": Image(), "label": Value("int64")})
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "asked.parquet")
+        data = {"path": "parquet", "data_files": str(tmp_path / "asked.parquet")}
+    else:
+        rows = [{"text": f"it is {'very ' * one}{COLOURS[one % 3]}", "label": one % 3} for one in range(7)]
+        data = {"path": "json", "data_files": str(write_rows(tmp_path / "asked.jsonl", rows))}
+    return {"data": data, "scorer": "classification", "labels": {str(n): COLOURS[n] for n in range(3)}, **more}
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_classifier_is_scored_as_it_is_and_its_training_is_not_changed(tmp_path, images):
+    plain = classifier(tmp_path / "plain", images)
+    plain.train()
+    one = classifier(tmp_path / "scored", images)
+    target = asked(tmp_path, images, metric="logprob")
+    callback = TargetScoreCallback(one, {"colours": target, "right": target | {"metric": "accuracy"}})
+    one.add_callback(callback)
+    before = callback.scores()
+    one.train()
+    for (name, mine), other in zip(plain.model.named_parameters(), one.model.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    logged = [entry for entry in one.state.log_history if "eval_colours" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    one.model.eval()
+    rows = load_dataset(target["data"]["path"], data_files=target["data"]["data_files"], split="train")
+    logits = []
+    for row in rows:  # one by one, as nothing is padded then
+        given = one.processing_class(row["image" if images else "text"], return_tensors="pt")
+        with torch.no_grad():
+            logits.append(one.model(**given).logits[0])
+    of = torch.stack(logits).log_softmax(-1)
+    truth = torch.tensor(rows["label"])
+    expected = float(of[range(len(rows)), truth].mean())
+    assert logged[-1]["eval_colours"] == pytest.approx(expected, abs=1e-5)
+    assert logged[-1]["eval_right"] == pytest.approx(float((of.argmax(-1) == truth).double().mean()))
+    assert before["eval_colours"] != pytest.approx(
+        expected, abs=1e-3
+    )  # the head that is trained is the one that is asked
+
+
+def test_mixtures_of_a_classifier_with_a_frozen_head_are_probed(tmp_path):
+    lora = {"r": 2, "target_modules": ["query", "value"]}
+    classifier(tmp_path / "beta", False, LoraConfig(**lora)).train()
+    one = classifier(tmp_path / "alpha", False, LoraConfig(**lora))
+    probe = MergeProbeCallback(
+        one, "alpha", {"beta": tmp_path / "beta"}, {"colours": asked(tmp_path, False, metric="logprob")}, every=2
+    )
+    one.add_callback(probe)
+    one.train()
+    stack = GatedStack(
+        classifier(tmp_path / "new", False).model,
+        {name: Adapter.load(tmp_path / name / "checkpoint-4") for name in ("alpha", "beta")},
+    )
+    (scorer,) = probe._targets.scorers.values()
+    assert len(probe.ranking) == 3
+    for mixture, score in probe.ranking:
+        assert score == pytest.approx(scorer.score(stack, [mixture.weights], 100)[0].value, abs=1e-5)
+    heads = classifier(
+        tmp_path / "heads", False, LoraConfig(**lora, task_type="SEQ_CLS")
+    )  # PEFT trains the head beside it
+    with pytest.raises(InputError, match="modules_to_save"):
+        MergeProbeCallback(heads, "alpha", {}, {"colours": asked(tmp_path, False)}, every=2)
+
+
+def test_what_a_classifier_cannot_be_asked_is_refused(tokenizer, tmp_path, targets):
+    one = classifier(tmp_path, False)
+    with pytest.raises(InputError, match=r"targets\.colours\.scorer: .*expected classification, got choice"):
+        TargetScoreCallback(one, targets)
+    target = asked(tmp_path, False)
+    del target["labels"]
+    with pytest.raises(InputError, match=r"'0' is none of the 3 labels .*red, green, blue"):
+        TargetScoreCallback(one, {"colours": target})
+    one.model.config.problem_type = "multi_label_classification"
+    with pytest.raises(InputError, match="BertForSequenceClassification, gives multi_label_classification"):
+        TargetScoreCallback(one, {"colours": asked(tmp_path, False)})
+    one = classifier(tmp_path, True)
+    one.processing_class = tokenizer
+    with pytest.raises(InputError, match="expected one with an image processor"):
+        TargetScoreCallback(one, {"colours": asked(tmp_path, True)})

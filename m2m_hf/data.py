@@ -15,7 +15,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from glob import glob
 from itertools import chain, islice
@@ -66,6 +66,7 @@ class Candidate:
     longest: int
     truncated: int
     dropped: int
+    digests: frozenset[str] = frozenset()  # of its images
 
     @property
     def trained_rows(self) -> int:
@@ -607,7 +608,7 @@ def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
         return ""
 
     if "image" in candidate.rows.column_names:
-        asked = {image_digest(row["image"]) for row in candidate.rows}
+        asked: Set[str] = candidate.digests
     elif "text" in candidate.rows.column_names:
         asked = {key(text) for text in candidate.rows["text"]}
     elif "messages" in candidate.rows.column_names:

@@ -69,22 +69,23 @@ def load_labelled(
     loaded = {}
     for name, config in candidates.items():
         where = f"candidates.{name}"
-        rows = labelled(config.data, config.labels, column, name, known, where, seed, mode)
+        rows, content = labelled(config.data, config.labels, column, name, known, where, seed, mode)
         if known is None and len(rows.unique("label")) < 2:
             raise InputError(
                 f"{where}: all its rows are labelled {rows[0]['label']!r}, and each is a choice among the labels of its own "
                 "dataset; expected at least two, or a label space for all, labels: [...]"
             )
-        sizes = length(rows["label" if column == "image" else "text"])
+        sizes = length(content)
         loaded[name] = Candidate(
             name=name,
             config=config,
             rows=rows,
-            fingerprint=content_fingerprint(contents(rows, column)),
+            fingerprint=content_fingerprint([list(pair) for pair in zip(content, rows["label"], strict=True)]),
             tokens=sum(min(size, length.limit) for size in sizes),
             longest=max(sizes),
             truncated=sum(size > length.limit for size in sizes),
             dropped=0,
+            digests=frozenset(content) if column == "image" else frozenset(),
         )
     made = {}
     for name, target in targets.items():
@@ -98,11 +99,11 @@ def load_labelled(
             if target.kind == "callable":
                 parts[part] = tuple(load_rows(data, where, seed))
                 continue
-            rows = labelled(data, target.labels, column, name, known, where, seed, mode)
+            rows, content = labelled(data, target.labels, column, name, known, where, seed, mode)
             # Without a list of labels they are the label space, or those of the validation set, also for the test.
             given = set(target.labels.values()) if target.labels else set(known or rows["label"])
             labels = labels or tuple(sorted(given))
-            parts[part] = tuple(questions(rows, column, labels, where))
+            parts[part] = tuple(questions(rows, content, labels, where))
         made[name] = Target(name, target, parts.get("data", ()), parts.get("test_data", ()))
     return column, loaded, made
 
@@ -116,8 +117,8 @@ def labelled(
     where: str,
     seed: int,
     mode: str,
-) -> Dataset:
-    """Rows with exactly the columns text or image, label, source; labels are names.
+) -> tuple[Dataset, list[str]]:
+    """Rows with exactly the columns text or image, label, source; labels are names. And what recognises the content of each.
 
     Raises:
         InputError: a column that is missing, content of another kind, or a label that is not known.
@@ -153,7 +154,8 @@ def labelled(
             f"{where}.labels: no row is labelled {', '.join(unused)}; its labels are {', '.join(sorted(theirs))[:200]}"
         )
     if column == "text":
-        for number, text in enumerate(rows["text"], start=1):
+        found = rows["text"][:]
+        for number, text in enumerate(found, start=1):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{where}, row {number}.text: expected text, got {text!r:.100}")
         content: Any = Value("string")
@@ -164,27 +166,20 @@ def labelled(
                 f"{where}.image: expected images, as imagefolder or parquet files of images hold them, got "
                 f"{rows.features['image']}"
             )
-        check_images(rows.select_columns(["image"]), where)
+        found = digests(rows.select_columns(["image"]), mode, where)
     features = datasets.Features({column: content, "label": Value("string"), "source": Value("string")})
     rows = rows.select_columns([column])
     rows = rows.add_column("label", labels).add_column("source", [name] * len(labels))
-    return rows.cast(features)
+    return rows.cast(features), found
 
 
-def contents(rows: Dataset, column: str) -> list[list[str]]:
-    """What recognises every row: its text, or its image's digest, and its label."""
-    labels = rows["label"]
-    if column == "text":
-        return [[text, label] for text, label in zip(rows["text"], labels, strict=True)]
-    return [[image_digest(row["image"]), row["label"]] for row in rows]
-
-
-def check_images(rows: Dataset, where: str) -> None:
-    """Opens every image once.
+def digests(rows: Dataset, mode: str, where: str) -> list[str]:
+    """Opens every image, once, as they may be many and large, and says what recognises it when it is converted to `mode`.
 
     Raises:
         InputError: one that cannot be read, or whose numbers are no colours.
     """
+    found = []
     for number in range(len(rows)):
         try:
             image = rows[number]["image"]
@@ -193,21 +188,23 @@ def check_images(rows: Dataset, where: str) -> None:
             image.load()
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels are numbers of kind {image.mode}; expected colours or greys of 8 bits")
+            found.append(image_digest(image.convert(mode)))
         except Exception as error:  # whatever Pillow makes of it
             raise InputError(f"{where}, row {number + 1}.image: cannot be read ({error})") from error
+    return found
 
 
-def questions(rows: Dataset, column: str, labels: Sequence[str], where: str) -> list[TargetRow]:
+def questions(rows: Dataset, contents: Sequence[str], labels: Sequence[str], where: str) -> list[TargetRow]:
     """A target's rows as questions whose choices are its labels."""
     found: list[TargetRow] = []
     place = {label: number for number, label in enumerate(labels)}
-    for number, (content, label) in enumerate(contents(rows, column)):
+    for number, (content, label) in enumerate(zip(contents, rows["label"], strict=True)):
         if label not in place:
             raise InputError(
                 f"{where}, row {number + 1}.label: expected one of {', '.join(labels)[:300]}, got {label!r}; "
                 "labels: beside scorer: says which there are"
             )
-        if column == "text":
+        if "text" in rows.column_names:
             found.append(TargetRow(content, tuple(labels), place[label]))
         else:
             found.append(ImageRow(content, tuple(labels), place[label], rows=rows, number=number))

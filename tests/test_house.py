@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,12 @@ def test_imports_go_downward_only(name):
 def test_light_modules_import_nothing_heavy(name):
     _, others = imported(modules()[name], everywhere=False)
     assert not others & HEAVY
+
+
+def test_a_wheel_holds_every_recipe():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.py")}
+    assert {f"m2m_hf.{'.'.join(folder.parts)}" for folder in folders} <= set(told["packages"])
 
 
 def test_public_names():

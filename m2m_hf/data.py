@@ -33,7 +33,8 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .config import BUILDERS, CandidateConfig, DataConfig, MergeToMixConfig, TargetConfig, check_name
+from .config import MergeToMixConfig
+from .entries import BUILDERS, CandidateConfig, DataConfig, TargetConfig, check_name
 from .errors import InputError
 from .journal import file_fingerprint, hidden, sync, write_atomic, write_json
 from .mixture import Mixture, row_counts

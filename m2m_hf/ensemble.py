@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from .config import TargetConfig
+from .entries import TargetConfig
 from .journal import sync
 from .mixture import Failure, Mixture, Score, SearchSpace
 from .objectives import MergedObjective, ScorerObjective

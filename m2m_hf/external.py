@@ -27,8 +27,8 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import TargetConfig
 from .data import content_fingerprint, image_digest
+from .entries import TargetConfig
 from .errors import InputError, StoppedError, redact
 from .forward import Weights, out_of_memory
 from .journal import disk_is_full, file_fingerprint

@@ -33,8 +33,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from safetensors import safe_open
 
 from . import __version__
-from .config import exists
 from .console import Terminal
+from .entries import exists
 from .errors import InputError, redact
 from .journal import RunFolder, cut_short, file_fingerprint, files_of, read_made
 from .mixture import Mixture

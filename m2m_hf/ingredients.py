@@ -21,10 +21,11 @@ from trl import ModelConfig, SFTConfig
 
 from . import parsing
 from .bank import LAUNCH, OPERATIONAL, Bank, differing, tokenizer_facts, uniform_facts
-from .config import MergeToMixConfig, plain
+from .config import MergeToMixConfig
 from .console import Terminal
 from .data import Candidate, Target, load_all, overlap, pin_data, split_candidates
 from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
+from .entries import plain
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
 from .heads import LONGEST, SCALE, Head, label_words, own_head

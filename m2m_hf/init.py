@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .config import BUILDERS, check_name, resolve_existing
+from .entries import BUILDERS, check_name, resolve_existing
 from .errors import InputError
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}

@@ -15,8 +15,8 @@ import torch
 from datasets import ClassLabel, Dataset, Value
 from PIL import Image
 
-from .config import CandidateConfig, DataConfig, TargetConfig
 from .data import Candidate, Target, TargetRow, content_fingerprint, image_digest, load_rows
+from .entries import CandidateConfig, DataConfig, TargetConfig
 from .errors import InputError
 from .heads import Head, label_words
 

@@ -26,7 +26,8 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-from .config import MergeToMixConfig, plain, resolve_existing, unknown_key_message
+from .config import MergeToMixConfig
+from .entries import plain, resolve_existing, unknown_key_message
 from .errors import InputError
 
 Settings = tuple[MergeToMixConfig, SFTConfig, ModelConfig]

@@ -20,9 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from .config import TargetConfig, check_name
 from .console import Terminal
 from .data import Target, load_all
+from .entries import TargetConfig, check_name
 from .errors import InputError
 from .external import CallableScorer
 from .heads import SUFFIX, own_head, plan_own

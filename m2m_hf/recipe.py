@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
-from .config import plain
 from .data import FEATURES, Candidate, write_mixture
+from .entries import plain
 from .journal import RunFolder, write_atomic
 from .mixture import Mixture
 from .parsing import dump_yaml, hub_field, is_plain, trl_fields

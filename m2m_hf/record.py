@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import check_name
+from .entries import check_name
 from .errors import InputError
 from .journal import Journal, Keys, RunFolder, read_config, read_json, read_made
 from .mixture import BASE, Mixture, Score, SearchSpace, Standing, Trial

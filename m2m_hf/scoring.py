@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .config import TargetConfig
 from .data import TargetRow, content_fingerprint, encode, render, text_of
+from .entries import TargetConfig
 from .errors import InputError, redact
 from .forward import (
     Question,

@@ -44,8 +44,8 @@ from m2m_hf.benchmark import (
     spread_mixtures,
     switching_seconds,
 )
-from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.console import Terminal
+from m2m_hf.entries import DataConfig, TargetConfig
 from m2m_hf.merging import Adapter, GatedStack
 from m2m_hf.models import load_base, load_tokenizer
 from m2m_hf.scoring import CompletionScorer, make_scorer

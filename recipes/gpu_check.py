@@ -51,8 +51,8 @@ from m2m_hf.benchmark import (
     spread_mixtures,
 )
 from m2m_hf.callbacks import BankProgress
-from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.console import Terminal
+from m2m_hf.entries import DataConfig, TargetConfig
 from m2m_hf.forward import Weights, completion_logprobs
 from m2m_hf.merging import Adapter, GatedStack
 from m2m_hf.models import load_base, lora_config

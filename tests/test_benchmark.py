@@ -23,7 +23,7 @@ from m2m_hf.benchmark import (
     report,
     spread_mixtures,
 )
-from m2m_hf.config import DataConfig, TargetConfig
+from m2m_hf.entries import DataConfig, TargetConfig
 from m2m_hf.scoring import make_scorer
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from test_run import m2m
 from trl import SFTConfig, SFTTrainer
 
-from m2m_hf.config import CandidateConfig, DataConfig, TargetConfig
 from m2m_hf.data import encode, load_all, load_rows, normalise, overlap, read_line, split_row, target_row, write_mixture
+from m2m_hf.entries import CandidateConfig, DataConfig, TargetConfig
 from m2m_hf.errors import InputError
 from m2m_hf.mixture import Mixture
 

@@ -12,8 +12,8 @@ import torch
 from conftest import build_adapter, build_model, choice_rows, write_rows
 from peft import PeftModel
 
-from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.data import encode, target_row
+from m2m_hf.entries import DataConfig, TargetConfig
 from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.merging import Adapter, GatedStack, write_adapter

@@ -15,9 +15,9 @@ import m2m_hf
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "stored"),
-    ("mixture", "config", "console", "launch", "metrics"),
-    ("journal", "parsing", "merging", "deltas", "strategies", "racing", "init"),
-    ("data", "methods", "heads", "surrogates", "callbacks", "trackers"),
+    ("mixture", "entries", "console", "launch", "metrics"),
+    ("config", "journal", "merging", "deltas", "strategies", "racing", "init"),
+    ("parsing", "data", "methods", "heads", "surrogates", "callbacks", "trackers"),
     ("forward", "labelled"),
     ("scoring", "training"),
     ("models", "recipe", "export"),
@@ -35,6 +35,7 @@ LIGHT = {
     "mixture",
     "stored",
     "config",
+    "entries",
     "journal",
     "console",
     "strategies",

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import build_adapter, build_model, choice_rows
 
-from m2m_hf.config import DataConfig, TargetConfig
 from m2m_hf.data import TargetRow, encode, target_row
+from m2m_hf.entries import DataConfig, TargetConfig
 from m2m_hf.errors import InputError
 from m2m_hf.forward import Question, Request, ScoredPositions, batches, completion_logprobs
 from m2m_hf.merging import Adapter, GatedStack

@@ -128,10 +128,64 @@ def test_top_level_is_what_it_should_be():
         assert (ROOT / name).is_file(), name
 
 
+def script(path: str):
+    """A recipe's script as a module."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / "recipes" / f"{path}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_intents_are_read_from_the_three_collections(tmp_path, capsys):
+    data = script("intents/data")
+    there = tmp_path / "there"
+
+    def put(path: str, content: str, encoding: str = "utf-8") -> None:
+        (there / path).parent.mkdir(parents=True, exist_ok=True)
+        (there / path).write_text(content, encoding=encoding)
+
+    put(data.CLINC + "domains.json", json.dumps({name: [f"{name}_one", "two"] for name in data.DOMAINS[:2]} | {
+        name: [f"{name}_one"] for name in data.DOMAINS[2:]
+    }))  # fmt: skip
+    rows = [[f"{name} {number}", f"{name}_one"] for name in data.DOMAINS for number in range(1000)]
+    put(data.CLINC + "data_full.json", json.dumps({"train": [*rows, ["I lost it", "banking_one"]], "val": []}))
+    for skill in data.SKILLS:
+        pieces = [{"text": "café "}, {"text": skill, "entity": "x"}, {"text": " "}]
+        put(
+            f"{data.SNIPS}{skill}/train_{skill}.json",
+            json.dumps({skill: [{"data": pieces}]}, ensure_ascii=False),
+            "latin-1",
+        )
+    lines = [f'"is, it {number}?\n",Refund_not_showing_up' for number in range(2000)] + ["i  LOST it,lost_card?"]
+    put(data.BANKING + "train.csv", "\n".join(["text,category", *lines]))
+    put(data.BANKING + "test.csv", "text,category\nI lost it,lost_card?\nis it 3?,why")
+    data.main(tmp_path / "rows", f"file://{there}")
+    made = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "rows").iterdir()
+    }
+    assert {name: len(rows) for name, rows in made.items()} == {
+        "clinc_banking": 900, "clinc_credit_cards": 900, "clinc_home": 900, "clinc_travel": 900, "snips": 7,
+        "banking77_wrong": 900, "target_banking77_validation": 600, "target_banking77_test": 2,
+    }  # fmt: skip
+    texts = [" ".join(row["text"].split()).casefold() for rows in made.values() for row in rows]
+    assert len(set(texts)) == len(texts)  # and "I lost it" is the test's alone
+    assert {row["label"] for row in made["snips"]} > {"play music", "search screening event"}
+    assert made["snips"][0]["text"].startswith("café ")
+    assert {row["label"] for row in made["target_banking77_test"]} == {"lost card", "why"}
+    assert made["target_banking77_validation"][0]["label"] == "refund not showing up"
+    data.main(tmp_path / "rows", "file:///nowhere")
+    assert "(cached)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"could not download file:///nowhere/.*--source"):
+        data.main(tmp_path / "new", "file:///nowhere")
+    put(data.CLINC + "domains.json", "{}")
+    with pytest.raises(SystemExit, match="has another form than it had"):
+        data.main(tmp_path / "new", f"file://{there}")
+    assert not (tmp_path / "new").exists()
+
+
 def test_demo_data_are_deterministic_and_share_no_question_with_the_target():
-    spec = importlib.util.spec_from_file_location("demo_data", ROOT / "recipes" / "demo" / "data.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
+    demo = script("demo/data")
     files = demo.generate()
     assert json.dumps(files) == json.dumps(demo.generate())
     quiz = {row["prompt"] for name in ("quiz_validation", "quiz_test") for row in files[name]}

@@ -157,7 +157,8 @@ def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
         rows = load_raw(one.data, where)
         if one.split_by not in rows.column_names:
             raise InputError(f"{where}.split_by: no column {one.split_by!r}; it has {', '.join(rows.column_names)}")
-        if not isinstance(rows.features[one.split_by], (Value, ClassLabel)):
+        kind = rows.features[one.split_by]
+        if not isinstance(kind, (Value, ClassLabel)):
             found = rows[0][one.split_by]
             raise InputError(f"{where}.split_by: expected a column of texts or numbers, got {found!r:.100}")
         values = sorted(set(rows[one.split_by]), key=str)
@@ -167,11 +168,12 @@ def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
                 f"of its own; expected at most {MOST_PARTS}"
             )
         for value in values:
-            part = re.sub(r"[^A-Za-z0-9_]+", "_", str("none" if value is None else value)).strip("_")
+            called = "none" if value is None else kind.int2str(value) if isinstance(kind, ClassLabel) else value
+            part = re.sub(r"[^A-Za-z0-9_]+", "_", str(called)).strip("_")
             part = check_name(f"{name}-{part}"[:64].rstrip("_"), "candidate")
             if part in made or (part in config.parsed_candidates and part != name):
                 raise InputError(
-                    f"{where}.split_by: {value!r} and another value or candidate are both called {part}; rename one of them"
+                    f"{where}.split_by: {called!r} and another value or candidate are both called {part}; rename one of them"
                 )
             data = replace(one.data, where={**one.data.where, one.split_by: value})
             made[part] = replace(one, data=data, split_by=None)
@@ -342,6 +344,9 @@ def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
     if "messages" in rows.column_names:
         return True
     missing = [name for name in ("prompt", completion) if name not in rows.column_names]
+    if missing and "label" in rows.column_names and (content := {"text", "image"} & set(rows.column_names)):
+        task = "image_classification" if "image" in content else "sequence_classification"
+        raise InputError(f"{where}: rows of {content.pop()} and label belong to task: {task}")
     if missing:
         raise InputError(
             f"{where}: column{'s' * (len(missing) - 1)} {' and '.join(map(repr, missing))} missing; "

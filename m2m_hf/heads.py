@@ -76,6 +76,11 @@ def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
             raise InputError(f"model_name_or_path: {model!r} is a {architecture}, which transformers does not have")
         return plan_own(config, loads, f"model_name_or_path: {model!r}")
     if task == "sequence_classification":
+        if config.is_encoder_decoder or hasattr(config, "vision_config"):
+            raise InputError(
+                f"model_name_or_path: {model!r} ({config.model_type}) reads more than a text; expected an encoder of texts, or a "
+                f"model with a classifier of its own (...{SUFFIX[task]})"
+            )
         return HeadPlan(task, "AutoModel", None, sentence_pooling(model, revision))
     if config.model_type in TOWERS:
         image, pooling = TOWERS[config.model_type]
@@ -197,6 +202,11 @@ def label_words(label: str) -> str:
     return label.replace("_", " ").strip() or label
 
 
+def cut(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How a label's name is cut to a length."""
+    return {"truncation": True, "max_length": min(LONGEST, tokenizer.model_max_length)}
+
+
 def own_head(plan: HeadPlan, labels: Sequence[str]) -> Head:
     """The classifier that the base model has."""
     assert plan.own is not None
@@ -226,9 +236,7 @@ def head_of_names(
     for label in words:
         text = template.replace("{label}", words[label])
         padding: Any = "max_length" if plan.pooling == "pooler_output" else False  # SigLIP was trained so
-        longest = min(LONGEST, tokenizer.model_max_length)
-        given = tokenizer(text, truncation=True, max_length=longest, padding=padding, return_tensors="pt")
-        given = given.to(model.device)
+        given = tokenizer(text, padding=padding, return_tensors="pt", **cut(tokenizer)).to(model.device)
         if plan.two_towers:
             row = model.get_text_features(**given).pooler_output.float()
         else:

@@ -52,7 +52,7 @@ TASKS = {
     "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
     "image_classification": ("image-classification", "AutoModelForImageClassification"),
 }
-LABELS = ("labels", "id2label")  # names, which may look like paths
+LABELS = ("labels", "id2label", "among")  # names, which may look like paths
 PATHS = re.compile(r"(?<![\w/:.~])(?:file://)?(?:\.{0,2}/|~/)(?:[^\s/'\"=:,;()\[\]]+/)+([^\s/'\"=:,;()\[\]]*)")
 # As the Hub spells them: those under which rows may be published again, with their source named.
 SHARE_ALIKE = ("cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "cdla-sharing-1.0", "gfdl")
@@ -320,6 +320,8 @@ def use(run: RunFolder, record: Record, recipe: Mapping[str, Any]) -> dict[str, 
         with safe_open(run.head, "np") as file:
             pooling = json.loads(file.metadata()["head"])["pooling"]
     images = record.task == "image_classification"
+    told = {name: one.get("labels") for name, one in record.config["targets"].items()}
+    asked = {name: labels for name, labels in told.items() if labels} if record.task != "causal_lm" else {}
     return {
         "loads": recipe["model_class"] if names else TASKS[record.task][1],
         "prepares": "AutoImageProcessor" if images else "AutoTokenizer",
@@ -329,6 +331,11 @@ def use(run: RunFolder, record: Record, recipe: Mapping[str, Any]) -> dict[str, 
         "closed": head.get("closed"),
         "labels": head.get("labels") if record.config.get("labels") else None,  # else all that the classifier has
         "limit": recipe.get("max_length"),
+        "pad_token": recipe.get("pad_token"),
+        "image_mode": recipe.get("image_mode"),
+        "asked": {
+            name: sorted(set(labels.values() if isinstance(labels, dict) else labels)) for name, labels in asked.items()
+        },
     }
 
 

@@ -28,7 +28,7 @@ from .ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from .entries import plain
 from .errors import InputError, holds_secret
 from .external import CallableScorer, CommandScorer, HarnessScorer
-from .heads import LONGEST, SCALE, Head, label_words, own_head
+from .heads import LONGEST, SCALE, Head, cut, label_words, own_head
 from .journal import END, Journal, Keys, RunFolder, fingerprint, read_config, read_made, write_atomic, write_json
 from .labelled import Length, load_labelled, words_of
 from .methods import AVERAGE, MergeMethod, Stack, open_stack
@@ -289,7 +289,7 @@ class Ingredients:
                 more |= tokenizer_facts(self.tokenizer, False)
             if not images:
                 more["limit"] = self._length.limit
-                more["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
+                more["truncation_side"] = self.tokenizer.truncation_side
         if self.config.expert == "full":
             more |= {
                 "expert": "full",
@@ -450,7 +450,7 @@ class Ingredients:
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
         parts = ["base_model", "dtype", "tokenizer", "chat_template", "quantization"]
         if self.plan is not None:
-            parts += ["image_processor", "head", "labels", "label_template", "sides"]
+            parts += ["image_processor", "head", "labels", "label_template", "truncation_side"]
         base = fingerprint([self.facts.get(key) for key in parts])
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
         return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}
@@ -558,6 +558,22 @@ class Ingredients:
                 "expert: full is not trained under DeepSpeed, which keeps the base's weights to itself; use FSDP"
             )
         if self.plan is not None:
+            named = self.plan.own is not None
+            words = [label for label, word in (self.config.parsed_labels or {}).items() if label != word]
+            images = self.config.task == "image_classification"
+            useless = {
+                "label_template": named and self.config.label_template != "{label}",
+                f"labels: words for {', '.join(words)}": named and bool(words),
+                "pad_token": named and images and self.args.pad_token is not None,
+                "max_length": images and self.args.max_length != SFTConfig.max_length,
+            }
+            for name in (name for name, wrong in useless.items() if wrong):
+                what = (
+                    "images are not cut"
+                    if name == "max_length"
+                    else "the model's own classifier knows its labels by itself"
+                )
+                raise InputError(f"{name}: without effect, as {what}; leave it out")
             own = {item.name for item in fields(TrainingArguments)} | {"max_length", "pad_token"}
             plain_args = SFTConfig(output_dir="out", use_cpu=self.args.use_cpu, bf16=False)
             for item in fields(SFTConfig):
@@ -647,7 +663,7 @@ class Ingredients:
             seen: dict[tuple[int, ...], str] = {}
             for label in labels:
                 text = self.config.label_template.replace("{label}", self._words[label])
-                other = seen.setdefault(tuple(self.tokenizer(text)["input_ids"]), label)
+                other = seen.setdefault(tuple(self.tokenizer(text, **cut(self.tokenizer))["input_ids"]), label)
                 if other != label:
                     raise InputError(
                         f"{where}: {other!r} and {label!r} are the same words to the model; give them others"

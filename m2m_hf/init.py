@@ -71,19 +71,27 @@ def all_named(sources: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def guess_scorer(source: Mapping[str, Any], folder: Path) -> tuple[str, str | None]:
-    """The scorer that the first row of a local file asks for, `loss` where that does not tell; and the task, if it is another."""
-    files = source.get("data_files")
-    path = folder / files if isinstance(files, str) else None
+def columns_of(source: Mapping[str, Any], folder: Path) -> set[str]:
+    """The columns of local data, as datasets reads them; none where that cannot be told."""
+    path = folder / str(source.get("data_files") or source["path"])
+    if not path.exists():
+        return set()
+    import datasets  # only now: it takes a second
+
+    given = {"path": source["path"], "data_files": str(path)} if "data_files" in source else {"path": str(path)}
     try:
-        with open(path or "", encoding="utf-8") as lines:
-            row = json.loads(next(lines))
-        columns = set(row)
-    except (OSError, ValueError, StopIteration, TypeError):
-        return "loss", None
+        return set(datasets.load_dataset(**given, split=source.get("split", "train")).column_names)
+    except Exception:  # whatever it makes of what is there; a search says more of it
+        return set()
+
+
+def guess_scorer(source: Mapping[str, Any], folder: Path) -> tuple[str, str | None]:
+    """The scorer that local rows ask for, `loss` where they do not tell; and their task, if it is not a language model's."""
+    columns = columns_of(source, folder)
     if "choices" in columns:
         return "choice", None
-    task = "sequence_classification" if "text" in columns and "prompt" not in columns else None
+    tasks = {"text": "sequence_classification", "image": "image_classification"}
+    task = next((task for content, task in tasks.items() if content in columns and "prompt" not in columns), None)
     return ("classification", task) if "label" in columns else ("loss", None)
 
 
@@ -297,7 +305,9 @@ def configuration(draft: Draft, name: str) -> str:
 
     settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-4, "num_train_epochs": 1}
     settings |= ({"lora_target_modules": "all-linear"} if draft.task else {}) | draft.settings
-    rows = "text and label" if draft.task else "prompt and completion, or messages"
+    rows = {"sequence_classification": "text and label", "image_classification": "image and label"}.get(
+        draft.task or "", "prompt and completion, or messages"
+    )
     if draft.settings.get("max_steps", -1) > 0:
         settings.pop("num_train_epochs")
     target, source = draft.target

@@ -6,7 +6,7 @@ then need not know of each other, and those that join later change nothing for t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -103,6 +103,11 @@ def load_labelled(
             # Without a list of labels they are the label space, or those of the validation set, also for the test.
             given = set(target.labels.values()) if target.labels else set(known or rows["label"])
             labels = labels or tuple(sorted(given))
+            if known is not None and (others := sorted(given - set(known))):
+                raise InputError(
+                    f"targets.{name}.labels: {', '.join(others)} are none of the {len(known)} labels of this run: "
+                    f"{', '.join(known)[:200]}"
+                )
             parts[part] = tuple(questions(rows, content, labels, where))
         made[name] = Target(name, target, parts.get("data", ()), parts.get("test_data", ()))
     return column, loaded, made
@@ -125,22 +130,20 @@ def labelled(
     """
     rows = load_rows(data, where, seed)
     if missing := [one for one in (column, "label") if one not in rows.column_names]:
+        others = [one for one in rows.column_names if one not in (column, "label")]
         raise InputError(
             f"{where}: no column {' and '.join(map(repr, missing))}; it has {', '.join(rows.column_names)}. To rename, "
-            f"add to it, for instance, columns: {{{rows.column_names[0]}: {missing[0]}}}"
+            f"add to it, for instance, columns: {{{others[0] if others else 'theirs'}: {missing[0]}}}"
         )
-    kind = rows.features["label"]
-    given = rows["label"]
-    if isinstance(kind, ClassLabel):
-        labels: list[Any] = [None if one in (None, -1) else kind.int2str(one) for one in given]
-    elif isinstance(kind, Value) and not kind.dtype.startswith(("float", "bool")):
-        labels = [None if one is None else str(one) for one in given]
-    else:
-        raise InputError(f"{where}.label: expected names or whole numbers, got {given[0]!r:.100}")
-    theirs = {label for label in labels if label is not None}
+    labels = names_in(rows, where)
+    if where.startswith("candidates.") and set(renamed or ()) - set(labels):
+        # Of a part, or of some rows that are drawn, the map may be that of the whole.
+        theirs = set(names_in(load_rows(replace(data, where={}, max_examples=None), where, seed), where))
+        if unused := sorted(set(renamed or ()) - theirs):
+            raise InputError(
+                f"{where}.labels: no row is labelled {', '.join(unused)}; its labels are {', '.join(sorted(theirs))[:200]}"
+            )
     for number, label in enumerate(labels, start=1):
-        if label is None or not label.strip():
-            raise InputError(f"{where}, row {number}.label: expected a label, got {given[number - 1]!r}")
         ours = (renamed or {}).get(label, label)
         if known is not None and ours not in known:
             raise InputError(
@@ -149,10 +152,6 @@ def labelled(
                 f"them, with labels: {{{label}: {known[0]}, ...}} beside its data, or leave out the rows that have no counterpart"
             )
         labels[number - 1] = ours
-    if where.startswith("candidates.") and (unused := sorted(set(renamed or ()) - theirs)):
-        raise InputError(
-            f"{where}.labels: no row is labelled {', '.join(unused)}; its labels are {', '.join(sorted(theirs))[:200]}"
-        )
     if column == "text":
         found = rows["text"][:]
         for number, text in enumerate(found, start=1):
@@ -171,6 +170,25 @@ def labelled(
     rows = rows.select_columns([column])
     rows = rows.add_column("label", labels).add_column("source", [name] * len(labels))
     return rows.cast(features), found
+
+
+def names_in(rows: Dataset, where: str) -> list[str]:
+    """The label of every row, as a name.
+
+    Raises:
+        InputError: a row without one, or labels of another kind.
+    """
+    kind, given = rows.features["label"], rows["label"][:]
+    if isinstance(kind, ClassLabel):
+        labels = [None if one in (None, -1) else kind.int2str(one) for one in given]
+    elif isinstance(kind, Value) and not kind.dtype.startswith(("float", "bool")):
+        labels = [None if one is None else str(one) for one in given]
+    else:
+        raise InputError(f"{where}.label: expected names or whole numbers, got {given[0]!r:.100}")
+    for number, label in enumerate(labels, start=1):
+        if label is None or not label.strip():
+            raise InputError(f"{where}, row {number}.label: expected a label, got {given[number - 1]!r}")
+    return [str(label) for label in labels]
 
 
 def digests(rows: Dataset, mode: str, where: str) -> list[str]:
@@ -201,8 +219,8 @@ def questions(rows: Dataset, contents: Sequence[str], labels: Sequence[str], whe
     for number, (content, label) in enumerate(zip(contents, rows["label"], strict=True)):
         if label not in place:
             raise InputError(
-                f"{where}, row {number + 1}.label: expected one of {', '.join(labels)[:300]}, got {label!r}; "
-                "labels: beside scorer: says which there are"
+                f"{where}, row {number + 1}.label: expected one of {', '.join(labels)[:300]}, got {label!r}; labels: beside "
+                "scorer: names all of them"
             )
         if "text" in rows.column_names:
             found.append(TargetRow(content, tuple(labels), place[label]))

@@ -142,7 +142,8 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
     """The tokenizer that TRL would load for this model, with the special tokens and the chat template that it would set.
 
     Args:
-        generates: whether the model does; that of a classifier needs no end-of-text token, and is as it was loaded.
+        generates: whether the model does; that of a classifier needs no end-of-text token. It pads on the right, whatever it
+            was saved with: there positions begin with the text, so that its score is the same in every batch.
 
     Raises:
         InputError: no such model or tokenizer, or a token that it does not have.
@@ -159,6 +160,7 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
             raise InputError(
                 f"pad_token: {tokenizer.pad_token!r} is not a token of this model, and texts are padded to one length; give one"
             )
+        tokenizer.padding_side = "right"
         return tokenizer
     tokenizer.eos_token = args.eos_token or tokenizer.eos_token
     tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
@@ -267,6 +269,12 @@ def check_model(
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
             f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
         ) from error
+    folded = [name for name, one in model.named_parameters() if ".lora_A." in name and one.dim() != 2]
+    if folded:
+        raise InputError(
+            f"lora_target_modules: {folded[0].split('.lora_A')[0].removeprefix('base_model.model.')} and others are "
+            "convolutions, whose adapters are no pairs of matrices to be averaged; name linear layers, or use expert: full"
+        )
     if plan is not None and plan.prefix and not hasattr(model, plan.prefix):
         raise InputError(
             f"model_name_or_path: what of {plan.model_class} is its classifier, and what is below it, cannot be told; expected a "

@@ -1,5 +1,6 @@
 """Callbacks for training scripts of one's own: targets of ours, and mixtures, scored while any Trainer trains."""
 
+import copy
 import math
 import random
 import warnings
@@ -103,16 +104,19 @@ class LiveTargets:
         plan = plan_own(config, type(self.base), f"trainer: its model, a {type(self.base).__name__},")
         assert plan.own is not None
         head = own_head(plan, tuple(plan.own))
+        processing = copy.deepcopy(self.processing)  # which is the training's own
+        if plan.task == "sequence_classification":
+            processing.padding_side = "right"
         longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
         images = plan.task == "image_classification"
-        length = Length(patches(config)) if images else Length(longest, self.processing)
+        length = Length(patches(config)) if images else Length(longest, processing)
         _, _, loaded = load_labelled(
             {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
         )
         return {
             name: (
                 one,
-                partial(make_label_scorer, one.config, one.rows, self.processing, lambda: head, length),
+                partial(make_label_scorer, one.config, one.rows, processing, lambda: head, length),
             )
             for name, one in loaded.items()
         }

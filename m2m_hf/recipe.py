@@ -88,6 +88,7 @@ def write_label_recipe(
     """
     assert training.head is not None
     head, args = training.head, training.args
+    images = head.plan.task == "image_classification"
     train = write_mixture(run.mixture, mixture, candidates, args.seed)
     recipe: dict[str, Any] = {
         "task": head.plan.task,
@@ -95,7 +96,9 @@ def write_label_recipe(
         "model_class": head.plan.model_class,
         "train_file": str(train),
         "head": {"labels": list(head.labels), "columns": head.columns, "closed": head.closed},
-        "max_length": training.limit if head.plan.task == "sequence_classification" else None,
+        "max_length": None if images else training.limit,
+        "pad_token": None if images else args.pad_token,
+        "image_mode": next(iter(candidates.values())).rows.features["image"].mode if images else None,
         "expert": "full" if training.lora is None else "lora",
         "trained_parameters": training.parameters,
         "untrained_modules": head.plan.untrained,

@@ -216,6 +216,8 @@ class MergeToMixSearcher(Ingredients):
         self.train_adapters()
         candidates, config = self.candidates, self.config
         self.prepare()
+        if self.state.is_main_process and self.head is not None and self.head.vectors is not None:
+            self.head.save(self.run.head, self._head_fingerprint)  # before commands score, which classify by it
         space = self.space
         objectives = self._objectives(config.objective)
         strategy = self._strategy(space, objectives)
@@ -500,8 +502,6 @@ class MergeToMixSearcher(Ingredients):
                 write_recipe(self.run, result.best.mixture, self.candidates, self._data[0], args, model_args, *how)
             else:
                 training = self._training(args, model_args)
-                if training.head is not None and training.head.vectors is not None:
-                    training.head.save(self.run.head, self._head_fingerprint)
                 write_label_recipe(self.run, result.best.mixture, self.candidates, training, model_args)
             write_json(self.run.summary, summary)
         self.state.wait_for_everyone()

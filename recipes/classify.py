@@ -122,6 +122,9 @@ def main(path: Path) -> None:
         transformers.AutoTokenizer if recipe["task"] == "sequence_classification" else transformers.AutoImageProcessor
     )
     processing = loads.from_pretrained(name, revision=revision)
+    if recipe["task"] == "sequence_classification":
+        processing.padding_side = "right"  # where positions begin with the text
+        processing.pad_token = recipe.get("pad_token") or processing.pad_token
     file = recipe["train_file"]
     rows = load_dataset("parquet" if file.endswith(".parquet") else "json", data_files=file, split="train")
     head = FrozenHead(recipe)

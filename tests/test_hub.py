@@ -318,6 +318,10 @@ def published_run(request, hub, tmp_path):
                     picture(colour, number).save(place)
             given["candidates"]["all"] = {"path": "imagefolder", "data_dir": "files", "required": True}
             given["targets"]["colours"]["metric"] = "logprob"
+        if what == "names":  # texts are cut
+            given["max_length"] = 6
+        if what == "own":  # of three that the classifier has
+            given["targets"]["intents"]["labels"] = ["green", "blue"]
         given["model_name_or_path"] = "org/base"
         for one in given["candidates"].values():
             one["license"] = "cc-by-4.0"
@@ -339,7 +343,7 @@ def published_run(request, hub, tmp_path):
         ("siglip", "full"),
     ],
 )
-def test_a_classifier_is_pushed_and_classifies_as_its_card_says(hub, run, published_run, tmp_path, what, kind):
+def test_a_classifier_is_pushed_and_classifies_as_its_card_says(request, hub, run, published_run, tmp_path, what, kind):
     config, rows = published_run(what)
     out, images, named = tmp_path / "out", rows.suffix == ".parquet", what not in ("own", "vit")
     done = run("select", "--config", config, *KINDS[kind], "--push_to_hub", "true", "--hub_model_id", "org/quiz")
@@ -367,10 +371,19 @@ def test_a_classifier_is_pushed_and_classifies_as_its_card_says(hub, run, publis
     # Classified by what the card says, with what is on the Hub alone, it scores what the run says of its final model.
     used = run(rows, code=USE)
     assert used.returncode == 0, used.stderr
-    found = logprobs(used.stdout, closed=not named)
+    found = logprobs(used.stdout, closed=what == "vit")
     summary = json.loads((out / "summary.json").read_text())
     assert sum(found) / len(found) == pytest.approx(summary["final"]["validation"], abs=2e-5)
     assert json.loads(used.stdout.splitlines()[-1])["rows"] == json.loads(data["manifest.json"])["rows"]
+    readme = model["README.md"].decode()
+    assert ("take the softmax over those that may" in readme) == (named or what == "own")
+    assert ("; a choice among blue, green" in readme) == (what == "own")
+    if what == "siglip":  # whose text tower was trained on names of full length
+        tower = SiglipModel.from_pretrained(request.getfixturevalue("siglip"))
+        given = build_tokenizer()(["blue"], padding="max_length", max_length=64, return_tensors="pt")
+        with torch.no_grad():
+            vector = torch.nn.functional.normalize(tower.get_text_features(**given).pooler_output[0], dim=0)
+        assert torch.allclose(load(model["head.safetensors"])["vectors"][0], vector, atol=1e-5)
     # The published recipe gives the published weights, wherever it is.
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import yaml
-from conftest import candidate_rows, write_rows
+from conftest import candidate_rows, picture, write_rows
+from datasets import Dataset
 
 from m2m_hf.cli import main
 from m2m_hf.parsing import parse
@@ -128,3 +129,33 @@ def test_rows_of_text_and_label_make_a_classification(intents, encoder, monkeypa
     assert given["task"] == "sequence_classification"
     assert given["targets"]["asked"]["scorer"] == "classification"
     assert m2m("search", "--config", "m2m.yaml", "--max_steps", 1) == 0
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder"])
+def test_rows_of_every_kind_of_file_tell_their_task(intents, encoder, monkeypatch, kind):
+    monkeypatch.chdir(intents)
+    rows = [json.loads(line) for line in (intents / "validation_intents.jsonl").read_text().splitlines()]
+    source = f"asked.{kind}"
+    if kind == "json":
+        (intents / source).write_text(json.dumps(rows))
+    elif kind == "folder":
+        for number, label in enumerate(("red", "blue")):
+            (intents / source / label).mkdir(parents=True)
+            picture((200 * number, 0, 0), number).save(intents / source / label / "0.png")
+    else:
+        made = Dataset.from_list(rows)
+        (made.to_csv if kind == "csv" else made.to_parquet)(intents / source)
+    flags = ("--model", encoder, "--data", "colours.jsonl", "--target", f"asked={source}", "--scorer", "classification")
+    assert m2m("init", *flags) == 0
+    given = yaml.safe_load((intents / "m2m.yaml").read_text())
+    assert given["task"] == ("image_classification" if kind == "folder" else "sequence_classification")
+    if kind != "folder":
+        assert m2m("adapters", "--config", "m2m.yaml", "--max_steps", 1) == 0
+
+
+def test_rows_that_belong_to_another_task_say_so(intents, capsys):
+    given = yaml.safe_load((intents / "intents.yaml").read_text())
+    del given["task"]
+    (intents / "intents.yaml").write_text(yaml.safe_dump(given))
+    assert m2m("adapters", "--config", intents / "intents.yaml") == 2
+    assert "rows of text and label belong to task: sequence_classification" in capsys.readouterr().err

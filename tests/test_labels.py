@@ -299,7 +299,7 @@ def test_label_columns_of_other_kinds(intents):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"task": "causal_lm"}, "prompt"),
+        ({"task": "causal_lm"}, "belong to task: sequence_classification"),
         ({"task": "image_classification"}, "no classifier"),
         ({"packing": True}, "packing: belongs to task: causal_lm"),
         ({"load_in_4bit": True}, "only for LoRA adapters of causal LMs"),

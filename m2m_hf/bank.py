@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -25,7 +26,18 @@ from .data import Candidate
 from .deltas import DELTA_FILE, floats, save_delta
 from .errors import InputError
 from .heads import SUFFIX, HeadPlan
-from .journal import altered, cut_short, experts_word, file_fingerprint, files_of, fingerprint, hidden, read_json, sync
+from .journal import (
+    altered,
+    cut_short,
+    experts_word,
+    file_fingerprint,
+    files_of,
+    fingerprint,
+    hidden,
+    read_json,
+    read_made,
+    sync,
+)
 from .merging import ADAPTER_FILES, Adapter
 from .methods import Expert
 from .models import lora_facts
@@ -34,6 +46,7 @@ from .training import (
     TrainingFailedError,
     agreed,
     finished,
+    is_trained,
     load_trained,
     move,
     planned_steps,
@@ -62,6 +75,9 @@ HEADS_APART = (
 MOST_LOST = 0.01  # share of a delta's norm, above which it is said
 MOST_MOVED = 0.5  # of the norm of the base's weights: fine-tuning moves them by a few percent
 LAUNCH = ("processes", "sharded")  # facts about how the training was launched
+NAMING = (  # how the layers of an adapter were chosen
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
 
 
@@ -190,6 +206,12 @@ class Bank:
         launch = {fact: next(iter(bank.values()))["uniform"].get(fact) for fact in LAUNCH} if bank else {}
         ours = folder == self.folder
         differences = differing(self.facts[name] | launch, there["uniform"])
+        if differences and "source" in there:
+            raise InputError(
+                f"adapter {name!r} in {folder} was taken from {there['source']} when this run asked for other settings: "
+                f"{'; '.join(differences)}. Restore them, choose another --output_dir, or delete {folder / name} to have it "
+                "taken anew"
+            )
         if differences:
             raise InputError(
                 f"adapter {name!r} in {folder} was trained otherwise than this run asks for, and adapters that "
@@ -239,6 +261,7 @@ class Bank:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 for file in ("training.json", *files_of(record)):  # no links, and nothing that is not described
+                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(folder / name / file, partial / file)
                 sync(partial)
                 move(self.folder / name)
@@ -247,7 +270,39 @@ class Bank:
             word = experts_word(next(iter(there.values())))
             terminal.say(f"took {len(there)} {word} that were trained elsewhere: {', '.join(there)}")
 
-    def adopt(self, others: Mapping[str, tuple[str, Path]], plan: HeadPlan | None, terminal: Terminal) -> None:
+    def check_sources(self, given: Mapping[str, str], key: str) -> None:
+        """Refuses a configuration that takes an expert from elsewhere than the one that is there came from.
+
+        Args:
+            given: candidate -> where its expert is to be taken from.
+            key: `adapters` or `experts`.
+
+        Raises:
+            InputError: another source, or files there that have changed since.
+        """
+        for name, source in given.items():
+            record = read_made(self.folder / name / "training.json")
+            files = sorted(Path(source).expanduser().glob("*.safetensors"))
+            if not record:
+                continue
+            if record.get("source") != source:
+                there = f"came from {record['source']}" if record.get("source") else "was trained here"
+            elif files and record.get("source_files") not in (None, file_fingerprint(files)):
+                there = "is not what is there now: its files have changed since it was taken"
+            else:
+                continue
+            raise InputError(
+                f"{key}.{name}: {source} is to be taken, and the one in {self.folder / name} {there}. Restore the source, or "
+                f"delete {self.folder / name} to have it taken anew"
+            )
+
+    def adopt(
+        self,
+        others: Mapping[str, tuple[str, Path]],
+        plan: HeadPlan | None,
+        adapted: Mapping[str, tuple[int, int]],
+        terminal: Terminal,
+    ) -> None:
         """Takes adapters that were not trained by this package, as far as their files tell that they may be averaged.
 
         What they do not tell, such as the learning rate, is taken on trust: recorded as `unknown` in `training.json`, and
@@ -256,23 +311,32 @@ class Bank:
         Args:
             others: candidate -> (what was given, the folder of the adapter).
             plan: of the head of a classification run.
+            adapted: the layers that this run's adapters are on, see `models.adapted_layers`.
 
         Raises:
             InputError: one that is no LoRA adapter that can be averaged, or of another shape than this run's.
         """
         for name, (source, folder) in others.items():
             adapter = Adapter.load(folder)
-            shape = lora_facts(adapter.config)
-            for name_only in (
-                "task_type",
-                "exclude_modules",
-            ):  # of which the first is often left out, the second has had its effect
-                del shape[f"lora_config.{name_only}"]
-            refuse_head([*adapter.parts()], plan, f"adapters.{name}: {source}")
+            where = f"adapters.{name}: {source}"
+            # How its layers were named says less than which they are; the task is often left out.
+            aside = {f"lora_config.{one}" for one in ("task_type", *NAMING)}
+            shape = {fact: value for fact, value in lora_facts(adapter.config).items() if fact not in aside}
+            refuse_head([*adapter.parts()], plan, where)
+            layers = {layer: (a.shape[1], b.shape[0]) for layer, (a, b, _) in adapter.parts().items()}
+            if others_there := sorted(
+                layer for layer in {*layers, *adapted} if layers.get(layer) != adapted.get(layer)
+            ):
+                first = others_there[0]
+                raise InputError(
+                    f"{where} adapts other layers than this run does, or those of another base model: {first} "
+                    f"{'of (in, out) ' + str(layers[first]) if first in layers else 'not at all'}, expected "
+                    f"{adapted.get(first, 'nothing there')}; {len(others_there)} such layers. See lora_target_modules"
+                )
             ours = {fact: value for fact, value in self.facts[name].items() if fact in shape}
             if differences := differing(ours, shape):
                 raise InputError(
-                    f"adapters.{name}: {source} has another shape than this run asks for: {'; '.join(differences)}. The final "
+                    f"{where} has another shape than this run asks for: {'; '.join(differences)}. The final "
                     "model is trained with this run's: give the shape of the adapters in the configuration"
                 )
             base = adapter.config.base_model_name_or_path
@@ -286,7 +350,8 @@ class Bank:
                     shutil.copyfile(folder / file, partial / file)
             PartialState().wait_for_everyone()
             weights = file_fingerprint([folder / file for file in ADAPTER_FILES])
-            self._publish_adopted(name, source, weights, [fact for fact in self.facts[name] if fact not in shape], {})
+            unknown = [fact for fact in self.facts[name] if fact not in shape]
+            self._publish_adopted(name, source, folder, weights, unknown, {})
         if others:
             terminal.say(
                 f"took {len(others)} adapters that others have trained: {', '.join(others)}. Their files tell rank, scaling and "
@@ -316,16 +381,21 @@ class Bank:
         before = {
             key: one.detach() for key, one in floats(base).items() if not (kept_out and re.fullmatch(kept_out, key))
         }
+        learned = {key for key, _ in base.named_parameters()}
         for name, (source, folder) in others.items():
             where = f"experts.{name}: {source}"
-            architecture = next(
-                iter(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or ()), ""
-            )
+            try:
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                model = load(folder)
+            except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, InputError) as error:
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise InputError(f"{where} cannot be loaded as the base model is ({why[:300]})") from error
+            architecture = next(iter(config.architectures or ()), "")
             if plan is not None and plan.own is None and architecture.endswith(SUFFIX[plan.task]):
                 raise InputError(f"{where} is a {architecture}, whose classifier was trained with it: {HEADS_APART}")
             after = {
                 key: one.detach()
-                for key, one in floats(load(folder)).items()
+                for key, one in floats(model).items()
                 if not (kept_out and re.fullmatch(kept_out, key))
             }
             if [(key, one.shape) for key, one in before.items()] != [(key, one.shape) for key, one in after.items()]:
@@ -335,6 +405,12 @@ class Bank:
                 raise InputError(f"{where} has other weights than the base model: {', '.join(others_too[:3])}")
             changed = [key for key, one in before.items() if not torch.equal(one, after[key])]
             refuse_head(changed, plan, where)
+            pattern = self.facts[name]["trained_parameters"]
+            if frozen := [key for key in changed if key in learned and not is_trained(key, plan, pattern)]:
+                raise InputError(
+                    f"{where} has changed {', '.join(frozen[:3])} and {len(frozen)} weights in all that trained_parameters "
+                    f"{pattern!r} leaves as they are in this run's own experts; give the pattern that theirs were trained by"
+                )
             size = math.sqrt(sum(float(one.double().square().sum()) for one in before.values()))
             moved = math.sqrt(
                 sum(float((after[key].double() - before[key].double()).square().sum()) for key in changed)
@@ -348,16 +424,24 @@ class Bank:
                 f"  {name}: {len(changed)} of {len(before)} weights changed, by {moved / size:.2%} of the base's", "dim"
             )
             kept: dict[str, Any] = {}
+            dtype = self.facts[name]["delta_dtype"]
             if PartialState().is_main_process:
                 partial = hidden(self.folder / name)
                 shutil.rmtree(partial, ignore_errors=True)
-                dtype = self.facts[name]["delta_dtype"]
                 kept = save_delta(partial, before, after, getattr(torch, dtype)) | {"dtype": dtype}
-            del after
-            weights = agreed(file_fingerprint([hidden(self.folder / name) / DELTA_FILE]) if kept else None)
+            del after, model
+            kept = agreed(kept)
+            if not kept["parameters"]:
+                raise InputError(f"{where}: delta_dtype {dtype} keeps nothing of what it has learned; expected float32")
+            if kept["lost"] > MOST_LOST:
+                terminal.say(
+                    f"  {name}: delta_dtype {dtype} has lost {kept['lost']:.1%} of what it has learned", "yellow"
+                )
+            made = hidden(self.folder / name) / DELTA_FILE
+            weights = agreed(file_fingerprint([made]) if PartialState().is_main_process else None)
             known = ("base_model", "dtype", "data_format")
             unknown = [fact for fact in self.facts[name] if fact not in known]
-            self._publish_adopted(name, source, weights, unknown, {"kept": kept})
+            self._publish_adopted(name, source, folder, weights, unknown, {"kept": kept})
         if others:
             terminal.say(
                 f"took {len(others)} fine-tunes that others have made: {', '.join(others)}. Their weights tell architecture and "
@@ -366,11 +450,12 @@ class Bank:
             )
 
     def _publish_adopted(
-        self, name: str, source: str, weights: str, unknown: Sequence[str], more: Mapping[str, Any]
+        self, name: str, source: str, folder: Path, weights: str, unknown: Sequence[str], more: Mapping[str, Any]
     ) -> None:
         """Puts an expert of others into its place.
 
         Args:
+            source, folder: what was given, and where that is.
             weights: recognises its files.
             unknown: what these do not tell.
         """
@@ -385,6 +470,7 @@ class Bank:
                 "steps": 0,
                 "seconds": 0.0,
                 "source": source,
+                "source_files": file_fingerprint(sorted(folder.glob("*.safetensors"))),
                 "unknown": list(unknown),
                 **more,
                 "uniform": self.facts[name],

@@ -6,6 +6,7 @@ A mixture's model has the weights θ0 + Σ w_i δ_i. Experts stay on the disk an
 
 import atexit
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from .errors import InputError
 Part = slice | None  # rows of a tensor; None: all of it
 DELTA_FILE = "delta.safetensors"
 BLOCK = 1 << 20  # numbers of a tensor that are worked on at once
+MOST_APART = 64  # of the largest changes of one weight, for one unit to serve all
 BITS = 30  # of a sum: one less than there are, so that rounding cannot overflow
 
 
@@ -53,12 +55,19 @@ def save_delta(
 
     Returns:
         For `training.json`: parameters kept, and the share of the delta's norm that its dtype has lost.
+
+    Raises:
+        InputError: a change that is too large for the dtype.
     """
     kept: dict[str, torch.Tensor] = {}
     total = lost = 0.0
     for name, weight in before.items():
         delta = after[name].detach().to("cpu", torch.float32) - weight.detach().to("cpu", torch.float32)
         cast = delta.to(dtype).contiguous()
+        if delta.isfinite().all() and not cast.isfinite().all():
+            raise InputError(
+                f"delta_dtype: {dtype} cannot hold what was learned of {name}; expected float32 or bfloat16"
+            )
         total += float(delta.double().square().sum())
         lost += float((cast.double() - delta.double()).square().sum())
         if cast.any():
@@ -113,6 +122,21 @@ class Delta:
         return read(self.path, name, part).to(device, torch.float32)
 
 
+def largest_of(expert: Delta, name: str, shape: Sequence[int]) -> float:
+    """The largest change of one weight.
+
+    Raises:
+        InputError: a number that is not finite.
+    """
+    found = 0.0
+    for part in blocks(shape):
+        delta = expert.delta(name, part=part)
+        if not delta.isfinite().all():
+            raise InputError(f"{expert.path}: not all numbers of {name} are finite")
+        found = max(found, float(delta.abs().max()))
+    return found
+
+
 def aside(folder: Path | None) -> tuple[Path, Callable[[], None]]:
     """A hidden folder for what need not be in memory, and what removes it; it is removed at the end of the process at the latest.
 
@@ -157,6 +181,7 @@ class Sums:
     the search goes another way, and the error would grow with its length. These are of 32-bit integers, in a unit for every
     weight that no sum of all experts can overflow: a power of two, about 2^-30 of the largest sum possible. What is added can be
     taken away without a trace, so nothing accumulates, and the order plays no part. The unit is finer than fp32 is at that sum.
+    What some experts change much more than others is added up anew each time, in fp32: one unit would be too coarse for these.
 
     Args:
         experts: by name; each reads its own tensors.
@@ -166,6 +191,7 @@ class Sums:
 
     Raises:
         InputError: numbers that are not finite.
+        OSError: no room for the sums.
     """
 
     def __init__(self, experts: Mapping[str, Delta], changed: Mapping[str, torch.Size], folder: Path | None) -> None:
@@ -174,13 +200,18 @@ class Sums:
         self._shapes = changed
         self._place, self.close = aside(folder)
         self._members: frozenset[str] | None = frozenset()
-        for name in changed:
-            having = [one for one in experts.values() if name in one.shapes]
-            parts = list(blocks(changed[name]))
-            largest = sum(max(float(one.delta(name, part=part).abs().max()) for part in parts) for one in having)
-            if not math.isfinite(largest):
-                raise InputError(f"{name}: not all experts have finite numbers there")
-            self._units[name] = max(2.0 ** (math.frexp(largest)[1] - BITS), torch.finfo(torch.float32).tiny)
+        for number, name in enumerate(changed):
+            largest = [largest_of(one, name, changed[name]) for one in experts.values() if name in one.shapes]
+            if max(largest) > MOST_APART * min(largest):
+                continue  # the unit of the largest would be too coarse for the others
+            unit = max(2.0 ** (math.frexp(sum(largest))[1] - BITS), torch.finfo(torch.float32).tiny)
+            self._units[name] = unit
+            with open(self._place / str(number), "wb") as file:
+                # Now, as a disk that is full when a mapped page is written ends the process without a word.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, 4 * changed[name].numel())
+                else:
+                    file.truncate(4 * changed[name].numel())
 
     def to(self, members: Collection[str], write: Callable[[str, Part, torch.Tensor], None]) -> None:
         """Goes to the sums over these experts, weight by weight and block by block.
@@ -194,6 +225,12 @@ class Sums:
         anew = here is None or len(added) + len(dropped) > len(wanted)
         self._members = None  # until all is done: whoever interrupts this leaves some weights behind
         for number, (name, shape) in enumerate(self._shapes.items()):
+            if name not in self._units:
+                having = [self._experts[one] for one in sorted(wanted) if name in self._experts[one].shapes]
+                for part in blocks(shape):
+                    zero = torch.zeros(shape if part is None else (part.stop - part.start, *shape[1:]))
+                    write(name, part, sum((one.delta(name, part=part) for one in having), zero))
+                continue
             file = str(self._place / str(number))
             whole = torch.from_file(file, shared=True, size=shape.numel(), dtype=torch.int32).view(shape)
             for part in blocks(shape):

@@ -118,7 +118,7 @@ class Ingredients:
         self._lora(self.model_args)
         self.run = RunFolder(args.output_dir)
         self._tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
-        self._checked = False
+        self._checked = self._claimed = False
         self._stack: Stack | None = None
         self._stack_method = AVERAGE
         self._head_of_names: Head | None = None
@@ -553,6 +553,12 @@ class Ingredients:
         if quantised and (self.config.expert == "full" or self.plan is not None):
             what = "expert: full trains the base's own weights" if self.config.expert == "full" else self.config.task
             raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs; {what}")
+        overrides = {"final": self.config.final} | {
+            f"candidates.{name}.training": one.training for name, one in self.config.parsed_candidates.items()
+        }
+        for where, given in overrides.items() if self.config.expert == "full" else ():
+            if lora := [key for key in given if key.startswith("lora_") or key == "use_rslora"]:
+                raise InputError(f"{where}.{lora[0]}: belongs to expert: lora")
         if self.config.expert == "full" and self.args.deepspeed_plugin is not None:
             raise InputError(
                 "expert: full is not trained under DeepSpeed, which keeps the base's weights to itself; use FSDP"
@@ -779,7 +785,7 @@ class Ingredients:
                 raise InputError(
                     f"merge_method: {config.merge_method} writes merged weights, which a quantised base has not; expected average"
                 )
-            if any(isinstance(one, CommandScorer) for one in scorers.values()):
+            if config.expert == "lora" and any(isinstance(one, CommandScorer) for one in scorers.values()):
                 raise InputError(
                     f"merge_method: {config.merge_method} gives no adapter to hand to a command; expected average"
                 )
@@ -808,8 +814,10 @@ class Ingredients:
         """Claims the run folder and writes the resolved configuration."""
         if self.state.is_main_process:
             self.run.lock()
-            for old in self.run.root.glob(".base-*"):  # of a process that was killed
-                shutil.rmtree(old, ignore_errors=True)
+            if not self._claimed:  # later ones are this run's own
+                for old in self.run.root.glob(".base-*"):  # of a process that was killed
+                    shutil.rmtree(old, ignore_errors=True)
+            self._claimed = True
             # Another process may have been at work since they were looked at first.
             self._check_run_folder()
             self._check_targets()

@@ -9,7 +9,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import yaml
@@ -95,7 +95,7 @@ def checkpoints(folder: Path) -> Path:
 
 def sync(folder: Path, files: bool = True) -> None:
     """Has the disk really hold what was written to `folder` and its files, so that a power cut loses none of it."""
-    for path in (*(folder.iterdir() if files else ()), folder):
+    for path in (*(folder.rglob("*") if files else ()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -104,26 +104,30 @@ def sync(folder: Path, files: bool = True) -> None:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """name -> size and digest of every file in `folder`, by which `cut_short` and `altered` recognise them."""
+    """name -> size and digest of every file in `folder` and below, by which `cut_short` and `altered` recognise them."""
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256_16": file_fingerprint([path])}
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256_16": file_fingerprint([path])}
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
     }
 
 
 def files_of(record: Any) -> dict[str, dict[str, Any]]:
-    """`files` of a `training.json`; empty where it has none."""
+    """`files` of a `training.json`, none of which is outside its folder; empty where it has none."""
     found = record.get("files") if isinstance(record, dict) else None
     files = found if isinstance(found, dict) else {}
     return {
         name: one
         for name, one in files.items()
-        if name
-        and name == Path(name).name
-        and name != ".."
-        and isinstance(one, dict)
-        and isinstance(one.get("bytes"), int)
+        if is_inside(name) and isinstance(one, dict) and isinstance(one.get("bytes"), int)
     }
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path is one to a file in a folder or below, written plainly."""
+    path = PurePosixPath(name)
+    plain = str(path) == name and not path.is_absolute() and ".." not in path.parts
+    return plain and name != "." and not {"\\", ":", "\0"} & set(name)
 
 
 def experts_word(record: Any) -> str:

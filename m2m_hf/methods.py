@@ -106,9 +106,15 @@ class DenseStack:
         self.names = tuple(self.adapters)
         self.method = method
         deltas = {name: one for name, one in self.adapters.items() if isinstance(one, Delta)}
+        if deltas and (method.name == "linear" or (method.name == "svd" and method.rank is None)):
+            raise InputError(
+                f"merge method {method.label}: full experts have no factors; expected another one, or svd with a rank"
+            )
         self._parts = {name: one.parts() for name, one in self.adapters.items() if isinstance(one, Adapter)}
         self._transposed: set[str] = set()  # layers that keep their weight so
         self._thresholds: dict[str, float] = {}
+        # Statistics of normalisation are averaged whatever the method: scaled or trimmed, variances may be none.
+        self._statistics = {name for name, _ in model.named_buffers()} if deltas else set()
         self._weights = self._full_weights(deltas) if deltas else self._adapted_weights()
         self._sums: Sums | None = None
         self._pristine: Mapping[str, torch.Tensor] | Shelf
@@ -162,7 +168,12 @@ class DenseStack:
         with torch.no_grad():
             if self._sums is not None and len(weights) > 1 and len(set(weights.values())) == 1:
                 share = next(iter(weights.values()))
-                self._sums.to(weights, lambda name, part, total: self._write(name, total, share, part))
+                mean = 1 / len(weights)
+
+                def write(name: str, part: Part, total: torch.Tensor) -> None:
+                    self._write(name, total, mean if name in self._statistics else share, part)
+
+                self._sums.to(weights, write)
             elif weights:
                 for name, weight in self._weights.items():
                     # What is linear in the deltas needs no weight whole.
@@ -206,7 +217,7 @@ class DenseStack:
         return delta.T if weight in self._transposed else delta
 
     def _changes(self, expert: str) -> list[str]:
-        """The weights that an expert changes."""
+        """The weights, and statistics, that an expert changes."""
         one = self.adapters[expert]
         return list(one.shapes) if isinstance(one, Delta) else [f"{layer}.weight" for layer in self._parts[expert]]
 
@@ -218,6 +229,9 @@ class DenseStack:
         method = self.method
         if not names:
             return torch.zeros_like(self._base(weight, part), dtype=torch.float32, device=device)
+        if weight in self._statistics:
+            whole = sum(weights.values())
+            return sum_of(weights[name] / whole * self._delta(name, weight, device, part) for name in names)
         if self._parts and method.name in ("svd", "linear"):
             return self._from_factors(weight, {name: weights[name] for name in names}, device)
         if method.name == "ties":
@@ -251,7 +265,7 @@ class DenseStack:
 
     def _threshold(self, name: str, device: torch.device) -> float:
         """The smallest magnitude that trimming keeps of an expert's whole delta, all layers together."""
-        changes = self._changes(name)
+        changes = [weight for weight in self._changes(name) if weight not in self._statistics]
         total = sum(self._weights[weight].numel() for weight in changes)
         return kth_largest(
             lambda: (self._delta(name, weight, device) for weight in changes),

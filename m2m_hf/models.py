@@ -18,6 +18,7 @@ from bitsandbytes.nn import Linear4bit
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
@@ -245,25 +246,45 @@ def check_model(
     Raises:
         InputError: whatever of it cannot work.
     """
-    model_config = load_config(model_args)
-    try:
-        kind = model_class(plan)
-        if plan is not None and plan.two_towers:
-            model_config = model_config.vision_config
-        with torch.device("meta"), unsharded(args):
-            make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-            model = make(model_config, attn_implementation=model_args.attn_implementation)
-    except Exception as error:
-        what = "causal LM" if plan is None else "model for this task"
-        raise InputError(
-            f"model_name_or_path: {model_args.model_name_or_path!r} is no {what} to be used ({error})"
-        ) from error
+    model = meta_model(model_args, args, plan)
     if config is None and not any(is_trained(name, plan, parameters) for name, _ in model.named_parameters()):
         names = ", ".join([name for name, _ in model.named_parameters()][:3])
         raise InputError(f"trained_parameters: {parameters!r} names none of the model's, such as {names}")
+    if config is not None:
+        adapt(model, config, model_args)
+    if plan is not None and plan.prefix and not hasattr(model, plan.prefix):
+        raise InputError(
+            f"model_name_or_path: what of {plan.model_class} is its classifier, and what is below it, cannot be told; expected a "
+            f"model with a part {plan.prefix!r}"
+        )
+    return positions(model)
+
+
+def adapted_layers(
+    model_args: ModelConfig, args: SFTConfig, config: LoraConfig, plan: HeadPlan | None
+) -> dict[str, tuple[int, int]]:
+    """The layers of the base that a LoRA shape adapts -> (in, out) features of each.
+
+    Raises:
+        InputError: see `check_model`.
+    """
+    model = meta_model(model_args, args, plan)
+    adapt(model, config, model_args)
+    return {
+        name: (layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -> None:
+    """Puts an adapter of this shape on a model without weights.
+
+    Raises:
+        InputError: one that does not fit, or that is on layers whose adapters cannot be averaged.
+    """
     try:
-        if config is not None:
-            get_peft_model(model, copy.deepcopy(config))
+        get_peft_model(model, copy.deepcopy(config))
     except Exception as error:
         raise InputError(
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
@@ -272,15 +293,31 @@ def check_model(
     folded = [name for name, one in model.named_parameters() if ".lora_A." in name and one.dim() != 2]
     if folded:
         raise InputError(
-            f"lora_target_modules: {folded[0].split('.lora_A')[0].removeprefix('base_model.model.')} and others are "
-            "convolutions, whose adapters are no pairs of matrices to be averaged; name linear layers, or use expert: full"
+            f"lora_target_modules: {folded[0].split('.lora_A')[0]} and others are convolutions, whose adapters are no pairs of "
+            "matrices to be averaged; name linear layers, or use expert: full"
         )
-    if plan is not None and plan.prefix and not hasattr(model, plan.prefix):
+
+
+def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) -> PreTrainedModel:
+    """The base model without weights.
+
+    Raises:
+        InputError: no such model, or none for this task.
+    """
+    model_config = load_config(model_args)
+    try:
+        kind = model_class(plan)
+        if plan is not None and plan.two_towers:
+            model_config = model_config.vision_config
+        with torch.device("meta"), unsharded(args):
+            make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+            model: PreTrainedModel = make(model_config, attn_implementation=model_args.attn_implementation)
+            return model
+    except Exception as error:
+        what = "causal LM" if plan is None else "model for this task"
         raise InputError(
-            f"model_name_or_path: what of {plan.model_class} is its classifier, and what is below it, cannot be told; expected a "
-            f"model with a part {plan.prefix!r}"
-        )
-    return positions(model)
+            f"model_name_or_path: {model_args.model_name_or_path!r} is no {what} to be used ({error})"
+        ) from error
 
 
 def positions(model: PreTrainedModel) -> int:

@@ -138,7 +138,7 @@ class MergedObjective(ScorerObjective):
         **common: Any,
     ) -> None:
         super().__init__(scorer, keys, **common)
-        if scorer.needs_adapter and not method.gated:
+        if scorer.needs_adapter and gated and not method.gated:
             raise InputError(f"merge_method: {method.name} gives no adapter to hand to a command; expected average")
         self.name = method.label
         self._method = method

@@ -28,10 +28,10 @@ from .errors import InputError
 from .fidelity import sample
 from .hub import check_login, fetch_bank, fetch_expert, push
 from .ingredients import Ingredients
-from .journal import cut_short, fingerprint, hidden, read_json, read_made, weights_of, write_json
+from .journal import cut_short, experts_word, fingerprint, hidden, read_json, read_made, weights_of, write_json
 from .methods import AVERAGE, MergeMethod, open_stack
 from .mixture import Failure, Mixture, Score, SearchSpace, Standing, walk
-from .models import model_config
+from .models import adapted_layers, model_config
 from .objectives import Objective
 from .outcome import Outcome, summarise
 from .plan import plan, told_apart
@@ -150,6 +150,8 @@ class MergeToMixSearcher(Ingredients):
             InputError: adapters in the run folder that were trained otherwise.
         """
         self.check()
+        if isinstance(self.config.bank, Mapping):
+            self.bank.check_sources(self.config.bank, experts_word(self.facts))
         missing = self.bank.check()
         if missing and self.config.bank:
             self.prepare()
@@ -167,7 +169,7 @@ class MergeToMixSearcher(Ingredients):
 
     def _take_experts(self, given: str | Mapping[str, str], missing: Sequence[str]) -> None:
         """Takes missing experts from a published bank, or one by one from where others have them."""
-        key = "adapters" if self.config.expert == "lora" else "experts"
+        key = experts_word(self.facts)
         if isinstance(given, str):
             with self.state.local_main_process_first():  # one process of every machine fetches
                 bank = fetch_bank(given, key)
@@ -176,8 +178,9 @@ class MergeToMixSearcher(Ingredients):
             wanted = {name: source for name, source in given.items() if name in missing}
             with self.state.local_main_process_first():
                 others = {name: (source, fetch_expert(source, key)) for name, source in wanted.items()}
-            if self.config.expert == "lora":
-                self.bank.adopt(others, self.plan, self.terminal)
+            if (lora := self._lora(self.model_args)) is not None:
+                adapted = adapted_layers(self.model_args, self.args, lora, self.plan)
+                self.bank.adopt(others, self.plan, adapted, self.terminal)
             else:
                 self.bank.adopt_models(others, self._plain_base(), self._load_other, self.plan, self.terminal)
 

@@ -250,13 +250,14 @@ def train_expert(
     mark: dict[str, Any] = read_json(found[0] / MARK) if found[0] else {"seconds": 0.0, "losses": {}}
     recorder = TrainingRecorder(mark["seconds"])
     untouched = Untouched(base, settings)
-    trainer = make_trainer(base, rows, settings, args, [recorder, tracker, *callbacks])
-    trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
-    for name, value in mark["losses"].items():
-        setattr(trainer, name, value)
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
+    trainer: CompletionTrainer | LabelTrainer | None = None
     try:
+        trainer = make_trainer(base, rows, settings, args, [recorder, tracker, *callbacks])
+        trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
+        for name, value in mark["losses"].items():
+            setattr(trainer, name, value)
+        for noisy in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(noisy)
         try:
             with tracker:
                 trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
@@ -291,7 +292,7 @@ def train_expert(
             raise TrainingFailedError(reason)
     finally:
         if not sharded():
-            untouched.restore(trainer.model)
+            untouched.restore(base if trainer is None else trainer.model)
     return recorder.record | {"loss": round(loss, DECIMALS)} | kept
 
 
@@ -371,6 +372,9 @@ class Untouched:
             for name, tensor in (floats(base).items() if here else ())
             if settings.lora is None or not isinstance(tensor, torch.nn.Parameter)
         }
+        self._counts = {  # such as of the batches that running statistics have seen
+            name: tensor.detach().clone() for name, tensor in base.named_buffers() if not tensor.is_floating_point()
+        }
 
     def trained(self, trainer: "CompletionTrainer | LabelTrainer") -> tuple[dict[str, torch.Tensor], bool]:
         """(the weights that were trained, whether they changed anything); all processes must ask.
@@ -383,7 +387,8 @@ class Untouched:
             rise = [tensor for name, tensor in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
             return weights, any(tensor.any() for tensor in rise)
         weights = {name: whole[name] for name in self._before if name in whole}
-        moved = (not torch.equal(tensor.cpu(), self._before[name]) for name, tensor in weights.items())
+        learned = {name for name, _ in self._base.named_parameters()}  # and not only statistics of what it saw
+        moved = (not torch.equal(weights[name].cpu(), self._before[name]) for name in learned & set(weights))
         return weights, any(moved)
 
     def save(self, model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
@@ -426,6 +431,9 @@ class Untouched:
             for name, tensor in floats(base).items():
                 if name in self._before:
                     tensor.copy_(self._before[name])
+            for name, tensor in base.named_buffers():
+                if name in self._counts:
+                    tensor.copy_(self._counts[name])
         base.eval()
 
 

@@ -38,6 +38,7 @@ from .mixture import Failure, Score, mean_and_stderr
 ROUND = 6  # decimals kept of a log-probability: what is compared now is what the journal will say later
 MAX_NEW_TOKENS = 64  # of a generated answer, where nothing else is said
 DECODING = 4096  # tokens in a batch at least: every step adds one token to a row, which is cheap for many rows together
+PIXELS = 1 << 30  # bytes of images that a scorer keeps as the model takes them
 
 
 class Scorer(ABC):
@@ -344,18 +345,33 @@ class LabelScorer(AnswerScorer):
         self._processing, self._head, self._limit = processing, head, length.limit
         sizes = length([row.prompt for row in rows])
         self._sizes = [min(size, length.limit) for size in sizes]
+        self._kept: dict[int, torch.Tensor] = {}
+        self._room = PIXELS
         self.cut = sum(size > length.limit for size in sizes)
         self.tokens = sum(self._sizes)
         about = [config.kind, metric_fingerprint(config), length.limit, *rows]
         self.fingerprint = content_fingerprint(about, default=recognised)
 
+    def _inputs(self, rows: Sequence[int]) -> Mapping[str, torch.Tensor]:
+        """What the model is given of these rows. Images are kept so while there is room, as every mixture asks for them again."""
+        found = {row: self._kept[row] for row in rows if row in self._kept}
+        new = [row for row in rows if row not in found]
+        asked = [self.rows[row] for row in new]
+        content = [row.image if isinstance(row, ImageRow) else row.prompt for row in asked]
+        made = inputs_of(self._processing, content, self._limit) if content else {}
+        if set(made) - {"pixel_values"}:
+            return made
+        for row, pixels in zip(new, made.get("pixel_values", ()), strict=True):
+            found[row] = pixels
+            if pixels.nbytes <= self._room:
+                self._kept[row] = pixels.clone()
+                self._room -= pixels.nbytes
+        return {"pixel_values": torch.stack([found[row] for row in rows])}
+
     def _ask(self, stack: Stack, rows: Sequence[int]) -> torch.Tensor:
         """The scores of the labels of these rows, all of which are a choice among the same ones."""
         head, model = self._head(), stack.model
-        content = [row.image if isinstance(row, ImageRow) else row.prompt for row in (self.rows[one] for one in rows)]
-        inputs = {
-            name: tensor.to(model.device) for name, tensor in inputs_of(self._processing, content, self._limit).items()
-        }
+        inputs = {name: tensor.to(model.device) for name, tensor in self._inputs(rows).items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         scores = head.scores(model(**inputs), inputs.get("attention_mask"))

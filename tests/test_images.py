@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from m2m_hf.console import Terminal
+from m2m_hf.labelled import inputs_of
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
 
@@ -246,3 +247,25 @@ def test_what_is_no_image_is_named(pictures_of, vit, capsys):
     Dataset.from_list([{"image": "here.png", "label": "red"}]).to_parquet(folder / "all.parquet")
     assert main_in("adapters", "--config", folder / "images.yaml") == 2
     assert "candidates.all.image: expected images" in capsys.readouterr().err
+
+
+def test_pictures_are_prepared_once_as_far_as_there_is_room(pictures_of, vit, monkeypatch):
+    folder = pictures_of(vit, "all-linear")
+    found, prepared = [], []
+
+    def counted(processing, content, limit):
+        prepared[-1] += len(content)
+        return inputs_of(processing, content, limit)
+
+    monkeypatch.setattr("m2m_hf.scoring.inputs_of", counted)
+    for room in (1 << 30, 2 * 3 * 8 * 8 * 4, 0):
+        monkeypatch.setattr("m2m_hf.scoring.PIXELS", room)
+        one = MergeToMixSearcher(*parse(folder / "images.yaml"), Terminal(quiet=True))
+        one.train_adapters()
+        scorer, stack = one.scorers["colours"]["validation"], one._open_stack(one.merge_method)
+        for mixture in ({"warm": 1.0}, {"warm": 0.5, "cold": 0.5}):
+            prepared.append(0)
+            found.append(scorer.score(stack, [mixture], 15)[0].logprobs)
+    assert prepared == [7, 0, 7, 5, 7, 7]
+    assert found[0] == found[2] == found[4]
+    assert found[1] == found[3] == found[5]

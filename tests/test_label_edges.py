@@ -69,7 +69,7 @@ def test_a_texts_score_is_its_own_in_every_batch_and_the_recipe_reads_it_alike(i
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         write_rows(path, [row | {"text": row["text"] + " and so on" * (i % 5)} for i, row in enumerate(rows)])
     # Kept small: an error in one row of the training must not drown in what it learns.
-    changed(intents, pad_token="<|end|>", max_length=12, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    changed(intents, pad_token="<|end|>", max_length=20, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     assert main_in("select", "--config", intents / "intents.yaml", "--tokens_per_batch", "4096") == 0
     out = intents / "out"
     apart = intents / "apart"
@@ -92,10 +92,10 @@ def test_a_texts_score_is_its_own_in_every_batch_and_the_recipe_reads_it_alike(i
         return torch.nn.functional.normalize(found[0] if pooling == "cls_token" else found.mean(0), dim=0)
 
     rows = [json.loads(line) for line in (intents / "validation_intents.jsonl").read_text().splitlines()]
-    assert max(len(tokenizer(row["text"])["input_ids"]) for row in rows) > 12
+    assert max(len(tokenizer(row["text"])["input_ids"]) for row in rows) > 20
     labels = sorted({row["label"] for row in rows})
     names = torch.stack([embedded(label.replace("_", " "), 64) for label in labels])
-    scores = [(20 * names @ embedded(row["text"], 12)).log_softmax(0) for row in rows]
+    scores = [(20 * names @ embedded(row["text"], 20)).log_softmax(0) for row in rows]
     expected = [float(one[labels.index(row["label"])]) for one, row in zip(scores, rows, strict=True)]
     assert base == pytest.approx(expected, abs=2e-5)
 

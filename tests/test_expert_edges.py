@@ -4,14 +4,13 @@ import errno
 import json
 import os
 import shutil
-from itertools import pairwise
 
 import pytest
 import test_images
 import test_labels
 import torch
 import yaml
-from conftest import build_adapter, build_model, main_in
+from conftest import build_adapter, build_model, intent_rows, main_in, write_rows
 from safetensors.torch import save_file
 from transformers import (
     AutoModel,
@@ -31,7 +30,7 @@ from m2m_hf.deltas import DELTA_FILE, Delta, Sums, aside, floats, save_delta
 from m2m_hf.errors import InputError
 from m2m_hf.journal import is_inside
 from m2m_hf.methods import DenseStack, MergeMethod
-from m2m_hf.mixture import Mixture
+from m2m_hf.mixture import Mixture, walk
 from m2m_hf.parsing import parse
 
 pictures_of, searcher = test_images.pictures_of, test_labels.searcher
@@ -143,12 +142,14 @@ def test_a_search_that_goes_on_in_one_process_keeps_what_it_has_put_aside(intent
 
 
 def test_a_search_goes_from_neighbour_to_neighbour(intents):
-    one = searcher(intents, *FULL)
-    one.search()
+    write_rows(intents / "more.jsonl", intent_rows(["one", "two"], 12, 500))
+    given = changed(intents)
+    changed(intents, candidates=given["candidates"] | {"more": {"path": "json", "data_files": "more.jsonl"}})
+    searcher(intents, *FULL).search()
     lines = [json.loads(line) for line in (intents / "out" / "trials.jsonl").read_text().splitlines()]
-    larger = [set(line["names"]) for line in lines if len(line["names"]) > 1 and len(line["names"]) < 3]
-    assert len(larger) == 3
-    assert all(len(left ^ right) == 2 for left, right in pairwise(larger))
+    proposed = [Mixture.subset(line["names"]) for line in lines if 1 < len(line["names"]) < 4]
+    assert len(proposed) == 10
+    assert proposed == walk(proposed)
 
 
 def moved(tmp_path, name: str, before: dict, change: dict) -> Delta:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import test_images
@@ -425,14 +426,14 @@ def test_a_fine_tune_that_cannot_be_loaded_is_named(intents, encoder, tmp_path, 
 def test_a_command_scores_what_any_method_has_merged(intents, tmp_path):
     script = tmp_path / "score.py"
     script.write_text(
-        "import json, sys\nfrom safetensors.torch import load_file\n"
+        "import json, sys\nfrom safetensors.numpy import load_file\n"
         "weights = load_file(sys.argv[1] + '/model.safetensors')\n"
-        "print(json.dumps({'score': float(weights['encoder.layer.0.attention.self.query.weight'].double().sum())}))\n"
+        "print(json.dumps({'score': float(weights['encoder.layer.0.attention.self.query.weight'].astype(float).sum())}))\n"
     )
-    target = {"scorer": "command", "command": ["python", str(script), "{model}"]}
+    target = {"scorer": "command", "command": [sys.executable, str(script), "{model}"]}
     changed(intents, expert="full", learning_rate=1e-3, merge_method="ties", targets={"t": target})
     assert main_in("search", "--config", intents / "intents.yaml") == 0
-    changed(intents, expert="lora", targets={"t": target | {"command": ["python", str(script), "{adapter}"]}})
+    changed(intents, expert="lora", targets={"t": target | {"command": [sys.executable, str(script), "{adapter}"]}})
     assert main_in("search", "--config", intents / "intents.yaml", "--output_dir", intents / "other") == 2
 
 

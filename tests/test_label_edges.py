@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import test_images
@@ -362,10 +363,10 @@ def test_names_of_labels_are_published_as_they_are():
 def test_the_head_is_there_when_a_command_scores(intents, tmp_path):
     script = tmp_path / "score.py"
     script.write_text(
-        "import json\nfrom safetensors.torch import load_file\n"
+        "import json\nfrom safetensors.numpy import load_file\n"
         f"vectors = load_file({str(intents / 'out' / 'head.safetensors')!r})['vectors']\n"
         "print(json.dumps({'score': float(vectors.shape[0])}))\n"
     )
-    changed(intents, targets={"t": {"scorer": "command", "command": ["python", str(script), "{adapter}"]}})
+    changed(intents, targets={"t": {"scorer": "command", "command": [sys.executable, str(script), "{adapter}"]}})
     assert main_in("search", "--config", intents / "intents.yaml") == 0
     assert test_labels.trial_of(intents / "out", {"noise"})["score"] == 7

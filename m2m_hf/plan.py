@@ -148,7 +148,7 @@ def time_of(scorer: Scorer, run: Ingredients) -> float:
     rows = random.Random(0).sample(range(scorer.examples), min(ROWS, scorer.examples))
     stack = GatedStack(run._plain_base(), {})
     try:
-        scorer.score(stack, [{}], run._tokens_per_batch, rows[:1])
+        scorer.score(stack, [{}], run._tokens_per_batch, rows)  # which prepares what all mixtures share, such as images
         start = time.monotonic()
         scorer.score(stack, [{}], run._tokens_per_batch, rows)
     finally:

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
 from . import parsing
+from .adopted import adopt, adopt_models, check_sources
 from .bank import LAUNCH
 from .baselines import candidate_content, similarity, target_content
 from .certainty import paired
@@ -151,7 +152,7 @@ class MergeToMixSearcher(Ingredients):
         """
         self.check()
         if isinstance(self.config.bank, Mapping):
-            self.bank.check_sources(self.config.bank, experts_word(self.facts))
+            check_sources(self.bank, self.config.bank, experts_word(self.facts))
         missing = self.bank.check()
         if missing and self.config.bank:
             self.prepare()
@@ -180,9 +181,9 @@ class MergeToMixSearcher(Ingredients):
                 others = {name: (source, fetch_expert(source, key)) for name, source in wanted.items()}
             if (lora := self._lora(self.model_args)) is not None:
                 adapted = adapted_layers(self.model_args, self.args, lora, self.plan)
-                self.bank.adopt(others, self.plan, adapted, self.terminal)
+                adopt(self.bank, others, self.plan, adapted, self.terminal)
             else:
-                self.bank.adopt_models(others, self._plain_base(), self._load_other, self.plan, self.terminal)
+                adopt_models(self.bank, others, self._plain_base(), self._load_other, self.plan, self.terminal)
 
     def check_hub(self) -> None:
         """Refuses before hours of work what could not be pushed after them.

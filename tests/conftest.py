@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models need no more, and t
 
 import pytest
 import torch
+import yaml
 from forks import Forks
 from hub_server import Hub
 from peft import LoraConfig, get_peft_model
@@ -283,6 +284,14 @@ targets:
 """
     )
     return folder
+
+
+def changed(folder: Path, name: str = "intents", **values) -> dict:
+    """A configuration with other values, written."""
+    path = folder / f"{name}.yaml"
+    given = yaml.safe_load(path.read_text()) | values
+    path.write_text(yaml.safe_dump(given))
+    return given
 
 
 @pytest.fixture

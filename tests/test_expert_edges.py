@@ -11,7 +11,7 @@ import test_images
 import test_labels
 import torch
 import yaml
-from conftest import build_adapter, build_model, intent_rows, main_in, write_rows
+from conftest import build_adapter, build_model, changed, intent_rows, main_in, write_rows
 from safetensors.torch import save_file
 from transformers import (
     AutoModel,
@@ -41,13 +41,6 @@ LABELS = {
     "id2label": dict(enumerate(test_images.COLOURS)),
     "label2id": {name: number for number, name in enumerate(test_images.COLOURS)},
 }
-
-
-def changed(folder, name="intents", **values) -> dict:
-    path = folder / f"{name}.yaml"
-    given = yaml.safe_load(path.read_text()) | values
-    path.write_text(yaml.safe_dump(given))
-    return given
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ FLOORS = (
     ("scoring", "training"),
     ("models", "recipe", "export"),
     ("bank", "objectives", "external", "benchmark", "baselines"),
-    ("ensemble", "trained", "plugins"),
+    ("adopted", "ensemble", "trained", "plugins"),
     ("search", "replay", "worth", "fidelity", "certainty"),
     ("outcome", "study", "record"),
     ("tables", "plots", "ingredients", "compare"),

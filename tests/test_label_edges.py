@@ -9,7 +9,7 @@ import test_images
 import test_labels
 import torch
 import yaml
-from conftest import COLOURS, build_tokenizer, intent_rows, main_in, picture, write_rows
+from conftest import COLOURS, build_tokenizer, changed, intent_rows, main_in, picture, write_rows
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,13 +33,6 @@ vit, clip, pictures_of = test_images.vit, test_images.clip, test_images.pictures
 classifier, own, searcher = test_labels.classifier, test_labels.own, test_labels.searcher
 # TRL's field, until version 2 of it; a configuration has no other way to say it.
 DEPRECATED = pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning")
-
-
-def changed(folder, name="intents", **values) -> dict:
-    path = folder / f"{name}.yaml"
-    given = yaml.safe_load(path.read_text()) | values
-    path.write_text(yaml.safe_dump(given))
-    return given
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-import yaml
-from conftest import COLOURS, INTENTS, build_tokenizer, intent_rows, main_in, write_rows
+from conftest import COLOURS, INTENTS, build_tokenizer, changed, intent_rows, main_in, write_rows
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
@@ -18,14 +17,6 @@ from m2m_hf.deltas import floats
 from m2m_hf.labelled import Collate
 from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
-
-
-def changed(intents, **values) -> dict:
-    """The configuration with other values, written."""
-    path = intents / "intents.yaml"
-    given = yaml.safe_load(path.read_text()) | values
-    path.write_text(yaml.safe_dump(given))
-    return given
 
 
 def lines(out) -> list[dict]:

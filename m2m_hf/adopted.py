@@ -28,7 +28,7 @@ HEADS_APART = (
 )
 MOST_MOVED = 0.5  # of the norm of the base's weights: fine-tuning moves them by a few percent
 NAMING = (  # how the layers of an adapter were chosen
-    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
 )  # fmt: skip
 
 
@@ -57,20 +57,18 @@ def check_sources(bank: Bank, given: Mapping[str, str], key: str) -> None:
         InputError: another source, or files there that have changed since.
     """
     for name, source in given.items():
-        record = read_made(bank.folder / name / "training.json")
-        files = sorted(Path(source).expanduser().glob("*.safetensors"))
-        if not record:
-            continue
-        if record.get("source") != source:
-            there = f"came from {record['source']}" if record.get("source") else "was trained here"
-        elif files and record.get("source_files") not in (None, file_fingerprint(files)):
-            there = "is not what is there now: its files have changed since it was taken"
-        else:
-            continue
-        raise InputError(
-            f"{key}.{name}: {source} is to be taken, and the one in {bank.folder / name} {there}. Restore the source, or "
-            f"delete {bank.folder / name} to have it taken anew"
-        )
+        there: str | None = None
+        if PartialState().is_main_process and (record := read_made(bank.folder / name / "training.json")):
+            files = sorted(Path(source).expanduser().glob("*.safetensors"))
+            if record.get("source") != source:
+                there = f"came from {record['source']}" if record.get("source") else "was trained here"
+            elif files and record.get("source_files") not in (None, file_fingerprint(files)):
+                there = "is not what is there now: its files have changed since it was taken"
+        if there := agreed(there):
+            raise InputError(
+                f"{key}.{name}: {source} is to be taken, and the one in {bank.folder / name} {there}. Restore the source, or "
+                f"delete {bank.folder / name} to have it taken anew"
+            )
 
 
 def adopt(
@@ -198,9 +196,14 @@ def adopt_models(
         if PartialState().is_main_process:
             partial = hidden(bank.folder / name)
             shutil.rmtree(partial, ignore_errors=True)
-            kept = save_delta(partial, before, after, getattr(torch, dtype)) | {"dtype": dtype}
+            try:
+                kept = save_delta(partial, before, after, getattr(torch, dtype)) | {"dtype": dtype}
+            except InputError as error:  # the other processes must hear of it
+                kept = {"reason": str(error)}
         del after, model
         kept = agreed(kept)
+        if "reason" in kept:
+            raise InputError(f"{where}: {kept['reason']}")
         if not kept["parameters"]:
             raise InputError(f"{where}: delta_dtype {dtype} keeps nothing of what it has learned; expected float32")
         if kept["lost"] > MOST_LOST:

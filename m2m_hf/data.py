@@ -168,7 +168,10 @@ def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
                 f"of its own; expected at most {MOST_PARTS}"
             )
         for value in values:
-            called = "none" if value is None else kind.int2str(value) if isinstance(kind, ClassLabel) else value
+            labelled = isinstance(kind, ClassLabel) and value is not None
+            called = (
+                "none" if value is None or (labelled and value == -1) else kind.int2str(value) if labelled else value
+            )
             part = re.sub(r"[^A-Za-z0-9_]+", "_", str(called)).strip("_")
             part = check_name(f"{name}-{part}"[:64].rstrip("_"), "candidate")
             if part in made or (part in config.parsed_candidates and part != name):

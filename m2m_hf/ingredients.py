@@ -289,7 +289,7 @@ class Ingredients:
                 more |= tokenizer_facts(self.tokenizer, False)
             if not images:
                 more["limit"] = self._length.limit
-                more["truncation_side"] = self.tokenizer.truncation_side
+                more["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
         if self.config.expert == "full":
             more |= {
                 "expert": "full",
@@ -450,7 +450,7 @@ class Ingredients:
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
         parts = ["base_model", "dtype", "tokenizer", "chat_template", "quantization"]
         if self.plan is not None:
-            parts += ["image_processor", "head", "labels", "label_template", "truncation_side"]
+            parts += ["image_processor", "head", "labels", "label_template", "sides"]
         base = fingerprint([self.facts.get(key) for key in parts])
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
         return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}

@@ -1,5 +1,6 @@
 """`m2m init`: a configuration that runs, from four answers, or from one that was written for another trainer."""
 
+import csv
 import json
 import os
 import re
@@ -80,7 +81,13 @@ def columns_of(source: Mapping[str, Any], folder: Path) -> set[str]:
 
     given = {"path": source["path"], "data_files": str(path)} if "data_files" in source else {"path": str(path)}
     try:
-        return set(datasets.load_dataset(**given, split=source.get("split", "train")).column_names)
+        if source["path"] == "csv":
+            with open(path, encoding="utf-8", newline="") as file:
+                return set(next(csv.reader(file)))
+        if (path / "state.json").exists():
+            return set(datasets.load_from_disk(str(path)).column_names)
+        # As a stream: of large files the first rows are enough.
+        return set(next(iter(datasets.load_dataset(**given, split=source.get("split", "train"), streaming=True))))
     except Exception:  # whatever it makes of what is there; a search says more of it
         return set()
 

@@ -138,12 +138,15 @@ def labelled(
     labels = names_in(rows, where)
     if where.startswith("candidates.") and set(renamed or ()) - set(labels):
         # Of a part, or of some rows that are drawn, the map may be that of the whole.
-        theirs = set(names_in(load_rows(replace(data, where={}, max_examples=None), where, seed), where))
+        whole = load_rows(replace(data, where={}, max_examples=None), where, seed)
+        theirs = {label for label in names_in(whole, where) if label}
         if unused := sorted(set(renamed or ()) - theirs):
             raise InputError(
                 f"{where}.labels: no row is labelled {', '.join(unused)}; its labels are {', '.join(sorted(theirs))[:200]}"
             )
     for number, label in enumerate(labels, start=1):
+        if label is None or not label.strip():
+            raise InputError(f"{where}, row {number}.label: expected a label, got {rows[number - 1]['label']!r}")
         ours = (renamed or {}).get(label, label)
         if known is not None and ours not in known:
             raise InputError(
@@ -172,23 +175,18 @@ def labelled(
     return rows.cast(features), found
 
 
-def names_in(rows: Dataset, where: str) -> list[str]:
-    """The label of every row, as a name.
+def names_in(rows: Dataset, where: str) -> list[str | None]:
+    """The label of every row, as a name; None where it has none.
 
     Raises:
-        InputError: a row without one, or labels of another kind.
+        InputError: labels of another kind.
     """
     kind, given = rows.features["label"], rows["label"][:]
     if isinstance(kind, ClassLabel):
-        labels = [None if one in (None, -1) else kind.int2str(one) for one in given]
-    elif isinstance(kind, Value) and not kind.dtype.startswith(("float", "bool")):
-        labels = [None if one is None else str(one) for one in given]
-    else:
-        raise InputError(f"{where}.label: expected names or whole numbers, got {given[0]!r:.100}")
-    for number, label in enumerate(labels, start=1):
-        if label is None or not label.strip():
-            raise InputError(f"{where}, row {number}.label: expected a label, got {given[number - 1]!r}")
-    return [str(label) for label in labels]
+        return [None if one in (None, -1) else kind.int2str(one) for one in given]
+    if isinstance(kind, Value) and not kind.dtype.startswith(("float", "bool")):
+        return [None if one is None else str(one) for one in given]
+    raise InputError(f"{where}.label: expected names or whole numbers, got {given[0]!r:.100}")
 
 
 def digests(rows: Dataset, mode: str, where: str) -> list[str]:

@@ -322,7 +322,9 @@ def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) 
 
 def positions(model: PreTrainedModel) -> int:
     """How many tokens a model has positions for; a million where it does not say."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if found is None or found < 1:  # XLNet says -1
+        return 1_000_000
     for name, layer in model.named_modules():
         if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
             return int(found) - int(layer.padding_idx) - 1  # as RoBERTa counts

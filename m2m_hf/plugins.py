@@ -106,6 +106,10 @@ class LiveTargets:
         head = own_head(plan, tuple(plan.own))
         processing = copy.deepcopy(self.processing)  # which is the training's own
         if plan.task == "sequence_classification":
+            if processing.pad_token is None:
+                raise InputError(
+                    "trainer: its tokenizer has no pad_token, and texts are padded to one length; give it one"
+                )
             processing.padding_side = "right"
         longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
         images = plan.task == "image_classification"

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
@@ -284,7 +285,10 @@ def train_expert(
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
             if reason is None:
-                kept = untouched.save(trainer.model, weights, folder)
+                try:
+                    kept = untouched.save(trainer.model, weights, folder)
+                except InputError as error:  # what its dtype cannot hold; the other processes must hear of it
+                    reason = str(error)
             if kept and not kept["kept"]["parameters"]:
                 reason = f"delta_dtype: {settings.delta_dtype} keeps nothing of what was learned; expected float32"
         reason = agreed(reason)
@@ -360,6 +364,8 @@ class Untouched:
     def __init__(self, base: PreTrainedModel, settings: Settings) -> None:
         self._base, self._settings = base, settings
         self._attributes = set(vars(base))
+        # By the names that they have while nothing is put around layers; and not the statistics of what a model saw.
+        self._learned = {name for name, _ in base.named_parameters()}
         # The Trainer writes the tokenizer's special tokens into both, by which some models find a text's end.
         self._configs = [
             (one, copy.deepcopy(vars(one))) for one in (base.config, getattr(base, "generation_config", None)) if one
@@ -387,8 +393,7 @@ class Untouched:
             rise = [tensor for name, tensor in weights.items() if "lora_B" in name or "lora_embedding_B" in name]
             return weights, any(tensor.any() for tensor in rise)
         weights = {name: whole[name] for name in self._before if name in whole}
-        learned = {name for name, _ in self._base.named_parameters()}  # and not only statistics of what it saw
-        moved = (not torch.equal(weights[name].cpu(), self._before[name]) for name in learned & set(weights))
+        moved = (not torch.equal(weights[name].cpu(), self._before[name]) for name in self._learned & set(weights))
         return weights, any(moved)
 
     def save(self, model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
@@ -416,6 +421,9 @@ class Untouched:
         base = self._base
         if isinstance(model, PeftModel):
             model.unload()
+        for name, layer in list(base.named_modules()):  # where no trainer came to be around them
+            if isinstance(layer, LoraLayer):
+                base.set_submodule(name, layer.get_base_layer())
         if base.is_activation_checkpointing:
             base.activation_checkpointing_disable()
         hooks = input_hooks(base)

@@ -11,7 +11,7 @@ import test_images
 import test_labels
 import torch
 import yaml
-from conftest import build_adapter, build_model, changed, intent_rows, main_in, write_rows
+from conftest import build_adapter, build_model, build_tokenizer, changed, intent_rows, main_in, write_rows
 from safetensors.torch import save_file
 from transformers import (
     AutoModel,
@@ -23,6 +23,8 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     ViTImageProcessorPil,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from m2m_hf import MergeToMixSearcher, deltas
@@ -32,6 +34,7 @@ from m2m_hf.errors import InputError
 from m2m_hf.journal import is_inside
 from m2m_hf.methods import DenseStack, MergeMethod
 from m2m_hf.mixture import Mixture, walk
+from m2m_hf.models import positions
 from m2m_hf.parsing import parse
 
 pictures_of, searcher = test_images.pictures_of, test_labels.searcher
@@ -452,7 +455,7 @@ def test_what_scores_depend_on_is_in_the_keys_of_trials(intents):
     one = searcher(intents)
     one.train_adapters()
     before = one.keys["intents"].base
-    for fact in ("head", "labels", "label_template", "truncation_side"):
+    for fact in ("head", "labels", "label_template", "sides"):
         one = searcher(intents)
         one.facts[fact] = "another"
         vars(one)["bank"] = type("Bank", (), {"training": lambda self: {}})()
@@ -468,3 +471,35 @@ def test_other_weights_are_another_expert(project, tmp_path):
         assert main_in("adapters", "--config", project / "run.yaml", "--output_dir", out) == 0
         found.append(json.loads((out / "adapters" / "alpha" / "training.json").read_text())["fingerprint"])
     assert found[0] != found[1]
+
+
+def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_base(intents, monkeypatch):
+    one = searcher(intents)
+    before = {name: tensor.clone() for name, tensor in one.base.state_dict().items()}
+
+    def fails(self, head, **kwargs):
+        raise ValueError("not today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m2m_hf.training.LabelTrainer.__init__", fails)
+        with pytest.raises(ValueError, match="not today"):
+            one.train_adapters()
+    after = one.base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    one.train_adapters()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT, of which layers it has found
+def test_adapters_on_layers_that_keep_their_weight_transposed_are_taken(project, tmp_path, capsys):
+    build_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    build_tokenizer().save_pretrained(tmp_path / "gpt2")
+    build_adapter("gpt2", tmp_path / "theirs", 0, r=4, lora_alpha=32, lora_dropout=0.05)
+    given = {"model_name_or_path": str(tmp_path / "gpt2"), "lora_target_modules": ["c_attn", "c_proj", "c_fc"]}
+    changed(project, "run", **given, adapters={"alpha": str(tmp_path / "theirs")})
+    assert main_in("search", "--config", project / "run.yaml") == 0, capsys.readouterr().err
+    assert "took 1 adapters" in capsys.readouterr().out
+
+
+def test_a_model_that_says_no_length_has_none():
+    assert positions(XLNetModel(XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2, d_inner=8))) == 1_000_000

@@ -131,7 +131,7 @@ def test_rows_of_text_and_label_make_a_classification(intents, encoder, monkeypa
     assert m2m("search", "--config", "m2m.yaml", "--max_steps", 1) == 0
 
 
-@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder"])
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder", "disk"])
 def test_rows_of_every_kind_of_file_tell_their_task(intents, encoder, monkeypatch, kind):
     monkeypatch.chdir(intents)
     rows = [json.loads(line) for line in (intents / "validation_intents.jsonl").read_text().splitlines()]
@@ -142,6 +142,8 @@ def test_rows_of_every_kind_of_file_tell_their_task(intents, encoder, monkeypatc
         for number, label in enumerate(("red", "blue")):
             (intents / source / label).mkdir(parents=True)
             picture((200 * number, 0, 0), number).save(intents / source / label / "0.png")
+    elif kind == "disk":
+        Dataset.from_list(rows).save_to_disk(intents / source)
     else:
         made = Dataset.from_list(rows)
         (made.to_csv if kind == "csv" else made.to_parquet)(intents / source)

@@ -259,12 +259,18 @@ def test_labels_of_a_target_that_the_run_does_not_have_are_refused_before_the_tr
 
 
 def test_a_map_of_labels_is_that_of_the_whole_candidate(intents):
-    rows = [row | {"shop": f"s{number % 3}"} for number, row in enumerate(intent_rows(["rot", "blau", "neu"], 12))]
+    rows = [
+        row | {"shop": "s1" if row["label"] == "blau" or number > 8 else "s0"}
+        for number, row in enumerate(intent_rows(["rot", "blau", "neu"], 12))
+    ]
     write_rows(intents / "colours.jsonl", rows)
     given = changed(intents)
     mapped = {"path": "json", "data_files": "colours.jsonl", "labels": {"rot": "red", "blau": "blue"}}
-    given["candidates"] = {"parts": mapped | {"where": {"shop": "s0"}}, "few": mapped | {"max_examples": 2}}
-    write_rows(intents / "colours.jsonl", [*rows, rows[0] | {"label": "neu", "text": "x"}])
+    given["candidates"] = {
+        "parts": mapped | {"where": {"shop": "s0"}},
+        "few": mapped | {"max_examples": 5, "where": {"shop": "s1"}},
+    }
+    write_rows(intents / "colours.jsonl", [*rows, rows[2] | {"label": None, "shop": "s2"}])
     changed(intents, **given)
     one = searcher(intents)
     assert set(one.candidates["parts"].rows["label"]) == {"red", "neu"}
@@ -277,15 +283,17 @@ def test_a_map_of_labels_is_that_of_the_whole_candidate(intents):
 
 
 def test_parts_are_called_by_the_names_of_a_class_column(intents):
-    rows = [row | {"shop": number % 2} for number, row in enumerate(intent_rows(["red", "blue", "green"], 12))]
+    rows = [
+        row | {"shop": number % 3 - 1} for number, row in enumerate(intent_rows(["red", "blue", "green", "one"], 12))
+    ]
     kinds = {"text": Value("string"), "label": Value("string"), "shop": ClassLabel(names=["web", "books"])}
     Dataset.from_list(rows, features=Features(kinds)).to_parquet(intents / "colours.parquet")
     given = changed(intents)
     given["candidates"] = {"all": {"path": "parquet", "data_files": "colours.parquet", "split_by": "shop"}}
     changed(intents, **given)
     one = searcher(intents)
-    assert list(one.candidates) == ["all-books", "all-web"]
-    assert len(one.candidates["all-web"].rows) == 6
+    assert list(one.candidates) == ["all-books", "all-none", "all-web"]
+    assert len(one.candidates["all-web"].rows) == 4
 
 
 @pytest.mark.parametrize(

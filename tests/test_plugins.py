@@ -356,6 +356,10 @@ def test_what_a_classifier_cannot_be_asked_is_refused(tokenizer, tmp_path, targe
     del target["labels"]
     with pytest.raises(InputError, match=r"'0' is none of the 3 labels .*red, green, blue"):
         TargetScoreCallback(one, {"colours": target})
+    one.processing_class.pad_token = None
+    with pytest.raises(InputError, match="its tokenizer has no pad_token"):
+        TargetScoreCallback(one, {"colours": asked(tmp_path, False)})
+    one = classifier(tmp_path, False)
     one.model.config.problem_type = "multi_label_classification"
     with pytest.raises(InputError, match="BertForSequenceClassification, gives multi_label_classification"):
         TargetScoreCallback(one, {"colours": asked(tmp_path, False)})

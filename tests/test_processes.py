@@ -140,14 +140,18 @@ def test_classifiers_of_two_processes_are_those_of_one(intents, tmp_path, launch
 
 
 def test_full_experts_of_models_in_pieces_are_those_of_whole_ones(project, tmp_path, launch_forks):
-    flags = ("--expert", "full", "--learning_rate", "1e-3", "--train_final", "false")
+    flags = ("--expert", "full", "--learning_rate", "1e-3", "--train_final", "false", "--trained_parameters", "layers")
     done = launch_forks(project, tmp_path / "whole", *flags)
     assert done.returncode == 0, done.stderr
     (tmp_path / "pieces.py").write_text(ON_AN_ACCELERATOR + RUN)
     script = tmp_path / "pieces.py"
-    done = launch_forks(
-        project, tmp_path / "pieces", *flags, script=script, config="fsdp2", options=("--mixed_precision", "no")
-    )
+    options = (
+        "--mixed_precision",
+        "no",
+        "--fsdp_activation_checkpointing",
+        "true",
+    )  # which renames what is inside of layers
+    done = launch_forks(project, tmp_path / "pieces", *flags, script=script, config="fsdp2", options=options)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pieces" / "adapters" / "alpha" / "training.json").read_text())
     assert record["uniform"]["sharded"]

@@ -253,8 +253,9 @@ class TargetConfig:
         metric: for `choice` and `classification` `accuracy` (default) or `logprob`, for the latter also `macro_f1`; for
             `loss` `loglikelihood`; for `generation` `exact_match` (default), `numeric_match` or `token_f1`; for these also
             path or Hub id of an `evaluate` module; for `command` the key of the number in its JSON (default `score`); for
-            `lm_eval` the task's own name for it (default its first). data: the validation set, the only rows that the search
-            sees. test_data: sealed; scored once, at the end.
+            `lm_eval` the task's own name for it (default its first).
+        data: the validation set, the only rows that the search sees.
+        test_data: sealed; scored once, at the end.
         weight: of this target in a search with several; what is maximised is the weighted mean of their scores.
         min_delta: a mixture whose score is lower than the base model's by more than this cannot be chosen (None: no matter).
         normalize: how the log-probabilities of choices of different length are compared: as they are (`none`), by token, by byte.

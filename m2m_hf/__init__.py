@@ -18,30 +18,30 @@ __all__ = [
     "Trial",
 ]
 _HOMES = {
-    "Bank": "bank",
-    "GatedStack": "merging",
+    "Bank": "training.bank",
+    "GatedStack": "merging.gated_stack",
     "InputError": "errors",
-    "MergeProbeCallback": "plugins",
-    "MergeToMixConfig": "config",
+    "MergeProbeCallback": "callbacks",
+    "MergeToMixConfig": "config.run_config",
     "MergeToMixSearcher": "searcher",
-    "Mixture": "mixture",
-    "Score": "mixture",
-    "SearchResult": "search",
-    "TargetScoreCallback": "plugins",
-    "TrainingRecorder": "callbacks",
-    "Trial": "mixture",
+    "Mixture": "core.mixture",
+    "Score": "core.mixture",
+    "SearchResult": "search.loop",
+    "TargetScoreCallback": "callbacks",
+    "TrainingRecorder": "training.training_callbacks",
+    "Trial": "core.mixture",
 }
 
 if TYPE_CHECKING:
-    from .bank import Bank
-    from .callbacks import TrainingRecorder
-    from .config import MergeToMixConfig
-    from .errors import InputError
-    from .merging import GatedStack
-    from .mixture import Mixture, Score, Trial
-    from .plugins import MergeProbeCallback, TargetScoreCallback
-    from .search import SearchResult
-    from .searcher import MergeToMixSearcher
+    from m2m_hf.callbacks import MergeProbeCallback, TargetScoreCallback
+    from m2m_hf.config.run_config import MergeToMixConfig
+    from m2m_hf.core.mixture import Mixture, Score, Trial
+    from m2m_hf.errors import InputError
+    from m2m_hf.merging.gated_stack import GatedStack
+    from m2m_hf.search.loop import SearchResult
+    from m2m_hf.searcher import MergeToMixSearcher
+    from m2m_hf.training.bank import Bank
+    from m2m_hf.training.training_callbacks import TrainingRecorder
 
 
 def __getattr__(name: str) -> Any:

@@ -1,114 +1,388 @@
-"""Trainer callbacks: what a run really used, and one progress bar for a whole bank."""
+"""Callbacks for training scripts of one's own: targets of ours, and mixtures, scored while any Trainer trains."""
 
-import resource
-import sys
-import time
-from collections.abc import Callable
+import copy
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+import transformers
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from scipy.stats import kendalltau
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
 
-from .console import Bar
-from .journal import MARK, describe_files, hidden, sync, write_json
+from m2m_hf.config.entries import TargetConfig, check_name
+from m2m_hf.console import Terminal
+from m2m_hf.core.mixture import Failure, Mixture, SearchSpace
+from m2m_hf.data.classification import Length, load_labelled
+from m2m_hf.data.loading import Target, load_all
+from m2m_hf.errors import InputError
+from m2m_hf.merging.gated_stack import Adapter, GatedStack, refuse_unless_averageable
+from m2m_hf.modeling.heads import SUFFIX, own_head, plan_own
+from m2m_hf.modeling.loading import image_mode, patches, positions
+from m2m_hf.scoring.external import CallableScorer
+from m2m_hf.scoring.scorers import Scorer, make_label_scorer, make_scorer
+from m2m_hf.storage.journal import read_made
 
 
-class TrainingRecorder(TrainerCallback):
-    """Records what a training run really used; `record` is what goes into `training.json`.
+class LiveTargets:
+    """Targets of ours, scored with the model that somebody's Trainer is training; see the callbacks for the arguments.
 
-    `record` holds: `steps`, `epochs`, `tokens` (seen, padding excluded), `seconds`, `loss` (mean over the run),
-    `loss_curve` ([step, loss] pairs), and `peak_memory_bytes` (allocated on the accelerator; on a CPU the highest resident
-    size that the process has had).
-
-    Args:
-        before: seconds spent on the same training before it was interrupted.
+    Raises:
+        InputError: a target that cannot be read, or a scorer that needs more than a model.
     """
 
-    def __init__(self, before: float = 0.0) -> None:
-        self.record: dict[str, Any] = {}
-        self._before = before
-        self._start = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Spent so far."""
-        return round(self._before + time.monotonic() - self._start, 3)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def __init__(
+        self,
+        trainer: Trainer,
+        targets: Mapping[str, Mapping[str, Any]],
+        tokens_per_batch: int | None,
+        allow_metric_code: bool,
     ) -> None:
-        self._start = time.monotonic()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        self.trainer = trainer
+        suffix = next((one for one in SUFFIX.values() if type(self.base).__name__.endswith(one)), None)
+        images = suffix == SUFFIX["image_classification"]
+        self.processing: Any = trainer.processing_class
+        expected = transformers.BaseImageProcessor if images else transformers.PreTrainedTokenizerBase
+        if not isinstance(self.processing, expected):
+            raise InputError(
+                f"trainer: expected one with {'an image processor' if images else 'a tokenizer'} as its processing_class, got "
+                f"{type(self.processing).__name__}"
+            )
+        parsed = {
+            check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", Path.cwd())
+            for name, given in targets.items()
+        }
+        for name, one in parsed.items():
+            if one.kind in ("command", "lm_eval"):
+                raise InputError(
+                    f"targets.{name}.scorer: {one.kind} needs an adapter on the disk; expected another one"
+                )
+            if suffix is not None and one.kind not in ("classification", "callable"):
+                raise InputError(
+                    f"targets.{name}.scorer: the trainer's model is a {type(self.base).__name__}, which writes no text; expected "
+                    f"classification, got {one.kind}"
+                )
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise InputError("trainer: its model is in pieces (FSDP, DeepSpeed), and cannot be scored while it trains")
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
+        total = sum(one.weight for one in parsed.values())
+        self.shares = {name: one.weight / total for name, one in parsed.items()}
+        made = self._causal(parsed) if suffix is None else self._classifiers(parsed)
+        self.scorers: dict[str, Scorer] = {
+            name: CallableScorer(one.config.scorer, one.rows, self.processing)
+            if one.config.kind == "callable"
+            else make(allow_metric_code=allow_metric_code, where=f"targets.{name}")
+            for name, (one, make) in made.items()
+        }
+        self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.record = {
-            "steps": state.global_step,
-            "epochs": round(state.epoch or 0.0, 4),
-            "tokens": int(state.num_input_tokens_seen),
-            "seconds": self.seconds,
-            "loss_curve": [[entry["step"], float(entry["loss"])] for entry in state.log_history if "loss" in entry],
-            "peak_memory_bytes": peak,
+    def _causal(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
+        """Every target's rows, and what makes its scorer."""
+        length = positions(self.base)
+        seed = self.trainer.args.seed
+        _, _, loaded = load_all({}, targets, self.processing, seed=seed, max_length=None, assistant_only_loss=False)
+        return {
+            name: (one, partial(make_scorer, one.config, one.rows, self.processing, length))
+            for name, one in loaded.items()
         }
 
+    def _classifiers(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
+        """The same for a classifier, whose own labels are those that a row may have."""
+        config = self.base.config
+        plan = plan_own(config, type(self.base), f"trainer: its model, a {type(self.base).__name__},")
+        assert plan.own is not None
+        head = own_head(plan, tuple(plan.own))
+        processing = copy.deepcopy(self.processing)  # which is the training's own
+        if plan.task == "sequence_classification":
+            if processing.pad_token is None:
+                raise InputError(
+                    "trainer: its tokenizer has no pad_token, and texts are padded to one length; give it one"
+                )
+            processing.padding_side = "right"
+        longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
+        images = plan.task == "image_classification"
+        length = Length(patches(config)) if images else Length(longest, processing)
+        _, _, loaded = load_labelled(
+            {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
+        )
+        return {
+            name: (
+                one,
+                partial(make_label_scorer, one.config, one.rows, processing, lambda: head, length),
+            )
+            for name, one in loaded.items()
+        }
 
-class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as whole once everything in it is written, with what it takes to go on as if nothing had happened.
+    @property
+    def model(self) -> Any:
+        """What is trained, without what accelerate has put around it."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
-    At the last step there is none: going on from it, the Trainer would make one step too many.
+    @property
+    def base(self) -> Any:
+        """The model that an adapter is trained on, or the model itself."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def scores(self, stack: GatedStack, mixtures: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """Of every mixture: target -> score. One that cannot be scored now is not a number, and why is a warning."""
+        found: list[dict[str, float]] = [{} for _ in mixtures]
+        for name, scorer in self.scorers.items():
+            # As many together as fill a batch, or scorers would have to hold the answers of all of them.
+            together = scorer.at_once(stack, self._tokens, scorer.examples)
+            for start in range(0, len(mixtures), together):
+                group = mixtures[start : start + together]
+                for place, score in enumerate(scorer.score(stack, group, self._tokens), start=start):
+                    if isinstance(score, Failure):
+                        warnings.warn(f"targets.{name}: {score.reason}", RuntimeWarning, stacklevel=3)
+                    found[place][name] = math.nan if isinstance(score, Failure) else score.value
+        return found
+
+    def mean(self, scores: Mapping[str, float]) -> float:
+        """Over the targets, by their weights."""
+        return sum(share * scores[name] for name, share in self.shares.items())
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Puts numbers where the training's own are logged; a Trainer's subclass may do more with its own."""
+        control = self.trainer.control
+        own = control.should_log  # which is taken back by whatever is logged, and then the loss would not be
+        Trainer.log(self.trainer, dict(values))
+        control.should_log = own
+
+
+class TargetScoreCallback(TrainerCallback):
+    """Scores targets of ours during a training of yours, TRL's or transformers' own, whenever it evaluates.
+
+    The scores are logged, and stand among the metrics of that evaluation as `eval_<target>`, higher is better. So
+    `metric_for_best_model="eval_<target>"` with `greater_is_better=True` and `load_best_model_at_end` keeps the best checkpoint,
+    and an `EarlyStoppingCallback` that is added after this one stops by it. A run without evaluation is scored at the end of
+    every epoch. The training is left as it would be without it: same random numbers, same weights.
+
+    ```python
+    quiz = {"data": {"path": "json", "data_files": "quiz.jsonl"}, "scorer": "choice"}
+    trainer.add_callback(TargetScoreCallback(trainer, {"quiz": quiz}))
+    ```
 
     Args:
-        of: fingerprint of what is trained; another training does not go on from its checkpoints.
-        recorder: of the same training.
-        losses: gives what is to be known of the losses of all steps so far; every process must call it.
+        trainer: whose model and tokenizer, or image processor, are scored with. It trains a causal LM or a classifier
+            (`...ForSequenceClassification`, `...ForImageClassification`).
+        targets: name -> what stands under `targets:` in a configuration (scorers `choice`, `classification`, `loss`,
+            `generation`, and Python functions; with a classifier `classification` of rows text/label or image/label, whose
+            labels are the names in the model's `id2label`). Relative paths are relative to the working directory.
+        tokens_per_batch: tokens in one forward pass (default: 1024 on a CPU, else 16384).
+        allow_metric_code: load metrics of one's own, which runs the code in them.
+
+    Raises:
+        InputError: a target that cannot be read, or a scorer that needs more than a model.
     """
 
-    def __init__(self, of: str, recorder: TrainingRecorder, losses: Callable[[], dict[str, Any]]) -> None:
-        self._of, self._recorder, self._losses = of, recorder, losses
+    def __init__(
+        self,
+        trainer: Trainer,
+        targets: Mapping[str, Mapping[str, Any]],
+        tokens_per_batch: int | None = None,
+        allow_metric_code: bool = False,
+    ) -> None:
+        self._targets = LiveTargets(trainer, targets, tokens_per_batch, allow_metric_code)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_save = False
+    def scores(self) -> dict[str, float]:
+        """`eval_<target>` -> score of the model as it is now; with several targets their weighted mean too, as `eval_targets`.
 
-    on_epoch_end = on_step_end
+        One that cannot be scored now is not a number, and why is a warning: the training goes on.
+        """
+        model = self._targets.base
+        with undisturbed(model):
+            stack = GatedStack(model, {})
+            try:
+                (scores,) = self._targets.scores(stack, [{}])
+            finally:
+                stack.detach()
+        found = {f"eval_{name}": value for name, value in scores.items()}
+        return found | ({"eval_targets": self._targets.mean(scores)} if len(scores) > 1 else {})
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        losses = self._losses()
-        PartialState().wait_for_everyone()  # every process writes the state of its random numbers
-        if PartialState().is_main_process:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            for old in (folder / MARK, hidden(folder / MARK)):  # of a checkpoint that was killed, or passed over, here
-                old.unlink(missing_ok=True)
-            sync(folder)
-            known = {
-                "of": self._of,
-                "steps": state.global_step,
-                "seconds": self._recorder.seconds,
-                "losses": losses,
-            }
-            write_json(folder / MARK, known | {"files": describe_files(folder)})
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        found = self.scores()
+        kwargs["metrics"].update(found)
+        self._targets.log(found)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.eval_strategy == "no":
+            self._targets.log(self.scores())
 
 
-class BankProgress(TrainerCallback):
-    """Moves one bar through the training of a whole bank.
+class MergeProbeCallback(TrainerCallback):
+    """Ranks mixtures while an adapter is trained, and says when their ranking has stopped moving.
+
+    Every `every` steps the adapter as it is now is averaged with those of other candidates as they were at the same share of
+    their own training (their last checkpoint up to there, or the finished adapter where there are none), and the mixtures
+    are scored on targets of ours. Their order is compared with the one before, by Kendall's τ-b. Once it has been at least
+    `agreement` for `patience` times, with the same best mixture, it is said from which step on: adapters that are all trained
+    that far would have led to the same choice. Logged are `probe_best` (the best mixture's score) and `probe_kendall`. The
+    training is left as it would be without it.
+
+    ```python
+    for name, rows in candidates.items():
+        trainer = SFTTrainer(model, SFTConfig(f"bank/{name}", save_steps=20), train_dataset=rows, peft_config=lora)
+        others = {other: f"bank/{other}" for other in candidates if other != name}
+        probe = MergeProbeCallback(trainer, name, others, {"quiz": quiz}, every=20)
+        trainer.add_callback(probe)
+        trainer.train()
+    print(probe.settled)  # the share of the training after which nothing changed any more; None if it was still moving
+    ```
 
     Args:
-        bar: counts optimizer steps.
-        before: steps that the bar had done when this training began.
-        note: what is being trained.
+        trainer: trains a LoRA adapter, on the same base and with the same settings as the others.
+        name: of the candidate that it is trained on.
+        others: name -> an adapter folder, or the `output_dir` of its training. What is not there yet is left out.
+        targets, tokens_per_batch, allow_metric_code: see `TargetScoreCallback`.
+        every: steps between two probes.
+        patience: probes in a row that must agree with the ones before.
+        agreement: τ-b from which on two rankings are taken for the same, up to 1.
+        stop: end the training then. All adapters of a bank must be trained equally far, so end all of them there.
+
+    Raises:
+        InputError: a model that trains no LoRA adapter that can be averaged, or in pieces; or see `TargetScoreCallback`.
     """
 
-    def __init__(self, bar: Bar, before: int, note: str) -> None:
-        self._bar, self._before, self._note = bar, before, note
+    def __init__(
+        self,
+        trainer: Trainer,
+        name: str,
+        others: Mapping[str, str | Path],
+        targets: Mapping[str, Mapping[str, Any]],
+        every: int,
+        patience: int = 3,
+        agreement: float = 0.9,
+        stop: bool = False,
+        tokens_per_batch: int | None = None,
+        allow_metric_code: bool = False,
+    ) -> None:
+        self._targets = LiveTargets(trainer, targets, tokens_per_batch, allow_metric_code)
+        if name in others:
+            raise InputError(f"others: {name!r} is what this trainer trains; expected the other candidates")
+        if every < 1 or patience < 1 or not agreement <= 1:
+            raise InputError(
+                f"expected every and patience of at least 1 and agreement of at most 1, got {every}, {patience}, {agreement:g}"
+            )
+        model = self._targets.model
+        if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, LoraConfig):
+            raise InputError(
+                f"trainer: expected one that trains a LoRA adapter (peft_config), got {type(model).__name__}"
+            )
+        refuse_unless_averageable(model.active_peft_config, "trainer")
+        if len(model.active_adapters) != 1:
+            raise InputError(f"trainer: expected one adapter that is trained, got {', '.join(model.active_adapters)}")
+        if any("lora_embedding" in name for name, _ in model.named_parameters()):
+            raise InputError("trainer: an adapter on embeddings cannot be probed; expected target_modules without them")
+        self._name = check_name(name, "candidate")
+        self._others = {check_name(other, "candidate"): Path(folder) for other, folder in others.items()}
+        self._every, self._patience, self._agreement, self._stop = every, patience, agreement, stop
+        self.ranking: list[tuple[Mixture, float]] = []
+        self.settled: float | None = None
+        self._since: tuple[int, int] = (0, 0)  # the step of the first of how many rankings that agree
+
+    def probe(self, share: float) -> list[tuple[Mixture, float]]:
+        """The mixtures of the adapters at this share of their training and their scores, best first."""
+        model = self._targets.model
+        adapters = {}
+        for name, folder in self._others.items():
+            if (found := adapter_at(folder, share)) is not None:
+                adapters[name] = Adapter.load(found)
+        state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+        tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
+        adapters[self._name] = Adapter(model.active_peft_config, tensors)
+        mixtures = few_mixtures(tuple(adapters))
+        with undisturbed(model), model.disable_adapter():
+            stack = GatedStack(self._targets.base, adapters)
+            try:
+                scores = self._targets.scores(stack, [one.weights for one in mixtures])
+            finally:
+                stack.detach()
+        ranking = [(mixture, self._targets.mean(one)) for mixture, one in zip(mixtures, scores, strict=True)]
+        return sorted(ranking, key=lambda pair: (math.isnan(pair[1]), -pair[1], len(pair[0]), pair[0].items))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._bar.update(self._before + state.global_step, self._note)
+        if state.global_step % self._every:
+            return
+        before, self.ranking = dict(self.ranking), self.probe(state.global_step / state.max_steps)
+        now = dict(self.ranking)
+        values = {"probe_best": self.ranking[0][1]}
+        agreed = 0.0
+        if before.keys() == now.keys() and len(now) > 1:
+            agreed = float(kendalltau([before[one] for one in now], list(now.values())).statistic)
+            values["probe_kendall"] = agreed
+        self._targets.log(values)
+        same_best = bool(before) and max(before, key=before.__getitem__) == self.ranking[0][0]
+        first, times = self._since
+        moved = not (agreed >= self._agreement and same_best)
+        self._since = (state.global_step, 0) if moved else (first, times + 1)
+        if moved:
+            self.settled = None
+        elif self._since[1] == self._patience:
+            self.settled = first / state.max_steps
+            Terminal(quiet=not state.is_world_process_zero).say(
+                f"the ranking of {len(now)} mixtures has stood still since step {first:,} of {state.max_steps:,}, the best one "
+                f"{self.ranking[0][0]}: adapters that are all trained that far lead to the same choice"
+            )
+        if self.settled is not None and self._stop:
+            control.should_training_stop = True
+
+
+def few_mixtures(names: tuple[str, ...]) -> list[Mixture]:
+    """All subsets of up to six candidates; of more the singles, the pairs, all together and all but one."""
+    space = SearchSpace(tuple(sorted(names)))
+    if len(names) <= 6:
+        return list(space.subsets())
+    sizes = (1, 2, len(names) - 1, len(names))
+    return [Mixture.subset(some) for size in sizes for some in combinations(space.names, size)]
+
+
+def adapter_at(folder: Path, share: float) -> Path | None:
+    """Where the adapter is that a training in `folder` had at a share of its steps; None where there is none yet."""
+    checkpoints = [Path(path) for path in sort_checkpoints(str(folder))] if folder.is_dir() else []
+    for path in reversed(checkpoints):
+        told = read_made(path / TRAINER_STATE_NAME)
+        step, steps = told.get("global_step"), told.get("max_steps")
+        if isinstance(step, int) and isinstance(steps, int) and step <= share * steps * (1 + 1e-9):
+            return path
+    return folder if not checkpoints and (folder / "adapter_config.json").exists() else None
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Leaves mode, random numbers, and what gradients go through as they were."""
+    training = {module: module.training for module in model.modules()}
+    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    cache = getattr(model.config, "use_cache", None)
+    states = random.getstate(), np.random.get_state()
+    for layer in model.modules():
+        if isinstance(
+            layer, Linear4bit
+        ):  # or inference would repack it, and no gradient pass through it (models.load_base)
+            layer.support_avx512bf16_for_cpu = False
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            for parameter, learns in learning.items():
+                parameter.requires_grad_(learns)
+            if hasattr(model.config, "use_cache"):
+                model.config.use_cache = cache
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .errors import printable, redact
+from m2m_hf.errors import printable, redact
 
 PLAIN_SECONDS = 20.0  # at least, between two lines of progress where no bar can be drawn
 

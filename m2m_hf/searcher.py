@@ -16,37 +16,53 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
-from . import parsing
-from .adopted import adopt, adopt_models, check_sources
-from .bank import LAUNCH
-from .baselines import candidate_content, similarity, target_content
-from .certainty import paired
-from .config import MergeToMixConfig
-from .console import Terminal
-from .data import mixture_dataset
-from .ensemble import MOST_SUBSETS, EnsembleObjective
-from .errors import InputError
-from .fidelity import sample
-from .hub import check_login, fetch_bank, fetch_expert, push
-from .ingredients import Ingredients
-from .journal import cut_short, experts_word, fingerprint, hidden, read_json, read_made, weights_of, write_json
-from .methods import AVERAGE, MergeMethod, open_stack
-from .mixture import Failure, Mixture, Score, SearchSpace, Standing, walk
-from .models import adapted_layers, model_config
-from .objectives import Objective
-from .outcome import Outcome, summarise
-from .plan import plan, told_apart
-from .recipe import write_label_recipe, write_recipe
-from .report import write_report
-from .scoring import Scorer
-from .search import Budget, SearchResult, default_budget, score_of, search
-from .strategies import Strategy, Task, exhaustive, listed
-from .study import RANDOM, Choice
-from .surrogates import FEW, STRATEGIES, choose_strategy
-from .tables import baselines_table, end_table, fidelity_remarks, fidelity_tables, remarks, verified_table
-from .trackers import Tracker
-from .trained import TrainedMixtures, TrainedObjective
-from .training import load_trained, publish
+from m2m_hf.analysis.fidelity import sample
+from m2m_hf.analysis.selection_bias import paired
+from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
+from m2m_hf.analysis.study import RANDOM, Choice
+from m2m_hf.config import parsing
+from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.console import Terminal
+from m2m_hf.core.mixture import Failure, Mixture, Score, SearchSpace, Standing, walk
+from m2m_hf.data.loading import mixture_dataset
+from m2m_hf.errors import InputError
+from m2m_hf.merging.methods import AVERAGE, MergeMethod, open_stack
+from m2m_hf.modeling.loading import adapted_layers, model_config
+from m2m_hf.objectives.ensemble import MOST_SUBSETS, EnsembleObjective
+from m2m_hf.objectives.merged import Objective
+from m2m_hf.objectives.trained import TrainedMixtures, TrainedObjective
+from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
+from m2m_hf.publish.recipe import write_label_recipe, write_recipe
+from m2m_hf.reporting.outcome import Outcome, summarise
+from m2m_hf.reporting.page import write_report
+from m2m_hf.reporting.tables import (
+    baselines_table,
+    end_table,
+    fidelity_remarks,
+    fidelity_tables,
+    remarks,
+    verified_table,
+)
+from m2m_hf.run.ingredients import Ingredients
+from m2m_hf.run.plan import plan, told_apart
+from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.search.loop import Budget, SearchResult, default_budget, score_of, search
+from m2m_hf.search.model_based import FEW, STRATEGIES, choose_strategy
+from m2m_hf.search.strategies import Strategy, Task, exhaustive, listed
+from m2m_hf.storage.journal import (
+    cut_short,
+    experts_word,
+    fingerprint,
+    hidden,
+    read_json,
+    read_made,
+    weights_of,
+    write_json,
+)
+from m2m_hf.training.bank import LAUNCH
+from m2m_hf.training.fine_tune import load_trained, publish
+from m2m_hf.training.imported_experts import adopt, adopt_models, check_sources
+from m2m_hf.training.trackers import Tracker
 
 
 class MergeToMixSearcher(Ingredients):

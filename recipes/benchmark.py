@@ -11,7 +11,7 @@ The methods are told in `m2m_hf/benchmark.py`. Fields of the configuration can b
 
 import sys
 
-sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
+sys.path[0] += "/support"  # not this folder, whose select.py would hide the standard library's
 
 import os
 
@@ -28,10 +28,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from trl import ModelConfig
-
-from m2m_hf import InputError, MergeToMixSearcher, parsing
-from m2m_hf.benchmark import (
+from scoring_methods import (
     METHODS,
     SIZES,
     Workload,
@@ -44,11 +41,15 @@ from m2m_hf.benchmark import (
     spread_mixtures,
     switching_seconds,
 )
+from trl import ModelConfig
+
+from m2m_hf import InputError, MergeToMixSearcher
+from m2m_hf.config import parsing
+from m2m_hf.config.entries import DataConfig, TargetConfig
 from m2m_hf.console import Terminal
-from m2m_hf.entries import DataConfig, TargetConfig
-from m2m_hf.merging import Adapter, GatedStack
-from m2m_hf.models import load_base, load_tokenizer
-from m2m_hf.scoring import CompletionScorer, make_scorer
+from m2m_hf.merging.gated_stack import Adapter, GatedStack
+from m2m_hf.modeling.loading import load_base, load_tokenizer
+from m2m_hf.scoring.scorers import CompletionScorer, make_scorer
 
 
 def main() -> None:

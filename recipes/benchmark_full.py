@@ -22,9 +22,9 @@ from itertools import combinations
 from pathlib import Path
 
 from m2m_hf import MergeToMixSearcher
-from m2m_hf.deltas import floats
-from m2m_hf.methods import AVERAGE, DenseStack
-from m2m_hf.mixture import Mixture, walk
+from m2m_hf.core.mixture import Mixture, walk
+from m2m_hf.merging.full_experts import floats
+from m2m_hf.merging.methods import AVERAGE, DenseStack
 
 
 def peak() -> float:

@@ -18,7 +18,7 @@ Exits with 1 where a check fails.
 
 import sys
 
-sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
+sys.path[0] += "/support"  # not this folder, whose select.py would hide the standard library's
 
 from m2m_hf.console import LibraryLog
 
@@ -34,10 +34,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl import ModelConfig, SFTConfig
-
-from m2m_hf.benchmark import (
+from scoring_methods import (
     SIZES,
     Sums,
     Workload,
@@ -50,14 +47,17 @@ from m2m_hf.benchmark import (
     ratio,
     spread_mixtures,
 )
-from m2m_hf.callbacks import BankProgress
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf.config.entries import DataConfig, TargetConfig
 from m2m_hf.console import Terminal
-from m2m_hf.entries import DataConfig, TargetConfig
-from m2m_hf.forward import Weights, completion_logprobs
-from m2m_hf.merging import Adapter, GatedStack
-from m2m_hf.models import load_base, lora_config
-from m2m_hf.scoring import CompletionScorer, make_scorer
-from m2m_hf.training import Settings, train_expert
+from m2m_hf.merging.gated_stack import Adapter, GatedStack
+from m2m_hf.modeling.loading import load_base, lora_config
+from m2m_hf.scoring.forward import Weights, completion_logprobs
+from m2m_hf.scoring.scorers import CompletionScorer, make_scorer
+from m2m_hf.training.fine_tune import Settings, train_expert
+from m2m_hf.training.training_callbacks import BankProgress
 
 ADAPTERS, RANK, SLOWEST = 8, 16, 1.10
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

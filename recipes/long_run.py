@@ -7,7 +7,7 @@ Nothing is trained or scored by a model; the journal is real, on the disk, in a 
 
 import sys
 
-sys.path.pop(0)  # this folder's select.py would hide the standard library's
+sys.path[0] += "/support"  # not this folder, whose select.py would hide the standard library's
 
 import argparse
 import resource
@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+from replay import Landscape
 
-from m2m_hf.journal import Journal
-from m2m_hf.mixture import Mixture, Score, SearchSpace, Standing
-from m2m_hf.outcome import joining
-from m2m_hf.replay import Landscape
-from m2m_hf.search import search
-from m2m_hf.stored import Numbers
-from m2m_hf.strategies import exhaustive
-from m2m_hf.worth import worth
+from m2m_hf.analysis.shapley import worth
+from m2m_hf.core.arrays import Numbers
+from m2m_hf.core.mixture import Mixture, Score, SearchSpace, Standing
+from m2m_hf.reporting.outcome import joining
+from m2m_hf.search.loop import search
+from m2m_hf.search.strategies import exhaustive
+from m2m_hf.storage.journal import Journal
 
 
 class LongValidation(Landscape):

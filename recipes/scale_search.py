@@ -14,7 +14,7 @@ python recipes/scale_search.py --run runs/scale --likelihood    # the score is t
 
 import sys
 
-sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
+sys.path[0] += "/support"  # not this folder, whose select.py would hide the standard library's
 
 from m2m_hf.console import LibraryLog, Terminal
 
@@ -29,12 +29,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.journal import Journal
-from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Standing
-from m2m_hf.replay import Landscape, Replay, larger_landscape, tells_apart
-from m2m_hf.search import Budget, search
-from m2m_hf.strategies import Task, exhaustive
-from m2m_hf.surrogates import STRATEGIES, choose_strategy
+from replay import Landscape, Replay, larger_landscape, tells_apart
+
+from m2m_hf.core.mixture import BASE, Mixture, Score, SearchSpace, Standing
+from m2m_hf.search.loop import Budget, search
+from m2m_hf.search.model_based import STRATEGIES, choose_strategy
+from m2m_hf.search.strategies import Task, exhaustive
+from m2m_hf.storage.journal import Journal
 
 Curve = list[tuple[float, float]]
 

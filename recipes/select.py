@@ -11,7 +11,7 @@ import sys
 # Python puts a script's own folder first on its path, where this file would stand in for the standard library's `select`.
 sys.path.pop(0)
 
-from m2m_hf.cli import main
+from m2m_hf.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["select", *sys.argv[1:]]))

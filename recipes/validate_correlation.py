@@ -10,7 +10,7 @@ import sys
 
 sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
 
-from m2m_hf.cli import main
+from m2m_hf.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["fidelity", *sys.argv[1:]]))

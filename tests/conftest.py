@@ -36,7 +36,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from m2m_hf.cli import main
+from m2m_hf.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = "question: what is the opposite of hot? answer: cold warm big small yes no one two three four red green blue"
@@ -167,7 +167,7 @@ def pytest_collection_finish() -> None:
 def no_pictures(request, monkeypatch):
     """Pages are made in every run, their pictures only where a test asks for `pictures`: drawing takes longer than all else."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("m2m_hf.plots.PICTURES", {})
+        monkeypatch.setattr("m2m_hf.reporting.plots.PICTURES", {})
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def finished_project(tmp_path_factory, pico) -> Path:
     run = folder / "run.yaml"
     run.write_text(run.read_text().replace(".jsonl}\n", ".jsonl, license: cc-by-4.0}\n", 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m2m_hf.plots.PICTURES", {})
+        patch.setattr("m2m_hf.reporting.plots.PICTURES", {})
         assert main(["select", "--config", str(run)]) == 0
     return folder
 

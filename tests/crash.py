@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from conftest import build_model, build_tokenizer, choice_rows, project_folder, write_rows
 
-import m2m_hf.journal
-import m2m_hf.plots
-from m2m_hf.cli import main
-from m2m_hf.journal import Journal, cut_short
+import m2m_hf.reporting.plots
+import m2m_hf.storage.journal
+from m2m_hf.cli.main import main
 from m2m_hf.searcher import MergeToMixSearcher  # noqa: F401 - imported once for all forks
-from m2m_hf.training import CompletionTrainer
+from m2m_hf.storage.journal import Journal, cut_short
+from m2m_hf.training.fine_tune import CompletionTrainer
 
 TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
 APART = (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")
@@ -71,8 +71,8 @@ def fork(work: Callable[[], int], log: Path) -> int:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         torch.set_num_threads(1)
-        m2m_hf.plots.PICTURES.clear()  # drawing takes longer than all else
-        m2m_hf.journal.INLINE = 5  # so that values stand beside the journal too
+        m2m_hf.reporting.plots.PICTURES.clear()  # drawing takes longer than all else
+        m2m_hf.storage.journal.INLINE = 5  # so that values stand beside the journal too
         count_steps(log.with_name("steps.txt"))
         code = work()
     except KeyboardInterrupt:  # before the command could say so

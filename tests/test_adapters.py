@@ -12,14 +12,14 @@ from test_run import m2m
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
-from m2m_hf.bank import differing
+from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
-from m2m_hf.merging import Adapter, GatedStack
-from m2m_hf.models import load_base
-from m2m_hf.parsing import parse
+from m2m_hf.merging.gated_stack import Adapter, GatedStack
+from m2m_hf.modeling.loading import load_base
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.training import planned_steps, train_expert
+from m2m_hf.training.bank import differing
+from m2m_hf.training.fine_tune import planned_steps, train_expert
 
 
 def searcher(project, *flags: str) -> MergeToMixSearcher:
@@ -99,7 +99,7 @@ def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
         trained.append(folder.name)
         return real(base, rows, settings, folder, *rest)
 
-    monkeypatch.setattr("m2m_hf.bank.train_expert", spy)
+    monkeypatch.setattr("m2m_hf.training.bank.train_expert", spy)
     again = searcher(project)
     assert again.bank.check() == ["beta"]
     again.train_adapters()

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from m2m_hf.benchmark import (
+from scoring_methods import (
     METHODS,
     Workload,
     compare,
@@ -23,8 +21,10 @@ from m2m_hf.benchmark import (
     report,
     spread_mixtures,
 )
-from m2m_hf.entries import DataConfig, TargetConfig
-from m2m_hf.scoring import make_scorer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from m2m_hf.config.entries import DataConfig, TargetConfig
+from m2m_hf.scoring.scorers import make_scorer
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from m2m_hf.certainty import certainty, paired, probability_best, told_apart
-from m2m_hf.mixture import BASE, Mixture, Score, Standing, Trial
+from m2m_hf.analysis.selection_bias import certainty, paired, probability_best, told_apart
+from m2m_hf.core.mixture import BASE, Mixture, Score, Standing, Trial
 
 NAMES = [f"d{number}" for number in range(5)]
 MIXTURES = [Mixture.subset(some) for size in range(1, 6) for some in combinations(NAMES, size)]

@@ -2,7 +2,7 @@
 
 import json
 
-from m2m_hf.cli import main
+from m2m_hf.cli.main import main
 
 
 def m2m(*arguments: object) -> int:

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from m2m_hf.config import MergeToMixConfig, field_help
+from m2m_hf.config.parsing import dump_yaml, field_names, parse, trl_fields, with_overrides
+from m2m_hf.config.run_config import MergeToMixConfig, field_help
 from m2m_hf.errors import InputError
-from m2m_hf.parsing import dump_yaml, field_names, parse, trl_fields, with_overrides
 
 MISSING = object()
 CANDIDATES = {"a": {"path": "json", "data_files": "a.jsonl"}}
@@ -225,7 +225,7 @@ def test_values_override_the_file_as_they_are(tmp_path):
     ],
 )
 def test_precision_follows_the_hardware_and_what_was_said(tmp_path, monkeypatch, fields, flags, native, expected):
-    monkeypatch.setattr("m2m_hf.parsing.native_bfloat16", lambda use_cpu: native)
+    monkeypatch.setattr("m2m_hf.config.parsing.native_bfloat16", lambda use_cpu: native)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     _, args, model_args = parse(write(tmp_path, **fields), flags)
     assert (args.use_cpu, model_args.dtype, args.bf16) == expected

@@ -9,10 +9,20 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from test_run import m2m
 from trl import SFTConfig, SFTTrainer
 
-from m2m_hf.data import encode, load_all, load_rows, normalise, overlap, read_line, split_row, target_row, write_mixture
-from m2m_hf.entries import CandidateConfig, DataConfig, TargetConfig
+from m2m_hf.config.entries import CandidateConfig, DataConfig, TargetConfig
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.data.loading import (
+    encode,
+    load_all,
+    load_rows,
+    normalise,
+    overlap,
+    read_line,
+    split_row,
+    target_row,
+    write_mixture,
+)
 from m2m_hf.errors import InputError
-from m2m_hf.mixture import Mixture
 
 MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "cold"}]
 
@@ -241,7 +251,7 @@ def test_without_files_a_builder_would_read_the_working_directory(tmp_path, path
 
 
 def test_folders_with_very_many_files_are_not_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr("m2m_hf.data.MOST_FILES", 5)
+    monkeypatch.setattr("m2m_hf.data.loading.MOST_FILES", 5)
     for number in range(6):
         (tmp_path / f"{number}.txt").touch()
     with pytest.raises(InputError, match="holds more than 5 files"):
@@ -295,7 +305,7 @@ def test_parts_may_have_adapters_of_others_and_are_read_once(public_set, monkeyp
         file.write("adapters: {public-none: theirs}\n")
     lines = []
     monkeypatch.setattr(
-        "m2m_hf.data.read_line", lambda content, place: lines.append(place) or read_line(content, place)
+        "m2m_hf.data.loading.read_line", lambda content, place: lines.append(place) or read_line(content, place)
     )
     assert m2m("search", "--config", public_set / "run.yaml") == 0
     assert sum("public.jsonl" in place for place in lines) == 24

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from m2m_hf.deltas import DELTA_FILE, Delta, floats, save_delta
+from m2m_hf.core.mixture import Mixture, walk
 from m2m_hf.errors import InputError
-from m2m_hf.methods import DenseStack, MergeMethod, dare, open_stack
-from m2m_hf.mixture import Mixture, walk
+from m2m_hf.merging.full_experts import DELTA_FILE, Delta, floats, save_delta
+from m2m_hf.merging.methods import DenseStack, MergeMethod, dare, open_stack
 
 AVERAGE = MergeMethod()
 FAMILIES = ("llama", "gemma2", "gpt2")
@@ -62,7 +62,7 @@ def test_nothing_is_lost_on_the_disk(bank, tmp_path, dtype):
 @pytest.fixture(params=[1 << 22, 2000], ids=["whole", "in blocks"])
 def block(request, monkeypatch):
     """Weights that are worked on as they are, and rows at a time."""
-    monkeypatch.setattr("m2m_hf.deltas.BLOCK", request.param)
+    monkeypatch.setattr("m2m_hf.merging.full_experts.BLOCK", request.param)
 
 
 @pytest.mark.usefixtures("block")

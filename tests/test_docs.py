@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, candidate_rows, choice_rows, intent_rows, write_rows
 from hub_server import Repository
 
-from m2m_hf.launch import relaunched
+from m2m_hf.cli.launch import relaunched
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -30,8 +30,8 @@ trainer = SFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", args, train_dataset=
 """
 CHECK = """
 import sys
-from m2m_hf.ingredients import Ingredients
-from m2m_hf.parsing import parse
+from m2m_hf.run.ingredients import Ingredients
+from m2m_hf.config.parsing import parse
 from pathlib import Path
 Ingredients(*parse(Path(sys.argv[1]))).check()
 """
@@ -124,8 +124,8 @@ def run_command(world, line: str, code: int = 0, **environment: str) -> str:
     if tool == "m2m":
         if any(word.startswith("--accelerate_config") for word in words):
             command = relaunched(words)
-            words = command[command.index("m2m_hf.cli") + 1 :]
-        done = world("-m", "m2m_hf.cli", *words, code=code, **environment)
+            words = command[command.index("m2m_hf.cli.main") + 1 :]
+        done = world("-m", "m2m_hf.cli.main", *words, code=code, **environment)
         return done.stdout + done.stderr
     assert code == 0
     if tool == "accelerate":
@@ -192,7 +192,7 @@ def test_pages(world, page):
 
 
 def test_every_command_is_explained_somewhere(capsys):
-    from m2m_hf.cli import make_parser
+    from m2m_hf.cli.main import make_parser
 
     told = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     for name in make_parser()._subparsers._group_actions[0].choices:

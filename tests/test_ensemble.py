@@ -9,14 +9,14 @@ import torch
 from conftest import build_model, choice_rows
 from test_scoring import build_stack, config, questions_of_many_shapes
 
-from m2m_hf.data import TargetRow, target_row
-from m2m_hf.ensemble import Ensemble, EnsembleObjective, screen, subset_blocks
-from m2m_hf.forward import completion_logprobs, token_logprobs
-from m2m_hf.journal import Keys
-from m2m_hf.merging import GatedStack
-from m2m_hf.mixture import BASE, Mixture, SearchSpace
-from m2m_hf.objectives import MergedObjective
-from m2m_hf.scoring import make_scorer
+from m2m_hf.core.mixture import BASE, Mixture, SearchSpace
+from m2m_hf.data.loading import TargetRow, target_row
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, screen, subset_blocks
+from m2m_hf.objectives.merged import MergedObjective
+from m2m_hf.scoring.forward import completion_logprobs, token_logprobs
+from m2m_hf.scoring.scorers import make_scorer
+from m2m_hf.storage.journal import Keys
 
 NAMES = ("a", "b", "c")
 MIXTURES = [Mixture.subset(s) for size in (1, 2, 3) for s in itertools.combinations(NAMES, size)]
@@ -116,7 +116,7 @@ def test_the_best_subsets_are_the_best_of_all(accuracy, monkeypatch):
     ensemble = made_up(7, 30, accuracy)
     costs = {name: float(number) for number, name in enumerate(ensemble.names)}
     spaces = [SearchSpace(ensemble.names), SearchSpace(ensemble.names[1:], frozenset({"n3"}), 2, 4, costs, 12.0)]
-    monkeypatch.setattr("m2m_hf.ensemble.BLOCK", 3000)  # several blocks
+    monkeypatch.setattr("m2m_hf.objectives.ensemble.BLOCK", 3000)  # several blocks
     for space in spaces:
         every = {mixture: ensemble.score(mixture).value for mixture in space.subsets()}
         best = ensemble.best_subsets(space, 12)
@@ -174,7 +174,7 @@ def test_the_screen_is_the_ensemble_of_what_the_singles_scored():
 @pytest.mark.parametrize("metric", ["accuracy", "logprob", "loglikelihood"])
 def test_gradients_are_differences(tmp_path, tokenizer, metric, apart, monkeypatch):
     if apart:
-        monkeypatch.setattr("m2m_hf.forward.shared_span", lambda model: 0)
+        monkeypatch.setattr("m2m_hf.scoring.forward.shared_span", lambda model: 0)
     stack = build_stack(tmp_path, "llama")
     scorer = scorers(tokenizer)[metric]
     weights = {"a": 0.5, "b": 0.2, "c": 0.3}

@@ -27,15 +27,16 @@ from transformers import (
     XLNetModel,
 )
 
-from m2m_hf import MergeToMixSearcher, deltas
+from m2m_hf import MergeToMixSearcher
+from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.deltas import DELTA_FILE, Delta, Sums, aside, floats, save_delta
+from m2m_hf.core.mixture import Mixture, walk
 from m2m_hf.errors import InputError
-from m2m_hf.journal import is_inside
-from m2m_hf.methods import DenseStack, MergeMethod
-from m2m_hf.mixture import Mixture, walk
-from m2m_hf.models import positions
-from m2m_hf.parsing import parse
+from m2m_hf.merging import full_experts as deltas
+from m2m_hf.merging.full_experts import DELTA_FILE, Delta, Sums, aside, floats, save_delta
+from m2m_hf.merging.methods import DenseStack, MergeMethod
+from m2m_hf.modeling.loading import positions
+from m2m_hf.storage.journal import is_inside
 
 pictures_of, searcher = test_images.pictures_of, test_labels.searcher
 FULL = ("--expert", "full", "--learning_rate", "1e-3")
@@ -481,7 +482,7 @@ def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_base(intents, monke
         raise ValueError("not today")
 
     with monkeypatch.context() as patch:
-        patch.setattr("m2m_hf.training.LabelTrainer.__init__", fails)
+        patch.setattr("m2m_hf.training.fine_tune.LabelTrainer.__init__", fails)
         with pytest.raises(ValueError, match="not today"):
             one.train_adapters()
     after = one.base.state_dict()

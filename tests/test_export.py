@@ -11,8 +11,8 @@ from conftest import candidate_rows, write_rows
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.utils import DatasetMixtureConfig
 
-from m2m_hf.cli import main
-from m2m_hf.export import KINDS, warmup
+from m2m_hf.cli.main import main
+from m2m_hf.publish.export import KINDS, warmup
 
 
 def m2m(*arguments: object) -> int:

@@ -12,13 +12,13 @@ import torch
 from conftest import build_adapter, build_model, choice_rows, write_rows
 from peft import PeftModel
 
-from m2m_hf.data import encode, target_row
-from m2m_hf.entries import DataConfig, TargetConfig
+from m2m_hf.config.entries import DataConfig, TargetConfig
+from m2m_hf.core.mixture import Failure, Score
+from m2m_hf.data.loading import encode, target_row
 from m2m_hf.errors import InputError, StoppedError
-from m2m_hf.external import CallableScorer, CommandScorer, HarnessScorer
-from m2m_hf.merging import Adapter, GatedStack, write_adapter
-from m2m_hf.mixture import Failure, Score
-from m2m_hf.scoring import make_scorer
+from m2m_hf.merging.gated_stack import Adapter, GatedStack, write_adapter
+from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
+from m2m_hf.scoring.scorers import make_scorer
 
 VARIANTS = {
     "plain": {},
@@ -204,9 +204,9 @@ def test_who_ends_the_run_or_a_full_disk_is_no_fault_of_the_mixture(tmp_path):
 def test_processes_agree_on_what_fits_into_memory(tmp_path, tokenizer, monkeypatch):
     """Or the next pass would be cut into other batches on each of them."""
     stack = build(tmp_path)
-    monkeypatch.setattr("m2m_hf.external.PartialState", lambda: SimpleNamespace(num_processes=2))
-    monkeypatch.setattr("m2m_hf.external.broadcast_object_list", lambda found: found)
-    monkeypatch.setattr("m2m_hf.external.gather_object", lambda found: [*found, 4])
+    monkeypatch.setattr("m2m_hf.scoring.external.PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("m2m_hf.scoring.external.broadcast_object_list", lambda found: found)
+    monkeypatch.setattr("m2m_hf.scoring.external.gather_object", lambda found: [*found, 4])
     CallableScorer(lambda model, tokenizer, rows: 0.5, [], tokenizer).score(stack, [{}], 100)
     assert stack.shrink == 4
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from m2m_hf import fidelity
-from m2m_hf.fidelity import Agreement, Figure, Rows, agreement, jackknife, sample, verdict
-from m2m_hf.mixture import Mixture, SearchSpace
+from m2m_hf.analysis import fidelity
+from m2m_hf.analysis.fidelity import Agreement, Figure, Rows, agreement, jackknife, sample, verdict
+from m2m_hf.core.mixture import Mixture, SearchSpace
 
 
 def subsets(count: int) -> list[Mixture]:

@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from m2m_hf.config.parsing import field_names, parse
 from m2m_hf.console import Terminal
+from m2m_hf.core.mixture import Mixture, Score, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.journal import Journal
-from m2m_hf.merging import Adapter, GatedStack, mixture_adapter
-from m2m_hf.mixture import Mixture, Score, Trial
-from m2m_hf.parsing import field_names, parse
+from m2m_hf.merging.gated_stack import Adapter, GatedStack, mixture_adapter
 from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.storage.journal import Journal
 
 common = {
     "deadline": timedelta(seconds=30),  # nothing hangs

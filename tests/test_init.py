@@ -7,8 +7,8 @@ import yaml
 from conftest import candidate_rows, picture, write_rows
 from datasets import Dataset
 
-from m2m_hf.cli import main
-from m2m_hf.parsing import parse
+from m2m_hf.cli.main import main
+from m2m_hf.config.parsing import parse
 
 
 def m2m(*arguments: object) -> int:

@@ -8,9 +8,9 @@ import signal
 import pytest
 from datasets import load_dataset
 
+from m2m_hf.core.mixture import BASE, Mixture, Score, SearchSpace, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.journal import Journal, RunFolder, fingerprint, read_json, write_atomic
-from m2m_hf.mixture import BASE, Mixture, Score, SearchSpace, Trial
+from m2m_hf.storage.journal import Journal, RunFolder, fingerprint, read_json, write_atomic
 
 
 def trial(key: str, names: tuple = ("a",), value: float = 0.5, state: str = "complete") -> Trial:

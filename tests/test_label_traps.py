@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.data import image_digest, mixture_dataset
-from m2m_hf.deltas import floats
-from m2m_hf.labelled import Collate
-from m2m_hf.parsing import parse
+from m2m_hf.data.classification import Collate
+from m2m_hf.data.loading import image_digest, mixture_dataset
+from m2m_hf.merging.full_experts import floats
 from m2m_hf.searcher import MergeToMixSearcher
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
-from m2m_hf.callbacks import BankProgress
+from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.deltas import floats
-from m2m_hf.parsing import parse
+from m2m_hf.merging.full_experts import floats
+from m2m_hf.training.training_callbacks import BankProgress
 
 ROOT = Path(__file__).parents[1]
 KINDS = [(), ("--expert", "full", "--learning_rate", "1e-3")]
@@ -93,7 +93,7 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
 
     # Once more: nothing is trained, scored or loaded.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m2m_hf.ingredients.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
+        patch.setattr("m2m_hf.run.ingredients.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
         assert main_in("select", "--config", out / "config.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main_in("status", out) == 0
@@ -415,7 +415,7 @@ def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tm
     given = yaml.safe_load(path.read_text()) | {"expert": "full"}
     given["experts"] = {name: f"theirs/{name}" for name in INTENTS}
     path.write_text(yaml.safe_dump(given))
-    monkeypatch.setattr("m2m_hf.bank.train_expert", lambda *args: pytest.fail("an expert was trained"))
+    monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an expert was trained"))
     assert main_in("search", "--config", path) == 0
     told = capsys.readouterr().out
     assert "taken on trust" in told
@@ -465,7 +465,7 @@ def test_the_plan_writes_nothing(intents):
 
 def test_help_tells_of_tasks_and_experts():
     done = subprocess.run(
-        [sys.executable, "-m", "m2m_hf.cli", "select", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "m2m_hf.cli.main", "select", "--help"], capture_output=True, text=True, check=True
     )
     for word in ("sequence_classification", "image_classification", "expert", "trained_parameters", "label_template"):
         assert word in done.stdout

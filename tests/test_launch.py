@@ -9,11 +9,11 @@ import pytest
 import yaml
 from test_processes import LAUNCH, arguments, trials
 
-from m2m_hf.cli import main
+from m2m_hf.cli.launch import find, names, relaunched
+from m2m_hf.cli.main import main
+from m2m_hf.config.parsing import parse
 from m2m_hf.errors import InputError
-from m2m_hf.ingredients import Ingredients, seen
-from m2m_hf.launch import find, names, relaunched
-from m2m_hf.parsing import parse
+from m2m_hf.run.ingredients import Ingredients, seen
 
 ROOT = Path(__file__).parents[1]
 SCONTROL = "#!/bin/sh\necho 127.0.0.1\n"
@@ -58,7 +58,7 @@ def test_two_machines_are_as_one(project, tmp_path, forks):
 def test_a_machine_with_a_folder_or_rows_of_its_own_is_refused(project, monkeypatch):
     here = Ingredients(*parse(project / "run.yaml"))
     here.prepare()
-    monkeypatch.setattr("m2m_hf.ingredients.seen", lambda path, content: seen(path, content, 0))
+    monkeypatch.setattr("m2m_hf.run.ingredients.seen", lambda path, content: seen(path, content, 0))
     monkeypatch.setattr(here, "_agree", lambda value: ["another configuration", value[1]])
     with pytest.raises(InputError, match="expected one on a file system that all machines share"):
         here._check_machines()
@@ -100,13 +100,18 @@ def test_what_accelerate_is_told(monkeypatch, tmp_path):
     ]
     assert command[5:] == [
         "--machine_rank", "1", "--num_machines", "2", "--num_processes", "8",
-        "--module", "m2m_hf.cli", "select", "--config", "x.yaml", "--seed", "1",
+        "--module", "m2m_hf.cli.main", "select", "--config", "x.yaml", "--seed", "1",
     ]  # fmt: skip
     told = relaunched(["search", "--accelerate_config=cpu_2proc", "--config", "x.yaml"])
-    assert told[5:] == ["--main_process_port", "0", "--module", "m2m_hf.cli", "search", "--config", "x.yaml"]
+    assert told[5:] == ["--main_process_port", "0", "--module", "m2m_hf.cli.main", "search", "--config", "x.yaml"]
     own = tmp_path / "mine.yaml"  # says all itself
     own.write_text("num_machines: 2\nnum_processes: 16\nmain_process_port: 29500\n")
-    assert relaunched(["search", f"--accelerate_config={own}"])[4:] == [str(own), "--module", "m2m_hf.cli", "search"]
+    assert relaunched(["search", f"--accelerate_config={own}"])[4:] == [
+        str(own),
+        "--module",
+        "m2m_hf.cli.main",
+        "search",
+    ]
     told = relaunched(["search", "--accelerate_config=multi_gpu", "--num_processes", "3"])
     assert told[5:9] == ["--num_processes", "3", "--main_process_port", "0"]
 
@@ -152,7 +157,7 @@ def test_recipes_by_name(capsys, tmp_path):
 
 
 def test_a_recipe_that_is_a_script_is_run(tmp_path):
-    command = [sys.executable, "-m", "m2m_hf.cli", "recipe", "demo/data", str(tmp_path / "data")]
+    command = [sys.executable, "-m", "m2m_hf.cli.main", "recipe", "demo/data", str(tmp_path / "data")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "opposites.jsonl").exists()

@@ -18,8 +18,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError, MergeProbeCallback, TargetScoreCallback
-from m2m_hf.merging import Adapter, GatedStack
-from m2m_hf.mixture import Mixture
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.merging.gated_stack import Adapter, GatedStack
 
 
 def trainer(tokenizer, folder, word: str = "alpha", **options) -> SFTTrainer:

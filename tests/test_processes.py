@@ -26,7 +26,7 @@ PartialState.__init__ = pretend
 """
 ONE_DIES = """
 import os, signal
-from m2m_hf.journal import Journal
+from m2m_hf.storage.journal import Journal
 extend = Journal.extend
 def die(self, trials, write=True):
     found = extend(self, trials, write)
@@ -36,7 +36,7 @@ def die(self, trials, write=True):
 Journal.extend = die
 """
 LAUNCH = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from forks import launch; launch()"
-RUN = "\nimport sys\nfrom m2m_hf.cli import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
+RUN = "\nimport sys\nfrom m2m_hf.cli.main import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
 
 
 def arguments(

@@ -10,12 +10,12 @@ from peft import PeftModel
 from test_run import m2m
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.callbacks import BankProgress
 from m2m_hf.console import Terminal
-from m2m_hf.forward import Question, Request, completion_logprobs
-from m2m_hf.merging import Adapter, GatedStack, write_adapter
-from m2m_hf.models import load_base, lora_config
-from m2m_hf.training import Settings, train_expert
+from m2m_hf.merging.gated_stack import Adapter, GatedStack, write_adapter
+from m2m_hf.modeling.loading import load_base, lora_config
+from m2m_hf.scoring.forward import Question, Request, completion_logprobs
+from m2m_hf.training.fine_tune import Settings, train_expert
+from m2m_hf.training.training_callbacks import BankProgress
 
 KINDS = {
     "nf4": {"load_in_4bit": True},

@@ -5,14 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from replay import Replay, tells_apart
 
-from m2m_hf.journal import Journal
-from m2m_hf.mixture import Mixture, Score, SearchSpace
-from m2m_hf.racing import FIRST, Sample, judge, rungs
-from m2m_hf.replay import Replay, tells_apart
-from m2m_hf.search import Budget, search
-from m2m_hf.strategies import exhaustive
-from m2m_hf.surrogates import STRATEGIES
+from m2m_hf.core.mixture import Mixture, Score, SearchSpace
+from m2m_hf.search.loop import Budget, search
+from m2m_hf.search.model_based import STRATEGIES
+from m2m_hf.search.race import FIRST, Sample, judge, rungs
+from m2m_hf.search.strategies import exhaustive
+from m2m_hf.storage.journal import Journal
 
 NAMES = tuple("abcde")
 SPACE = SearchSpace(NAMES)

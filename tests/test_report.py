@@ -9,10 +9,10 @@ import pytest
 import yaml
 from conftest import choice_rows, write_rows
 
-from m2m_hf.cli import main
-from m2m_hf.journal import RunFolder
-from m2m_hf.mixture import Mixture
-from m2m_hf.record import Record
+from m2m_hf.cli.main import main
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.reporting.record import Record
+from m2m_hf.storage.journal import RunFolder
 
 VOID = {"meta", "br", "img", "link", "use", "path", "rect", "line", "circle", "image"}
 HOSTILE = '$\\frac{$<b>&<script>alert("x")</script><img src=x onerror=alert(1)> {{ 771*997 }}'

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
-from m2m_hf.cli import main, report_errors
+from m2m_hf.cli.main import main, report_errors
 from m2m_hf.console import Terminal
 from m2m_hf.errors import StoppedError
-from m2m_hf.journal import Journal
-from m2m_hf.merging import GatedStack
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.storage.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +91,7 @@ def test_a_second_select_does_nothing_and_says_so(project, capsys, monkeypatch):
     assert m2m("select", "--config", project / "run.yaml") == 0
     before = files(project / "out")
     capsys.readouterr()
-    monkeypatch.setattr("m2m_hf.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("m2m_hf.run.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
     assert m2m("select", "--config", project / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     unchanged = {name for name, time in files(project / "out").items() if before.get(name) == time}
@@ -390,10 +390,10 @@ def test_what_only_one_of_several_processes_knows_is_said(monkeypatch, capsys):
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("m2m_hf.cli.PATIENCE", 0.1)
+    monkeypatch.setattr("m2m_hf.cli.main.PATIENCE", 0.1)
     assert report_errors(work) == 2
     assert capsys.readouterr().err == "m2m: process 1 of 2: odd rows\n"
-    monkeypatch.setattr("m2m_hf.cli.PATIENCE", 30)
+    monkeypatch.setattr("m2m_hf.cli.main.PATIENCE", 30)
     before = signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
@@ -415,7 +415,7 @@ def test_what_outside_ended_is_said_with_what_is_safe(capsys):
 
 def test_the_same_seed_gives_the_same_bytes(project, tmp_path, forks):
     """In another process, whose sets have their elements in another order (`served`)."""
-    code = "import sys; from m2m_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from m2m_hf.cli.main import main; sys.exit(main(sys.argv[1:]))"
     arguments = [
         ["select", "--config", str(project / "run.yaml"), "--output_dir", str(tmp_path / n)] for n in ("1", "2")
     ]

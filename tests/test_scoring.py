@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import build_adapter, build_model, choice_rows
 
-from m2m_hf.data import TargetRow, encode, target_row
-from m2m_hf.entries import DataConfig, TargetConfig
+from m2m_hf.config.entries import DataConfig, TargetConfig
+from m2m_hf.core.mixture import Failure, Score, mean_and_stderr
+from m2m_hf.data.loading import TargetRow, encode, target_row
 from m2m_hf.errors import InputError
-from m2m_hf.forward import Question, Request, ScoredPositions, batches, completion_logprobs
-from m2m_hf.merging import Adapter, GatedStack
-from m2m_hf.metrics import Metric, bootstrap
-from m2m_hf.mixture import Failure, Score, mean_and_stderr
-from m2m_hf.scoring import Scorer, make_scorer
+from m2m_hf.merging.gated_stack import Adapter, GatedStack
+from m2m_hf.scoring.forward import Question, Request, ScoredPositions, batches, completion_logprobs
+from m2m_hf.scoring.metrics import Metric, bootstrap
+from m2m_hf.scoring.scorers import Scorer, make_scorer
 
 
 def config(scorer: str, metric: str, **options) -> TargetConfig:
@@ -188,7 +188,7 @@ def test_every_prompt_is_computed_once(tokenizer, questions):
 def test_a_model_without_position_ids_scores_each_choice_alone(tokenizer, questions, monkeypatch):
     model = build_model("llama")
     expected = score_of(make_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
-    monkeypatch.setattr("m2m_hf.forward.shared_span", lambda model: 0)
+    monkeypatch.setattr("m2m_hf.scoring.forward.shared_span", lambda model: 0)
     alone = score_of(make_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
     assert alone.values == pytest.approx(expected.values, abs=1e-5)
 

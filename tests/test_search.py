@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from m2m_hf import stored
+from m2m_hf.core import arrays as stored
+from m2m_hf.core.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.journal import Journal
-from m2m_hf.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
-from m2m_hf.search import choose, preference, search
-from m2m_hf.strategies import exhaustive
+from m2m_hf.search.loop import choose, preference, search
+from m2m_hf.search.strategies import exhaustive
+from m2m_hf.storage.journal import Journal
 
 NAMES = ("a", "b", "c", "d")
 SPACE = SearchSpace(NAMES)
@@ -107,7 +107,7 @@ def test_what_is_measured_together_is_written_together(tmp_path, monkeypatch):
     written = []
     real = stored.append_bytes
     monkeypatch.setattr(
-        "m2m_hf.journal.append_bytes", lambda path, content: written.append(content) or real(path, content)
+        "m2m_hf.storage.journal.append_bytes", lambda path, content: written.append(content) or real(path, content)
     )
     objective = TableObjective(at_once=3)
     run(objective, tmp_path / "t.jsonl")

@@ -106,7 +106,7 @@ def test_the_ensemble_objective(project, capsys):
 
 
 def test_bayes_without_optuna_says_what_to_type(project, capsys, monkeypatch):
-    monkeypatch.setattr("m2m_hf.ingredients.find_spec", lambda name: None)
+    monkeypatch.setattr("m2m_hf.run.ingredients.find_spec", lambda name: None)
     assert m2m("search", "--config", project / "run.yaml", "--strategy", "bayes") == 2
     assert "pip install 'm2m_hf[bayes]'" in capsys.readouterr().err
     assert not (project / "out").exists()
@@ -143,7 +143,7 @@ def test_a_pool_grows_and_shrinks(project, capsys, monkeypatch):
     config = yaml.safe_load((project / "run.yaml").read_text())
     del config["candidates"]["beta"]
     (project / "run.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("m2m_hf.bank.train_expert", lambda *args: pytest.fail("an adapter was trained"))
+    monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an adapter was trained"))
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert "beta" not in summary(project)["singles"]
 

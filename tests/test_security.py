@@ -16,16 +16,16 @@ from conftest import build_adapter, candidate_rows, choice_rows, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from m2m_hf.cli import main
+from m2m_hf.cli.main import main
+from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.data import fill
+from m2m_hf.data.loading import fill
 from m2m_hf.errors import InputError
-from m2m_hf.journal import MARK, describe_files
-from m2m_hf.merging import Adapter
-from m2m_hf.models import load_base
-from m2m_hf.parsing import parse
+from m2m_hf.merging.gated_stack import Adapter
+from m2m_hf.modeling.loading import load_base
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.training import train_expert
+from m2m_hf.storage.journal import MARK, describe_files
+from m2m_hf.training.fine_tune import train_expert
 
 
 class Bomb:
@@ -286,7 +286,7 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path, forks):
     path = change(project, lambda given: given.update(targets={"mine": target}))
     code = (
         "import logging, os, sys\n"
-        "from m2m_hf import cli\n"
+        "from m2m_hf.cli import main as cli\n"
         "real = cli.open_searcher\n"
         "def noisy(*arguments):\n"
         "    found = real(*arguments)\n"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from m2m_hf.cli import main
-from m2m_hf.journal import RunFolder, checkpoints, hidden
+from m2m_hf.cli.main import main
+from m2m_hf.storage.journal import RunFolder, checkpoints, hidden
 
 
 def m2m(*arguments: object) -> int:
@@ -66,7 +66,7 @@ def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
     shown = told(capsys, finished / "out")
     assert "whole: adapters, models, journal and mixture are as they were written" in shown
     assert "left: nothing" in shown
-    monkeypatch.setattr("m2m_hf.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("m2m_hf.run.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
     assert m2m("select", "--config", finished / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
 
@@ -111,7 +111,7 @@ def test_odd_records_are_no_traceback(complete, capsys, odd):
 
 
 def test_values_beside_the_journal_are_checked(project, capsys, monkeypatch):
-    monkeypatch.setattr("m2m_hf.journal.INLINE", 5)
+    monkeypatch.setattr("m2m_hf.storage.journal.INLINE", 5)
     assert m2m("search", "--config", project / "run.yaml") == 0
     values = project / "out" / "trials.values"
     assert "whole: " in told(capsys, project / "out")

@@ -6,14 +6,14 @@ import math
 import random
 
 import pytest
+from replay import Landscape, larger_landscape
 
+from m2m_hf.core.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.journal import Journal
-from m2m_hf.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
-from m2m_hf.replay import Landscape, larger_landscape
-from m2m_hf.search import Budget, search
-from m2m_hf.strategies import Task
-from m2m_hf.surrogates import STRATEGIES, ScoreModel, choose_strategy, expected_improvement
+from m2m_hf.search.loop import Budget, search
+from m2m_hf.search.model_based import STRATEGIES, ScoreModel, choose_strategy, expected_improvement
+from m2m_hf.search.strategies import Task
+from m2m_hf.storage.journal import Journal
 
 NAMES = tuple("abcdefg")
 COSTS = {name: float(number + 1) for number, name in enumerate(NAMES)}

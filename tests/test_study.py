@@ -11,18 +11,19 @@ import pytest
 import yaml
 from conftest import choice_rows, project_folder, write_rows
 
-from m2m_hf import InputError, bank, trained
-from m2m_hf.cli import main
+from m2m_hf import InputError
+from m2m_hf.analysis.study import compare, figures, has_logprobs
+from m2m_hf.cli.main import main
+from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.journal import Journal
-from m2m_hf.methods import MergeMethod
-from m2m_hf.mixture import Mixture, Score, Standing, Trial
-from m2m_hf.parsing import parse
-from m2m_hf.record import Record
-from m2m_hf.scoring import ChoiceScorer
+from m2m_hf.core.mixture import Mixture, Score, Standing, Trial
+from m2m_hf.merging.methods import MergeMethod
+from m2m_hf.objectives import trained
+from m2m_hf.reporting.record import Record
+from m2m_hf.scoring.scorers import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.study import compare, figures, has_logprobs
-from m2m_hf.training import TrainingFailedError
+from m2m_hf.storage.journal import Journal
+from m2m_hf.training.fine_tune import TrainingFailedError, bank
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +46,7 @@ def finished(tmp_path_factory, pico):
     """The run folder of a study of the `project` fixture's configuration, made once."""
     folder = project_folder(tmp_path_factory.mktemp("study"), pico)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m2m_hf.plots.PICTURES", {})
+        patch.setattr("m2m_hf.reporting.plots.PICTURES", {})
         assert m2m("fidelity", "--config", folder / "run.yaml") == 0
     return folder / "out"
 

@@ -9,11 +9,11 @@ from conftest import candidate_rows, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import m2m
 
-from m2m_hf.config import MergeToMixConfig
+from m2m_hf.config.parsing import parse
+from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.errors import InputError
-from m2m_hf.ingredients import Ingredients
-from m2m_hf.parsing import parse
-from m2m_hf.trackers import Tracker, group_of
+from m2m_hf.run.ingredients import Ingredients
+from m2m_hf.training.trackers import Tracker, group_of
 
 RUNS = ["adapters/alpha", "adapters/beta", "adapters/gamma", "final", "scores", "search"]
 

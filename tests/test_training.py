@@ -11,13 +11,13 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from m2m_hf import InputError
-from m2m_hf.cli import main
+from m2m_hf.cli.main import main
+from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.errors import StoppedError
-from m2m_hf.journal import MARK, altered, cut_short, hidden
-from m2m_hf.parsing import parse
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.training import finished, last_checkpoint, publish, train_expert, verdict
+from m2m_hf.storage.journal import MARK, altered, cut_short, hidden
+from m2m_hf.training.fine_tune import finished, last_checkpoint, publish, train_expert, verdict
 
 TIMES = {"seconds", "peak_memory_bytes"}
 

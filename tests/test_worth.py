@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from m2m_hf.mixture import BASE, Mixture, Score, Standing, Trial
-from m2m_hf.worth import worth
+from m2m_hf.analysis.shapley import worth
+from m2m_hf.core.mixture import BASE, Mixture, Score, Standing, Trial
 
 NAMES = ("a", "b", "c", "d")
 

@@ -1,0 +1,1 @@
+"""What the scores mean: selection bias, Shapley values, fidelity. Imports objectives and search."""

@@ -1,0 +1,208 @@
+"""What the rows of the targets can tell: paired differences, the winner's curse, and how many rows it would take.
+
+The best of many mixtures scores well partly by chance, so its own score is too high (the winner's curse). It is corrected by
+choosing again on resampled rows and scoring that choice on the rows left out (BBC-CV: Tsamardinos, Greasidou and Borboudakis,
+Bootstrapping the out-of-sample predictions for efficient and accurate cross-validation, 2018).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm
+
+from m2m_hf.core.mixture import Mixture, Score, Standing, mean_and_stderr
+
+RESAMPLES = 1000
+CONTENDERS = 256  # mixtures, the best ones, among which is chosen again
+RISK, POWER = 0.05, 0.8  # of paired tests
+NUMBERS = 1 << 25  # in one temporary array
+
+
+def paired(
+    ours: Mapping[str, Score], theirs: Mapping[str, Score], weights: Mapping[str, float], measure: str = "score"
+) -> tuple[float, float | None]:
+    """(difference, standard error) of two mixtures on the same rows: the weighted mean over the targets.
+
+    Args:
+        ours: target -> score.
+        theirs: the same of what it is compared with.
+        weights: of the targets.
+        measure: `score`, or `logprob`: the log-probability of the right answers.
+
+    Returns:
+        None as standard error where a target has no values by row.
+    """
+    total = sum(weights[target] for target in ours)
+    value, variance = 0.0, 0.0
+    known = True
+    for target, one in ours.items():
+        other, share = theirs[target], weights[target] / total
+        if measure == "logprob":
+            mine, yours = one.logprobs, other.logprobs
+        else:
+            mine, yours = one.values, other.values
+            value += share * (one.value - other.value)
+        if mine and yours:
+            mean, stderr = mean_and_stderr(np.asarray(mine) - np.asarray(yours))
+            variance += (share * stderr) ** 2
+            if measure == "logprob":
+                value += share * mean
+        else:
+            known = False
+    return value, variance**0.5 if known else None
+
+
+def told_apart(better: Standing, worse: Standing) -> bool:
+    """Whether a one-sided paired test at 5 % tells that one mixture is better than another."""
+    value, stderr = paired(scores_of(better), scores_of(worse), better.weights)
+    return value > float(norm.ppf(1 - RISK)) * (stderr or 0.0)
+
+
+def scores_of(standing: Standing) -> dict[str, Score]:
+    """Target -> score; of those that have one."""
+    return {target: trial.score for target, trial in standing.trials.items() if trial.score}
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How sure it is that the chosen mixture is the best one, and by how much.
+
+    Args:
+        corrected: its score without the winner's curse.
+        optimism: by how much its own score is too high.
+        probability_best: that it truly is the best of those that may be chosen, see `probability_best`; None where the scores
+            of too few others are known.
+        differences: name (`base`, `all`, `best_single`, `second`) -> (difference, low, high): how much better than that the
+            chosen one is, with a 95 % interval; corrected for the winner's curse except against `second`.
+        rows_needed: how many times the rows there are it would take to tell the chosen mixture from the second (a paired test
+            at 5 % with a power of 80 %); None where both score the same.
+        tied: mixtures that a paired test at 5 % cannot tell to be worse than the chosen one, itself among them.
+    """
+
+    corrected: float
+    optimism: float
+    probability_best: float | None
+    differences: Mapping[str, tuple[float, float, float]]
+    rows_needed: float | None
+    tied: int
+
+    def to_json(self) -> dict[str, Any]:
+        shown = {
+            name: dict(zip(("value", "low", "high"), found, strict=True)) for name, found in self.differences.items()
+        }
+        return {
+            "corrected": self.corrected,
+            "optimism": self.optimism,
+            "probability_best": self.probability_best,
+            "differences": shown,
+            "rows_needed": self.rows_needed,
+            "tied": self.tied,
+        }
+
+
+def certainty(
+    ranking: Sequence[Standing],
+    best: Standing,
+    against: Mapping[str, Standing],
+    others: Sequence[float] | None = (),
+    seed: int = 0,
+) -> Certainty | None:
+    """What the rows tell about the chosen mixture; None where a scorer gives no values by row.
+
+    Mixtures that left a race are not chosen again on resampled rows; since they had little chance to win, what the correction
+    misses by that is little too.
+
+    Args:
+        ranking: the mixtures that may be chosen, best first, scored on all rows.
+        best: the chosen one.
+        against: name -> what to compare it with.
+        others: estimated scores of mixtures that may be chosen and are not in `ranking`, such as those that left a race; None
+            where there are more whose scores nobody knows, and these are not like the ones that are known.
+        seed: of the resamples.
+    """
+    contenders = list(dict.fromkeys([best.mixture, *(one.mixture for one in ranking[:CONTENDERS])]))
+    by_mixture: dict[Mixture, Standing] = {one.mixture: one for one in (*ranking, best)}
+    standings = [by_mixture[mixture] for mixture in contenders]
+    total = sum(best.weights.values())
+    drawn = np.zeros((RESAMPLES, len(standings)))  # scores on the rows drawn
+    left = np.zeros((RESAMPLES, len(standings)))  # and on those left out
+    covariance = np.zeros((len(standings), len(standings)))  # of the scores less their mean, over the rows
+    draw = np.random.default_rng(seed)
+    for target, weight in best.weights.items():
+        values = [score.values for one in standings if (score := one.trials[target].score)]
+        if not all(values) or len(values[0]) < 2 or len(values) < len(standings):
+            return None
+        table = np.array(values)
+        size = table.shape[1]
+        share = weight / total
+        covariance += share**2 * np.cov(table - table.mean(0)).reshape(covariance.shape) / size
+        for start in range(0, RESAMPLES, step := max(1, NUMBERS // size)):
+            block = slice(start, min(start + step, RESAMPLES))
+            counts = draw.multinomial(size, np.full(size, 1 / size), size=block.stop - block.start)
+            drawn[block] += share * (counts @ table.T) / size
+            out = (counts == 0).astype(float)
+            left[block] += share * (out @ table.T) / np.maximum(out.sum(1, keepdims=True), 1)
+    winners = np.isclose(drawn, drawn.max(1, keepdims=True), rtol=0, atol=1e-12)
+    winners = winners / winners.sum(1, keepdims=True)
+    scores = np.array([one.score.value for one in standings if one.score])
+    optimism = max(0.0, float(scores[0] - (winners * left).sum(1).mean()))
+    quantile = float(norm.ppf(0.975))
+    differences = {}
+
+    def compare(name: str, other: Standing, correction: float) -> tuple[float, float]:
+        value, stderr = paired(scores_of(best), scores_of(other), best.weights)
+        reach = quantile * (stderr or 0.0)
+        differences[name] = (value - correction, value - correction - reach, value - correction + reach)
+        return value, stderr or 0.0
+
+    for name, other in against.items():
+        if other.score is not None and other.mixture != best.mixture:
+            compare(name, other, optimism)
+    rows_needed = None
+    rivals = [one for one in ranking if one.mixture != best.mixture]
+    if rivals:
+        value, stderr = compare("second", rivals[0], 0.0)
+        if value > 0 and stderr > 0:
+            rows_needed = float(((norm.ppf(1 - RISK / 2) + norm.ppf(POWER)) * stderr / value) ** 2)
+    probability = None
+    if others is not None:
+        every = [one.score.value for one in ranking if one.score]
+        probability = probability_best(scores, covariance, np.array([*every, *others]), seed)
+    return Certainty(
+        float(scores[0]) - optimism,
+        optimism,
+        probability,
+        differences,
+        rows_needed,
+        sum(not told_apart(best, one) for one in ranking),
+    )
+
+
+def probability_best(scores: Any, covariance: Any, every: Any, seed: int = 0) -> float:
+    """The probability that the first of some mixtures is truly the best one.
+
+    Counting how often it comes out first on resampled rows would be too sure of it, since its score is high by chance too.
+    So the true scores are taken as drawn from a normal distribution whose spread the scores of all mixtures show (empirical
+    Bayes; Efron and Morris, 1975), and the share of draws from what the rows leave possible is counted in which it is the
+    highest.
+
+    Args:
+        scores: of the best mixtures, of shape (mixtures,).
+        covariance: of the errors of these, less what all have in common, of shape (mixtures, mixtures).
+        every: the scores of all mixtures, these among them, from which mean and spread are taken.
+        seed: of the draws.
+    """
+    count = len(scores)
+    if len(every) == 1:
+        return 1.0
+    noise = covariance.trace() / max(1, count - 1)
+    spread = float(every.var(ddof=1) - noise)
+    if spread <= 1e-12:
+        return 1 / len(every)
+    gain = spread * np.linalg.inv(spread * np.eye(count) + covariance)
+    mean = every.mean() + gain @ (scores - every.mean())
+    posterior = spread * (np.eye(count) - gain)
+    draws = np.random.default_rng(seed).multivariate_normal(mean, posterior, size=4000, method="eigh")
+    return float((draws.argmax(1) == 0).mean())

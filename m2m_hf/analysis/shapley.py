@@ -1,0 +1,127 @@
+"""What each candidate is worth: Shapley values and pairwise interactions of the game in which mixtures score.
+
+The worth of a set of candidates is the score of their equal-weight mixture; that of no candidate is the base model's. The Shapley
+value (Shapley, 1953) of a candidate is what it adds when the candidates join one after another, on average over all orders, so
+that the values of all sum to the difference between all together and the base model. The interaction of a pair (Grabisch and
+Roubens, 1999) is what they add together beyond what they add apart: below 0 they teach the same, or get into each other's way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb, factorial
+from typing import Any
+
+import numpy as np
+
+from m2m_hf.core.mixture import BASE, Mixture, Standing, mean_and_stderr
+
+RESAMPLES = 200
+NUMBERS = 1 << 24  # in one temporary array
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Figures with their standard errors.
+
+    Args:
+        shapley: name -> (value, standard error).
+        interactions: (name, name) -> (value, standard error); empty where there are too few trials for them.
+        exact: whether all subsets were scored; the errors are then those of the examples, otherwise those of the choice of
+            trials. None where the scorer gives no values by example.
+    """
+
+    shapley: Mapping[str, tuple[float, float | None]]
+    interactions: Mapping[tuple[str, str], tuple[float, float | None]]
+    exact: bool
+
+
+def worth(standings: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth | None:
+    """What every candidate is worth, from the mixtures that were scored; None where too few were.
+
+    Exact where all 2^N subsets were scored in full, otherwise estimated by weighted least squares with the Shapley kernel
+    (Lundberg and Lee, 2017), interactions by least squares on pairs.
+    """
+    base = standings[BASE]
+    if base.score is None:
+        return None
+    known = {
+        mixture: standing
+        for mixture, standing in standings.items()
+        if standing.score is not None and (not mixture.items or mixture == Mixture.subset(mixture.names))
+    }
+    if len(known) == 2 ** len(names) and all(standing.complete for standing in known.values()):
+        return exact(known, names)
+    return estimated(known, names)
+
+
+def membership(mixtures: Sequence[Mixture], names: Sequence[str]) -> Any:
+    """Of shape (mixtures, candidates): 1 where the candidate is in."""
+    return np.array([[float(name in mixture.weights) for name in names] for mixture in mixtures])
+
+
+def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth:
+    """From all subsets. Values are linear in the scores, so every example has its own, and their mean has a standard error."""
+    count = len(names)
+    mixtures = list(known)
+    members = membership(mixtures, names)
+    sizes = members.sum(1).astype(int)
+    scores = [standing.score for standing in known.values() if standing.score is not None]
+    by_row = all(score.values for score in scores)
+    single = np.array([factorial(s) * factorial(count - s - 1) / factorial(count) for s in range(count)] + [0.0])
+    factors = [np.where(members[:, n] > 0, single[sizes - 1], -single[sizes]) for n in range(count)]
+    pairs = list(combinations(range(count), 2))
+    double = [factorial(s) * factorial(count - s - 2) / factorial(count - 1) for s in range(count - 1)]
+    padded = np.array([*double, 0.0, 0.0])
+    for n, m in pairs:
+        inside = members[:, n] + members[:, m]
+        factors.append(np.where(inside == 1, -1.0, 1.0) * padded[sizes - inside.astype(int)])
+    width = len(scores[0].values) if by_row else 1
+    by_example = np.zeros((len(factors), width))
+    for start in range(0, len(scores), step := max(1, NUMBERS // width)):  # not all of them need fit into memory
+        block = [score.values if by_row else (score.value,) for score in scores[start : start + step]]
+        by_example += np.array(factors)[:, start : start + step] @ np.array(block)
+    found = [(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
+    interactions = {(names[n], names[m]): figure for (n, m), figure in zip(pairs, found[count:], strict=True)}
+    return Worth(dict(zip(names, found[:count], strict=True)), interactions, True)
+
+
+def estimated(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth | None:
+    """From some subsets, with standard errors over resamples of them."""
+    count = len(names)
+    everything = Mixture.subset(names)
+    inner = [mixture for mixture in known if 0 < len(mixture) < count]
+    if everything not in known or len(inner) < 2 * count or count < 2:
+        return None
+    base, total = (known[mixture].estimate or 0.0 for mixture in (BASE, everything))
+    members = membership(inner, names)
+    sizes = members.sum(1)
+    scores = np.array([known[mixture].estimate or 0.0 for mixture in inner])
+    kernel = np.array([(count - 1) / (comb(count, int(size)) * size * (count - size)) for size in sizes])
+    # That all values sum to the whole leaves one of them to follow from the others.
+    free = members[:, :-1] - members[:, -1:]
+    rest = scores - base - members[:, -1] * (total - base)
+    pairs = list(combinations(range(count), 2))
+    products = np.array([members[:, n] * members[:, m] for n, m in pairs]).T
+    with_pairs = len(inner) >= 3 * (1 + count + len(pairs))
+    design = np.hstack([np.ones((len(inner), 1)), members, products])
+
+    def fit(chosen: Any) -> tuple[Any, Any]:
+        root = np.sqrt(kernel[chosen])[:, None]
+        values = np.linalg.lstsq(free[chosen] * root, rest[chosen] * root[:, 0], rcond=None)[0]
+        both = np.linalg.lstsq(design[chosen], scores[chosen], rcond=None)[0][1 + count :] if with_pairs else []
+        return np.append(values, total - base - values.sum()), both
+
+    draw = np.random.default_rng(0)
+    values, both = fit(np.arange(len(inner)))
+    again = [fit(draw.integers(len(inner), size=len(inner))) for _ in range(RESAMPLES)]
+    spread = np.std([one for one, _ in again], axis=0, ddof=1)
+    apart = np.std([one for _, one in again], axis=0, ddof=1) if with_pairs else []
+    return Worth(
+        {name: (float(values[n]), float(spread[n])) for n, name in enumerate(names)},
+        {
+            (names[n], names[m]): (float(value), float(error))
+            for (n, m), value, error in zip(pairs, both, apart, strict=False)
+        },
+        False,
+    )

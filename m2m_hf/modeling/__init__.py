@@ -1,0 +1,1 @@
+"""Models, tokenizers and frozen heads, loaded as transformers and TRL load them. Imports merging and storage."""

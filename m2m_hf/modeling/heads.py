@@ -1,0 +1,247 @@
+"""The head of a classifier: what makes a score for every label of a model's output. It is frozen, and one for all.
+
+Parameters can be averaged only where they stand for the same thing. Heads that were trained for one candidate each do not: their
+rows belong to labels of their own, and the weights below them have learned to speak to them. So the head is fixed before anything
+is trained. It is either the classifier that the base model already has, or made of the labels' names: the base encoder's own
+embedding of them, as CLIP classifies by its text tower (arXiv 2103.00020). A label's row then depends on its name alone, so that
+datasets whose labels are their own share one space.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from m2m_hf.errors import InputError
+from m2m_hf.storage.journal import hidden
+
+SCALE = 20.0  # of a cosine in the softmax: the temperature of 0.05 with which sentence encoders are trained
+LONGEST = 64  # tokens of a label's name
+SUFFIX = {"sequence_classification": "ForSequenceClassification", "image_classification": "ForImageClassification"}
+# Families with a text tower beside their image tower -> (the latter alone, the field of its output that holds the embedding).
+TOWERS = {
+    "clip": ("CLIPVisionModelWithProjection", "image_embeds"),
+    "siglip": ("SiglipVisionModel", "pooler_output"),
+}
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Where the head of a run comes from, as the base model's configuration tells before any weights are there.
+
+    Args:
+        task: `sequence_classification` or `image_classification`.
+        model_class: of transformers, that loads the base model.
+        own: label -> column of the classifier that the model has; None where the head is made of names.
+        pooling: how a row's features are taken from the output: `mean` or `cls` over tokens, or a field of it.
+        two_towers: whether names are embedded by a text tower beside what is trained.
+        prefix: of the weights below a classifier of its own.
+    """
+
+    task: str
+    model_class: str
+    own: Mapping[str, int] | None
+    pooling: str
+    two_towers: bool = False
+    prefix: str | None = None
+
+    @property
+    def untrained(self) -> str | None:
+        """A pattern of the modules that no expert may change: the head, and a pooler that nothing reads."""
+        if self.own is not None:
+            return rf"(?!{self.prefix}\.).*"
+        return r"(.*\.)?pooler(\..*)?" if self.pooling in ("mean", "cls") else None
+
+
+def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
+    """What the head will be.
+
+    Raises:
+        InputError: a model that has neither a classifier of its own nor a way to embed names.
+    """
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    architecture = next(iter(config.architectures or ()), "")
+    if architecture.endswith(SUFFIX[task]):
+        loads: Any = getattr(transformers, architecture, None)
+        if loads is None:
+            raise InputError(f"model_name_or_path: {model!r} is a {architecture}, which transformers does not have")
+        return plan_own(config, loads, f"model_name_or_path: {model!r}")
+    if task == "sequence_classification":
+        if config.is_encoder_decoder or hasattr(config, "vision_config"):
+            raise InputError(
+                f"model_name_or_path: {model!r} ({config.model_type}) reads more than a text; expected an encoder of texts, or a "
+                f"model with a classifier of its own (...{SUFFIX[task]})"
+            )
+        return HeadPlan(task, "AutoModel", None, sentence_pooling(model, revision))
+    if config.model_type in TOWERS:
+        image, pooling = TOWERS[config.model_type]
+        return HeadPlan(task, image, None, pooling, two_towers=True)
+    raise InputError(
+        f"model_name_or_path: {model!r} ({config.model_type}) has no classifier, and no text tower that could make one of the "
+        f"labels' names. A head trained for every candidate apart could not be averaged. Give a model with a trained classifier "
+        f"over your labels (...{SUFFIX[task]}), or one of {', '.join(TOWERS)}"
+    )
+
+
+def plan_own(config: transformers.PretrainedConfig, architecture: type[PreTrainedModel], what: str) -> HeadPlan:
+    """The head that is a model's own classifier.
+
+    Raises:
+        InputError: `what` cannot be used as one.
+    """
+    task = next(task for task, suffix in SUFFIX.items() if architecture.__name__.endswith(suffix))
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        raise InputError(
+            f"{what} gives {config.problem_type or 'a single number'}; expected a classifier of which one label is right"
+        )
+    own = {str(label): int(column) for column, label in config.id2label.items()}
+    if len(own) < len(config.id2label):
+        raise InputError(f"{what}: two of its labels have one name: {', '.join(config.id2label.values())}")
+    return HeadPlan(task, architecture.__name__, own, "logits", prefix=architecture.base_model_prefix)
+
+
+def sentence_pooling(model: str, revision: str | None) -> str:
+    """How a sentence encoder pools its tokens, as sentence-transformers writes it beside the weights; else their mean."""
+    path = cached_file(
+        model, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {"pooling_mode_mean_tokens": True}
+        modes = [name for name, on in found.items() if name.startswith("pooling_mode_") and on]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: expected how sentence-transformers pools tokens, as JSON ({error})") from error
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise InputError(f"{path}: expected {' or '.join(known)} alone, got {', '.join(modes) or 'none'}")
+    return known[modes[0]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen head.
+
+    Args:
+        labels: that it knows, in the order of its scores.
+        plan: where it comes from.
+        vectors: of length 1, of shape (labels, features), fp32; None where the scores are columns of the model's own logits.
+        scale: of the cosines.
+        closed: whether every row is a choice among all labels, and not only among those of its own dataset.
+        columns: of the model's own logits, one for every label.
+    """
+
+    labels: tuple[str, ...]
+    plan: HeadPlan
+    vectors: torch.Tensor | None = None
+    scale: float = SCALE
+    closed: bool = True
+    columns: list[int] = field(default_factory=list)
+
+    def scores(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        """The score of every label, of shape (rows, labels), fp32; their softmax over the labels that may be right is the answer.
+
+        Args:
+            outputs: of the model.
+            mask: the text's attention mask, of shape (rows, tokens).
+        """
+        if self.vectors is None:
+            logits: torch.Tensor = outputs.logits.float()[:, self.columns]
+            return logits
+        found = nn.functional.normalize(features(outputs, mask, self.plan.pooling), dim=-1)
+        return self.scale * found @ self.vectors.to(found.device).T
+
+    def places(self, labels: Sequence[str]) -> list[int]:
+        """Where labels stand among the scores."""
+        return [self.labels.index(label) for label in labels]
+
+    def save(self, path: Path, of: str) -> None:
+        """Writes vectors and what else is needed to classify without this package.
+
+        Args:
+            of: recognises what they were made from.
+        """
+        assert self.vectors is not None
+        about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling, "of": of}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"vectors": self.vectors}, hidden(path), metadata={"format": "pt", "head": json.dumps(about)})
+        hidden(path).rename(path)
+
+    @classmethod
+    def read(cls, path: Path, plan: HeadPlan, closed: bool, of: str) -> "Head | None":
+        """The head that was written there; None where there is none, or one made from something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                about, vectors = json.loads(file.metadata()["head"]), file.get_tensor("vectors")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return cls(tuple(about["labels"]), plan, vectors, about["scale"], closed) if about.get("of") == of else None
+
+
+def features(outputs: Any, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """A row's features, of shape (rows, features), fp32."""
+    found: torch.Tensor = outputs["last_hidden_state" if pooling in ("mean", "cls") else pooling].float()
+    if pooling == "cls":
+        return found[:, 0]
+    if pooling == "mean":
+        weights = torch.ones(found.shape[:2], device=found.device) if mask is None else mask.to(found.dtype)
+        return (found * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+    return found
+
+
+def label_words(label: str) -> str:
+    """A label as words: names of labels often have underscores for spaces."""
+    return label.replace("_", " ").strip() or label
+
+
+def cut(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How a label's name is cut to a length."""
+    return {"truncation": True, "max_length": min(LONGEST, tokenizer.model_max_length)}
+
+
+def own_head(plan: HeadPlan, labels: Sequence[str]) -> Head:
+    """The classifier that the base model has."""
+    assert plan.own is not None
+    return Head(tuple(labels), plan, columns=[plan.own[label] for label in labels])
+
+
+@torch.no_grad()
+def head_of_names(
+    plan: HeadPlan,
+    words: Mapping[str, str],
+    template: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    closed: bool,
+) -> Head:
+    """The head made of names, each embedded by itself, so that a label's row does not depend on which others there are.
+
+    Args:
+        words: label -> the words that stand for it.
+        template: a text with `{label}` in it, into which the words are put.
+        model: the base model; of two towers both.
+        tokenizer: its own.
+        closed: see `Head`.
+    """
+    model.eval()
+    rows = []
+    for label in words:
+        text = template.replace("{label}", words[label])
+        padding: Any = "max_length" if plan.pooling == "pooler_output" else False  # SigLIP was trained so
+        given = tokenizer(text, padding=padding, return_tensors="pt", **cut(tokenizer)).to(model.device)
+        if plan.two_towers:
+            row = model.get_text_features(**given).pooler_output.float()
+        else:
+            row = features(model(**given), given.get("attention_mask"), plan.pooling)
+        rows.append(nn.functional.normalize(row[0], dim=0))
+    vectors = torch.stack(rows).cpu()
+    scale = float(model.logit_scale.exp()) if plan.two_towers else SCALE
+    return Head(tuple(words), plan, vectors, scale, closed)

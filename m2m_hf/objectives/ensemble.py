@@ -1,0 +1,246 @@
+"""The ensemble objective: a mixture's score from the probabilities that its candidates' adapters give apart.
+
+Every adapter is scored once, and the probability p_i of every right answer kept; the surrogate for a mixture is Σ w_i p_i. N
+passes over the validation set are then enough for all subsets and all weights, and the best weights are a convex problem
+(Mixture of Data Experts, arXiv 2502.15950; MixMin, arXiv 2502.10510).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+
+from m2m_hf.config.entries import TargetConfig
+from m2m_hf.core.mixture import Failure, Mixture, Score, SearchSpace
+from m2m_hf.objectives.merged import MergedObjective, ScorerObjective
+from m2m_hf.scoring.scorers import ROUND, AnswerScorer, CompletionScorer, LogprobScorer
+from m2m_hf.storage.journal import sync
+
+BLOCK = 1 << 24  # numbers in one temporary tensor
+SUBSETS = 1000  # mixtures that `best_subsets` gives
+MOST_SUBSETS = 22  # candidates of which all subsets are looked at
+ENSEMBLE_METRICS = ("accuracy", "logprob", "loglikelihood")
+
+
+class Ensemble:
+    """Scores of mixtures from the probabilities of their parts.
+
+    Args:
+        names: of the parts.
+        probabilities: float32, of shape (parts, items, options). For choices an item is a row and an option a choice; otherwise
+            an item is a scored token, and its probability the only option.
+        answers: the right option of every item.
+        accuracy: whether the score is the share of items whose most probable option is right, and not the log-probability.
+        counts: items of every row, where they are not one.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        probabilities: torch.Tensor,
+        answers: Sequence[int],
+        accuracy: bool,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        self.names = tuple(names)
+        self.probabilities = probabilities
+        self.right = probabilities.gather(2, torch.tensor(answers)[None, :, None].expand(len(names), -1, 1))[..., 0]
+        self.answers = torch.tensor(answers)
+        self.accuracy = accuracy
+        self.counts = counts
+
+    def score(self, mixture: Mixture) -> Score:
+        """The score of a mixture of these parts."""
+        weights = torch.tensor([mixture.weights.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        logs = (weights @ self.right.double()).log()
+        if self.counts is not None:
+            rows = torch.tensor([float(part.sum()) for part in torch.split(logs, list(self.counts))])
+            mean = len(logs) / len(rows)
+            values = [round(value, ROUND) for value in (rows / mean).tolist()]
+            return Score.of(values, [round(value, ROUND) for value in rows.tolist()])
+        logprobs = [round(value, ROUND) for value in logs.tolist()]
+        if not self.accuracy:
+            return Score.of(logprobs, logprobs)
+        guesses = torch.einsum("n,nro->ro", weights, self.probabilities.double()).argmax(1)
+        return Score.of((guesses == self.answers).double().tolist(), logprobs)
+
+    def values(self, weights: torch.Tensor) -> torch.Tensor:
+        """The scores alone, for a block of mixtures: (mixtures,) from weights of shape (mixtures, parts)."""
+        if self.accuracy:
+            items, options = self.probabilities.shape[1:]
+            mixed = (weights @ self.probabilities.flatten(1)).view(-1, items, options)
+            return (mixed.argmax(2) == self.answers).float().mean(1)
+        return (weights @ self.right).log_().mean(1)
+
+    def best_subsets(self, space: SearchSpace, count: int = SUBSETS) -> list[Mixture]:
+        """The best subsets of the space, best first, after looking at all of them: 2^20 take seconds.
+
+        Args:
+            space: of at most about 22 candidates.
+        """
+        kept: list[tuple[float, tuple[int, ...]]] = []
+        place = [self.names.index(name) for name in space.names]
+        for bits in subset_blocks(space, max(1, BLOCK // self.probabilities[0].numel())):
+            weights = torch.zeros(len(bits), len(self.names))
+            weights[:, place] = bits / bits.sum(1, keepdim=True)
+            values = self.values(weights)
+            top = values.topk(min(count, len(values))).indices
+            kept += [(float(values[row]), tuple(torch.nonzero(bits[row])[:, 0].tolist())) for row in top]
+            kept = sorted(kept, key=lambda one: (-one[0], len(one[1]), one[1]))[:count]
+        return [Mixture.subset([space.names[number] for number in members]) for _, members in kept]
+
+    def best_weights(self, space: SearchSpace) -> list[Mixture]:
+        """Mixtures under whose weights the right answers are most probable, best first.
+
+        The optimum over all candidates, and for every size that is allowed that over those which are heaviest in it.
+        """
+        free = self._optimum(space.names)
+        order = sorted(free, key=lambda name: (-free[name], name))
+        found = [space.weighted(free, drop=True)]
+        for size in range(space.fewest, space.most + 1):
+            found.append(space.weighted(self._optimum(space.nearest(order, size))))
+        allowed = [mixture for mixture in dict.fromkeys(found) if mixture in space]
+        return sorted(allowed, key=lambda mixture: (-self.score(mixture).mean_logprob, len(mixture), mixture.items))
+
+    def _optimum(self, names: Sequence[str]) -> dict[str, float]:
+        """The best weights of these parts: a concave problem, solved by SLSQP (SciPy)."""
+        rows = self.right[[self.names.index(name) for name in names]].double().numpy()
+        count = len(rows)
+
+        def loss(weights: Any) -> tuple[float, Any]:
+            mixed = weights @ rows
+            return -float(np.log(mixed).mean()), -(rows / mixed).mean(1)
+
+        found = minimize(
+            loss,
+            np.full(count, 1 / count),
+            jac=True,
+            method="SLSQP",
+            bounds=[(1e-9, 1)] * count,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
+            options={"maxiter": 500, "ftol": 1e-10},
+        )
+        return dict(zip(names, np.maximum(found.x, 0).tolist(), strict=True))
+
+
+def subset_blocks(space: SearchSpace, size: int) -> Iterator[torch.Tensor]:
+    """All allowed subsets as rows of 0 and 1, in the order of `space.names`, in blocks of up to `size`."""
+    count = len(space.names)
+    costs = torch.tensor([space.cost_of(name) for name in space.names], dtype=torch.float64)
+    required = torch.tensor([name in space.required for name in space.names])
+    for start in range(1, 1 << count, size):
+        codes = torch.arange(start, min(start + size, 1 << count))
+        bits = (codes[:, None] >> torch.arange(count)) & 1
+        sizes = bits.sum(1)
+        allowed = (sizes >= space.fewest) & (sizes <= space.most) & (bits[:, required].all(1))
+        allowed &= bits.double() @ costs <= space.max_cost * (1 + 1e-9)
+        if allowed.any():
+            yield bits[allowed].float()
+
+
+class EnsembleObjective(ScorerObjective):
+    """The second, far cheaper surrogate of a mixture's trained model. What costs a pass is kept on the disk.
+
+    Args:
+        merged: the merged objective of the same target, whose stack, keys and budget it shares.
+        scorer: of the target's validation rows.
+        config: the target's.
+        folder: where the probabilities are kept.
+    """
+
+    name = "ensemble"
+    _scorer: LogprobScorer
+
+    def __init__(self, merged: MergedObjective, scorer: LogprobScorer, config: TargetConfig, folder: Path) -> None:
+        super().__init__(
+            scorer,
+            merged.keys,
+            target=merged.target,
+            weight=merged.weight,
+            min_delta=merged.min_delta,
+            failed=merged.failed,
+        )
+        self._merged = merged
+        self._folder = folder
+        self._metric = config.metric
+        self._parts: dict[str, torch.Tensor] = {}
+
+    def key(self, mixture: Mixture, rung: int | None = None) -> str:
+        return self.keys.ensemble(mixture)
+
+    def evaluations(self, mixture: Mixture, rows: int) -> int:
+        """Examples really scored for a mixture: only the parts themselves cost a pass."""
+        return rows if len(mixture) <= 1 else 0
+
+    def _part(self, name: str) -> torch.Tensor:
+        """The probabilities under one adapter; without a name, under the base model, which is no part of any mixture."""
+        if name not in self._parts:
+            alone = Mixture.subset([name] if name else [])
+            path = self._folder / f"{self.key(alone)}.safetensors"
+            if not readable(path):
+                found = self._scorer.probabilities(*self._merged.model(alone))
+                if PartialState().is_main_process:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    save_file({"probabilities": found}, path.with_suffix(".partial"))
+                    sync(self._folder)
+                    path.with_suffix(".partial").rename(path)
+                    sync(self._folder, files=False)
+                PartialState().wait_for_everyone()
+            self._parts[name] = load_file(path)["probabilities"]
+        return self._parts[name]
+
+    def ensemble(self, names: Sequence[str]) -> Ensemble:
+        """The probabilities of these parts; those that are not known cost a pass each."""
+        scorer = self._scorer
+        parts = torch.stack([self._part(name) for name in names])
+        if isinstance(scorer, AnswerScorer):
+            return Ensemble(names, parts, [row.answer for row in scorer.rows], self._metric == "accuracy")
+        assert isinstance(scorer, CompletionScorer)
+        counts = [question.requests[0].scored for question in scorer.questions]
+        return Ensemble(names, parts, [0] * parts.shape[1], False, counts)
+
+    def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]:
+        found: list[Score | Failure] = []
+        for mixture in mixtures:
+            names = mixture.names or ("",)
+            ensemble = self.ensemble(names)
+            if not torch.isfinite(ensemble.right).all() or not bool((ensemble.right > 0).any(0).all()):
+                found.append(Failure("a right answer has no probability at all"))
+                continue
+            found.append(self.whole(ensemble.score(mixture if mixture.items else Mixture((("", 1.0),)))))
+        return found
+
+
+def readable(path: Path) -> bool:
+    """Whether a safetensors file is there and whole: its header tells how long it must be."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def screen(singles: Mapping[str, Sequence[float]], most: int = 1000) -> Callable[[Sequence[Mixture]], list[float]]:
+    """An estimate of the log-likelihood of mixtures that costs nothing: that of the ensemble, from what the singles scored.
+
+    Args:
+        singles: name -> the log-probability of every row's right answer under that candidate's adapter.
+        most: rows that are looked at.
+    """
+    rows = {name: np.array(logprobs[:most]) for name, logprobs in singles.items()}
+
+    def estimate(mixtures: Sequence[Mixture]) -> list[float]:
+        # Completions may be long, and their probabilities too small for a float: sums are taken of logarithms.
+        return [
+            float(logsumexp([rows[name] + np.log(weight) for name, weight in mixture.items], axis=0).mean())
+            for mixture in mixtures
+        ]
+
+    return estimate

@@ -1,0 +1,1 @@
+"""The outcome for others: recipe, export, Hub. Imports reporting."""

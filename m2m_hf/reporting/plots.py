@@ -1,0 +1,312 @@
+"""The pictures of a report, drawn with matplotlib: as SVG for the page, which colours it, and as PNG files."""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from m2m_hf.reporting.record import Record
+
+# Colours by what they mean. In a page they become its CSS variables, so that they follow its light or dark scheme.
+INK, MUTED, LINE, FIRST, SECOND, BAD = "#1b1c1d", "#6b6c6d", "#d0d1d2", "#1d6fb8", "#c5621c", "#b3261e"
+VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", FIRST: "first", SECOND: "second", BAD: "bad"}
+STYLE = {
+    "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.labelsize": 10,
+    "text.color": INK, "text.parse_math": False, "font.size": 10, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "legend.fontsize": 9,
+    "svg.fonttype": "none", "svg.hashsalt": "m2m_hf", "figure.constrained_layout.use": True, "axes.unicode_minus": True,
+}  # fmt: skip
+WIDTH = 4.6  # inches: readable on a phone, two beside each other on a screen
+SHOWN = 24  # mixtures in the picture of the ranking
+POINTS = 1500  # from which on points are drawn as an image
+INTERVAL = 1.96  # standard errors
+
+
+def short(name: str, most: int = 26) -> str:
+    """A name that does not push the picture aside."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def ranking(record: Record) -> Figure | None:
+    """The best mixtures with their intervals, and below which candidates are in them (after UpSet; Lex et al., 2014)."""
+    shown = record.ranked[:SHOWN]
+    if len(shown) < 2:
+        return None
+    names = sorted(
+        record.candidates, key=lambda name: (-sum(name in one.mixture.weights for one in shown), name)
+    )  # the most frequent first
+    figure = Figure(figsize=(WIDTH, 2.4 + 0.22 * len(names)))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, max(0.9, 0.24 * len(names))])
+    places = np.arange(len(shown))
+    scores = [record.score(one) for one in shown]
+    errors = [INTERVAL * (score.stderr or 0.0) for score in scores]
+    chosen = [one.mixture == record.best for one in shown]
+    for x, score, error, mine in zip(places, scores, errors, chosen, strict=True):
+        colour = FIRST if mine else MUTED
+        upper.errorbar(x, score.value, error, fmt="o", ms=4.5, color=colour, ecolor=colour, elinewidth=1.2)
+    if record.base is not None:
+        upper.axhline(record.base, color=SECOND, lw=1, ls="--")
+        upper.annotate("base model", (0.01, record.base), xycoords=("axes fraction", "data"), color=SECOND, fontsize=9,
+                       va="bottom")  # fmt: skip
+    upper.set_ylabel(short(record.metric))
+    upper.tick_params(bottom=False)
+    for row, name in enumerate(names):
+        inside = np.array([name in one.mixture.weights for one in shown])
+        lower.scatter(places[~inside], np.full((~inside).sum(), row), s=12, color=LINE)
+        lower.scatter(places[inside], np.full(inside.sum(), row), s=26,
+                      color=[FIRST if mine else INK for mine in np.array(chosen)[inside]])  # fmt: skip
+    for place, one in enumerate(shown):
+        rows = [names.index(name) for name in one.mixture.names]
+        lower.plot([place, place], [min(rows), max(rows)], color=FIRST if chosen[place] else INK, lw=1)
+    lower.set_yticks(range(len(names)), [short(name) for name in names])
+    lower.set_ylim(len(names) - 0.5, -0.5)
+    lower.set_xlim(-0.7, len(shown) - 0.3)
+    lower.set_xticks([])
+    lower.tick_params(length=0)
+    for spine in lower.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def sizes(record: Record) -> Figure | None:
+    """The score of every mixture against the number of its candidates."""
+    scored = [one for one in record.scored if one.mixture.items]
+    if len({len(one.mixture) for one in scored}) < 2:
+        return None
+    figure = Figure(figsize=(WIDTH, 2.9))
+    axes = figure.subplots()
+    x = np.array([len(one.mixture) for one in scored])
+    y = np.array([record.score(one).value for one in scored])
+    jitter = np.random.default_rng(0).uniform(-0.18, 0.18, len(x))
+    axes.scatter(x + jitter, y, s=12, color=MUTED, alpha=0.55, lw=0, rasterized=len(x) > POINTS)
+    best = sorted({int(size) for size in x})
+    axes.plot(best, [y[x == size].max() for size in best], color=FIRST, marker="o", ms=4, label="best of its size")
+    if record.base is not None:
+        axes.axhline(record.base, color=SECOND, lw=1, ls="--", label="base model")
+    axes.set_xticks(best if len(best) < 14 else best[:: len(best) // 10])
+    axes.set_xlabel("candidates in the mixture")
+    axes.set_ylabel(short(record.metric))
+    axes.legend()
+    return figure
+
+
+def worth(record: Record) -> Figure | None:
+    """What every candidate adds (Shapley values), with intervals."""
+    found = record.summary.get("worth")
+    if not found:
+        return None
+    items = sorted(found["shapley"].items(), key=lambda item: item[1]["value"])
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.28 * len(items)))
+    axes = figure.subplots()
+    for row, (_, one) in enumerate(items):
+        colour = FIRST if one["value"] >= 0 else BAD
+        axes.barh(row, one["value"], color=colour, height=0.6, alpha=0.85)
+        axes.errorbar(one["value"], row, xerr=INTERVAL * (one["stderr"] or 0.0), color=INK, elinewidth=1)
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_yticks(range(len(items)), [short(name) for name, _ in items])
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"what it adds to {short(record.metric)}")
+    return figure
+
+
+def interactions(record: Record) -> Figure | None:
+    """What every pair adds beyond what its two add apart."""
+    found = (record.summary.get("worth") or {}).get("interactions")
+    if not found or len(record.usable) < 3:
+        return None
+    names = record.usable
+    table = np.full((len(names), len(names)), np.nan)
+    for one in found:
+        first, second = sorted(names.index(name) for name in one["pair"])
+        table[second, first] = one["value"]
+    most = float(np.nanmax(np.abs(table))) or 1.0
+    side = 1.7 + 0.36 * len(names)
+    figure = Figure(figsize=(min(WIDTH, side + 1.2), min(WIDTH, side)))
+    axes = figure.subplots()
+    image = axes.pcolormesh(table[1:, :-1], cmap="RdBu", vmin=-most, vmax=most)
+    for (row, column), value in np.ndenumerate(table[1:, :-1]):
+        if np.isfinite(value) and len(names) <= 8:
+            dark = abs(value) > 0.6 * most
+            axes.text(column + 0.5, row + 0.5, f"{value:+.3f}".replace("0.", ".", 1), ha="center", va="center",
+                      fontsize=8.5, color="#ffffff" if dark else "#202122")  # fmt: skip
+    axes.set_xticks(np.arange(len(names) - 1) + 0.5, [short(name, 18) for name in names[:-1]], rotation=40, ha="right")
+    axes.set_yticks(np.arange(len(names) - 1) + 0.5, [short(name, 18) for name in names[1:]])
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def history(record: Record) -> Figure | None:
+    """The best score after every mixture, in the order in which they were scored, and how many rows each was shown."""
+    order = record.order
+    if len(order) < 3:
+        return None
+    raced = any(one.pruned for one in order)
+    figure = Figure(figsize=(WIDTH, 4.0 if raced else 2.7))
+    upper, lower = figure.subplots(2, 1, sharex=True) if raced else (figure.subplots(), None)
+    places = np.arange(1, len(order) + 1)
+    values = np.array([record.score(one).value for one in order])
+    complete = np.array([one.complete for one in order])
+    upper.scatter(places[complete], values[complete], s=10, color=MUTED, alpha=0.6, lw=0, label="scored on all rows",
+                  rasterized=len(order) > POINTS)  # fmt: skip
+    if raced:
+        upper.scatter(places[~complete], values[~complete], s=10, facecolor="none", edgecolor=MUTED, lw=0.7, alpha=0.6,
+                      label="left a race", rasterized=len(order) > POINTS)  # fmt: skip
+    allowed = complete & np.array([one.mixture in record.space and not one.short for one in order])
+    best = np.maximum.accumulate(np.where(allowed, values, -np.inf))
+    upper.step(places[np.isfinite(best)], best[np.isfinite(best)], where="post", color=FIRST, label="best so far")
+    upper.set_ylabel(short(record.metric))
+    upper.legend(loc="lower right")
+    if lower is not None:
+        rows = [max(trial.rung for trial in one.trials.values()) for one in order]
+        colours = [MUTED if done else SECOND for done in complete]
+        many = len(rows) > POINTS  # drawn as an image then, or the page would be megabytes of lines
+        lower.vlines(places, 0, rows, colors=colours, linewidth=max(0.5, min(6.0, 300 / len(rows))), rasterized=many)
+        lower.set_ylim(0)
+        lower.set_ylabel("rows seen")
+    (lower or upper).set_xlabel("mixtures, in the order in which they were scored")
+    return figure
+
+
+def fidelity(record: Record) -> Figure | None:
+    """What mixtures were predicted to score against what they score fine-tuned, by surrogate."""
+    found = record.fidelity
+    if not found:
+        return None
+    kinds = list(found["agreement"])
+    measures = [m for m in ("score", "logprob") if all(one["trained"][m] is not None for one in found["mixtures"])]
+    figure = Figure(figsize=(WIDTH, 2.5 * len(measures) + 0.2))
+    grid = figure.subplots(len(measures), len(kinds), squeeze=False)
+    for row, measure in enumerate(measures):
+        for column, kind in enumerate(kinds):
+            axes = grid[row, column]
+            points = [
+                (one[kind][measure], one["trained"][measure], len(one["mixture"])) for one in found["mixtures"]
+                if one[kind][measure] is not None
+            ]  # fmt: skip
+            if not points:
+                continue
+            x, y, size = np.array(points).T
+            for single, label in ((True, "single"), (False, "two or more")):
+                kept = (size == 1) == single
+                axes.scatter(x[kept], y[kept], s=22, lw=0, color=SECOND if single else FIRST, label=label, alpha=0.85)
+            ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+            axes.plot(ends, ends, color=LINE, lw=1, zorder=0)
+            r = found["agreement"][kind].get(measure, {}).get("pearson", {}).get("value")
+            axes.set_title(f"{kind}, {short(record.metric) if measure == 'score' else 'log-prob.'}", fontsize=10)
+            if r is not None:
+                axes.annotate(f"r = {r:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
+            if row == len(measures) - 1:
+                axes.set_xlabel("predicted")
+            if column == 0:
+                axes.set_ylabel("fine-tuned")
+    grid[0, 0].legend(loc="lower right", handletextpad=0.2)
+    return figure
+
+
+def resilience(record: Record) -> Figure | None:
+    """By how much every mixture changes the base model, fine-tuned and merged."""
+    found = record.fidelity
+    base = record.base
+    if not found or base is None:
+        return None
+    lines = sorted(found["mixtures"], key=lambda one: one["trained"]["score"])
+    kind = next(iter(found["agreement"]))
+    lines = [one for one in lines if one[kind]["score"] is not None]
+    names = record.usable
+    longest = max(map(len, map(short, names)))
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(lines) + 0.055 * longest))
+    left, axes = figure.subplots(1, 2, sharey=True, width_ratios=[0.24 * len(names), 3.0])
+    for row, one in enumerate(lines):
+        inside = [place for place, name in enumerate(names) if name in one["mixture"]]
+        left.scatter(range(len(names)), [row] * len(names), s=10, color=LINE)
+        left.scatter(inside, [row] * len(inside), s=20, color=INK)
+        ends = one["trained"]["score"] - base, one[kind]["score"] - base
+        axes.plot(ends, [row, row], color=LINE, lw=2, zorder=1)
+        axes.scatter(ends[0], row, s=24, color=SECOND, zorder=2, label="fine-tuned" if not row else None)
+        axes.scatter(ends[1], row, s=24, color=FIRST, zorder=2, label=kind if not row else None)
+    left.set_xticks(range(len(names)), [short(name) for name in names], rotation=90)
+    left.set_xlim(-0.6, len(names) - 0.4)
+    left.set_yticks([])
+    left.tick_params(length=0)
+    axes.tick_params(axis="y", length=0)
+    for spine in (*left.spines.values(), axes.spines["left"]):
+        spine.set_visible(False)
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_xlabel(f"change of {short(record.metric)}")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return figure
+
+
+def curves(record: Record) -> Figure | None:
+    """The training loss of every adapter."""
+    known = {name: one.get("loss_curve") or [] for name, one in record.training.items()}
+    if not any(len(curve) > 1 for curve in known.values()):
+        return None
+    figure = Figure(figsize=(WIDTH, 2.9))
+    axes = figure.subplots()
+    colours = mpl.colormaps["tab10" if len(known) <= 10 else "tab20"]
+    for number, (name, curve) in enumerate(known.items()):
+        if len(curve) > 1:
+            axes.plot(*np.array(curve).T, color=colours(number % colours.N), lw=1.3, label=short(name))
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.legend(ncols=2 if len(known) > 6 else 1)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Record], Figure | None]] = {
+    "ranking": ranking,
+    "sizes": sizes,
+    "worth": worth,
+    "interactions": interactions,
+    "history": history,
+    "fidelity": fidelity,
+    "resilience": resilience,
+    "curves": curves,
+}
+
+
+def draw(record: Record, folder: Path) -> dict[str, str]:
+    """Draws all pictures that there are data for; writes them as PNG into `folder`.
+
+    Returns:
+        name -> SVG for a page.
+    """
+    drawn = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        for name, picture in PICTURES.items():
+            path = folder / f"{name}.png"
+            if (figure := picture(record)) is None:
+                path.unlink(missing_ok=True)
+                continue
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # what was laid out once need not be for every file
+            figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
+            drawn[name] = svg(figure, name)
+    return drawn
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A picture as it stands in a page: without a header of its own, ids that are unique there, colours as variables."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"',
+                  lambda found: f"<svg {found[1] or found[2] or ''}{found[3] or ''}", text, count=1)  # fmt: skip

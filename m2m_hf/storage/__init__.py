@@ -1,0 +1,1 @@
+"""The run folder on disk: whole files, fingerprints, the journal of trials. Imports core."""

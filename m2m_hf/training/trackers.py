@@ -1,0 +1,170 @@
+"""What `report_to` names: every training, the search and the scores are runs of one group, told by the Trainer's integrations."""
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_reporting_integration_callbacks,
+)
+from trl import SFTConfig
+
+from m2m_hf.console import Terminal
+from m2m_hf.errors import InputError
+from m2m_hf.storage.journal import fingerprint
+
+LONGEST = 80  # characters of a run's name, of which TensorBoard's folder is made
+
+
+def check_trackers(args: SFTConfig) -> None:
+    """Tries what `report_to` names.
+
+    Raises:
+        InputError: one that is not known, or not installed.
+    """
+    try:
+        with told_aside():
+            for kind in get_reporting_integration_callbacks(args.report_to):
+                kind()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"report_to: {error}") from error
+
+
+def group_of(args: SFTConfig) -> str:
+    """The name of the group: `run_name`; or that of the run folder, with what tells it from others of that name."""
+    out = Path(args.output_dir).absolute()
+    return args.run_name or f"{out.name}-{fingerprint(str(out))[:4]}"
+
+
+class Aside(io.StringIO):
+    """Takes what is printed meanwhile, but for progress bars, which rich draws on the file that this attribute names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rich_proxied_file = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+
+@contextlib.contextmanager
+def told_aside() -> Iterator[None]:
+    """What is printed meanwhile goes where libraries log."""
+    said = Aside()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    finally:
+        for line in said.getvalue().splitlines():
+            logging.getLogger(__name__).info(line)
+
+
+class Tracker(TrainerCallback):
+    """One run in the trackers that `report_to` names: a callback of a training, or told by hand what else is to be seen.
+
+    All runs of a run folder are one group. A run is called `<group>/<run>`; Weights & Biases and trackio also know the group as
+    such; TensorBoard's files are in `OUT/tensorboard/<run>`, or in `<group>/<run>` below TENSORBOARD_LOGGING_DIR. A run that was
+    interrupted goes on where the tracker can do so.
+
+    Args:
+        args: what is trained with; its `output_dir` is the run folder.
+        run: the name in the group, such as `adapters/gsm8k`.
+        of: recognises what is tracked: another training of the same name is another run.
+        speaks: whether this process is the one that tells the trackers.
+    """
+
+    def __init__(self, args: SFTConfig, run: str, of: str = "", speaks: bool = True) -> None:
+        out, run = Path(args.output_dir).absolute(), run[:LONGEST]
+        asked = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        self._group = group_of(args)
+        self._args = copy.deepcopy(args)
+        self._args.run_name = f"{self._group}/{run}"
+        if self._args.trackio_static_space_id is None:
+            self._args.trackio_static_space_id = False  # or every run would be made a Space of its own when it ends
+        self._board = Path(asked).expanduser() / self._group / run if asked else out / "tensorboard" / run
+        self._id = fingerprint([str(out), run, of])
+        self._begun = False
+        with told_aside():
+            kinds = get_reporting_integration_callbacks(args.report_to) if speaks else []
+            self._callbacks: list[Any] = [kind() for kind in kinds]
+
+    def _each(self, tell: Callable[[Any], None]) -> None:
+        """Tells every tracker something. One that fails is told nothing more: the run is worth more than what is told of it."""
+        for callback in list(self._callbacks):
+            try:
+                with told_aside():
+                    tell(callback)
+            except Exception as error:  # whatever a tracker, or the network behind it, raises
+                self._callbacks.remove(callback)
+                name = type(callback).__name__.removesuffix("Callback")
+                Terminal().say(
+                    f"report_to: {name} failed and is told no more of {self._args.run_name}: {error}", "yellow"
+                )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = True
+
+        def begin(callback: Any) -> None:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(self._board)
+            if isinstance(callback, WandbCallback):  # which takes the run that is there
+                if callback._wandb.run is not None:
+                    raise RuntimeError("another run is open in this process, which is left as it is")
+                callback._wandb.init(
+                    project=os.environ.get("WANDB_PROJECT", "huggingface"),
+                    name=self._args.run_name,
+                    group=self._group,
+                    id=self._id,
+                    resume="allow",
+                    settings={"silent": True, "console": "off"},
+                )
+            callback.on_train_begin(self._args, state, control, **kwargs)
+            if isinstance(callback, TrackioCallback):  # which has no word for it
+                callback._trackio.config["_Group"] = self._group
+
+        self._each(begin)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._each(lambda callback: callback.on_log(self._args, state, control, logs=dict(logs or {}), **kwargs))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = False
+
+        def end(callback: Any) -> None:
+            callback.on_train_end(self._args, state, control, **kwargs)
+            if isinstance(callback, WandbCallback):
+                callback._wandb.finish()  # or the next run would be this one
+
+        self._each(end)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._begun:
+            self.on_train_end(self._args, TrainerState(), TrainerControl())
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Tells the trackers numbers that belong to a step; `eval_` and `test_` before a name put it under such a heading."""
+        state = TrainerState(global_step=step)
+        if not self._begun:
+            self.on_train_begin(self._args, state, TrainerControl(), model=None)
+        self.on_log(self._args, state, TrainerControl(), logs=dict(values))

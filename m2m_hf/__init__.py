@@ -25,23 +25,25 @@ _HOMES = {
     "MergeToMixConfig": "config.run_config",
     "MergeToMixSearcher": "searcher",
     "Mixture": "core.mixture",
-    "Score": "core.mixture",
-    "SearchResult": "search.loop",
+    "Score": "core.score",
+    "SearchResult": "search.result",
     "TargetScoreCallback": "callbacks",
-    "TrainingRecorder": "training.training_callbacks",
-    "Trial": "core.mixture",
+    "TrainingRecorder": "training.trainers",
+    "Trial": "core.trial",
 }
 
 if TYPE_CHECKING:
     from m2m_hf.callbacks import MergeProbeCallback, TargetScoreCallback
     from m2m_hf.config.run_config import MergeToMixConfig
-    from m2m_hf.core.mixture import Mixture, Score, Trial
+    from m2m_hf.core.mixture import Mixture
+    from m2m_hf.core.score import Score
+    from m2m_hf.core.trial import Trial
     from m2m_hf.errors import InputError
     from m2m_hf.merging.gated_stack import GatedStack
-    from m2m_hf.search.loop import SearchResult
+    from m2m_hf.search.result import SearchResult
     from m2m_hf.searcher import MergeToMixSearcher
     from m2m_hf.training.bank import Bank
-    from m2m_hf.training.training_callbacks import TrainingRecorder
+    from m2m_hf.training.trainers import TrainingRecorder
 
 
 def __getattr__(name: str) -> Any:

@@ -21,18 +21,25 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from m2m_hf.config.entries import TargetConfig, check_name
+from m2m_hf.config.checks import check_name
+from m2m_hf.config.targets import TargetConfig
 from m2m_hf.console import Terminal
-from m2m_hf.core.mixture import Failure, Mixture, SearchSpace
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Failure
+from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.classification import Length, load_labelled
-from m2m_hf.data.loading import Target, load_all
+from m2m_hf.data.formats import load_all
+from m2m_hf.data.rows import Target
 from m2m_hf.errors import InputError
-from m2m_hf.merging.gated_stack import Adapter, GatedStack, refuse_unless_averageable
+from m2m_hf.merging.adapter import Adapter, refuse_unless_averageable
+from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import SUFFIX, own_head, plan_own
-from m2m_hf.modeling.loading import image_mode, patches, positions
+from m2m_hf.modeling.inspection import positions
+from m2m_hf.modeling.processing import image_mode, patches
 from m2m_hf.scoring.external import CallableScorer
-from m2m_hf.scoring.scorers import Scorer, make_label_scorer, make_scorer
-from m2m_hf.storage.journal import read_made
+from m2m_hf.scoring.factory import make_label_scorer, make_scorer
+from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.storage.files import read_made
 
 
 class LiveTargets:

@@ -17,20 +17,25 @@ from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.analysis.fidelity import sample
-from m2m_hf.analysis.selection_bias import paired
 from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
 from m2m_hf.config import parsing
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
-from m2m_hf.core.mixture import Failure, Mixture, Score, SearchSpace, Standing, walk
-from m2m_hf.data.loading import mixture_dataset
+from m2m_hf.core.mixture import Mixture, walk
+from m2m_hf.core.objective import Objective
+from m2m_hf.core.score import Failure, Score, paired
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing
+from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.errors import InputError
-from m2m_hf.merging.methods import AVERAGE, MergeMethod, open_stack
-from m2m_hf.modeling.loading import adapted_layers, model_config
+from m2m_hf.merging.dense_stack import open_stack
+from m2m_hf.merging.methods import AVERAGE, MergeMethod
+from m2m_hf.modeling.inspection import adapted_layers
+from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import MOST_SUBSETS, EnsembleObjective
-from m2m_hf.objectives.merged import Objective
-from m2m_hf.objectives.trained import TrainedMixtures, TrainedObjective
+from m2m_hf.objectives.fine_tuned import TrainedMixtures
+from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
 from m2m_hf.publish.recipe import write_label_recipe, write_recipe
 from m2m_hf.reporting.outcome import Outcome, summarise
@@ -46,19 +51,12 @@ from m2m_hf.reporting.tables import (
 from m2m_hf.run.ingredients import Ingredients
 from m2m_hf.run.plan import plan, told_apart
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.search.loop import Budget, SearchResult, default_budget, score_of, search
+from m2m_hf.search.loop import search
 from m2m_hf.search.model_based import FEW, STRATEGIES, choose_strategy
+from m2m_hf.search.result import Budget, SearchResult, default_budget, score_of
 from m2m_hf.search.strategies import Strategy, Task, exhaustive, listed
-from m2m_hf.storage.journal import (
-    cut_short,
-    experts_word,
-    fingerprint,
-    hidden,
-    read_json,
-    read_made,
-    weights_of,
-    write_json,
-)
+from m2m_hf.storage.files import fingerprint, hidden, read_json, read_made, write_json
+from m2m_hf.storage.records import cut_short, experts_word, weights_of
 from m2m_hf.training.bank import LAUNCH
 from m2m_hf.training.fine_tune import load_trained, publish
 from m2m_hf.training.imported_experts import adopt, adopt_models, check_sources

@@ -24,13 +24,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.analysis.study import compare
-from m2m_hf.cli.main import report_errors
+from m2m_hf.analysis.study_statistics import compare
+from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse, read_yaml
 from m2m_hf.errors import InputError
 from m2m_hf.reporting.tables import comparison_tables
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.journal import write_json
+from m2m_hf.storage.files import write_json
 
 VARIED = ("learning_rate=2", "learning_rate=4", "num_train_epochs=4", "per_device_train_batch_size=4", "seed")
 

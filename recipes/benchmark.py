@@ -45,11 +45,15 @@ from trl import ModelConfig
 
 from m2m_hf import InputError, MergeToMixSearcher
 from m2m_hf.config import parsing
-from m2m_hf.config.entries import DataConfig, TargetConfig
+from m2m_hf.config.candidates import DataConfig
+from m2m_hf.config.targets import TargetConfig
 from m2m_hf.console import Terminal
-from m2m_hf.merging.gated_stack import Adapter, GatedStack
-from m2m_hf.modeling.loading import load_base, load_tokenizer
-from m2m_hf.scoring.scorers import CompletionScorer, make_scorer
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.modeling.loading import load_base
+from m2m_hf.modeling.processing import load_tokenizer
+from m2m_hf.scoring.factory import make_scorer
+from m2m_hf.scoring.scorers import CompletionScorer
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from m2m_hf import MergeToMixSearcher
 from m2m_hf.core.mixture import Mixture, walk
+from m2m_hf.merging.dense_stack import DenseStack
 from m2m_hf.merging.full_experts import floats
-from m2m_hf.merging.methods import AVERAGE, DenseStack
+from m2m_hf.merging.methods import AVERAGE
 
 
 def peak() -> float:

@@ -20,15 +20,15 @@ LOG = LibraryLog()  # libraries have things to say when they are imported
 import argparse
 from pathlib import Path
 
-from m2m_hf.analysis.study import compare
-from m2m_hf.cli.main import report_errors
+from m2m_hf.analysis.study_statistics import compare
+from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.run_config import MERGE_PARAMETERS, check_merge_parameters
 from m2m_hf.errors import InputError
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.reporting.tables import comparison_tables
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.journal import write_json
+from m2m_hf.storage.files import write_json
 
 METHODS = (
     "average", "task_arithmetic", "task_arithmetic:scaling=1", "ties", "ties:density=0.5", "dare", "dare:density=0.1", "svd",

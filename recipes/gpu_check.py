@@ -50,14 +50,18 @@ from scoring_methods import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.config.entries import DataConfig, TargetConfig
+from m2m_hf.config.candidates import DataConfig
+from m2m_hf.config.targets import TargetConfig
 from m2m_hf.console import Terminal
-from m2m_hf.merging.gated_stack import Adapter, GatedStack
-from m2m_hf.modeling.loading import load_base, lora_config
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.modeling.loading import load_base
+from m2m_hf.modeling.lora import lora_config
+from m2m_hf.scoring.factory import make_scorer
 from m2m_hf.scoring.forward import Weights, completion_logprobs
-from m2m_hf.scoring.scorers import CompletionScorer, make_scorer
-from m2m_hf.training.fine_tune import Settings, train_expert
-from m2m_hf.training.training_callbacks import BankProgress
+from m2m_hf.scoring.scorers import CompletionScorer
+from m2m_hf.training.fine_tune import train_expert
+from m2m_hf.training.trainers import BankProgress, Settings
 
 ADAPTERS, RANK, SLOWEST = 8, 16, 1.10
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -20,8 +20,11 @@ from replay import Landscape
 
 from m2m_hf.analysis.shapley import worth
 from m2m_hf.core.arrays import Numbers
-from m2m_hf.core.mixture import Mixture, Score, SearchSpace, Standing
-from m2m_hf.reporting.outcome import joining
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing
+from m2m_hf.reporting.warnings import joining
 from m2m_hf.search.loop import search
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.journal import Journal

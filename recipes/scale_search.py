@@ -31,9 +31,13 @@ from typing import Any
 
 from replay import Landscape, Replay, larger_landscape, tells_apart
 
-from m2m_hf.core.mixture import BASE, Mixture, Score, SearchSpace, Standing
-from m2m_hf.search.loop import Budget, search
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing
+from m2m_hf.search.loop import search
 from m2m_hf.search.model_based import STRATEGIES, choose_strategy
+from m2m_hf.search.result import Budget
 from m2m_hf.search.strategies import Task, exhaustive
 from m2m_hf.storage.journal import Journal
 

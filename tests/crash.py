@@ -31,8 +31,9 @@ import m2m_hf.reporting.plots
 import m2m_hf.storage.journal
 from m2m_hf.cli.main import main
 from m2m_hf.searcher import MergeToMixSearcher  # noqa: F401 - imported once for all forks
-from m2m_hf.storage.journal import Journal, cut_short
-from m2m_hf.training.fine_tune import CompletionTrainer
+from m2m_hf.storage.journal import Journal
+from m2m_hf.storage.records import cut_short
+from m2m_hf.training.trainers import CompletionTrainer
 
 TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
 APART = (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")

@@ -15,7 +15,8 @@ from trl import SFTTrainer
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
-from m2m_hf.merging.gated_stack import Adapter, GatedStack
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.training.bank import differing

@@ -23,8 +23,9 @@ from scoring_methods import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from m2m_hf.config.entries import DataConfig, TargetConfig
-from m2m_hf.scoring.scorers import make_scorer
+from m2m_hf.config.candidates import DataConfig
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.scoring.factory import make_scorer
 
 ROOT = Path(__file__).parents[1]
 

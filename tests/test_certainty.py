@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from m2m_hf.analysis.selection_bias import certainty, paired, probability_best, told_apart
-from m2m_hf.core.mixture import BASE, Mixture, Score, Standing, Trial
+from m2m_hf.analysis.selection_bias import certainty, probability_best, told_apart
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import Score, paired
+from m2m_hf.core.trial import Standing, Trial
 
 NAMES = [f"d{number}" for number in range(5)]
 MIXTURES = [Mixture.subset(some) for size in range(1, 6) for some in combinations(NAMES, size)]

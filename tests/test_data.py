@@ -9,19 +9,14 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from test_run import m2m
 from trl import SFTConfig, SFTTrainer
 
-from m2m_hf.config.entries import CandidateConfig, DataConfig, TargetConfig
+from m2m_hf.config.candidates import CandidateConfig, DataConfig
+from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.data.loading import (
-    encode,
-    load_all,
-    load_rows,
-    normalise,
-    overlap,
-    read_line,
-    split_row,
-    target_row,
-    write_mixture,
-)
+from m2m_hf.data.formats import load_all, normalise, split_row, target_row
+from m2m_hf.data.loading import load_rows, read_line
+from m2m_hf.data.mixture_rows import write_mixture
+from m2m_hf.data.rows import overlap
+from m2m_hf.data.tokens import encode
 from m2m_hf.errors import InputError
 
 MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "cold"}]

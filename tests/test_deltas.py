@@ -14,8 +14,9 @@ from trl import SFTConfig, SFTTrainer
 
 from m2m_hf.core.mixture import Mixture, walk
 from m2m_hf.errors import InputError
+from m2m_hf.merging.dense_stack import DenseStack, open_stack
 from m2m_hf.merging.full_experts import DELTA_FILE, Delta, floats, save_delta
-from m2m_hf.merging.methods import DenseStack, MergeMethod, dare, open_stack
+from m2m_hf.merging.methods import MergeMethod, dare
 
 AVERAGE = MergeMethod()
 FAMILIES = ("llama", "gemma2", "gpt2")

@@ -192,7 +192,7 @@ def test_pages(world, page):
 
 
 def test_every_command_is_explained_somewhere(capsys):
-    from m2m_hf.cli.main import make_parser
+    from m2m_hf.cli.help import make_parser
 
     told = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     for name in make_parser()._subparsers._group_actions[0].choices:

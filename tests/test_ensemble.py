@@ -9,14 +9,17 @@ import torch
 from conftest import build_model, choice_rows
 from test_scoring import build_stack, config, questions_of_many_shapes
 
-from m2m_hf.core.mixture import BASE, Mixture, SearchSpace
-from m2m_hf.data.loading import TargetRow, target_row
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.data.formats import target_row
+from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, screen, subset_blocks
+from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, subset_blocks
 from m2m_hf.objectives.merged import MergedObjective
+from m2m_hf.scoring.factory import make_scorer
 from m2m_hf.scoring.forward import completion_logprobs, token_logprobs
-from m2m_hf.scoring.scorers import make_scorer
-from m2m_hf.storage.journal import Keys
+from m2m_hf.search.loop import screen
+from m2m_hf.storage.keys import Keys
 
 NAMES = ("a", "b", "c")
 MIXTURES = [Mixture.subset(s) for size in (1, 2, 3) for s in itertools.combinations(NAMES, size)]

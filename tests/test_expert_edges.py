@@ -33,10 +33,11 @@ from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture, walk
 from m2m_hf.errors import InputError
 from m2m_hf.merging import full_experts as deltas
+from m2m_hf.merging.dense_stack import DenseStack
 from m2m_hf.merging.full_experts import DELTA_FILE, Delta, Sums, aside, floats, save_delta
-from m2m_hf.merging.methods import DenseStack, MergeMethod
-from m2m_hf.modeling.loading import positions
-from m2m_hf.storage.journal import is_inside
+from m2m_hf.merging.methods import MergeMethod
+from m2m_hf.modeling.inspection import positions
+from m2m_hf.storage.records import is_inside
 
 pictures_of, searcher = test_images.pictures_of, test_labels.searcher
 FULL = ("--expert", "full", "--learning_rate", "1e-3")
@@ -482,7 +483,7 @@ def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_base(intents, monke
         raise ValueError("not today")
 
     with monkeypatch.context() as patch:
-        patch.setattr("m2m_hf.training.fine_tune.LabelTrainer.__init__", fails)
+        patch.setattr("m2m_hf.training.trainers.LabelTrainer.__init__", fails)
         with pytest.raises(ValueError, match="not today"):
             one.train_adapters()
     after = one.base.state_dict()

@@ -12,13 +12,16 @@ import torch
 from conftest import build_adapter, build_model, choice_rows, write_rows
 from peft import PeftModel
 
-from m2m_hf.config.entries import DataConfig, TargetConfig
-from m2m_hf.core.mixture import Failure, Score
-from m2m_hf.data.loading import encode, target_row
+from m2m_hf.config.candidates import DataConfig
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.core.score import Failure, Score
+from m2m_hf.data.formats import target_row
+from m2m_hf.data.tokens import encode
 from m2m_hf.errors import InputError, StoppedError
-from m2m_hf.merging.gated_stack import Adapter, GatedStack, write_adapter
+from m2m_hf.merging.adapter import Adapter, write_adapter
+from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
-from m2m_hf.scoring.scorers import make_scorer
+from m2m_hf.scoring.factory import make_scorer
 
 VARIANTS = {
     "plain": {},

@@ -8,7 +8,8 @@ from scipy import stats
 
 from m2m_hf.analysis import fidelity
 from m2m_hf.analysis.fidelity import Agreement, Figure, Rows, agreement, jackknife, sample, verdict
-from m2m_hf.core.mixture import Mixture, SearchSpace
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.space import SearchSpace
 
 
 def subsets(count: int) -> list[Mixture]:

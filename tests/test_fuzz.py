@@ -21,9 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from m2m_hf.config.parsing import field_names, parse
 from m2m_hf.console import Terminal
-from m2m_hf.core.mixture import Mixture, Score, Trial
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
-from m2m_hf.merging.gated_stack import Adapter, GatedStack, mixture_adapter
+from m2m_hf.merging.adapter import Adapter, mixture_adapter
+from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.journal import Journal
 

@@ -15,8 +15,9 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from m2m_hf.errors import InputError
-from m2m_hf.publish.hub import fetch_expert, plan, published, row_licenses
-from m2m_hf.storage.journal import RunFolder
+from m2m_hf.publish.hub import fetch_expert
+from m2m_hf.publish.repositories import plan, published, row_licenses
+from m2m_hf.storage.run_folder import RunFolder
 
 vit, clip, pictures_of = test_images.vit, test_images.clip, test_images.pictures_of
 classifier, own = test_labels.classifier, test_labels.own

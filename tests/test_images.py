@@ -24,7 +24,7 @@ from transformers import (
 
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.data.classification import inputs_of
+from m2m_hf.modeling.processing import inputs_of
 from m2m_hf.searcher import MergeToMixSearcher
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -257,9 +257,9 @@ def test_pictures_are_prepared_once_as_far_as_there_is_room(pictures_of, vit, mo
         prepared[-1] += len(content)
         return inputs_of(processing, content, limit)
 
-    monkeypatch.setattr("m2m_hf.scoring.scorers.inputs_of", counted)
+    monkeypatch.setattr("m2m_hf.scoring.classification.inputs_of", counted)
     for room in (1 << 30, 2 * 3 * 8 * 8 * 4, 0):
-        monkeypatch.setattr("m2m_hf.scoring.scorers.PIXELS", room)
+        monkeypatch.setattr("m2m_hf.scoring.classification.PIXELS", room)
         one = MergeToMixSearcher(*parse(folder / "images.yaml"), Terminal(quiet=True))
         one.train_adapters()
         scorer, stack = one.scorers["colours"]["validation"], one._open_stack(one.merge_method)

@@ -8,9 +8,14 @@ import signal
 import pytest
 from datasets import load_dataset
 
-from m2m_hf.core.mixture import BASE, Mixture, Score, SearchSpace, Trial
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
-from m2m_hf.storage.journal import Journal, RunFolder, fingerprint, read_json, write_atomic
+from m2m_hf.storage.files import fingerprint, read_json, write_atomic
+from m2m_hf.storage.journal import Journal
+from m2m_hf.storage.run_folder import RunFolder
 
 
 def trial(key: str, names: tuple = ("a",), value: float = 0.5, state: str = "complete") -> Trial:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from m2m_hf import InputError
-from m2m_hf.publish.hub import published
+from m2m_hf.publish.repositories import published
 
 vit, clip, pictures_of = test_images.vit, test_images.clip, test_images.pictures_of
 classifier, own, searcher = test_labels.classifier, test_labels.own, test_labels.searcher

@@ -13,10 +13,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.data.classification import Collate
-from m2m_hf.data.loading import image_digest, mixture_dataset
+from m2m_hf.data.mixture_rows import mixture_dataset
+from m2m_hf.data.rows import image_digest
 from m2m_hf.merging.full_experts import floats
 from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.training.trainers import Collate
 
 
 def lines(out) -> list[dict]:

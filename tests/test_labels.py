@@ -19,7 +19,7 @@ from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.merging.full_experts import floats
-from m2m_hf.training.training_callbacks import BankProgress
+from m2m_hf.training.trainers import BankProgress
 
 ROOT = Path(__file__).parents[1]
 KINDS = [(), ("--expert", "full", "--learning_rate", "1e-3")]

@@ -10,8 +10,10 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from m2m_hf.errors import InputError
-from m2m_hf.merging.gated_stack import Adapter, GatedStack
-from m2m_hf.scoring.forward import Question, Request, completion_logprobs
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.scoring.forward import completion_logprobs
+from m2m_hf.scoring.packing import Question, Request
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
 VARIANTS = {

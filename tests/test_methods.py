@@ -6,9 +6,12 @@ from conftest import build_adapter, build_model
 from peft import PeftModel
 
 from m2m_hf.errors import InputError
-from m2m_hf.merging.gated_stack import Adapter, GatedStack
-from m2m_hf.merging.methods import DenseStack, MergeMethod, dare, kth_largest
-from m2m_hf.scoring.forward import Question, Request, completion_logprobs
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.dense_stack import DenseStack
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.merging.methods import MergeMethod, dare, kth_largest
+from m2m_hf.scoring.forward import completion_logprobs
+from m2m_hf.scoring.packing import Question, Request
 
 FAMILIES = ("llama", "gemma2", "gpt2")
 HALF = {"a": 0.5, "b": 0.5}

@@ -19,7 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError, MergeProbeCallback, TargetScoreCallback
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.merging.gated_stack import Adapter, GatedStack
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.gated_stack import GatedStack
 
 
 def trainer(tokenizer, folder, word: str = "alpha", **options) -> SFTTrainer:

@@ -11,11 +11,14 @@ from test_run import m2m
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.console import Terminal
-from m2m_hf.merging.gated_stack import Adapter, GatedStack, write_adapter
-from m2m_hf.modeling.loading import load_base, lora_config
-from m2m_hf.scoring.forward import Question, Request, completion_logprobs
-from m2m_hf.training.fine_tune import Settings, train_expert
-from m2m_hf.training.training_callbacks import BankProgress
+from m2m_hf.merging.adapter import Adapter, write_adapter
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.modeling.loading import load_base
+from m2m_hf.modeling.lora import lora_config
+from m2m_hf.scoring.forward import completion_logprobs
+from m2m_hf.scoring.packing import Question, Request
+from m2m_hf.training.fine_tune import train_expert
+from m2m_hf.training.trainers import BankProgress, Settings
 
 KINDS = {
     "nf4": {"load_in_4bit": True},

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from replay import Replay, tells_apart
 
-from m2m_hf.core.mixture import Mixture, Score, SearchSpace
-from m2m_hf.search.loop import Budget, search
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.search.loop import search
 from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.search.race import FIRST, Sample, judge, rungs
+from m2m_hf.search.result import Budget
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.journal import Journal
 

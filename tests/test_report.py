@@ -12,7 +12,7 @@ from conftest import choice_rows, write_rows
 from m2m_hf.cli.main import main
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.reporting.record import Record
-from m2m_hf.storage.journal import RunFolder
+from m2m_hf.storage.run_folder import RunFolder
 
 VOID = {"meta", "br", "img", "link", "use", "path", "rect", "line", "circle", "image"}
 HOSTILE = '$\\frac{$<b>&<script>alert("x")</script><img src=x onerror=alert(1)> {{ 771*997 }}'

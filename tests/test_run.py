@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
-from m2m_hf.cli.main import main, report_errors
+from m2m_hf.cli.exits import report_errors
+from m2m_hf.cli.main import main
 from m2m_hf.console import Terminal
 from m2m_hf.errors import StoppedError
 from m2m_hf.merging.gated_stack import GatedStack
@@ -390,10 +391,10 @@ def test_what_only_one_of_several_processes_knows_is_said(monkeypatch, capsys):
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("m2m_hf.cli.main.PATIENCE", 0.1)
+    monkeypatch.setattr("m2m_hf.cli.exits.PATIENCE", 0.1)
     assert report_errors(work) == 2
     assert capsys.readouterr().err == "m2m: process 1 of 2: odd rows\n"
-    monkeypatch.setattr("m2m_hf.cli.main.PATIENCE", 30)
+    monkeypatch.setattr("m2m_hf.cli.exits.PATIENCE", 30)
     before = signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:

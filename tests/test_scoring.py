@@ -7,14 +7,20 @@ import pytest
 import torch
 from conftest import build_adapter, build_model, choice_rows
 
-from m2m_hf.config.entries import DataConfig, TargetConfig
-from m2m_hf.core.mixture import Failure, Score, mean_and_stderr
-from m2m_hf.data.loading import TargetRow, encode, target_row
+from m2m_hf.config.candidates import DataConfig
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.core.score import Failure, Score, mean_and_stderr
+from m2m_hf.data.formats import target_row
+from m2m_hf.data.rows import TargetRow
+from m2m_hf.data.tokens import encode
 from m2m_hf.errors import InputError
-from m2m_hf.merging.gated_stack import Adapter, GatedStack
-from m2m_hf.scoring.forward import Question, Request, ScoredPositions, batches, completion_logprobs
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.scoring.factory import make_scorer
+from m2m_hf.scoring.forward import ScoredPositions, completion_logprobs
 from m2m_hf.scoring.metrics import Metric, bootstrap
-from m2m_hf.scoring.scorers import Scorer, make_scorer
+from m2m_hf.scoring.packing import Question, Request, batches
+from m2m_hf.scoring.scorers import Scorer
 
 
 def config(scorer: str, metric: str, **options) -> TargetConfig:
@@ -131,7 +137,7 @@ def test_a_completion_longer_than_the_model_is_refused(tokenizer):
 def test_shipped_accuracy_is_an_evaluate_module():
     from importlib.resources import files
 
-    module = evaluate.load(str(files("m2m_hf") / "metrics" / "accuracy"))
+    module = evaluate.load(str(files("m2m_hf.scoring") / "metrics" / "accuracy"))
     assert isinstance(module, evaluate.Metric)
     result = module.compute(predictions=[0, 1, 2], references=[0, 2, 2])
     assert result == {"accuracy": pytest.approx(2 / 3), "per_example": [1.0, 0.0, 1.0]}

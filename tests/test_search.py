@@ -4,11 +4,15 @@ import itertools
 
 import pytest
 
-from m2m_hf.core import arrays as stored
-from m2m_hf.core.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import Failure, Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.search.loop import choose, preference, search
+from m2m_hf.search.loop import search
+from m2m_hf.search.result import choose, preference
 from m2m_hf.search.strategies import exhaustive
+from m2m_hf.storage import array_store as stored
 from m2m_hf.storage.journal import Journal
 
 NAMES = ("a", "b", "c", "d")

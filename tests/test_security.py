@@ -21,10 +21,10 @@ from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.data.loading import fill
 from m2m_hf.errors import InputError
-from m2m_hf.merging.gated_stack import Adapter
+from m2m_hf.merging.adapter import Adapter
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.journal import MARK, describe_files
+from m2m_hf.storage.records import MARK, describe_files
 from m2m_hf.training.fine_tune import train_expert
 
 

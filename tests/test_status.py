@@ -5,7 +5,8 @@ import json
 import pytest
 
 from m2m_hf.cli.main import main
-from m2m_hf.storage.journal import RunFolder, checkpoints, hidden
+from m2m_hf.storage.files import checkpoints, hidden
+from m2m_hf.storage.run_folder import RunFolder
 
 
 def m2m(*arguments: object) -> int:

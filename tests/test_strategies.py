@@ -8,10 +8,14 @@ import random
 import pytest
 from replay import Landscape, larger_landscape
 
-from m2m_hf.core.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import Failure, Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.search.loop import Budget, search
+from m2m_hf.search.loop import search
 from m2m_hf.search.model_based import STRATEGIES, ScoreModel, choose_strategy, expected_improvement
+from m2m_hf.search.result import Budget
 from m2m_hf.search.strategies import Task
 from m2m_hf.storage.journal import Journal
 

@@ -12,18 +12,21 @@ import yaml
 from conftest import choice_rows, project_folder, write_rows
 
 from m2m_hf import InputError
-from m2m_hf.analysis.study import compare, figures, has_logprobs
+from m2m_hf.analysis.study_statistics import compare, figures, has_logprobs
 from m2m_hf.cli.main import main
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.core.mixture import Mixture, Score, Standing, Trial
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.merging.methods import MergeMethod
-from m2m_hf.objectives import trained
+from m2m_hf.objectives import fine_tuned
 from m2m_hf.reporting.record import Record
 from m2m_hf.scoring.scorers import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.journal import Journal
-from m2m_hf.training.fine_tune import TrainingFailedError, bank
+from m2m_hf.training import bank
+from m2m_hf.training.fine_tune import TrainingFailedError
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +110,7 @@ def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr(trained, "train_expert", fail)
+    monkeypatch.setattr(fine_tuned, "train_expert", fail)
     monkeypatch.setattr(bank, "train_expert", fail)
     monkeypatch.setattr(ChoiceScorer, "score", fail)
     assert m2m("fidelity", "--config", path) == 0
@@ -119,7 +122,7 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
     whole = json.loads((project / "out" / "fidelity.json").read_text())
     again = project / "again"
     done = 0
-    real = trained.train_expert
+    real = fine_tuned.train_expert
 
     def stops(*args, **kwargs):
         nonlocal done
@@ -128,7 +131,7 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trained, "train_expert", stops)
+    monkeypatch.setattr(fine_tuned, "train_expert", stops)
     assert m2m("fidelity", "--config", path, "--output_dir", again) == 130
     assert m2m("fidelity", "--config", path, "--output_dir", again) == 0
     found = json.loads((again / "fidelity.json").read_text())
@@ -280,7 +283,7 @@ def test_verification_obeys_min_delta(studied, capsys):
 
 def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, capsys):
     path = project / "run.yaml"
-    real = trained.train_expert
+    real = fine_tuned.train_expert
 
     def diverges(base, rows, *rest):
         if (
@@ -291,13 +294,13 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
             raise TrainingFailedError("training for x diverged: loss nan, weights not finite")
         return real(base, rows, *rest)
 
-    monkeypatch.setattr(trained, "train_expert", diverges)
+    monkeypatch.setattr(fine_tuned, "train_expert", diverges)
     assert m2m("fidelity", "--config", path) == 0
     assert "left out: alpha + beta could not be fine-tuned" in capsys.readouterr().out
     found = json.loads((project / "out" / "fidelity.json").read_text())
     assert len(found["mixtures"]) == 6
     assert found["failed"][0]["mixture"] == {"alpha": 0.5, "beta": 0.5}
-    monkeypatch.setattr(trained, "train_expert", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(fine_tuned, "train_expert", lambda *args: pytest.fail("trained again"))
     assert m2m("fidelity", "--config", path) == 0
 
 

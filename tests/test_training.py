@@ -16,7 +16,8 @@ from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.errors import StoppedError
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.journal import MARK, altered, cut_short, hidden
+from m2m_hf.storage.files import hidden
+from m2m_hf.storage.records import MARK, altered, cut_short
 from m2m_hf.training.fine_tune import finished, last_checkpoint, publish, train_expert, verdict
 
 TIMES = {"seconds", "peak_memory_bytes"}

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from m2m_hf.analysis.shapley import worth
-from m2m_hf.core.mixture import BASE, Mixture, Score, Standing, Trial
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.trial import Standing, Trial
 
 NAMES = ("a", "b", "c", "d")
 

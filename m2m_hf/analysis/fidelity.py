@@ -19,7 +19,8 @@ import numpy as np
 from scipy.stats import kendalltau, norm, pearsonr, spearmanr
 from scipy.stats import t as student
 
-from m2m_hf.core.mixture import Mixture, SearchSpace
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.space import SearchSpace
 
 RESAMPLES = 1000
 LARGER = ", two or more"  # of comparisons without the singles

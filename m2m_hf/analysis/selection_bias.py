@@ -12,57 +12,26 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from m2m_hf.core.mixture import Mixture, Score, Standing, mean_and_stderr
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import paired
+from m2m_hf.core.trial import Standing, scores_of
 
 RESAMPLES = 1000
+
+
 CONTENDERS = 256  # mixtures, the best ones, among which is chosen again
+
+
 RISK, POWER = 0.05, 0.8  # of paired tests
+
+
 NUMBERS = 1 << 25  # in one temporary array
-
-
-def paired(
-    ours: Mapping[str, Score], theirs: Mapping[str, Score], weights: Mapping[str, float], measure: str = "score"
-) -> tuple[float, float | None]:
-    """(difference, standard error) of two mixtures on the same rows: the weighted mean over the targets.
-
-    Args:
-        ours: target -> score.
-        theirs: the same of what it is compared with.
-        weights: of the targets.
-        measure: `score`, or `logprob`: the log-probability of the right answers.
-
-    Returns:
-        None as standard error where a target has no values by row.
-    """
-    total = sum(weights[target] for target in ours)
-    value, variance = 0.0, 0.0
-    known = True
-    for target, one in ours.items():
-        other, share = theirs[target], weights[target] / total
-        if measure == "logprob":
-            mine, yours = one.logprobs, other.logprobs
-        else:
-            mine, yours = one.values, other.values
-            value += share * (one.value - other.value)
-        if mine and yours:
-            mean, stderr = mean_and_stderr(np.asarray(mine) - np.asarray(yours))
-            variance += (share * stderr) ** 2
-            if measure == "logprob":
-                value += share * mean
-        else:
-            known = False
-    return value, variance**0.5 if known else None
 
 
 def told_apart(better: Standing, worse: Standing) -> bool:
     """Whether a one-sided paired test at 5 % tells that one mixture is better than another."""
     value, stderr = paired(scores_of(better), scores_of(worse), better.weights)
     return value > float(norm.ppf(1 - RISK)) * (stderr or 0.0)
-
-
-def scores_of(standing: Standing) -> dict[str, Score]:
-    """Target -> score; of those that have one."""
-    return {target: trial.score for target, trial in standing.trials.items() if trial.score}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from m2m_hf.core.mixture import BASE, Mixture, Standing, mean_and_stderr
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import mean_and_stderr
+from m2m_hf.core.trial import Standing
 
 RESAMPLES = 200
 NUMBERS = 1 << 24  # in one temporary array

@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from m2m_hf.data.classification import ImageRow
-from m2m_hf.data.loading import Candidate, TargetRow, encode, render
-from m2m_hf.scoring.forward import batches, padded
+from m2m_hf.data.rows import Candidate, TargetRow
+from m2m_hf.data.tokens import encode, render
+from m2m_hf.scoring.packing import batches, padded
 
 ROWS = 200  # of each dataset that are looked at
 IMAGES = 32  # in one forward pass

@@ -70,7 +70,7 @@ def relaunched(arguments: Sequence[str]) -> list[str]:
         *command,
         *(word for key, value in theirs.items() for word in (f"--{key}", value)),
         "--module",
-        "m2m_hf.cli",
+        "m2m_hf.cli.main",
         *ours,
     ]
 

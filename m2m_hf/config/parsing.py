@@ -26,7 +26,7 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-from m2m_hf.config.entries import plain, resolve_existing, unknown_key_message
+from m2m_hf.config.checks import plain, resolve_existing, unknown_key_message
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.errors import InputError
 

@@ -10,15 +10,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.config.entries import (
-    OPTIONS,
-    CandidateConfig,
-    TargetConfig,
-    check_name,
-    names_of_labels,
-    resolve_existing,
-    unknown_key_message,
-)
+from m2m_hf.config.candidates import CandidateConfig
+from m2m_hf.config.checks import check_name, names_of_labels, resolve_existing, unknown_key_message
+from m2m_hf.config.targets import OPTIONS, TargetConfig
 from m2m_hf.errors import InputError
 
 MERGE_PARAMETERS: dict[str, dict[str, Any]] = {  # what each merge method takes, with its default

@@ -7,18 +7,23 @@ then need not know of each other, and those that join later change nothing for t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import datasets
-import torch
 from datasets import ClassLabel, Dataset, Value
 from PIL import Image
 
-from m2m_hf.config.entries import CandidateConfig, DataConfig, TargetConfig
-from m2m_hf.data.loading import Candidate, Target, TargetRow, content_fingerprint, image_digest, load_rows
+from m2m_hf.config.candidates import CandidateConfig, DataConfig
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.data.loading import load_rows
+from m2m_hf.data.rows import Candidate, Target, TargetRow, content_fingerprint, image_digest
 from m2m_hf.errors import InputError
-from m2m_hf.modeling.heads import Head, label_words
+
+
+def label_words(label: str) -> str:
+    """A label as words: names of labels often have underscores for spaces."""
+    return label.replace("_", " ").strip() or label
+
 
 CONTENT = {"sequence_classification": "text", "image_classification": "image"}
 
@@ -255,39 +260,3 @@ def words_of(
     labels = {label for one in candidates.values() for label in one.rows.unique("label")}
     labels |= {label for one in targets.values() for row in one.questions for label in row.choices}
     return {str(label): label_words(str(label)) for label in sorted(labels)}
-
-
-class Collate:
-    """Makes a batch of training rows: the model's inputs, `labels` (places in the head) and `allowed`, of shape (rows, labels).
-
-    Args:
-        processing: the tokenizer, or the image processor.
-        head: the run's.
-        among: `source` -> the labels that a row of it may have; without effect where the label space is closed.
-        limit: tokens that a text is cut to.
-    """
-
-    def __init__(self, processing: Any, head: Head, among: Mapping[str, Sequence[str]], limit: int) -> None:
-        self._inputs = partial(inputs_of, processing, limit=limit)
-        self._place = {label: number for number, label in enumerate(head.labels)}
-        self._allowed: dict[str, torch.Tensor] = {}
-        for source, labels in among.items():
-            self._allowed[source] = torch.zeros(len(head.labels), dtype=torch.bool)
-            self._allowed[source][head.places(head.labels if head.closed else labels)] = True
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch: dict[str, torch.Tensor] = dict(self._inputs([row.get("text", row.get("image")) for row in rows]))
-        batch["labels"] = torch.tensor([self._place[row["label"]] for row in rows])
-        batch["allowed"] = torch.stack([self._allowed[row["source"]] for row in rows])
-        return batch
-
-
-def inputs_of(processing: Any, content: Sequence[Any], limit: int) -> Mapping[str, torch.Tensor]:
-    """What the model is given of texts, padded to the longest, or of images."""
-    if isinstance(content[0], str):
-        found: Mapping[str, torch.Tensor] = processing(
-            list(content), truncation=True, max_length=limit, padding=True, return_tensors="pt"
-        )
-    else:
-        found = processing(images=list(content), return_tensors="pt")
-    return found

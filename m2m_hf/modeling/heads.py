@@ -22,11 +22,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from m2m_hf.errors import InputError
-from m2m_hf.storage.journal import hidden
+from m2m_hf.storage.files import hidden
 
 SCALE = 20.0  # of a cosine in the softmax: the temperature of 0.05 with which sentence encoders are trained
+
+
 LONGEST = 64  # tokens of a label's name
+
+
 SUFFIX = {"sequence_classification": "ForSequenceClassification", "image_classification": "ForImageClassification"}
+
+
 # Families with a text tower beside their image tower -> (the latter alone, the field of its output that holds the embedding).
 TOWERS = {
     "clip": ("CLIPVisionModelWithProjection", "image_embeds"),
@@ -195,11 +201,6 @@ def features(outputs: Any, mask: torch.Tensor | None, pooling: str) -> torch.Ten
         weights = torch.ones(found.shape[:2], device=found.device) if mask is None else mask.to(found.dtype)
         return (found * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
     return found
-
-
-def label_words(label: str) -> str:
-    """A label as words: names of labels often have underscores for spaces."""
-    return label.replace("_", " ").strip() or label
 
 
 def cut(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

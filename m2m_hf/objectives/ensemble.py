@@ -5,27 +5,34 @@ passes over the validation set are then enough for all subsets and all weights, 
 (Mixture of Data Experts, arXiv 2502.15950; MixMin, arXiv 2502.10510).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
-from scipy.special import logsumexp
 
-from m2m_hf.config.entries import TargetConfig
-from m2m_hf.core.mixture import Failure, Mixture, Score, SearchSpace
-from m2m_hf.objectives.merged import MergedObjective, ScorerObjective
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Failure, Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.objectives.merged import MergedObjective
+from m2m_hf.objectives.scored import ScorerObjective
 from m2m_hf.scoring.scorers import ROUND, AnswerScorer, CompletionScorer, LogprobScorer
-from m2m_hf.storage.journal import sync
+from m2m_hf.storage.files import readable, sync
 
 BLOCK = 1 << 24  # numbers in one temporary tensor
+
+
 SUBSETS = 1000  # mixtures that `best_subsets` gives
+
+
 MOST_SUBSETS = 22  # candidates of which all subsets are looked at
+
+
 ENSEMBLE_METRICS = ("accuracy", "logprob", "loglikelihood")
 
 
@@ -216,31 +223,3 @@ class EnsembleObjective(ScorerObjective):
                 continue
             found.append(self.whole(ensemble.score(mixture if mixture.items else Mixture((("", 1.0),)))))
         return found
-
-
-def readable(path: Path) -> bool:
-    """Whether a safetensors file is there and whole: its header tells how long it must be."""
-    try:
-        with safe_open(path, "pt") as file:
-            return bool(file.keys())
-    except (OSError, SafetensorError):
-        return False
-
-
-def screen(singles: Mapping[str, Sequence[float]], most: int = 1000) -> Callable[[Sequence[Mixture]], list[float]]:
-    """An estimate of the log-likelihood of mixtures that costs nothing: that of the ensemble, from what the singles scored.
-
-    Args:
-        singles: name -> the log-probability of every row's right answer under that candidate's adapter.
-        most: rows that are looked at.
-    """
-    rows = {name: np.array(logprobs[:most]) for name, logprobs in singles.items()}
-
-    def estimate(mixtures: Sequence[Mixture]) -> list[float]:
-        # Completions may be long, and their probabilities too small for a float: sums are taken of logarithms.
-        return [
-            float(logsumexp([rows[name] + np.log(weight) for name, weight in mixture.items], axis=0).mean())
-            for mixture in mixtures
-        ]
-
-    return estimate

@@ -18,15 +18,8 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.parsing import dump_yaml, with_overrides
 from m2m_hf.errors import InputError
-from m2m_hf.storage.journal import (
-    RunFolder,
-    file_fingerprint,
-    read_config,
-    read_json,
-    read_made,
-    write_atomic,
-    write_json,
-)
+from m2m_hf.storage.files import file_fingerprint, read_json, read_made, write_atomic, write_json
+from m2m_hf.storage.run_folder import RunFolder, read_config
 from m2m_hf.training.fine_tune import planned_steps
 
 DATA = "train.jsonl"

@@ -8,12 +8,14 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.config.entries import plain
+from m2m_hf.config.checks import plain
 from m2m_hf.config.parsing import dump_yaml, hub_field, is_plain, trl_fields
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.data.loading import FEATURES, Candidate, write_mixture
-from m2m_hf.storage.journal import RunFolder, write_atomic
-from m2m_hf.training.fine_tune import Settings
+from m2m_hf.data.mixture_rows import write_mixture
+from m2m_hf.data.rows import FEATURES, Candidate
+from m2m_hf.storage.files import write_atomic
+from m2m_hf.storage.run_folder import RunFolder
+from m2m_hf.training.trainers import Settings
 
 COMMENT = """The chosen mixture: {mixture}
 Run it with: trl sft --config {path}

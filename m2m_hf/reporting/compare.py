@@ -6,9 +6,10 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from m2m_hf.analysis.selection_bias import paired
 from m2m_hf.console import duration
-from m2m_hf.core.mixture import Mixture, Standing
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import paired
+from m2m_hf.core.trial import Standing
 from m2m_hf.reporting.record import Record
 
 MOST = 10  # lines of a list

@@ -8,12 +8,14 @@ import yaml
 
 from m2m_hf import __version__
 from m2m_hf.analysis.fidelity import LARGER, VERDICTS
-from m2m_hf.analysis.selection_bias import paired, scores_of
 from m2m_hf.console import duration
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import paired
+from m2m_hf.core.trial import scores_of
 from m2m_hf.reporting.plots import INTERVAL, draw
 from m2m_hf.reporting.record import Record
-from m2m_hf.storage.journal import RunFolder, write_atomic
+from m2m_hf.storage.files import write_atomic
+from m2m_hf.storage.run_folder import RunFolder
 
 TABLE = 40  # mixtures in the page's table
 

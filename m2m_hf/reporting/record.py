@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from m2m_hf.config.entries import check_name
-from m2m_hf.core.mixture import BASE, Mixture, Score, SearchSpace, Standing, Trial
+from m2m_hf.config.checks import check_name
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.objective import order
+from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.search.race import order
-from m2m_hf.storage.journal import Journal, Keys, RunFolder, read_config, read_json, read_made
+from m2m_hf.storage.files import read_json, read_made
+from m2m_hf.storage.journal import Journal
+from m2m_hf.storage.keys import Keys
+from m2m_hf.storage.run_folder import RunFolder, read_config
 
 
 @dataclass(frozen=True)

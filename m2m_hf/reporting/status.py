@@ -10,25 +10,13 @@ from filelock import FileLock, Timeout
 
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import duration
-from m2m_hf.core.mixture import Mixture, SearchSpace
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.space import SearchSpace
 from m2m_hf.errors import InputError
-from m2m_hf.objectives.ensemble import readable
-from m2m_hf.storage.journal import (
-    MARK,
-    Journal,
-    RunFolder,
-    altered,
-    checkpoints,
-    cut_short,
-    damaged_values,
-    experts_word,
-    file_fingerprint,
-    hidden,
-    read_config,
-    read_json,
-    read_made,
-    weights_of,
-)
+from m2m_hf.storage.files import checkpoints, file_fingerprint, hidden, read_json, read_made, readable
+from m2m_hf.storage.journal import Journal, damaged_values
+from m2m_hf.storage.records import MARK, altered, cut_short, experts_word, weights_of
+from m2m_hf.storage.run_folder import RunFolder, read_config
 
 
 @dataclass

@@ -5,8 +5,11 @@ from typing import Any
 
 from m2m_hf.analysis.fidelity import LARGER, VERDICTS, Agreement
 from m2m_hf.console import duration
-from m2m_hf.core.mixture import Mixture, Score, Standing
-from m2m_hf.reporting.outcome import Outcome, cautions, one_of_the_worse, summarise
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.trial import Standing
+from m2m_hf.reporting.outcome import Outcome, summarise
+from m2m_hf.reporting.warnings import cautions, one_of_the_worse
 
 
 def figure(score: Score | None) -> str:

@@ -21,50 +21,48 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.analysis.study import Study
 from m2m_hf.config import parsing
-from m2m_hf.config.entries import plain
+from m2m_hf.config.checks import plain
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
-from m2m_hf.core.mixture import SearchSpace
-from m2m_hf.data.classification import Length, load_labelled, words_of
-from m2m_hf.data.loading import Candidate, Target, load_all, overlap, pin_data, split_candidates
+from m2m_hf.core.objective import Objective
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.data.classification import Length, label_words, load_labelled, words_of
+from m2m_hf.data.formats import load_all
+from m2m_hf.data.loading import pin_data, split_candidates
+from m2m_hf.data.rows import Candidate, Target, overlap
 from m2m_hf.errors import InputError, holds_secret
-from m2m_hf.merging.methods import AVERAGE, MergeMethod, Stack, open_stack
-from m2m_hf.modeling.heads import LONGEST, SCALE, Head, cut, label_words, own_head
+from m2m_hf.merging.dense_stack import Stack, open_stack
+from m2m_hf.merging.methods import AVERAGE, MergeMethod
+from m2m_hf.modeling.devices import sharded
+from m2m_hf.modeling.heads import LONGEST, SCALE, Head, cut, own_head
+from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import (
     base_fingerprint,
-    check_model,
-    image_mode,
     load_base,
     load_config,
     load_head,
-    load_image_processor,
-    load_tokenizer,
-    lora_config,
     make_plan,
-    patches,
     pin_revision,
     quantization_facts,
 )
+from m2m_hf.modeling.lora import lora_config
+from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
 from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS, EnsembleObjective
-from m2m_hf.objectives.merged import MergedObjective, Objective
-from m2m_hf.objectives.trained import TrainedMixtures, TrainedObjective
+from m2m_hf.objectives.fine_tuned import TrainedMixtures
+from m2m_hf.objectives.merged import MergedObjective
+from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
-from m2m_hf.scoring.scorers import LogprobScorer, Scorer, make_label_scorer, make_scorer
+from m2m_hf.scoring.factory import make_label_scorer, make_scorer
+from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.search.model_based import choose_strategy
-from m2m_hf.storage.journal import (
-    END,
-    Journal,
-    Keys,
-    RunFolder,
-    fingerprint,
-    read_config,
-    read_made,
-    write_atomic,
-    write_json,
-)
+from m2m_hf.storage.files import fingerprint, read_made, write_atomic, write_json
+from m2m_hf.storage.journal import Journal
+from m2m_hf.storage.keys import Keys
+from m2m_hf.storage.run_folder import END, RunFolder, read_config
 from m2m_hf.training.bank import LAUNCH, OPERATIONAL, Bank, differing, tokenizer_facts, uniform_facts
-from m2m_hf.training.fine_tune import Settings, planned_steps, sharded
+from m2m_hf.training.fine_tune import planned_steps
 from m2m_hf.training.trackers import check_trackers
+from m2m_hf.training.trainers import Settings
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
 FREE = {

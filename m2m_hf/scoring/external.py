@@ -27,16 +27,18 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from m2m_hf.config.entries import TargetConfig
-from m2m_hf.core.mixture import Failure, Score
-from m2m_hf.data.loading import content_fingerprint, image_digest
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.core.score import Failure, Score
+from m2m_hf.data.rows import content_fingerprint, image_digest
 from m2m_hf.errors import InputError, StoppedError, redact
-from m2m_hf.merging.gated_stack import Adapter, write_adapter
-from m2m_hf.merging.methods import Stack
-from m2m_hf.scoring.forward import Weights, out_of_memory
+from m2m_hf.merging.adapter import Adapter, write_adapter
+from m2m_hf.merging.dense_stack import Stack
+from m2m_hf.modeling.devices import out_of_memory
+from m2m_hf.scoring.forward import Weights
 from m2m_hf.scoring.metrics import bootstrap
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.storage.journal import disk_is_full, file_fingerprint
+from m2m_hf.storage.files import file_fingerprint
+from m2m_hf.storage.run_folder import disk_is_full
 
 MOST_OUTPUT = 1 << 24  # bytes of a command's output that are read
 MOST_TOLD = 1000  # characters of a reason

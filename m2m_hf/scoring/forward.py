@@ -8,118 +8,26 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from accelerate.utils.memory import clear_device_cache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from m2m_hf.errors import InputError
+from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.merging.methods import Stack
+from m2m_hf.modeling.devices import out_of_memory
+from m2m_hf.scoring.packing import Question, batches, padded
 
 Weights = Mapping[str, float]
-HEAD = 4  # a scored position, with its logits over the whole vocabulary, counts as this many tokens of the budget
-
-
-@dataclass(frozen=True)
-class Request:
-    """Token ids, of which those from `start` on (at least one, and not the first) are scored given all before them."""
-
-    ids: tuple[int, ...]
-    start: int
-
-    @property
-    def scored(self) -> int:
-        return len(self.ids) - self.start
-
-
-@dataclass(frozen=True)
-class Row:
-    """A question as one row of tokens: its prompt, and behind it of every completion all but the last token.
-
-    Args:
-        ids: the tokens.
-        places: of each token its position in the text that it belongs to.
-        branches: 0 for the tokens of the prompt, k for those of the k-th completion, which see the prompt and each other.
-        scored: (index in this row, token that follows there, index of the completion) for everything to be scored.
-    """
-
-    ids: list[int]
-    places: list[int]
-    branches: list[int]
-    scored: list[tuple[int, int, int]]
-
-    @property
-    def heads(self) -> int:
-        """Positions whose logits are needed."""
-        return len({index for index, _, _ in self.scored})
-
-
-@dataclass(frozen=True)
-class Question:
-    """Completions of one prompt."""
-
-    requests: tuple[Request, ...]
-
-    @cached_property
-    def shared(self) -> int:
-        """How many tokens, none of them scored, all requests begin with."""
-        starts = (request.ids[: request.start] for request in self.requests)
-        return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*starts)))  # noqa: B905 - the shortest
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt with its longest completion."""
-        return max(len(request.ids) for request in self.requests)
-
-    @cached_property
-    def row(self) -> Row:
-        shared = self.shared
-        row = Row(list(self.requests[0].ids[:shared]), list(range(shared)), [0] * shared, [])
-        for number, request in enumerate(self.requests):
-            # Where a token of this completion stands in the row; its first one is predicted by the prompt's last.
-            offset = len(row.ids) - shared
-            for place in range(max(request.start, shared), len(request.ids)):
-                index = place - 1 if place == shared else offset + place - 1
-                row.scored.append((index, request.ids[place], number))
-            tail = request.ids[shared:-1]
-            row.ids.extend(tail)
-            row.places.extend(range(shared, shared + len(tail)))
-            row.branches.extend([number + 1] * len(tail))
-        return row
 
 
 Job = tuple[int, int]  # (index of a mixture, index of what is asked of it)
-
-
-def batches(sizes: Sequence[int], tokens_per_batch: int, scored: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Indices in batches of similar size, the longest first, each at most `tokens_per_batch` with padding.
-
-    The longest come first so that memory that does not suffice shows at once. What is longer than the budget goes alone.
-
-    Args:
-        sizes: tokens of each row.
-        scored: positions of each row whose logits are computed; see `HEAD`.
-    """
-    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
-    batch: list[int] = []
-    heads = 0
-    for index in order:
-        head = HEAD * scored[index] if scored else 0
-        if batch and ((len(batch) + 1) * sizes[batch[0]] > tokens_per_batch or heads + head > tokens_per_batch):
-            yield batch
-            batch, heads = [], 0
-        batch.append(index)
-        heads += head
-    if batch:
-        yield batch
 
 
 class ScoredPositions:
@@ -144,13 +52,6 @@ class ScoredPositions:
 
     def __exit__(self, *exception: object) -> None:
         self._handle.remove()
-
-
-def padded(rows: Sequence[Sequence[int]], width: int, left: bool = False) -> torch.Tensor:
-    """Token ids as a tensor of shape (rows, width), filled up with 0."""
-    return torch.tensor(
-        [[0] * (width - len(row)) * left + [*row] + [0] * (width - len(row)) * (not left) for row in rows]
-    )
 
 
 class Pass:
@@ -227,11 +128,6 @@ class Pass:
         clear_device_cache(garbage_collection=True)  # here, where the error holds no tensors any more
         self.stack.shrink *= 2
         return self._within_memory(forward, jobs, cuts)
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what an error means, on any device."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and should_reduce_batch_size(error))
 
 
 def completion_logprobs(
@@ -464,53 +360,3 @@ def score_rows(
     index = (keep.cumsum(0) - 1)[place].to(logits.device)
     each = logits[index, token.to(logits.device)] - logits.logsumexp(dim=1)[index]
     return each, [owner for _, _, owner in scored]
-
-
-@torch.inference_mode()
-def generate(
-    stack: Stack,
-    mixtures: Sequence[Weights],
-    prompts: Mapping[int, Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: GenerationConfig,
-    tokens_per_batch: int,
-) -> list[list[str]]:
-    """Answers to prompts (token ids), by mixture and prompt, without special tokens and cut before a stop string.
-
-    Prompts are padded on the left. Where `settings` sample, every prompt goes alone and with its own number as its seed, so
-    that the answers depend neither on the batches nor on which prompts are asked.
-
-    Args:
-        prompts: token ids by number.
-    """
-    model = stack.model
-    numbers = list(prompts)
-    work = Pass(stack, mixtures, len(prompts))
-    sizes = [len(prompts[numbers[index]]) + settings.max_new_tokens for _, index in work.jobs]
-
-    def forward(jobs: list[Job]) -> list[str]:
-        work.set(jobs)
-        chosen = [prompts[numbers[index]] for _, index in jobs]
-        width = max(map(len, chosen))
-        ids = padded(chosen, width, left=True).to(model.device)
-        mask = (
-            (torch.arange(width) >= width - torch.tensor([[len(prompt)] for prompt in chosen])).long().to(model.device)
-        )
-        if settings.do_sample:
-            set_seed(numbers[jobs[0][1]])
-        found = model.generate(ids, attention_mask=mask, generation_config=settings, tokenizer=tokenizer)
-        return [cut(tokenizer.decode(row, skip_special_tokens=True), settings.stop_strings) for row in found[:, width:]]
-
-    made = (
-        ([[index] for index in range(len(sizes))])
-        if settings.do_sample
-        else batches(sizes, tokens_per_batch // stack.shrink)
-    )
-    return work.run(iter(made), forward)
-
-
-def cut(text: str, stop: Sequence[str] | str | None) -> str:
-    """`text` before the first of the stop strings."""
-    for string in [stop] if isinstance(stop, str) else stop or ():
-        text = text.split(string)[0]
-    return text

@@ -6,39 +6,26 @@ Scorers that run something else (a command, the lm-evaluation-harness, a Python 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from m2m_hf.config.entries import TargetConfig
-from m2m_hf.core.mixture import Failure, Score, mean_and_stderr
-from m2m_hf.data.classification import ImageRow, Length, inputs_of, recognised
-from m2m_hf.data.loading import TargetRow, content_fingerprint, encode, render, text_of
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.core.score import Failure, Score, mean_and_stderr
+from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
+from m2m_hf.data.tokens import encode
 from m2m_hf.errors import InputError, redact
+from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.merging.methods import Stack
-from m2m_hf.modeling.heads import Head
-from m2m_hf.scoring.forward import (
-    Question,
-    Request,
-    Weights,
-    completion_logprobs,
-    generate,
-    row_gradient,
-    row_outputs,
-    token_logprobs,
-    weight_gradient,
-)
+from m2m_hf.scoring.forward import Weights, completion_logprobs, token_logprobs, weight_gradient
 from m2m_hf.scoring.metrics import Metric, module_file
-from m2m_hf.storage.journal import file_fingerprint
+from m2m_hf.scoring.packing import Question, Request
+from m2m_hf.storage.files import file_fingerprint
 
 ROUND = 6  # decimals kept of a log-probability: what is compared now is what the journal will say later
-MAX_NEW_TOKENS = 64  # of a generated answer, where nothing else is said
-DECODING = 4096  # tokens in a batch at least: every step adds one token to a row, which is cheap for many rows together
-PIXELS = 1 << 30  # bytes of images that a scorer keeps as the model takes them
 
 
 class Scorer(ABC):
@@ -320,168 +307,6 @@ class ChoiceScorer(AnswerScorer, CompletionScorer):
         return [metric_fingerprint(config), config.normalize]
 
 
-class LabelScorer(AnswerScorer):
-    """Classification by a model with a frozen head: the softmax over a target's labels.
-
-    Args:
-        config: the target's.
-        rows: texts or images with their labels as choices.
-        processing: the tokenizer, or the image processor.
-        head: the run's.
-        length: counts tokens, and knows what they are cut to.
-        metric: see `AnswerScorer`.
-    """
-
-    def __init__(
-        self,
-        config: TargetConfig,
-        rows: Sequence[TargetRow],
-        processing: Any,
-        head: Callable[[], Head],
-        length: Length,
-        metric: Metric | None,
-    ) -> None:
-        super().__init__(rows, metric, [[1.0] * len(row.choices) for row in rows])
-        self._processing, self._head, self._limit = processing, head, length.limit
-        sizes = length([row.prompt for row in rows])
-        self._sizes = [min(size, length.limit) for size in sizes]
-        self._kept: dict[int, torch.Tensor] = {}
-        self._room = PIXELS
-        self.cut = sum(size > length.limit for size in sizes)
-        self.tokens = sum(self._sizes)
-        about = [config.kind, metric_fingerprint(config), length.limit, *rows]
-        self.fingerprint = content_fingerprint(about, default=recognised)
-
-    def _inputs(self, rows: Sequence[int]) -> Mapping[str, torch.Tensor]:
-        """What the model is given of these rows. Images are kept so while there is room, as every mixture asks for them again."""
-        found = {row: self._kept[row] for row in rows if row in self._kept}
-        new = [row for row in rows if row not in found]
-        asked = [self.rows[row] for row in new]
-        content = [row.image if isinstance(row, ImageRow) else row.prompt for row in asked]
-        made = inputs_of(self._processing, content, self._limit) if content else {}
-        if set(made) - {"pixel_values"}:
-            return made
-        for row, pixels in zip(new, made.get("pixel_values", ()), strict=True):
-            found[row] = pixels
-            if pixels.nbytes <= self._room:
-                self._kept[row] = pixels.clone()
-                self._room -= pixels.nbytes
-        return {"pixel_values": torch.stack([found[row] for row in rows])}
-
-    def _ask(self, stack: Stack, rows: Sequence[int]) -> torch.Tensor:
-        """The scores of the labels of these rows, all of which are a choice among the same ones."""
-        head, model = self._head(), stack.model
-        inputs = {name: tensor.to(model.device) for name, tensor in self._inputs(rows).items()}
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        scores = head.scores(model(**inputs), inputs.get("attention_mask"))
-        return scores[:, head.places(list(map(text_of, self.rows[0].choices)))]
-
-    def measure(
-        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
-    ) -> list[list[tuple[float, ...]]]:
-        sizes = [self._sizes[row] for row in rows]
-
-        def ask(numbers: Sequence[int]) -> torch.Tensor:
-            return self._ask(stack, [rows[number] for number in numbers])
-
-        return row_outputs(stack, mixtures, sizes, ask, tokens_per_batch)
-
-    def measure_slope(
-        self, stack: GatedStack, weights: Weights, tokens_per_batch: int
-    ) -> tuple[list[tuple[float, ...]], dict[str, float]]:
-        return row_gradient(stack, weights, self._sizes, partial(self._ask, stack), tokens_per_batch, self.slopes)
-
-
-class GenerationScorer(Scorer):
-    """The model answers freely, greedily unless told otherwise, and a metric compares with the reference answers.
-
-    Args:
-        config: the target's; `generation` holds fields of transformers' `GenerationConfig`.
-        rows: prompts, each with its reference answer.
-        tokenizer: encodes and decodes.
-        max_length: positions that the model has; a prompt that leaves no room for the answer loses its beginning.
-        metric: compares texts.
-
-    Raises:
-        InputError: settings that `GenerationConfig` does not know or take.
-    """
-
-    def __init__(
-        self,
-        config: TargetConfig,
-        rows: Sequence[TargetRow],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        metric: Metric,
-    ) -> None:
-        given: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **config.generation}
-        self.settings = generation_config(given)
-        self.tokenizer = tokenizer
-        self.metric = metric
-        self.by_row = metric.by_example
-        self.examples = len(rows)
-        self.references = [text_of(row.choices[0]).strip() for row in rows]
-        self.prompts: list[list[int]] = []
-        room = max_length - int(self.settings.max_new_tokens)
-        if room < 1:
-            raise InputError(
-                f"generation.max_new_tokens: {given['max_new_tokens']} do not fit into the model's {max_length} positions"
-            )
-        for number, row in enumerate(rows, start=1):
-            ids = render(tokenizer, row.prompt, f"row {number} of the target", answering=True)
-            if not ids:  # a model needs something to go on from
-                ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-            self.cut += len(ids) > room
-            self.prompts.append(ids[-room:])
-        alone = self.settings.do_sample or self.settings.num_beams not in (None, 1)
-        self.tokens = 0 if alone else sum(len(ids) + int(self.settings.max_new_tokens) for ids in self.prompts)
-        self.fingerprint = content_fingerprint(["generation", metric_fingerprint(config), given, *rows], default=vars)
-
-    def score(
-        self,
-        stack: Stack,
-        mixtures: Sequence[Weights],
-        tokens_per_batch: int,
-        rows: Sequence[int] | None = None,
-    ) -> list[Score | Failure]:
-        """The score of every mixture."""
-        chosen = range(self.examples) if rows is None else rows
-        ends = stack.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None})
-        self.settings.pad_token_id = self.tokenizer.pad_token_id
-        prompts = {row: self.prompts[row] for row in chosen}
-        budget = max(tokens_per_batch, DECODING)
-        answers = generate(stack, mixtures, prompts, self.tokenizer, self.settings, budget)
-        references = [self.references[row] for row in chosen]
-        return [measured(self.metric, [one.strip() for one in given], references) for given in answers]
-
-
-def generation_config(given: Mapping[str, Any]) -> GenerationConfig:
-    """transformers' `GenerationConfig` with these fields.
-
-    Raises:
-        InputError: a field that it does not have, or a value that it refuses.
-    """
-    known = set(GenerationConfig().to_dict())
-    for key in given:
-        if key not in known or key.startswith("_"):
-            raise InputError(
-                f"generation: GenerationConfig has no field {key!r}; usual ones are max_new_tokens, stop_strings"
-            )
-    if not isinstance(given["max_new_tokens"], int) or given["max_new_tokens"] < 1:
-        raise InputError(
-            f"generation.max_new_tokens: expected an integer of at least 1, got {given['max_new_tokens']!r}"
-        )
-    try:
-        settings = GenerationConfig(**given)
-        settings.validate(strict=True)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"generation: {error}") from error
-    return settings
-
-
 def measured(
     metric: Metric, predictions: Sequence[Any], references: Sequence[Any], logprobs: Sequence[float] = ()
 ) -> Score | Failure:
@@ -498,52 +323,3 @@ def metric_fingerprint(config: TargetConfig) -> list[str | None]:
     """What recognises a target's metric: the bytes of its module, or its name where that is the Hub's or none."""
     module = module_file(config.metric)
     return [file_fingerprint([module]) if module else config.metric, config.metric_key]
-
-
-def make_label_scorer(
-    config: TargetConfig,
-    rows: Sequence[TargetRow],
-    processing: Any,
-    head: Callable[[], Head],
-    length: Length,
-    *,
-    allow_metric_code: bool = False,
-    where: str = "target",
-) -> LabelScorer:
-    """The scorer of a classification run's target; see `LabelScorer`.
-
-    Raises:
-        InputError: a metric that cannot be loaded, or compares texts.
-    """
-    metric = None if config.metric == "logprob" else Metric(config.metric, config.metric_key, allow_metric_code, where)
-    if metric is not None and metric.takes_text:
-        raise InputError(f"{where}.metric: {config.metric!r} compares texts, and scorer classification gives indices")
-    return LabelScorer(config, rows, processing, head, length, metric)
-
-
-def make_scorer(
-    config: TargetConfig,
-    rows: Sequence[TargetRow],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    allow_metric_code: bool = False,
-    where: str = "target",
-) -> Scorer:
-    """The scorer that `config` asks for, over `rows`.
-
-    Raises:
-        InputError: rows that do not fit the model, a metric that cannot be loaded or does not fit the scorer.
-    """
-    if config.kind == "loss":
-        return LossScorer(config, rows, tokenizer, max_length)
-    metric = None if config.metric == "logprob" else Metric(config.metric, config.metric_key, allow_metric_code, where)
-    if metric is not None and metric.takes_text != (config.kind == "generation"):
-        raise InputError(
-            f"{where}.metric: {config.metric!r} compares {'texts' if metric.takes_text else 'indices'}, and scorer "
-            f"{config.kind} gives {'texts' if config.kind == 'generation' else 'indices'}"
-        )
-    if config.kind == "generation":
-        assert metric is not None
-        return GenerationScorer(config, rows, tokenizer, max_length, metric)
-    return ChoiceScorer(config, rows, tokenizer, max_length, metric)

@@ -1,123 +1,58 @@
 """The search loop: a strategy proposes, the journal or the objectives answer, and the best mixture is chosen."""
 
 import math
-import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp
 
 from m2m_hf.core.arrays import Numbers
-from m2m_hf.core.mixture import BASE, Failure, Mixture, Score, SearchSpace, Standing, Trial
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.objective import Objective
+from m2m_hf.core.score import Failure, Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.objectives.ensemble import screen
-from m2m_hf.objectives.merged import Objective
 from m2m_hf.search.race import FIRST, Sample, judge, rungs
+from m2m_hf.search.result import (
+    UNLIMITED,
+    Budget,
+    BudgetSpent,
+    SearchResult,
+    choose,
+    default_budget,
+    preference,
+    score_of,
+    score_of_trial,
+)
 from m2m_hf.search.strategies import Strategy, Task, value
 from m2m_hf.storage.journal import Journal
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
+def screen(singles: Mapping[str, Sequence[float]], most: int = 1000) -> Callable[[Sequence[Mixture]], list[float]]:
+    """An estimate of the log-likelihood of mixtures that costs nothing: that of the ensemble, from what the singles scored.
 
     Args:
-        standings: how every mixture stands, the base model's among them.
-        best: the chosen one.
-        ranking: the mixtures that may be chosen, best first, in the order of `preference`.
-        measured: how many trials were measured now, rather than read from the journal.
-        evaluations: examples scored, by now or before, to come to this result.
-        seconds: the time that this took.
-        ended: by the `strategy` itself or by the `budget`.
+        singles: name -> the log-probability of every row's right answer under that candidate's adapter.
+        most: rows that are looked at.
     """
+    rows = {name: np.array(logprobs[:most]) for name, logprobs in singles.items()}
 
-    standings: dict[Mixture, Standing]
-    best: Standing
-    ranking: list[Standing]
-    measured: int
-    evaluations: int
-    seconds: float
-    ended: str
+    def estimate(mixtures: Sequence[Mixture]) -> list[float]:
+        # Completions may be long, and their probabilities too small for a float: sums are taken of logarithms.
+        return [
+            float(logsumexp([rows[name] + np.log(weight) for name, weight in mixture.items], axis=0).mean())
+            for mixture in mixtures
+        ]
 
-    @property
-    def base(self) -> Standing:
-        return self.standings[BASE]
-
-    @property
-    def trials(self) -> list[Trial]:
-        """All trials, of every mixture on every target."""
-        return [trial for standing in self.standings.values() for trial in standing.trials.values()]
-
-    @property
-    def pareto_front(self) -> list[Standing]:
-        """The mixtures than which no other is as good on all targets and better on one, best first."""
-
-        complete = [one for one in self.standings.values() if one.complete and one.mixture.items]
-        scored = [(tuple(score_of_trial(trial).value for trial in one.trials.values()), one) for one in complete]
-        front: list[tuple[tuple[float, ...], Standing]] = []
-        # In this order, whatever is as good on all targets and better on one comes before what it beats.
-        for values, one in sorted(scored, key=lambda pair: pair[0], reverse=True):
-            if not any(other != values and all(map(operator.ge, other, values)) for other, _ in front):
-                front.append((values, one))
-        return sorted(
-            (one for _, one in front), key=lambda one: (-score_of(one).value, len(one.mixture), one.mixture.items)
-        )
-
-
-def score_of_trial(trial: Trial) -> Score:
-    """The score of a trial that is known not to have failed."""
-    assert trial.score is not None
-    return trial.score
-
-
-def score_of(standing: Standing) -> Score:
-    """The score of a mixture that is known to be complete."""
-    assert standing.score is not None
-    return standing.score
-
-
-def preference(standing: Standing, costs: Mapping[str, float]) -> tuple[Any, ...]:
-    """Sorts best first: score; of equal ones the smaller mixture, the likelier right answers, the lower cost, the name."""
-    mixture = standing.mixture
-    cost = sum(costs[name] for name in mixture.names)
-    return -score_of(standing).value, len(mixture), -standing.mean_logprob, cost, mixture.items
-
-
-def choose(ranking: list[Standing], one_standard_error: bool) -> Standing:
-    """The first of the ranking; or with `one_standard_error` the smallest mixture within the first one's standard error of it.
-
-    The latter is the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
-    """
-    if not one_standard_error:
-        return ranking[0]
-    slack = score_of(ranking[0]).stderr or 0.0
-    tied = [standing for standing in ranking if score_of(standing).value >= score_of(ranking[0]).value - slack]
-    return min(tied, key=lambda standing: len(standing.mixture))  # the first of that size, so the best of them
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a search ends at the latest. What the journal answers counts too, so that a resumed search ends where it would have.
-
-    Args:
-        max_trials: mixtures looked at, the base model, every single candidate and all together among them.
-        max_example_evaluations: examples scored, over all mixtures and targets.
-        max_seconds: time spent scoring.
-    """
-
-    max_trials: float = math.inf
-    max_example_evaluations: float = math.inf
-    max_seconds: float = math.inf
+    return estimate
 
 
 FINALISTS = 8  # mixtures that a race left as ties and that are scored to the end after all
-
-
-class BudgetSpent(Exception):  # noqa: N818 - nothing went wrong
-    """The budget does not allow what was asked for."""
 
 
 class Search:
@@ -177,7 +112,7 @@ class Search:
 
     def fixed(self, mixtures: Sequence[Mixture]) -> None:
         """Has mixtures scored on all examples, whatever the budget."""
-        budget, self._budget = self._budget, Budget()
+        budget, self._budget = self._budget, UNLIMITED
         self._in_full([mixture for mixture in dict.fromkeys(mixtures) if mixture not in self.standings])
         self._budget = budget
 
@@ -366,7 +301,7 @@ class Search:
             for mixture in running:
                 if mixture not in self.standings and all(mixture in found for found in seen.values()):
                     if mixture == ahead:  # or the race would have been for nothing
-                        budget, self._budget = self._budget, Budget()
+                        budget, self._budget = self._budget, UNLIMITED
                         self._complete(mixture, seen)
                         self._budget = budget
                     else:
@@ -467,7 +402,7 @@ def search(
     costs: Mapping[str, float],
     one_standard_error: bool = False,
     race: bool = False,
-    budget: Budget = Budget(),
+    budget: Budget = UNLIMITED,
     seed: int = 0,
     write: bool = True,
     agree: Callable[[Any], Any] = lambda value: value,
@@ -541,11 +476,6 @@ def search(
         )
     best = choose(ranking, one_standard_error)
     return SearchResult(state.standings, best, ranking, state.measured, state.evaluations, state.seconds, ended)
-
-
-def default_budget(candidates: int) -> int:
-    """How many mixtures a strategy that does not end by itself may propose where no budget is given."""
-    return 12 * candidates + 100
 
 
 def measure(

@@ -10,7 +10,8 @@ import numpy as np
 from scipy.stats import norm
 from sklearn.linear_model import BayesianRidge
 
-from m2m_hf.core.mixture import Mixture, SearchSpace
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.space import SearchSpace
 from m2m_hf.search.strategies import (
     Known,
     Strategy,

@@ -7,15 +7,20 @@ it the winner by a margin that all examples together can tell. What stays to the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import numpy as np
 from scipy.stats import norm
 
 FIRST = 64  # examples that a mixture has seen at least before it may be dropped
+
+
 GROWTH = 1.5  # of the rungs
+
+
 RISK = 0.05  # that a race drops a mixture which all examples would tell to be better than the one that it keeps
+
+
 RESAMPLES = 400
 
 
@@ -30,16 +35,6 @@ def rungs(examples: int) -> list[int]:
         steps.append(round(size))
         size *= GROWTH
     return [*steps, examples]
-
-
-def order(scorer: str, examples: int) -> tuple[int, ...]:
-    """The order in which races see the examples; from the target alone, so that rungs of one run are good for another.
-
-    Args:
-        scorer: the scorer's fingerprint.
-        examples: how many there are.
-    """
-    return tuple(Random(scorer).sample(range(examples), examples))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from m2m_hf.core.mixture import Mixture, SearchSpace, Standing
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
 
 Strategy = Generator[list[Mixture], list[Standing], None]

@@ -17,33 +17,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from m2m_hf.console import Terminal, duration
-from m2m_hf.data.loading import Candidate
+from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError
-from m2m_hf.merging.methods import Expert
-from m2m_hf.modeling.loading import lora_facts
-from m2m_hf.storage.journal import (
-    altered,
-    cut_short,
-    experts_word,
-    files_of,
-    fingerprint,
-    hidden,
-    read_json,
-    sync,
-)
+from m2m_hf.merging.dense_stack import Expert
+from m2m_hf.modeling.devices import agreed, sharded
+from m2m_hf.modeling.lora import lora_facts
+from m2m_hf.storage.files import fingerprint, hidden, read_json, sync
+from m2m_hf.storage.records import altered, cut_short, experts_word, files_of
 from m2m_hf.training.fine_tune import (
-    Settings,
     TrainingFailedError,
-    agreed,
     finished,
     load_trained,
     move,
     planned_steps,
     publish,
-    sharded,
     train_expert,
 )
-from m2m_hf.training.training_callbacks import BankProgress
+from m2m_hf.training.trainers import BankProgress, Settings
 
 # Settings that change where or how something is told, not what is learned.
 OPERATIONAL = {

@@ -14,13 +14,15 @@ from transformers import AutoConfig, PreTrainedModel
 
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
+from m2m_hf.merging.adapter import ADAPTER_FILES, Adapter
 from m2m_hf.merging.full_experts import DELTA_FILE, floats, save_delta
-from m2m_hf.merging.gated_stack import ADAPTER_FILES, Adapter
+from m2m_hf.modeling.devices import agreed
 from m2m_hf.modeling.heads import SUFFIX, HeadPlan
-from m2m_hf.modeling.loading import lora_facts
-from m2m_hf.storage.journal import file_fingerprint, fingerprint, hidden, read_made
+from m2m_hf.modeling.inspection import is_trained
+from m2m_hf.modeling.lora import lora_facts
+from m2m_hf.storage.files import file_fingerprint, fingerprint, hidden, read_made
 from m2m_hf.training.bank import MOST_LOST, Bank, differing
-from m2m_hf.training.fine_tune import agreed, is_trained, publish
+from m2m_hf.training.fine_tune import publish
 
 HEADS_APART = (
     "heads that were trained for one candidate each belong to labels of their own, and their average to none. Expected experts "

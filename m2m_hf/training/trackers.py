@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
-from m2m_hf.storage.journal import fingerprint
+from m2m_hf.storage.files import fingerprint
 
 LONGEST = 80  # characters of a run's name, of which TensorBoard's folder is made
 

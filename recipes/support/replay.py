@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from m2m_hf.core.mixture import Failure, Mixture, Score
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Failure, Score
 from m2m_hf.search.model_based import ScoreModel
 from m2m_hf.search.strategies import Task
 from m2m_hf.storage.journal import Journal

@@ -41,9 +41,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from m2m_hf.data.loading import TargetRow
-from m2m_hf.merging.gated_stack import Adapter, GatedStack, write_adapter
-from m2m_hf.scoring.forward import Question, Weights, completion_logprobs
+from m2m_hf.data.rows import TargetRow
+from m2m_hf.merging.adapter import Adapter, write_adapter
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.scoring.forward import Weights, completion_logprobs
+from m2m_hf.scoring.packing import Question
 
 Sums = list[tuple[float, ...]]
 METHODS = ("ours", "floor", "repeated", "cat", "trainer", "harness")

@@ -1,0 +1,71 @@
+"""A mixture as rows."""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+from datasets.table import embed_table_storage
+
+from m2m_hf.core.mixture import Mixture, row_counts
+from m2m_hf.data.rows import Candidate
+from m2m_hf.storage.files import file_fingerprint, hidden, sync, write_atomic, write_json
+
+
+def mixture_dataset(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> Dataset:
+    """So many rows of each candidate, drawn and shuffled with `seed`, none twice; the same counts and seed give the same rows."""
+    draw = random.Random(seed)
+    parts = []
+    for name, count in sorted(counts.items()):
+        whole = candidates[name].rows
+        numbers = range(count) if count == len(whole) else draw.sample(range(len(whole)), count)
+        parts.append(whole.select(numbers))
+    order = list(range(sum(map(len, parts))))
+    draw.shuffle(order)
+    return concatenate_datasets(parts).select(order)
+
+
+def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:
+    """Writes the mixture's rows, shuffled with `seed`, as `train.jsonl` (of images `train.parquet`) with its `manifest.json`.
+
+    Of equal weights it is the union of the candidates. Otherwise rows are drawn from each in proportion to its weight, none
+    twice, as many as the candidates have. The same mixture and seed give the same bytes. What is there already with the same
+    content is left as it is.
+    """
+    counts = row_counts(mixture, {name: len(candidates[name].rows) for name in mixture.names})
+    rows = mixture_dataset(counts, candidates, seed)
+    if "image" in rows.column_names:
+        train = folder / "train.parquet"
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = hidden(train)
+        # With the images themselves: of files there would be their places on this machine alone.
+        whole = rows.flatten_indices().with_format("arrow").map(embed_table_storage, batched=True, batch_size=256)
+        whole.with_format(None).to_parquet(partial)
+        partial.rename(train)
+        sync(folder)
+    else:
+        train = folder / "train.jsonl"
+        write_atomic(train, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    sources = {
+        name: {
+            "weight": weight,
+            "rows": counts[name],
+            "rows_of_the_candidate": len(candidates[name].rows),
+            "tokens": candidates[name].tokens * counts[name] // len(candidates[name].rows),
+            "fingerprint": candidates[name].fingerprint,
+            "source": candidates[name].config.to_json(),
+        }
+        for name, weight in mixture.items
+    }
+    write_json(
+        folder / "manifest.json",
+        {
+            "rows": len(rows),
+            "seed": seed,
+            "file": train.name,
+            "sha256_16": file_fingerprint([train]),
+            "sources": sources,
+        },
+    )
+    return train

@@ -1,0 +1,126 @@
+"""What of a model can be checked before its weights are loaded."""
+
+import copy
+import re
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf.errors import InputError
+from m2m_hf.modeling.heads import HeadPlan
+from m2m_hf.modeling.loading import load_config, model_class, unsharded
+
+
+def check_model(
+    model_args: ModelConfig,
+    args: SFTConfig,
+    config: LoraConfig | None,
+    plan: HeadPlan | None = None,
+    parameters: str | None = None,
+) -> int:
+    """Tries everything about the model that needs no weights: its configuration, its attention, what is trained of its layers.
+
+    Args:
+        config: the LoRA shape; None where all parameters are trained, or those that the pattern `parameters` names.
+        plan: of the head; None for a causal LM.
+
+    Returns:
+        The number of positions that the model has (a million where it does not say).
+
+    Raises:
+        InputError: whatever of it cannot work.
+    """
+    model = meta_model(model_args, args, plan)
+    if config is None and not any(is_trained(name, plan, parameters) for name, _ in model.named_parameters()):
+        names = ", ".join([name for name, _ in model.named_parameters()][:3])
+        raise InputError(f"trained_parameters: {parameters!r} names none of the model's, such as {names}")
+    if config is not None:
+        adapt(model, config, model_args)
+    if plan is not None and plan.prefix and not hasattr(model, plan.prefix):
+        raise InputError(
+            f"model_name_or_path: what of {plan.model_class} is its classifier, and what is below it, cannot be told; expected a "
+            f"model with a part {plan.prefix!r}"
+        )
+    return positions(model)
+
+
+def adapted_layers(
+    model_args: ModelConfig, args: SFTConfig, config: LoraConfig, plan: HeadPlan | None
+) -> dict[str, tuple[int, int]]:
+    """The layers of the base that a LoRA shape adapts -> (in, out) features of each.
+
+    Raises:
+        InputError: see `check_model`.
+    """
+    model = meta_model(model_args, args, plan)
+    adapt(model, config, model_args)
+    return {
+        name: (layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -> None:
+    """Puts an adapter of this shape on a model without weights.
+
+    Raises:
+        InputError: one that does not fit, or that is on layers whose adapters cannot be averaged.
+    """
+    try:
+        get_peft_model(model, copy.deepcopy(config))
+    except Exception as error:
+        raise InputError(
+            f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
+            f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
+        ) from error
+    folded = [name for name, one in model.named_parameters() if ".lora_A." in name and one.dim() != 2]
+    if folded:
+        raise InputError(
+            f"lora_target_modules: {folded[0].split('.lora_A')[0]} and others are convolutions, whose adapters are no pairs of "
+            "matrices to be averaged; name linear layers, or use expert: full"
+        )
+
+
+def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) -> PreTrainedModel:
+    """The base model without weights.
+
+    Raises:
+        InputError: no such model, or none for this task.
+    """
+    model_config = load_config(model_args)
+    try:
+        kind = model_class(plan)
+        if plan is not None and plan.two_towers:
+            model_config = model_config.vision_config
+        with torch.device("meta"), unsharded(args):
+            make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+            model: PreTrainedModel = make(model_config, attn_implementation=model_args.attn_implementation)
+            return model
+    except Exception as error:
+        what = "causal LM" if plan is None else "model for this task"
+        raise InputError(
+            f"model_name_or_path: {model_args.model_name_or_path!r} is no {what} to be used ({error})"
+        ) from error
+
+
+def positions(model: PreTrainedModel) -> int:
+    """How many tokens a model has positions for; a million where it does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if found is None or found < 1:  # XLNet says -1
+        return 1_000_000
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
+            return int(found) - int(layer.padding_idx) - 1  # as RoBERTa counts
+    return int(found)
+
+
+def is_trained(name: str, plan: HeadPlan | None, parameters: str | None) -> bool:
+    """Whether a full expert may change the parameter of this name: one that the pattern allows, and not the head's."""
+    kept = plan.untrained if plan else None
+    if kept is not None and re.fullmatch(kept, name):
+        return False
+    return parameters is None or re.search(parameters, name) is not None

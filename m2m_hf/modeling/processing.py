@@ -1,0 +1,91 @@
+"""Tokenizers and image processors, as TRL and transformers load them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf.errors import InputError
+from m2m_hf.modeling.loading import not_found
+
+PATCHES = 256  # of an image, where the model does not cut it into any: for how many are scored at once
+
+
+def image_mode(config: Any) -> str:
+    """What images are converted to before a model sees them: `L` where it takes one channel, else `RGB`."""
+    return "L" if getattr(getattr(config, "vision_config", config), "num_channels", 3) == 1 else "RGB"
+
+
+def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer that TRL would load for this model, with the special tokens and the chat template that it would set.
+
+    Args:
+        generates: whether the model does; that of a classifier needs no end-of-text token. It pads on the right, whatever it
+            was saved with: there positions begin with the text, so that its score is the same in every batch.
+
+    Raises:
+        InputError: no such model or tokenizer, or a token that it does not have.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise not_found(model_args, error) from error
+    if not generates:
+        tokenizer.pad_token = args.pad_token or tokenizer.pad_token
+        if tokenizer.pad_token not in tokenizer.get_vocab():
+            raise InputError(
+                f"pad_token: {tokenizer.pad_token!r} is not a token of this model, and texts are padded to one length; give one"
+            )
+        tokenizer.padding_side = "right"
+        return tokenizer
+    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
+    tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) not in tokenizer.get_vocab():
+            raise InputError(f"{name}: {getattr(tokenizer, name)!r} is not a token of this model; give one that is")
+    if args.chat_template_path is not None:
+        if not Path(args.chat_template_path).is_file():
+            raise InputError(f"chat_template_path: expected a Jinja file, got {args.chat_template_path!r}")
+        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_image_processor(model_args: ModelConfig) -> Any:
+    """What makes a model's input of images, as it stands beside the weights.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"model_name_or_path: {model_args.model_name_or_path!r} does not say how images are prepared for it; expected a "
+            f"preprocessor_config.json beside its weights ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def patches(config: Any) -> int:
+    """Into how many tokens a model cuts an image; `PATCHES` where it does not say."""
+    config = getattr(config, "vision_config", config)
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else PATCHES
+
+
+def inputs_of(processing: Any, content: Sequence[Any], limit: int) -> Mapping[str, torch.Tensor]:
+    """What the model is given of texts, padded to the longest, or of images."""
+    if isinstance(content[0], str):
+        found: Mapping[str, torch.Tensor] = processing(
+            list(content), truncation=True, max_length=limit, padding=True, return_tensors="pt"
+        )
+    else:
+        found = processing(images=list(content), return_tensors="pt")
+    return found

@@ -1,0 +1,349 @@
+"""What the Hub repositories of a run hold: files, cards, licences."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import httpx2
+import jinja2
+import yaml
+from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from safetensors import safe_open
+
+from m2m_hf import __version__
+from m2m_hf.config.checks import exists
+from m2m_hf.config.parsing import dump_yaml, hub_field
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.errors import InputError, redact
+from m2m_hf.reporting.record import Record
+from m2m_hf.storage.files import file_fingerprint, read_made
+from m2m_hf.storage.records import cut_short, files_of
+from m2m_hf.storage.run_folder import RunFolder
+
+# What a push has put there before, and takes away when it is no longer part of the run; see `put_before`.
+OWN = (
+    "adapters/", "pictures/", "train.jsonl", "train.parquet", "head.safetensors", "adapter_config.json",
+    "adapter_model.safetensors", "training.json",
+)  # fmt: skip
+
+
+# The Hub's name of a task, and the class that loads its models.
+TASKS = {
+    "causal_lm": ("text-generation", "AutoModelForCausalLM"),
+    "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
+    "image_classification": ("image-classification", "AutoModelForImageClassification"),
+}
+
+
+LABELS = ("labels", "id2label", "among")  # names, which may look like paths
+
+
+PATHS = re.compile(r"(?<![\w/:.~])(?:file://)?(?:\.{0,2}/|~/)(?:[^\s/'\"=:,;()\[\]]+/)+([^\s/'\"=:,;()\[\]]*)")
+
+
+# As the Hub spells them: those under which rows may be published again, with their source named.
+SHARE_ALIKE = ("cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "cdla-sharing-1.0", "gfdl")
+
+
+REPUBLISHABLE = {
+    "apache-2.0", "mit", "isc", "bsd", "bsd-2-clause", "bsd-3-clause", "zlib", "unlicense", "wtfpl", "cc0-1.0", "pddl",
+    "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "odc-by",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "afl-3.0", "artistic-2.0", "ecl-2.0", *SHARE_ALIKE,
+}  # fmt: skip
+
+
+# The client wraps what goes wrong with a large file in a RuntimeError.
+FAILURES = (
+    HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError, RuntimeError
+)  # fmt: skip
+
+
+@dataclass
+class Repository:
+    """What one repository is to hold.
+
+    Args:
+        kind: `model` or `dataset`.
+        files: path in the repository -> content, or the file that has it.
+        notes: what whoever pushes should know.
+    """
+
+    kind: str
+    files: dict[str, bytes | Path] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(one.stat().st_size if isinstance(one, Path) else len(one) for one in self.files.values())
+
+
+def published(value: Any) -> Any:
+    """`value` as others may see it: of absolute paths the last part alone, and no secrets."""
+    if isinstance(value, Mapping):
+        return {key: one if key in LABELS else published(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [published(one) for one in value]
+    if isinstance(value, str):
+        if PureWindowsPath(value).drive:
+            return PureWindowsPath(value).name
+        if "/" in value and Path(value).name and exists(Path(value)):  # whole: it may have spaces in it
+            return Path(value).name
+        return redact(PATHS.sub(r"\1", value))
+    return value
+
+
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def row_licenses(manifest: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """(licences of the mixture's rows, why the rows may not be published; None where they may)."""
+    found = {name: (one["source"].get("license") or "").lower() for name, one in manifest["sources"].items()}
+    missing = [name for name, one in found.items() if one not in REPUBLISHABLE]
+    licenses = sorted({one for one in found.values() if one})
+    if missing:
+        given = ", ".join(f"{name} ({found[name] or 'none given'})" for name in missing)
+        return licenses, (
+            f"the rows stay here: the license of {given} does not say that they may be published; where it allows it, say so: "
+            f"candidates.{missing[0]}.license: cc-by-4.0"
+        )
+    if len(licenses) > 1 and set(licenses) & set(SHARE_ALIKE):
+        return licenses, f"the rows stay here: {' and '.join(licenses)} cannot be combined in one dataset"
+    return licenses, None
+
+
+def base_model(record: Record) -> tuple[str, bool]:
+    """(how the base model is called, whether that is its id on the Hub)."""
+    name = str(record.config["model_name_or_path"])
+    local = os.path.isabs(name) or Path(name).is_dir()
+    return (Path(name).name, False) if local else (name, True)
+
+
+def license_of(name: str) -> str | None:
+    """The license that a model's card states; None where there is no card, or no license in it."""
+    try:
+        found = ModelCard.load(name, ignore_metadata_errors=True).data.get("license")
+    except FAILURES:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def expert_files(folder: Path, where: str) -> dict[str, bytes | Path]:
+    """What was trained, and its `training.json`, which tells how to recognise what is published of it.
+
+    Raises:
+        InputError: it is not whole.
+    """
+    if reason := cut_short(folder):
+        raise InputError(f"{folder}: {reason}; m2m select makes it again")
+    training = read_made(folder / "training.json")
+    files: dict[str, bytes | Path] = {}
+    described = files_of(training)
+    described.pop("README.md", None)  # we have our own
+    for name in described:
+        files[where + name] = folder / name
+        if name.endswith("config.json"):  # not every JSON: a vocabulary's tokens may look like paths
+            content = as_json(published(json.loads((folder / name).read_text(encoding="utf-8"))))
+            files[where + name] = content
+            described[name] = {"bytes": len(content), "sha256_16": digest(content)}
+    return files | {f"{where}training.json": as_json(published(training | {"files": described}))}
+
+
+def digest(content: bytes) -> str:
+    """As `file_fingerprint` of a file with that content."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def plan(run: RunFolder, repo_id: str) -> list[Repository]:
+    """What the repositories `repo_id` are to hold: first the dataset's, then the model's.
+
+    Raises:
+        InputError: no finished search in the run folder, or a name that the Hub does not allow.
+    """
+    check_name(repo_id)
+    record = Record.read(run)
+    if not run.recipe.exists():
+        raise InputError(f"{run.recipe} is missing; m2m search writes it again")
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    if has_names(recipe) and not run.head.exists():
+        raise InputError(f"{run.head} is missing; m2m search writes it again")
+    return [mixture_repository(run, record, repo_id, recipe), model_repository(run, record, repo_id, recipe)]
+
+
+def has_names(recipe: Mapping[str, Any]) -> bool:
+    """Whether the head of a run is made of labels' names, and stands in a file."""
+    return "file" in recipe.get("head", {})
+
+
+def check_name(repo_id: str) -> None:
+    """Refuses what can be no repository's id.
+
+    Raises:
+        InputError: see above.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", repo_id, re.ASCII):
+        raise InputError(f"repo_id: expected org/name, of letters, digits, '.', '-' and '_', got {repo_id!r}")
+
+
+def mixture_repository(run: RunFolder, record: Record, repo_id: str, recipe: dict[str, Any]) -> Repository:
+    manifest = read_made(run.mixture / "manifest.json")
+    if not manifest or manifest.get("sha256_16") != file_fingerprint([run.rows]):
+        raise InputError(f"{run.mixture}: not what its manifest says; m2m search writes it again")
+    licenses, refusal = row_licenses(manifest)
+    rows, labelled = run.rows.name, record.task != "causal_lm"
+    places: dict[str, Any]
+    if labelled:
+        head = recipe["head"] | ({"file": run.head.name} if has_names(recipe) else {})
+        made = Path(recipe["training"]["output_dir"]).name
+        places = {"train_file": rows, "head": head, "training": recipe["training"] | {"output_dir": made}}
+    else:
+        data = {"path": repo_id, "split": "train", "columns": recipe["datasets"][0]["columns"]}
+        places = {"datasets": [{**recipe["datasets"][0], "data_files": rows} if refusal else data], "output_dir": "trl"}
+    published_recipe = published(recipe | {"model_name_or_path": base_model(record)[0]} | places)
+    command = recipe_command(record)
+    comment = f"The chosen mixture: {record.best}\nRun it {'in this folder ' if labelled else ''}with: {command}"
+    if refusal:
+        comment += f"\n{rows} is made from the sources in manifest.json; it may not be published."
+    card = DatasetCardData(
+        license=licenses[0] if len(licenses) == 1 else "other",
+        license_name=None if len(licenses) == 1 else "see-sources",
+        license_link=None
+        if len(licenses) == 1
+        else f"https://huggingface.co/datasets/{repo_id}/blob/main/manifest.json",
+        tags=["merge-to-mix"] if labelled else ["merge-to-mix", "instruction-tuning"],
+        task_categories=[TASKS[record.task][0]],
+        source_datasets=[one["source"]["path"] for one in manifest["sources"].values() if on_hub(one["source"])]
+        or None,
+        configs=None if refusal else [{"config_name": "default", "data_files": rows}],
+        viewer=False if refusal else None,
+    )
+    text = render(
+        "dataset_card.md.jinja", record, repo_id, card, manifest=manifest, refusal=refusal, on_hub=on_hub,
+        command=command, labelled=labelled, has_names=has_names(recipe),
+    )  # fmt: skip
+    files: dict[str, bytes | Path] = {
+        "README.md": text,
+        "manifest.json": as_json(published(manifest)),
+        "recipe.yaml": dump_yaml(published_recipe, comment).encode(),
+    }
+    if has_names(recipe):
+        files[run.head.name] = run.head
+    if not refusal:
+        files[rows] = run.rows
+    return Repository("dataset", files, [refusal] if refusal else [])
+
+
+def recipe_command(record: Record) -> str:
+    """What runs the published recipe."""
+    runner = "trl sft" if record.task == "causal_lm" else "m2m recipe classify"
+    return f"{runner} --config recipe.yaml"
+
+
+def on_hub(source: Mapping[str, Any]) -> bool:
+    """Whether rows came from a dataset on the Hub, as its path tells."""
+    path = source.get("path") or ""
+    return "/" in path and not os.path.isabs(path) and not source.get("data_files")
+
+
+def model_repository(run: RunFolder, record: Record, repo_id: str, recipe: Mapping[str, Any]) -> Repository:
+    name, is_id = base_model(record)
+    license_name = license_of(str(record.config["model_name_or_path"]))
+    results = []
+    for target, scores in (record.final or {}).get("scores", {}).items():
+        for part, score in scores["final"].items():
+            about = record.summary["targets"][target]
+            results.append(
+                EvalResult(
+                    task_type=TASKS[record.task][0],
+                    dataset_type=target,
+                    dataset_name=target,
+                    dataset_split=part,
+                    metric_type=about.get("metric") or "score",
+                    metric_value=score["score"],
+                )
+            )
+    chosen = [record.config["candidates"][one] for one in record.best.names]
+    card = ModelCardData(
+        base_model=name if is_id else None,
+        library_name="transformers" if record.full else "peft",
+        pipeline_tag=TASKS[record.task][0],
+        license=license_name or "other",
+        license_name=None if license_name else "as-the-base-model",
+        license_link=None if license_name or not is_id else f"https://huggingface.co/{name}",
+        tags=[
+            "merge-to-mix",
+            *([] if record.full else ["lora"]),
+            *(["sft", "trl"] if record.task == "causal_lm" else []),
+        ],
+        datasets=[repo_id, *sorted({one["path"] for one in chosen if on_hub(one)})],
+        model_name=repo_id.split("/")[1] if results else None,
+        eval_results=results or None,
+    )
+    pictures = sorted(run.pictures.glob("*.png"))
+    config = published({key: one for key, one in record.config.items() if not hub_field(key)}) | {"output_dir": "run"}
+    files: dict[str, bytes | Path] = {
+        "README.md": render(
+            "model_card.md.jinja", record, repo_id, card, pictures=[path.stem for path in pictures], base=name,
+            command=recipe_command(record), use=use(run, record, recipe),
+        ),
+        "config.yaml": dump_yaml(config, "The configuration of the run.").encode(),
+        "summary.json": as_json(published(record.summary)),
+        **{f"pictures/{path.name}": path for path in pictures},
+    }  # fmt: skip
+    for candidate in record.candidates:
+        files |= expert_files(run.adapters / candidate, f"adapters/{candidate}/")
+    if has_names(recipe):
+        files[run.head.name] = run.head
+    if record.final:
+        files |= expert_files(run.final, "")
+    notes = [] if is_id else [f"the base model is a local folder; others are told its name alone, {name}"]
+    if not record.final:
+        notes.append("there is no final model yet; m2m sft makes it, and the same command then adds it")
+    return Repository("model", files, notes)
+
+
+def use(run: RunFolder, record: Record, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card's example of use is made of: the classes that load model and rows, and how a row's features are pooled."""
+    names, head = has_names(recipe), recipe.get("head", {})
+    pooling = None
+    if names:
+        with safe_open(run.head, "np") as file:
+            pooling = json.loads(file.metadata()["head"])["pooling"]
+    images = record.task == "image_classification"
+    told = {name: one.get("labels") for name, one in record.config["targets"].items()}
+    asked = {name: labels for name, labels in told.items() if labels} if record.task != "causal_lm" else {}
+    return {
+        "loads": recipe["model_class"] if names else TASKS[record.task][1],
+        "prepares": "AutoImageProcessor" if images else "AutoTokenizer",
+        "images": images,
+        "names": names,
+        "pooling": pooling,
+        "closed": head.get("closed"),
+        "labels": head.get("labels") if record.config.get("labels") else None,  # else all that the classifier has
+        "limit": recipe.get("max_length"),
+        "pad_token": recipe.get("pad_token"),
+        "image_mode": recipe.get("image_mode"),
+        "asked": {
+            name: sorted(set(labels.values() if isinstance(labels, dict) else labels)) for name, labels in asked.items()
+        },
+    }
+
+
+def render(template: str, record: Record, repo_id: str, card: Any, **more: Any) -> bytes:
+    """A card: metadata and a page, in which whatever comes from the run is shown as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("m2m_hf.publish"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    page = environment.get_template(template).render(
+        record=record, summary=published(record.summary), repo_id=repo_id, version=__version__, Mixture=Mixture, **more
+    )
+    return redact(f"---\n{card.to_yaml()}\n---\n\n{page}").encode()

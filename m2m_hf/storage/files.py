@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, and their fingerprints."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from m2m_hf.errors import InputError
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits of the SHA-256 of `value` as canonical JSON (keys sorted): the same content, the same digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def file_fingerprint(paths: Iterable[Path]) -> str:
+    """16 hex digits of the SHA-256 over the bytes of `paths`, in their given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes `text` so that a reader, or a crash, finds either the old file or the whole new one; the same text not again."""
+    if path.exists() and path.read_bytes() == text.encode():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent, files=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def read_made(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that can be made again; empty where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def hidden(folder: Path) -> Path:
+    """Where what will be `folder` is made, so that what is there is always whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def checkpoints(folder: Path) -> Path:
+    """Where a training into `folder` keeps its checkpoints."""
+    return folder.with_name(f"{folder.name}.checkpoints")
+
+
+def sync(folder: Path, files: bool = True) -> None:
+    """Has the disk really hold what was written to `folder` and its files, so that a power cut loses none of it."""
+    for path in (*(folder.rglob("*") if files else ()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def readable(path: Path) -> bool:
+    """Whether a safetensors file is there and whole: its header tells how long it must be."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool(file.keys())
+    except (OSError, SafetensorError):
+        return False

@@ -27,7 +27,7 @@ from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.data.classification import Length, load_labelled
+from m2m_hf.data.classification import Length, load_classification
 from m2m_hf.data.formats import load_all
 from m2m_hf.data.rows import Target
 from m2m_hf.errors import InputError
@@ -39,7 +39,7 @@ from m2m_hf.modeling.processing import image_mode, patches
 from m2m_hf.scoring.external import CallableScorer
 from m2m_hf.scoring.factory import make_label_scorer, make_scorer
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.storage.files import read_made
+from m2m_hf.storage.files import read_json_or_empty
 
 
 class LiveTargets:
@@ -121,7 +121,7 @@ class LiveTargets:
         longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
         images = plan.task == "image_classification"
         length = Length(patches(config)) if images else Length(longest, processing)
-        _, _, loaded = load_labelled(
+        _, _, loaded = load_classification(
             {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
         )
         return {
@@ -361,7 +361,7 @@ def adapter_at(folder: Path, share: float) -> Path | None:
     """Where the adapter is that a training in `folder` had at a share of its steps; None where there is none yet."""
     checkpoints = [Path(path) for path in sort_checkpoints(str(folder))] if folder.is_dir() else []
     for path in reversed(checkpoints):
-        told = read_made(path / TRAINER_STATE_NAME)
+        told = read_json_or_empty(path / TRAINER_STATE_NAME)
         step, steps = told.get("global_step"), told.get("max_steps")
         if isinstance(step, int) and isinstance(steps, int) and step <= share * steps * (1 + 1e-9):
             return path

@@ -22,7 +22,7 @@ from m2m_hf.analysis.study import RANDOM, Choice
 from m2m_hf.config import parsing
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
-from m2m_hf.core.mixture import Mixture, walk
+from m2m_hf.core.mixture import Mixture, gray_code_order
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.score import Failure, Score, paired
 from m2m_hf.core.space import SearchSpace
@@ -33,8 +33,8 @@ from m2m_hf.merging.dense_stack import open_stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
-from m2m_hf.objectives.ensemble import MOST_SUBSETS, EnsembleObjective
-from m2m_hf.objectives.fine_tuned import TrainedMixtures
+from m2m_hf.objectives.ensemble import MAX_SUBSETS, EnsembleObjective
+from m2m_hf.objectives.fine_tuned import FineTunedModels
 from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
 from m2m_hf.publish.recipe import write_label_recipe, write_recipe
@@ -54,12 +54,12 @@ from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.loop import search
 from m2m_hf.search.model_based import FEW, STRATEGIES, choose_strategy
 from m2m_hf.search.result import Budget, SearchResult, default_budget, score_of
-from m2m_hf.search.strategies import Strategy, Task, exhaustive, listed
-from m2m_hf.storage.files import fingerprint, hidden, read_json, read_made, write_json
-from m2m_hf.storage.records import cut_short, experts_word, weights_of
+from m2m_hf.search.strategies import SearchProblem, Strategy, exhaustive, listed
+from m2m_hf.storage.files import fingerprint, read_json, read_json_or_empty, staging_path, write_json
+from m2m_hf.storage.records import experts_noun, find_incomplete, weights_of
 from m2m_hf.training.bank import LAUNCH
 from m2m_hf.training.fine_tune import load_trained, publish
-from m2m_hf.training.imported_experts import adopt, adopt_models, check_sources
+from m2m_hf.training.imported_experts import check_sources, import_adapters, import_models
 from m2m_hf.training.trackers import Tracker
 
 
@@ -166,7 +166,7 @@ class MergeToMixSearcher(Ingredients):
         """
         self.check()
         if isinstance(self.config.bank, Mapping):
-            check_sources(self.bank, self.config.bank, experts_word(self.facts))
+            check_sources(self.bank, self.config.bank, experts_noun(self.facts))
         missing = self.bank.check()
         if missing and self.config.bank:
             self.prepare()
@@ -184,7 +184,7 @@ class MergeToMixSearcher(Ingredients):
 
     def _take_experts(self, given: str | Mapping[str, str], missing: Sequence[str]) -> None:
         """Takes missing experts from a published bank, or one by one from where others have them."""
-        key = experts_word(self.facts)
+        key = experts_noun(self.facts)
         if isinstance(given, str):
             with self.state.local_main_process_first():  # one process of every machine fetches
                 bank = fetch_bank(given, key)
@@ -195,9 +195,9 @@ class MergeToMixSearcher(Ingredients):
                 others = {name: (source, fetch_expert(source, key)) for name, source in wanted.items()}
             if (lora := self._lora(self.model_args)) is not None:
                 adapted = adapted_layers(self.model_args, self.args, lora, self.plan)
-                adopt(self.bank, others, self.plan, adapted, self.terminal)
+                import_adapters(self.bank, others, self.plan, adapted, self.terminal)
             else:
-                adopt_models(self.bank, others, self._plain_base(), self._load_other, self.plan, self.terminal)
+                import_models(self.bank, others, self._plain_base(), self._load_other, self.plan, self.terminal)
 
     def check_hub(self) -> None:
         """Refuses before hours of work what could not be pushed after them.
@@ -292,9 +292,9 @@ class MergeToMixSearcher(Ingredients):
                 budget=budget,
                 seed=self.args.seed,
                 write=self.state.is_main_process,
-                agree=self._agree,
+                broadcast=self._broadcast,
                 on_standing=on_standing,
-                order=walk if config.expert == "full" else list,
+                order=gray_code_order if config.expert == "full" else list,
             )
         if self._stack is not None and self._stack.shrink > 1:
             less = max(1, self._tokens_per_batch // self._stack.shrink)
@@ -307,7 +307,7 @@ class MergeToMixSearcher(Ingredients):
             self.terminal.say(f"scored {self._result.measured} {what}: {os.path.relpath(self.run.trials)}\n")
         return self._result
 
-    def _strategy(self, space: SearchSpace, objectives: list[Objective]) -> Callable[[Task], Strategy]:
+    def _strategy(self, space: SearchSpace, objectives: list[Objective]) -> Callable[[SearchProblem], Strategy]:
         """What proposes mixtures; where the choice was ours, said with its reason."""
         chosen = self.config.strategy
         if isinstance(objectives[0], EnsembleObjective) and len(objectives) == 1 and chosen in ("auto", "exhaustive"):
@@ -315,7 +315,7 @@ class MergeToMixSearcher(Ingredients):
             if space.continuous:
                 self.terminal.say("strategy: the best weights, since those of an ensemble are a convex problem")
                 return listed(ensemble.best_weights(space))
-            if len(space.names) <= MOST_SUBSETS and not space.at_most(FEW):
+            if len(space.names) <= MAX_SUBSETS and not space.at_most(FEW):
                 self.terminal.say(
                     "strategy: all subsets, of which the best 1000 are kept, since they cost no forward pass"
                 )
@@ -327,7 +327,7 @@ class MergeToMixSearcher(Ingredients):
         return STRATEGIES[chosen]
 
     @staticmethod
-    def _proposals(space: SearchSpace, strategy: Callable[[Task], Strategy]) -> int:
+    def _proposals(space: SearchSpace, strategy: Callable[[SearchProblem], Strategy]) -> int:
         """About how many mixtures a strategy will propose."""
         if strategy is exhaustive:
             known = [*(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)]
@@ -347,7 +347,7 @@ class MergeToMixSearcher(Ingredients):
         return fingerprint([keys, weights, self.merge_method.label, list(self.space.names)])
 
     def _read_study(self) -> dict[str, Any] | None:
-        found = read_made(self.run.fidelity)
+        found = read_json_or_empty(self.run.fidelity)
         return found if found.get("fingerprint") == self._study_fingerprint else None
 
     def fidelity(self) -> dict[str, Any]:
@@ -486,7 +486,7 @@ class MergeToMixSearcher(Ingredients):
         weights = {name: self.targets[name].config.weight for name in asked}
         path = self.run.trained / "similarity.json"
         of = fingerprint([weights, {name: asdict(keys) for name, keys in self.keys.items()}, list(self.space.names)])
-        known = self._agree(read_made(path))
+        known = self._broadcast(read_json_or_empty(path))
         if known.get("fingerprint") == of:
             return dict(known["cosine"])
         base = self._plain_base()
@@ -585,7 +585,7 @@ class MergeToMixSearcher(Ingredients):
         record = models.record(counts)
         if self.state.is_main_process:
             self._put_old_final_aside()
-            shutil.rmtree(hidden(self.run.final), ignore_errors=True)
+            shutil.rmtree(staging_path(self.run.final), ignore_errors=True)
             self._make_final(trained)
         publish(
             self.run.final,
@@ -610,7 +610,7 @@ class MergeToMixSearcher(Ingredients):
 
     def _make_final(self, trained: Path) -> None:
         """Puts together what `OUT/final` is to hold: the adapter, or the whole model as it was scored; and the head beside it."""
-        folder = hidden(self.run.final)
+        folder = staging_path(self.run.final)
         if self.config.expert == "full":
             stack = open_stack(self._plain_base(), {"trained": load_trained(trained)}, AVERAGE, self.run.root)
             try:
@@ -626,12 +626,12 @@ class MergeToMixSearcher(Ingredients):
             shutil.copyfile(self.run.head, folder / self.run.head.name)
 
     @cached_property
-    def _final_models(self) -> TrainedMixtures:
+    def _final_models(self) -> FineTunedModels:
         """Where the final model is made: without settings of its own it is the very model that a study would fine-tune."""
         if not self.config.final and not self._launched_otherwise:
             return self.models
         args, model_args = self._final_settings()
-        return TrainedMixtures(
+        return FineTunedModels(
             self.run.trained, self.candidates, self._final_model, self._base_to_train, args,
             lambda: self._training(args, model_args),
         )  # fmt: skip
@@ -641,21 +641,21 @@ class MergeToMixSearcher(Ingredients):
     ) -> Score | Failure:
         """A model's score on validation or sealed test rows; the latter are looked at once."""
         if part == "test":
-            return objective.sealed(counts, scorer, self.state.is_main_process, self._agree)
+            return objective.sealed(counts, scorer, self.state.is_main_process, self._broadcast)
         return objective.score(counts)
 
     def _put_old_final_aside(self) -> None:
         """A final model of another mixture or of other arguments is renamed, not overwritten."""
-        name = read_made(self.run.final / "training.json").get("fingerprint")
-        if cut_short(self.run.final) is None and isinstance(name, str) and name.isalnum():
+        name = read_json_or_empty(self.run.final / "training.json").get("fingerprint")
+        if find_incomplete(self.run.final) is None and isinstance(name, str) and name.isalnum():
             old = self.run.final.with_name(f"final.{name}")
             if not old.exists():
                 self.run.final.rename(old)
                 self.terminal.say(f"the final model that was there is now {os.path.relpath(old)}")
 
     def _read_final(self, mixture: Mixture) -> dict[str, Any] | None:
-        final = read_made(self.run.final / "training.json")
-        whole = cut_short(self.run.final) is None and final.get("fingerprint") == self._final_fingerprint(mixture)
+        final = read_json_or_empty(self.run.final / "training.json")
+        whole = find_incomplete(self.run.final) is None and final.get("fingerprint") == self._final_fingerprint(mixture)
         return final if whole else None
 
     def _outcome(self) -> Outcome:

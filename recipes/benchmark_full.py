@@ -22,7 +22,7 @@ from itertools import combinations
 from pathlib import Path
 
 from m2m_hf import MergeToMixSearcher
-from m2m_hf.core.mixture import Mixture, walk
+from m2m_hf.core.mixture import Mixture, gray_code_order
 from m2m_hf.merging.dense_stack import DenseStack
 from m2m_hf.merging.full_experts import floats
 from m2m_hf.merging.methods import AVERAGE
@@ -58,7 +58,7 @@ def main(config: Path) -> None:
     start = time.monotonic()
     stack = DenseStack(base, experts, AVERAGE, run.run.root)
     print(f"opened in {time.monotonic() - start:.2f} s")
-    rows = {"running sums, Gray code": timed(stack, walk(by_size))}
+    rows = {"running sums, Gray code": timed(stack, gray_code_order(by_size))}
     print(f"memory: {loaded:,.0f} MiB with the base, {peak():,.0f} MiB at the most with the sums")
     rows["running sums, by size"] = timed(stack, by_size)
     stack.set(by_size[-1].weights)

@@ -19,7 +19,7 @@ import numpy as np
 from replay import Landscape
 
 from m2m_hf.analysis.shapley import worth
-from m2m_hf.core.arrays import Numbers
+from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
@@ -48,7 +48,7 @@ class LongValidation(Landscape):
             draw = np.random.default_rng(abs(hash(mixture.items)) % 2**32)
             level = sum(weight * self._effects[name] for name, weight in mixture.items) - self._hard
             logprobs = -np.logaddexp(0, -(level + 0.3 * draw.normal(size=self.examples)))
-            found.append(Score.of(Numbers.of(logprobs > np.log(0.5)), Numbers.of(logprobs)))
+            found.append(Score.of(LazyArray.of(logprobs > np.log(0.5)), LazyArray.of(logprobs)))
         return found
 
 

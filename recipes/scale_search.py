@@ -38,7 +38,7 @@ from m2m_hf.core.trial import Standing
 from m2m_hf.search.loop import search
 from m2m_hf.search.model_based import STRATEGIES, choose_strategy
 from m2m_hf.search.result import Budget
-from m2m_hf.search.strategies import Task, exhaustive
+from m2m_hf.search.strategies import SearchProblem, exhaustive
 from m2m_hf.storage.journal import Journal
 
 Curve = list[tuple[float, float]]
@@ -131,7 +131,7 @@ def simulated(given: argparse.Namespace, table: Mapping[Mixture, Score], termina
         gaps: dict[str, list[float]] = {}
         seconds: dict[str, list[float]] = {}
         for seed in range(given.landscapes):
-            value = larger_landscape(table, Task(SearchSpace(names)), count, seed)
+            value = larger_landscape(table, SearchProblem(SearchSpace(names)), count, seed)
             many = tuple(f"c{number:03}" for number in range(count))
             found = {}
             for strategy in STRATEGIES:

@@ -2,12 +2,25 @@
 
 import gc
 import importlib.util
-import json
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+from pico import (
+    RGB,
+    ROOT,
+    SHAPE,
+    build_model,
+    build_tokenizer,
+    copy_project,
+    intent_rows,
+    project_folder,
+    write_images,
+    write_intents,
+    write_rows,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="m2m-tests-")
@@ -19,132 +32,22 @@ import torch
 import yaml
 from forks import Forks
 from hub_server import Hub
-from peft import LoraConfig, get_peft_model
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import processors
 from transformers import (
+    AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 from m2m_hf.cli.main import main
-
-ROOT = Path(__file__).parents[1]
-TEXT = "question: what is the opposite of hot? answer: cold warm big small yes no one two three four red green blue"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
-    "<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a few merges and a chat template."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator([TEXT] * 3, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def build_model(family: str, vocabulary: int = 320) -> torch.nn.Module:
-    """A random model of two layers with the quirks of its family (soft-capping and scaled embeddings, Conv1D, q/k norms)."""
-    torch.manual_seed(0)
-    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        **common,
-    }
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
-    if family == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**shape, query_pre_attn_scalar=8, sliding_window=16)).eval()
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)).eval()
-
-
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
-
-
-def build_adapter(family: str, folder: Path, seed: int, **lora) -> Path:
-    """A PEFT adapter folder with random factors, written by PEFT itself."""
-    config = {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": TARGETS.get(family, ["q_proj", "v_proj", "down_proj"]),
-        "task_type": "CAUSAL_LM",
-        "fan_in_fan_out": family == "gpt2",
-        **lora,
-    }
-    model = get_peft_model(build_model(family), LoraConfig(**config))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-COLOURS = ["red", "green", "blue", "one", "two", "three"]
-
-
-def candidate_rows(word: str, count: int = 12) -> list[dict]:
-    return [
-        {"prompt": f"question: {word} {COLOURS[i % 6]} {i}? answer:", "completion": f" {COLOURS[(i + len(word)) % 6]}"}
-        for i in range(count)
-    ]
-
-
-def choice_rows(count: int = 10, start: int = 100) -> list[dict]:
-    return [
-        {
-            "prompt": f"question: {COLOURS[i % 6]} {i}? answer:",
-            "choices": [" red", " green", " blue one"],
-            "answer": i % 3,
-        }
-        for i in range(start, start + count)
-    ]
-
-
-def picture(colour: tuple[int, int, int], seed: int) -> Image.Image:
-    """8 by 8 noisy pixels of about this colour."""
-    draw = torch.Generator().manual_seed(seed)
-    noise = torch.randint(-25, 25, (8, 8, 3), generator=draw) + torch.tensor(colour)
-    return Image.fromarray(noise.to(torch.uint8).numpy())
-
-
-def main_in(*arguments: object) -> int:
-    """What `m2m` ends with."""
-    return main([str(one) for one in arguments])
 
 
 @pytest.fixture(scope="session")
@@ -189,40 +92,6 @@ def pico(tmp_path_factory) -> Path:
     return folder
 
 
-def project_folder(tmp_path: Path, pico: Path) -> Path:
-    """A configuration file with three candidates and a target beside it; `run.yaml` is ready to be selected from."""
-    for word in ("alpha", "beta", "gamma"):
-        write_rows(tmp_path / f"{word}.jsonl", candidate_rows(word))
-    write_rows(tmp_path / "validation.jsonl", choice_rows())
-    write_rows(tmp_path / "test.jsonl", choice_rows(8, start=200))
-    (tmp_path / "run.yaml").write_text(
-        f"""
-model_name_or_path: {pico}
-lora_r: 4
-lora_target_modules: [q_proj, v_proj]
-learning_rate: 1.0e-2
-max_steps: 3
-per_device_train_batch_size: 4
-activation_checkpointing: false
-logging_steps: 1
-use_cpu: true
-dtype: float32
-bf16: false
-output_dir: {tmp_path / "out"}
-candidates:
-  alpha: {{path: json, data_files: alpha.jsonl}}
-  beta: {{path: json, data_files: beta.jsonl}}
-  gamma: {{path: json, data_files: gamma.jsonl}}
-targets:
-  colours:
-    data: {{path: json, data_files: validation.jsonl}}
-    test_data: {{path: json, data_files: test.jsonl}}
-    scorer: choice
-"""
-    )
-    return tmp_path
-
-
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
     """A folder with a pico BERT, whose pooler nothing trains, and its tokenizer."""
@@ -238,60 +107,6 @@ def encoder(tmp_path_factory) -> Path:
     BertModel(BertConfig(**shape, max_position_embeddings=64, attn_implementation="sdpa")).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
-
-
-INTENTS = {"greetings": ["hello_there", "good_bye"], "colours": ["red", "green", "blue"], "noise": ["one", "two"]}
-
-
-def intent_rows(labels: list[str], count: int, start: int = 0) -> list[dict]:
-    return [
-        {"text": f"{labels[i % len(labels)]} {i} big small", "label": labels[i % len(labels)]}
-        for i in range(start, start + count)
-    ]
-
-
-def write_intents(folder: Path, model: Path) -> Path:
-    """A classification run: three candidates with labels of their own, and a target with others; `intents.yaml`."""
-    for name, labels in INTENTS.items():
-        write_rows(folder / f"{name}.jsonl", intent_rows(labels, 12))
-    for part, start in (("validation", 100), ("test", 200)):
-        write_rows(folder / f"{part}_intents.jsonl", intent_rows(["red", "cold", "hot", "hello_there"], 10, start))
-    (folder / "intents.yaml").write_text(
-        f"""
-model_name_or_path: {model}
-task: sequence_classification
-lora_r: 4
-lora_target_modules: all-linear
-learning_rate: 1.0e-2
-max_steps: 3
-per_device_train_batch_size: 4
-activation_checkpointing: false
-logging_steps: 1
-use_cpu: true
-dtype: float32
-bf16: false
-output_dir: {folder / "out"}
-candidates:
-  greetings: {{path: json, data_files: greetings.jsonl}}
-  colours: {{path: json, data_files: colours.jsonl}}
-  noise: {{path: json, data_files: noise.jsonl}}
-targets:
-  intents:
-    data: {{path: json, data_files: validation_intents.jsonl}}
-    test_data: {{path: json, data_files: test_intents.jsonl}}
-    scorer: classification
-    metric: logprob
-"""
-    )
-    return folder
-
-
-def changed(folder: Path, name: str = "intents", **values) -> dict:
-    """A configuration with other values, written."""
-    path = folder / f"{name}.yaml"
-    given = yaml.safe_load(path.read_text()) | values
-    path.write_text(yaml.safe_dump(given))
-    return given
 
 
 @pytest.fixture
@@ -316,15 +131,6 @@ def finished_project(tmp_path_factory, pico) -> Path:
         patch.setattr("m2m_hf.reporting.plots.PICTURES", {})
         assert main(["select", "--config", str(run)]) == 0
     return folder
-
-
-def copy_project(folder: Path, copy: Path) -> Path:
-    """A copy of a project and its runs, as if it had been made there: no path in it leads back."""
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".lock"), dirs_exist_ok=True)
-    for path in copy.rglob("*"):
-        if path.is_file() and str(folder).encode() in (content := path.read_bytes()):
-            path.write_bytes(content.replace(str(folder).encode(), str(copy).encode()))
-    return copy
 
 
 @pytest.fixture
@@ -365,3 +171,112 @@ def hub(served) -> Hub:
 def forks(hub, served) -> Forks:
     """Python processes that need no time to import anything; they are told of the Hub of `hub` and log in there."""
     return served[1]
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(RGB)), "label2id": {name: place for place, name in enumerate(RGB)}}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SHAPE, **names)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    text = {
+        **SHAPE,
+        "vocab_size": 320,
+        "max_position_embeddings": 40,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    config = CLIPConfig(
+        text_config={**text, "projection_dim": 12}, projection_dim=12,
+        vision_config={**SHAPE, "image_size": 8, "patch_size": 4, "projection_dim": 12},
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    ends = processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ends  # where CLIP takes what a text means
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures_of(tmp_path):
+    """model folder -> a run on images, `images.yaml`."""
+
+    def make(model: Path, targets: str) -> Path:
+        for number, (name, labels) in enumerate(
+            {"warm": ["red", "green"], "cold": ["blue", "green"], "all": [*RGB]}.items()
+        ):
+            write_images(tmp_path / f"{name}.parquet", labels, 9, 100 * number)
+        for number, part in enumerate(("validation", "test")):
+            write_images(tmp_path / f"{part}.parquet", [*RGB], 7, 1000 * (number + 1))
+        given = {
+            "model_name_or_path": str(model),
+            "task": "image_classification",
+            "lora_r": 4,
+            "lora_target_modules": targets,
+            "learning_rate": 1e-2,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "activation_checkpointing": False,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "dtype": "float32",
+            "bf16": False,
+            "output_dir": str(tmp_path / "out"),
+            "candidates": {
+                name: {"path": "parquet", "data_files": f"{name}.parquet"} for name in ("warm", "cold", "all")
+            },
+            "targets": {
+                "colours": {
+                    "data": {"path": "parquet", "data_files": "validation.parquet"},
+                    "test_data": {"path": "parquet", "data_files": "test.parquet"},
+                    "scorer": "classification",
+                }
+            },
+        }
+        (tmp_path / "images.yaml").write_text(yaml.safe_dump(given))
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
+def classifier(tmp_path_factory) -> Path:
+    """A pico BERT with a classifier over three colours."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(1)
+    shape = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    names = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+    BertForSequenceClassification(BertConfig(**shape, max_position_embeddings=64, **names)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own(intents, classifier, encoder) -> Path:
+    """A run on a model with a classifier of its own."""
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(classifier)
+    path = intents / "intents.yaml"
+    given = yaml.safe_load(path.read_text())
+    given["model_name_or_path"] = str(classifier)
+    for name in ("greetings", "noise"):
+        write_rows(intents / f"{name}.jsonl", intent_rows(["blue", "red"], 10, len(name)))
+    for part, start in (("validation", 100), ("test", 200)):
+        write_rows(intents / f"{part}_intents.jsonl", intent_rows(["green", "blue"], 10, start))
+    path.write_text(yaml.safe_dump(given))
+    return intents

@@ -25,14 +25,14 @@ os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="m2m-crash-"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from conftest import build_model, build_tokenizer, choice_rows, project_folder, write_rows
+from pico import build_model, build_tokenizer, choice_rows, project_folder, write_rows
 
 import m2m_hf.reporting.plots
 import m2m_hf.storage.journal
 from m2m_hf.cli.main import main
 from m2m_hf.searcher import MergeToMixSearcher  # noqa: F401 - imported once for all forks
 from m2m_hf.storage.journal import Journal
-from m2m_hf.storage.records import cut_short
+from m2m_hf.storage.records import find_incomplete
 from m2m_hf.training.trainers import CompletionTrainer
 
 TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
@@ -157,7 +157,7 @@ def done(out: Path) -> dict[str, tuple[int, int]]:
     return {
         str(folder): (folder.stat().st_ino, (folder / "training.json").stat().st_mtime_ns)
         for folder in folders
-        if cut_short(folder) is None
+        if find_incomplete(folder) is None
     }
 
 

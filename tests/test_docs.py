@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, candidate_rows, choice_rows, intent_rows, write_rows
 from hub_server import Repository
+from pico import ROOT, candidate_rows, choice_rows, intent_rows, write_rows
 
 from m2m_hf.cli.launch import relaunched
 

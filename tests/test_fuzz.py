@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import build_adapter, build_model, candidate_rows, choice_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pico import build_adapter, build_model, candidate_rows, choice_rows
 from safetensors.torch import load_file, save_file
 
 from m2m_hf.config.parsing import field_names, parse

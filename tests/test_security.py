@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import build_adapter, candidate_rows, choice_rows, write_rows
+from pico import build_adapter, candidate_rows, choice_rows, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -24,7 +24,7 @@ from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.records import MARK, describe_files
+from m2m_hf.storage.records import COMPLETE, describe_files
 from m2m_hf.training.fine_tune import train_expert
 
 
@@ -163,12 +163,12 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
         train(Stop())
     mark = tmp_path / "exploded"
     checkpoint = tmp_path / "run.checkpoints" / "checkpoint-2"
-    known = json.loads((checkpoint / MARK).read_text())
+    known = json.loads((checkpoint / COMPLETE).read_text())
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         kept = (checkpoint / name).read_bytes()
         torch.save(Bomb(mark), checkpoint / name)
-        (checkpoint / MARK).unlink()
-        (checkpoint / MARK).write_text(json.dumps(known | {"files": describe_files(checkpoint)}))
+        (checkpoint / COMPLETE).unlink()
+        (checkpoint / COMPLETE).write_text(json.dumps(known | {"files": describe_files(checkpoint)}))
         with pytest.raises(InputError, match="it holds more than numbers"):
             train()
         assert not mark.exists()

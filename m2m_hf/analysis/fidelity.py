@@ -62,7 +62,7 @@ def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, se
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A value with its two intervals (95 %): for endless rows, and for other candidates; None where one cannot be known."""
 
     value: float
@@ -112,12 +112,12 @@ class Agreement:
     """
 
     mixtures: int
-    pearson: Figure
-    spearman: Figure
-    kendall: Figure
+    pearson: Estimate
+    spearman: Estimate
+    kendall: Estimate
     halves: float | None
-    recall: dict[int, Figure]
-    regret: Figure
+    recall: dict[int, Estimate]
+    regret: Estimate
     random_regret: float
     rank_of_best: int
     tied: bool | None
@@ -162,12 +162,12 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
     if not complete:
         weights = draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
 
-    def correlation(statistic: Any, weighted: Any) -> Figure:
+    def correlation(statistic: Any, weighted: Any) -> Estimate:
         value = constant_aware(statistic, predicted, true)
         if not np.isfinite(value):
-            return Figure(value)
+            return Estimate(value)
         here = reflected(value, weighted(*again, weights)) if by_row or not complete else None
-        return Figure(value, here, jackknife(statistic, mixtures, predicted, true))
+        return Estimate(value, here, jackknife(statistic, mixtures, predicted, true))
 
     first, best = int(predicted.argmax()), int(true.argmax())
     tied = above_random = None
@@ -181,13 +181,13 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
         correlation(kendalltau, weighted_kendall),
         across_halves(rows, draw) if by_row else None,
         {
-            k: Figure(
+            k: Estimate(
                 float(recalled(predicted[None], true[None], k)[0]), interval(recalled(*again, k)) if by_row else None
             )
             for k in (1, 3, 5)
             if 2 * k < count
         },
-        Figure(float(true[best] - true[first]), interval(regrets(*again)) if by_row else None),
+        Estimate(float(true[best] - true[first]), interval(regrets(*again)) if by_row else None),
         max(0.0, float(true[best] - true.mean())),
         int((predicted > predicted[best]).sum()) + 1,
         tied,

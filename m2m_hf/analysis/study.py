@@ -14,7 +14,7 @@ from m2m_hf.core.score import Failure, Score, mean_over_targets, paired
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, scores_of
 from m2m_hf.errors import InputError
-from m2m_hf.objectives.fine_tuned import Counts, TrainedMixtures
+from m2m_hf.objectives.fine_tuned import Counts, FineTunedModels
 from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.loop import Search, trial_of
@@ -47,7 +47,7 @@ class Study:
         trained: the trained objectives, one for every target.
         journal: where trials are remembered.
         write: whether this process writes it.
-        agree: gives every process what the main one has.
+        broadcast: gives every process what the main one has.
         progress: `Terminal.progress`.
         uniform: whether merged singles are adapters that were trained as everything else: the average of a bank without mixed
             training.
@@ -61,7 +61,7 @@ class Study:
         journal: Journal,
         *,
         write: bool,
-        agree: Callable[[Any], Any],
+        broadcast: Callable[[Any], Any],
         progress: Callable[[str, int], Any],
         uniform: bool = True,
     ) -> None:
@@ -69,10 +69,10 @@ class Study:
         self.space = space
         self.surrogates = surrogates
         self.trained = trained
-        self.models: TrainedMixtures = trained[0].models
+        self.models: FineTunedModels = trained[0].models
         self._journal = journal
         self._write = write
-        self._agree = agree
+        self._broadcast = broadcast
         self._progress = progress
         self.worked = False  # whether anything was trained
 
@@ -81,7 +81,7 @@ class Study:
         with self._progress(title, len(mixtures)) as bar:
             state = Search(
                 objectives, self.space, self._journal, self._write, lambda *_: bar.advance(), False, Budget(),
-                self._agree, list,
+                self._broadcast, list,
             )  # fmt: skip
             state.fixed(mixtures)
         return [state.standings[mixture] for mixture in mixtures]
@@ -254,7 +254,7 @@ class Study:
                     for objective in self.trained:
                         if objective.target in scorers and stand[name]:
                             scorer = scorers[objective.target]
-                            tests[name][objective.target] = objective.sealed(of, scorer, self._write, self._agree)
+                            tests[name][objective.target] = objective.sealed(of, scorer, self._write, self._broadcast)
                             bar.advance()
         shown = {}
         for name, scores in stand.items():

@@ -8,7 +8,7 @@ import numpy as np
 TYPE = np.dtype("<f8")
 
 
-class Numbers(Sequence[float]):
+class LazyArray(Sequence[float]):
     """A list of numbers as compact as an array, read from the disk where it lies there; behaves as a tuple of floats does.
 
     Args:
@@ -23,7 +23,7 @@ class Numbers(Sequence[float]):
         self._take, self._count = take, count
 
     @classmethod
-    def of(cls, values: Any) -> "Numbers":
+    def of(cls, values: Any) -> "LazyArray":
         """In memory."""
         array = np.array(values, dtype=TYPE)
         return cls(lambda: array, len(array))
@@ -53,7 +53,7 @@ class Numbers(Sequence[float]):
         return np.array(self._take(), dtype=dtype or TYPE)
 
     def __reduce__(self) -> Any:
-        return Numbers.of, (tuple(self),)
+        return LazyArray.of, (tuple(self),)
 
     def __repr__(self) -> str:
         return repr(tuple(self))

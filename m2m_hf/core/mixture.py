@@ -58,7 +58,7 @@ class Mixture:
 BASE = Mixture(())
 
 
-def walk(mixtures: Iterable[Mixture]) -> list[Mixture]:
+def gray_code_order(mixtures: Iterable[Mixture]) -> list[Mixture]:
     """Mixtures in the order of the binary reflected Gray code (Gray, 1953) of who is in them.
 
     Of all subsets each then differs from the one before by a single candidate; of some of them, by few.

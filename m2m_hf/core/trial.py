@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m2m_hf.core.arrays import Numbers
+from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Score, mean_over_targets
 from m2m_hf.errors import InputError
@@ -119,19 +119,19 @@ def wrong(record: Any) -> str | None:
     return None
 
 
-def numbers(given: Any) -> Numbers:
+def numbers(given: Any) -> LazyArray:
     """A list of finite numbers.
 
     Raises:
         ValueError: it is none.
     """
-    if isinstance(given, Numbers):
+    if isinstance(given, LazyArray):
         return given
     array = np.array(given)
     right = isinstance(given, list) and array.ndim == 1 and (array.dtype.kind in "fiu" or not given)
     if not right or not np.isfinite(array).all():
         raise ValueError(f"expected a list of finite numbers, got {given!r:.80}")
-    return Numbers.of(array)
+    return LazyArray.of(array)
 
 
 @dataclass(frozen=True)

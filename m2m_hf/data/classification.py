@@ -46,7 +46,7 @@ def recognised(row: Any) -> dict[str, Any]:
     return {name: getattr(row, name) for name in ("prompt", "choices", "answer")}
 
 
-def load_labelled(
+def load_classification(
     candidates: Mapping[str, CandidateConfig],
     targets: Mapping[str, TargetConfig],
     task: str,

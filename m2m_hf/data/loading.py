@@ -22,10 +22,10 @@ from m2m_hf.config.checks import BUILDERS, check_name
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.errors import InputError
 
-MOST_FILES = 10_000  # in a folder that is given as a dataset
+MAX_FILES = 10_000  # in a folder that is given as a dataset
 
 
-MOST_PARTS = 256  # that one dataset is split into
+MAX_PARTS = 256  # that one dataset is split into
 
 
 CHECKED: set[tuple[str, int, int]] = set()  # JSON files that were read well: every part of a split dataset asks again
@@ -78,10 +78,10 @@ def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
             found = rows[0][one.split_by]
             raise InputError(f"{where}.split_by: expected a column of texts or numbers, got {found!r:.100}")
         values = sorted(set(rows[one.split_by]), key=str)
-        if len(values) > MOST_PARTS:
+        if len(values) > MAX_PARTS:
             raise InputError(
                 f"{where}.split_by: {one.split_by!r} has {len(values):,} values, and each would be a candidate with an adapter "
-                f"of its own; expected at most {MOST_PARTS}"
+                f"of its own; expected at most {MAX_PARTS}"
             )
         for value in values:
             labelled = isinstance(kind, ClassLabel) and value is not None
@@ -135,8 +135,8 @@ def load_raw(config: DataConfig, where: str) -> Dataset:
     check_json(config, where)
     if config.path and config.data_files is None and Path(config.path).is_dir():
         found = chain.from_iterable(files for _, _, files in os.walk(config.path))
-        if sum(1 for _ in islice(found, MOST_FILES + 1)) > MOST_FILES:
-            raise InputError(f"{where}: {config.path} holds more than {MOST_FILES:,} files; say which with data_files")
+        if sum(1 for _ in islice(found, MAX_FILES + 1)) > MAX_FILES:
+            raise InputError(f"{where}: {config.path} holds more than {MAX_FILES:,} files; say which with data_files")
     try:
         if config.rows is not None:
             loaded = config.rows

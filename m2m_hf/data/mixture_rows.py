@@ -10,7 +10,7 @@ from datasets.table import embed_table_storage
 
 from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.data.rows import Candidate
-from m2m_hf.storage.files import file_fingerprint, hidden, sync, write_atomic, write_json
+from m2m_hf.storage.files import file_fingerprint, staging_path, sync, write_atomic, write_json
 
 
 def mixture_dataset(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> Dataset:
@@ -38,7 +38,7 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
     if "image" in rows.column_names:
         train = folder / "train.parquet"
         folder.mkdir(parents=True, exist_ok=True)
-        partial = hidden(train)
+        partial = staging_path(train)
         # With the images themselves: of files there would be their places on this machine alone.
         whole = rows.flatten_indices().with_format("arrow").map(embed_table_storage, batched=True, batch_size=256)
         whole.with_format(None).to_parquet(partial)

@@ -23,7 +23,7 @@ from m2m_hf.errors import InputError
 Part = slice | None  # rows of a tensor; None: all of it
 DELTA_FILE = "delta.safetensors"
 BLOCK = 1 << 20  # numbers of a tensor that are worked on at once
-MOST_APART = 64  # of the largest changes of one weight, for one unit to serve all
+MAX_APART = 64  # of the largest changes of one weight, for one unit to serve all
 BITS = 30  # of a sum: one less than there are, so that rounding cannot overflow
 
 
@@ -137,7 +137,7 @@ def largest_of(expert: Delta, name: str, shape: Sequence[int]) -> float:
     return found
 
 
-def aside(folder: Path | None) -> tuple[Path, Callable[[], None]]:
+def scratch_folder(folder: Path | None) -> tuple[Path, Callable[[], None]]:
     """A hidden folder for what need not be in memory, and what removes it; it is removed at the end of the process at the latest.
 
     Args:
@@ -164,7 +164,7 @@ class Shelf:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], folder: Path | None) -> None:
-        place, self.close = aside(folder)
+        place, self.close = scratch_folder(folder)
         # A file for each, since all in one would be in memory twice while it is written.
         self._paths = {name: place / f"{number}.safetensors" for number, name in enumerate(tensors)}
         for name, tensor in tensors.items():
@@ -198,11 +198,11 @@ class Sums:
         self._experts = experts
         self._units: dict[str, float] = {}
         self._shapes = changed
-        self._place, self.close = aside(folder)
+        self._place, self.close = scratch_folder(folder)
         self._members: frozenset[str] | None = frozenset()
         for number, name in enumerate(changed):
             largest = [largest_of(one, name, changed[name]) for one in experts.values() if name in one.shapes]
-            if max(largest) > MOST_APART * min(largest):
+            if max(largest) > MAX_APART * min(largest):
                 continue  # the unit of the largest would be too coarse for the others
             unit = max(2.0 ** (math.frexp(sum(largest))[1] - BITS), torch.finfo(torch.float32).tiny)
             self._units[name] = unit

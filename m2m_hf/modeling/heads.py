@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from m2m_hf.errors import InputError
-from m2m_hf.storage.files import hidden
+from m2m_hf.storage.files import staging_path
 
 SCALE = 20.0  # of a cosine in the softmax: the temperature of 0.05 with which sentence encoders are trained
 
@@ -178,8 +178,8 @@ class Head:
         assert self.vectors is not None
         about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling, "of": of}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"vectors": self.vectors}, hidden(path), metadata={"format": "pt", "head": json.dumps(about)})
-        hidden(path).rename(path)
+        save_file({"vectors": self.vectors}, staging_path(path), metadata={"format": "pt", "head": json.dumps(about)})
+        staging_path(path).rename(path)
 
     @classmethod
     def read(cls, path: Path, plan: HeadPlan, closed: bool, of: str) -> "Head | None":

@@ -21,7 +21,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from m2m_hf.errors import InputError
-from m2m_hf.modeling.devices import sharded
+from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import Head, HeadPlan, head_of_names, plan_head
 from m2m_hf.storage.files import file_fingerprint
 
@@ -120,7 +120,7 @@ def load_base(
         kwargs["quantization_config"] = quantization
         if state.num_processes > 1 and state.device.type != "cpu":
             kwargs["device_map"] = {"": state.local_process_index}
-    to_train = to_train and sharded()
+    to_train = to_train and is_sharded()
     try:
         with nullcontext() if to_train else unsharded(args):
             model, told = create_model_from_path(

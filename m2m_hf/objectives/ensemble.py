@@ -30,7 +30,7 @@ BLOCK = 1 << 24  # numbers in one temporary tensor
 SUBSETS = 1000  # mixtures that `best_subsets` gives
 
 
-MOST_SUBSETS = 22  # candidates of which all subsets are looked at
+MAX_SUBSETS = 22  # candidates of which all subsets are looked at
 
 
 ENSEMBLE_METRICS = ("accuracy", "logprob", "loglikelihood")

@@ -12,16 +12,16 @@ from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError
-from m2m_hf.modeling.devices import agreed
-from m2m_hf.storage.files import hidden, read_json, read_made
-from m2m_hf.storage.records import cut_short, weights_of
+from m2m_hf.modeling.devices import broadcast
+from m2m_hf.storage.files import read_json, read_json_or_empty, staging_path
+from m2m_hf.storage.records import find_incomplete, weights_of
 from m2m_hf.training.fine_tune import TrainingFailedError, finished, mixture_steps, publish, train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
 Counts = Mapping[str, int]
 
 
-class TrainedMixtures:
+class FineTunedModels:
     """Models fine-tuned on mixtures with the arguments that the adapters were trained with, in `OUT/trained/<fingerprint>/`.
 
     None is trained twice. They are trained on the very rows, in the very order, of the final fine-tune.
@@ -63,7 +63,7 @@ class TrainedMixtures:
 
     def is_trained(self, counts: Counts) -> bool:
         """Whether it was, and all processes must ask; one whose training failed is not trained again either."""
-        return bool(agreed(cut_short(self.folder(counts)) is None))
+        return bool(broadcast(find_incomplete(self.folder(counts)) is None))
 
     def steps(self, counts: Counts) -> int:
         """Optimizer steps that training takes."""
@@ -95,7 +95,7 @@ class TrainedMixtures:
                     self._base(),
                     rows,
                     self._settings(),
-                    hidden(folder),
+                    staging_path(folder),
                     watching,
                     folder.name,
                     run,
@@ -116,5 +116,7 @@ class TrainedMixtures:
         """Time spent training all models here but the one that the final model, of this `training.json`, is a copy of."""
         copied = weights_of(without)
         folders = [path.parent for path in sorted(self.root.glob("[!.]*/training.json"))]
-        records = [read_made(folder / "training.json") for folder in folders if cut_short(folder) is None]
+        records = [
+            read_json_or_empty(folder / "training.json") for folder in folders if find_incomplete(folder) is None
+        ]
         return float(sum(one.get("seconds", 0.0) for one in records if weights_of(one) != copied))

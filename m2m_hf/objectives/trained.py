@@ -11,10 +11,10 @@ from m2m_hf.core.score import Failure, Score
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack, open_stack
 from m2m_hf.merging.methods import AVERAGE
-from m2m_hf.objectives.fine_tuned import Counts, TrainedMixtures
+from m2m_hf.objectives.fine_tuned import Counts, FineTunedModels
 from m2m_hf.objectives.scored import ScorerObjective
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.storage.files import read_made, write_json
+from m2m_hf.storage.files import read_json_or_empty, write_json
 from m2m_hf.storage.keys import Keys
 from m2m_hf.training.fine_tune import TrainingFailedError, load_trained
 
@@ -34,7 +34,7 @@ class TrainedObjective(ScorerObjective):
 
     def __init__(
         self,
-        models: TrainedMixtures,
+        models: FineTunedModels,
         base: Callable[[], PreTrainedModel],
         bare: Callable[[], Stack],
         scorer: Scorer,
@@ -73,19 +73,19 @@ class TrainedObjective(ScorerObjective):
         finally:
             stack.detach()
 
-    def sealed(self, counts: Counts, scorer: Scorer, write: bool, agree: Callable[[Any], Any]) -> Score:
+    def sealed(self, counts: Counts, scorer: Scorer, write: bool, broadcast: Callable[[Any], Any]) -> Score:
         """The score on sealed test rows; a model looks at them once, what it scored is kept beside it.
 
         Args:
             scorer: of the test rows.
             write: whether this process writes.
-            agree: gives every process what the main one has.
+            broadcast: gives every process what the main one has.
 
         Raises:
             InputError: there is no score.
         """
         path = self.models.folder(counts) / "test.json"
-        known = agree(read_made(path))
+        known = broadcast(read_json_or_empty(path))
         if scorer.fingerprint not in known:
             score = self.score(counts, scorer)
             if isinstance(score, Failure):

@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.parsing import dump_yaml, with_overrides
 from m2m_hf.errors import InputError
-from m2m_hf.storage.files import file_fingerprint, read_json, read_made, write_atomic, write_json
+from m2m_hf.storage.files import file_fingerprint, read_json, read_json_or_empty, write_atomic, write_json
 from m2m_hf.storage.run_folder import RunFolder, read_config
 from m2m_hf.training.fine_tune import planned_steps
 
@@ -181,7 +181,7 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
             f"task: causal_lm. Use its recipe in their place: python recipes/classify.py --config {run.recipe}"
         )
     rows = run.mixture / DATA
-    manifest = read_made(run.mixture / "manifest.json")
+    manifest = read_json_or_empty(run.mixture / "manifest.json")
     if not rows.exists() or manifest.get("sha256_16") != file_fingerprint([rows]):
         raise InputError(f"{rows}: not what its manifest says; m2m search writes it again")
     folder = (folder or run.root / "export" / kind).absolute()

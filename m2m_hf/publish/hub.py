@@ -16,7 +16,7 @@ from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.errors import InputError
 from m2m_hf.publish.repositories import FAILURES, OWN, check_name, plan
-from m2m_hf.storage.files import read_made
+from m2m_hf.storage.files import read_json_or_empty
 from m2m_hf.storage.records import files_of
 from m2m_hf.storage.run_folder import RunFolder
 
@@ -83,13 +83,13 @@ def put_before(repo_id: str, kind: str, there: set[str]) -> set[str]:
     """What of these files an earlier push has put there: those of the final model are named by its `training.json`."""
     named = {}
     if "training.json" in there:
-        named = files_of(read_made(Path(hf_hub_download(repo_id, "training.json", repo_type=kind))))
+        named = files_of(read_json_or_empty(Path(hf_hub_download(repo_id, "training.json", repo_type=kind))))
     return {path for path in there if path.startswith(OWN) or path in named}
 
 
 def record_title(run: RunFolder) -> str:
     """The chosen mixture, for the name of a commit."""
-    return str(Mixture.of(read_made(run.summary)["best"]["mixture"]))[:60]
+    return str(Mixture.of(read_json_or_empty(run.summary)["best"]["mixture"]))[:60]
 
 
 def check_login(repo_id: str) -> None:

@@ -22,8 +22,8 @@ from m2m_hf.config.parsing import dump_yaml, hub_field
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.errors import InputError, redact
 from m2m_hf.reporting.record import Record
-from m2m_hf.storage.files import file_fingerprint, read_made
-from m2m_hf.storage.records import cut_short, files_of
+from m2m_hf.storage.files import file_fingerprint, read_json_or_empty
+from m2m_hf.storage.records import files_of, find_incomplete
 from m2m_hf.storage.run_folder import RunFolder
 
 # What a push has put there before, and takes away when it is no longer part of the run; see `put_before`.
@@ -141,9 +141,9 @@ def expert_files(folder: Path, where: str) -> dict[str, bytes | Path]:
     Raises:
         InputError: it is not whole.
     """
-    if reason := cut_short(folder):
+    if reason := find_incomplete(folder):
         raise InputError(f"{folder}: {reason}; m2m select makes it again")
-    training = read_made(folder / "training.json")
+    training = read_json_or_empty(folder / "training.json")
     files: dict[str, bytes | Path] = {}
     described = files_of(training)
     described.pop("README.md", None)  # we have our own
@@ -193,7 +193,7 @@ def check_name(repo_id: str) -> None:
 
 
 def mixture_repository(run: RunFolder, record: Record, repo_id: str, recipe: dict[str, Any]) -> Repository:
-    manifest = read_made(run.mixture / "manifest.json")
+    manifest = read_json_or_empty(run.mixture / "manifest.json")
     if not manifest or manifest.get("sha256_16") != file_fingerprint([run.rows]):
         raise InputError(f"{run.mixture}: not what its manifest says; m2m search writes it again")
     licenses, refusal = row_licenses(manifest)

@@ -16,7 +16,7 @@ from m2m_hf.data.rows import Candidate, Target
 from m2m_hf.reporting.warnings import cautions
 from m2m_hf.search.result import SearchResult, score_of
 from m2m_hf.storage.keys import Keys
-from m2m_hf.storage.records import experts_word
+from m2m_hf.storage.records import experts_noun
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Outcome:
     @property
     def experts(self) -> str:
         """What the candidates' experts are called."""
-        return experts_word(next(iter(self.training.values()), {}))
+        return experts_noun(next(iter(self.training.values()), {}))
 
     @property
     def usable(self) -> list[str]:

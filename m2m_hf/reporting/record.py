@@ -15,7 +15,7 @@ from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.storage.files import read_json, read_made
+from m2m_hf.storage.files import read_json, read_json_or_empty
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys
 from m2m_hf.storage.run_folder import RunFolder, read_config
@@ -64,8 +64,8 @@ class Record:
         for name in summary["candidates"]:
             check_name(name, "candidate")
         training = {name: read_json(run.adapters / name / "training.json") for name in summary["candidates"]}
-        final = read_made(run.final / "training.json") if summary["final"] else {}
-        study = read_made(run.fidelity)
+        final = read_json_or_empty(run.final / "training.json") if summary["final"] else {}
+        study = read_json_or_empty(run.fidelity)
         standings = recorded(Journal(run.trials), summary, training)
         return cls(
             config,

@@ -13,9 +13,9 @@ from m2m_hf.console import duration
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.errors import InputError
-from m2m_hf.storage.files import checkpoints, file_fingerprint, hidden, read_json, read_made, readable
+from m2m_hf.storage.files import checkpoints, file_fingerprint, read_json, read_json_or_empty, readable, staging_path
 from m2m_hf.storage.journal import Journal, damaged_values
-from m2m_hf.storage.records import MARK, altered, cut_short, experts_word, weights_of
+from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, weights_of
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
 
@@ -53,17 +53,17 @@ def status(run: RunFolder) -> Status:
     if at_work(run):
         found.lines.append("a process is at work in it now")
     left = []
-    trained, seconds = adapters(run, names, found, experts_word(given))
+    trained, seconds = adapters(run, names, found, experts_noun(given))
     missing = [name for name in names if name not in trained]
     failed = [name for name, record in trained.items() if "failed" in record]
     if missing:
-        left.append(f"{len(missing)} {experts_word(given)} ({', '.join(missing)})")
-    spent = {experts_word(given): seconds}
+        left.append(f"{len(missing)} {experts_noun(given)} ({', '.join(missing)})")
+    spent = {experts_noun(given): seconds}
     searched = search(run, config, [name for name in names if name not in failed], found, spent)
-    summary = read_made(run.summary)
+    summary = read_json_or_empty(run.summary)
     if searched:
         left.append(searched)
-    final = read_made(run.final / "training.json")
+    final = read_json_or_empty(run.final / "training.json")
     weights = weights_of(final)
     models = sorted(path.parent for path in run.trained.glob("[!.]*/training.json"))
     checked = [check(folder, found, "it is trained again when it is needed") for folder in models]
@@ -73,11 +73,11 @@ def status(run: RunFolder) -> Status:
         spent["mixtures fine-tuned"] = sum(others)
         found.lines.append(f"fine-tuned to compare: {len(others)} models, {duration(sum(others))}")
     rows = run.rows
-    manifest = read_made(run.mixture / "manifest.json")
+    manifest = read_json_or_empty(run.mixture / "manifest.json")
     if rows.exists() and manifest.get("sha256_16") != file_fingerprint([rows]):
         found.damage.append(f"{os.path.relpath(rows)}: not what its manifest says; m2m search writes it again")
     for path in (run.targets, run.summary, run.fidelity):
-        if path.exists() and not read_made(path):
+        if path.exists() and not read_json_or_empty(path):
             found.damage.append(f"{os.path.relpath(path)}: it is not JSON; the command that made it makes it again")
     for path in sorted((run.root / "ensemble").glob("*.safetensors")):
         if not readable(path):
@@ -102,7 +102,7 @@ def status(run: RunFolder) -> Status:
     found.lines.append(f"left: {'; '.join(left)}" if left else "left: nothing")
     found.lines += [f"damaged: {one}" for one in found.damage]
     if not found.damage:
-        found.lines.append(f"whole: {experts_word(given)}, models, journal and mixture are as they were written")
+        found.lines.append(f"whole: {experts_noun(given)}, models, journal and mixture are as they were written")
     if left or found.damage:
         found.lines.append(f"go on with: m2m select --config {os.path.relpath(run.config)}")
     return found
@@ -125,14 +125,14 @@ def at_work(run: RunFolder) -> bool:
 def check(folder: Path, found: Status, remedy: str) -> tuple[dict[str, Any], float]:
     """(`training.json`, seconds) of a folder with something trained in it; what is wrong with it goes into `found`."""
     place = os.path.relpath(folder)
-    if reason := cut_short(folder):
+    if reason := find_incomplete(folder):
         found.damage.append(f"{place}: {reason}; {remedy}")
         return {}, 0.0
     record = read_json(folder / "training.json")
     if not isinstance(record, dict):
         found.damage.append(f"{place}: training.json is not one; {remedy} once it is deleted")
         return {}, 0.0
-    if file := altered(folder):
+    if file := find_modified(folder):
         found.damage.append(f"{place}: {file} is not what was trained; restore it, or delete the folder and {remedy}")
     return record, number(record.get("seconds"))
 
@@ -163,7 +163,10 @@ def adapters(run: RunFolder, names: list[str], found: Status, word: str) -> tupl
         if "failed" in record:
             found.lines.append(f"  {name}: failed: {record['failed']}")
     for name in names:
-        marks = [read_made(path) for path in checkpoints(hidden(run.adapters / name)).glob(f"checkpoint-*/{MARK}")]
+        marks = [
+            read_json_or_empty(path)
+            for path in checkpoints(staging_path(run.adapters / name)).glob(f"checkpoint-*/{COMPLETE}")
+        ]
         reached = max((number(mark.get("steps")) for mark in marks), default=0.0)
         if name not in trained and reached:
             found.lines.append(f"  {name}: interrupted; goes on from step {reached:,.0f}")
@@ -196,7 +199,7 @@ def search(
     found.lines.append(f"trials: {len(trials):,} ({counted or 'none'}), {duration(spent['trials'])}")
     for trial in [one for one in trials if one.state == "failed"][:5]:
         found.lines.append(f"  failed: {trial.mixture} on {trial.target}: {trial.reason}")
-    summary = read_made(run.summary)
+    summary = read_json_or_empty(run.summary)
     listed = summary.get("candidates")
     if (
         summary.get("best")

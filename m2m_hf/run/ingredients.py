@@ -26,14 +26,14 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.data.classification import Length, label_words, load_labelled, words_of
+from m2m_hf.data.classification import Length, label_words, load_classification, words_of
 from m2m_hf.data.formats import load_all
 from m2m_hf.data.loading import pin_data, split_candidates
 from m2m_hf.data.rows import Candidate, Target, overlap
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.merging.dense_stack import Stack, open_stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
-from m2m_hf.modeling.devices import sharded
+from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import LONGEST, SCALE, Head, cut, own_head
 from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import (
@@ -48,14 +48,14 @@ from m2m_hf.modeling.loading import (
 from m2m_hf.modeling.lora import lora_config
 from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
 from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS, EnsembleObjective
-from m2m_hf.objectives.fine_tuned import TrainedMixtures
+from m2m_hf.objectives.fine_tuned import FineTunedModels
 from m2m_hf.objectives.merged import MergedObjective
 from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.scoring.factory import make_label_scorer, make_scorer
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.search.model_based import choose_strategy
-from m2m_hf.storage.files import fingerprint, read_made, write_atomic, write_json
+from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_atomic, write_json
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys
 from m2m_hf.storage.run_folder import END, RunFolder, read_config
@@ -65,7 +65,7 @@ from m2m_hf.training.trackers import check_trackers
 from m2m_hf.training.trainers import Settings
 
 # What may change between two starts on one run folder: nothing that a finished adapter or trial depends on.
-FREE = {
+MUTABLE_FIELDS = {
     "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
     "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
     "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
@@ -75,7 +75,7 @@ FREE = {
 }  # fmt: skip
 
 
-def seen(path: Path, content: str, patience: float = 10.0) -> bool:
+def has_content(path: Path, content: str, patience: float = 10.0) -> bool:
     """Whether a file has this content, at the latest after some seconds: shared file systems take a moment to show it."""
     end = time.monotonic() + patience
     while True:
@@ -202,7 +202,7 @@ class Ingredients:
     @cached_property
     def _data(self) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
         if self.plan is not None:
-            return load_labelled(
+            return load_classification(
                 self.config.parsed_candidates,
                 self.config.parsed_targets,
                 self.config.task,
@@ -347,7 +347,7 @@ class Ingredients:
 
     def _base_to_train(self) -> Any:
         """The base model; one of its own for every training that cuts it into pieces."""
-        return self._load_base(to_train=True) if sharded() else self._plain_base()
+        return self._load_base(to_train=True) if is_sharded() else self._plain_base()
 
     def _open_stack(self, method: MergeMethod) -> Stack:
         """The adapters on the base model, ready to be merged so; one stack at a time."""
@@ -413,7 +413,10 @@ class Ingredients:
     @property
     def failed(self) -> dict[str, str]:
         """Candidate -> why its training came to nothing, of those of which that is so."""
-        told = {name: read_made(self.run.adapters / name / "training.json").get("failed") for name in self.candidates}
+        told = {
+            name: read_json_or_empty(self.run.adapters / name / "training.json").get("failed")
+            for name in self.candidates
+        }
         return {name: str(reason) for name, reason in told.items() if reason}
 
     @property
@@ -489,9 +492,9 @@ class Ingredients:
         return made
 
     @cached_property
-    def models(self) -> TrainedMixtures:
+    def models(self) -> FineTunedModels:
         """The models that were fine-tuned on mixtures to be compared; the adapters must be there."""
-        return TrainedMixtures(
+        return FineTunedModels(
             self.run.trained, self.candidates, next(iter(self.keys.values())).model, self._base_to_train, self.args,
             lambda: self._training(self.args, self.model_args), self._launched_otherwise,
         )  # fmt: skip
@@ -502,7 +505,7 @@ class Ingredients:
         there = next(iter(self.bank.training().values()))["uniform"]
         return differing({name: self.facts.get(name) for name in LAUNCH}, {name: there.get(name) for name in LAUNCH})
 
-    def _trained_objectives(self, models: TrainedMixtures) -> list[TrainedObjective]:
+    def _trained_objectives(self, models: FineTunedModels) -> list[TrainedObjective]:
         """What scores those models, or the base model; one for every target."""
         return [
             TrainedObjective(
@@ -539,7 +542,7 @@ class Ingredients:
             self._trained_objectives(self.models),
             self.journal,
             write=self.state.is_main_process,
-            agree=self._agree,
+            broadcast=self._broadcast,
             progress=self.terminal.progress,
             uniform=self.merge_method == AVERAGE and not mixed,
         )
@@ -547,7 +550,7 @@ class Ingredients:
     def _final_settings(self) -> tuple[SFTConfig, ModelConfig]:
         return parsing.with_overrides(self.args, self.model_args, self.config.final)
 
-    def _agree(self, value: Any) -> Any:
+    def _broadcast(self, value: Any) -> Any:
         """What the main process has."""
         return broadcast_object_list([value])[0] if self.state.num_processes > 1 else value
 
@@ -726,7 +729,7 @@ class Ingredients:
         except InputError:
             return  # a crash cut it short; it is written again, and every adapter says how it was trained
         for one in (there, now):
-            for key in (FREE | OPERATIONAL) & set(one):
+            for key in (MUTABLE_FIELDS | OPERATIONAL) & set(one):
                 del one[key]
             for target in one["targets"].values():
                 for key in ("test_data", "test_command", "test_task", "weight", "min_delta", "timeout"):
@@ -753,7 +756,7 @@ class Ingredients:
         Raises:
             InputError: naming it.
         """
-        known = read_made(self.run.targets)
+        known = read_json_or_empty(self.run.targets)
         for name, parts in self._target_fingerprints().items():
             for part, now in parts.items():
                 there = known.get(name, {}).get(part, now)
@@ -765,7 +768,7 @@ class Ingredients:
 
     def remember_targets(self) -> None:
         """Writes down what the targets are, now that something has been scored on them."""
-        known = read_made(self.run.targets)
+        known = read_json_or_empty(self.run.targets)
         if not known and self.run.targets.exists():
             self.terminal.say(
                 f"{os.path.relpath(self.run.targets)} was damaged: from now on it holds the targets as they are now",
@@ -846,12 +849,12 @@ class Ingredients:
             "targets": self._target_fingerprints(),
         }
         text = self.run.config.read_text(encoding="utf-8") if self.state.is_main_process else ""
-        told, theirs = self._agree([text, mine])
+        told, theirs = self._broadcast([text, mine])
         host = socket.gethostname()
         for what, facts in mine.items():
             if different := differing(facts, theirs[what]):
                 raise InputError(f"{what}: on {host} not what the first process has: {'; '.join(different)}")
-        if not seen(self.run.config, told):
+        if not has_content(self.run.config, told):
             raise InputError(
                 f"output_dir: {self.run.root} on {host} is not the folder of that name on the first machine; expected one on "
                 "a file system that all machines share"

@@ -16,7 +16,7 @@ from m2m_hf.console import duration
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.run.ingredients import Ingredients
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.storage.records import experts_word
+from m2m_hf.storage.records import experts_noun
 from m2m_hf.training.fine_tune import TrainingFailedError, planned_steps, train_expert
 
 STEPS = 3  # of a training that is measured, the first of which is left out
@@ -87,7 +87,7 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     """
     candidates, args = run.candidates, copy.deepcopy(run.args)
     missing = run.bank.check()
-    word = experts_word({"expert": run.config.expert})
+    word = experts_noun({"expert": run.config.expert})
     steps = sum(
         planned_steps(run._settings(name)[0], candidates[name].trained_rows, candidates[name].tokens)
         for name in missing

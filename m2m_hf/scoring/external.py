@@ -40,8 +40,8 @@ from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.storage.files import file_fingerprint
 from m2m_hf.storage.run_folder import disk_is_full
 
-MOST_OUTPUT = 1 << 24  # bytes of a command's output that are read
-MOST_TOLD = 1000  # characters of a reason
+MAX_OUTPUT = 1 << 24  # bytes of a command's output that are read
+MAX_TOLD = 1000  # characters of a reason
 
 
 class ExternalScorer(Scorer):
@@ -63,7 +63,7 @@ class ExternalScorer(Scorer):
             try:
                 found = [self.measure(stack, weights, tokens_per_batch)]
             except InputError as error:
-                found = [Failure(redact(str(error))[:MOST_TOLD])]
+                found = [Failure(redact(str(error))[:MAX_TOLD])]
             if PartialState().num_processes > 1:
                 broadcast_object_list(found)
                 stack.shrink = max(gather_object([stack.shrink]))  # or batches would differ between processes
@@ -213,7 +213,7 @@ class CommandScorer(ExternalScorer):
             if not output.is_file():
                 raise InputError(f"command: {' '.join(command)}\nended well but did not write {{output}}")
             spoken = output, spoken[1]
-        if spoken[0].stat().st_size > MOST_OUTPUT:
+        if spoken[0].stat().st_size > MAX_OUTPUT:
             raise InputError(
                 f"command: {' '.join(command)}\nwrote {spoken[0].stat().st_size:,} bytes; expected a few numbers"
             )

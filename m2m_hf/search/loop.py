@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from m2m_hf.core.arrays import Numbers
+from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.score import Failure, Score
@@ -29,7 +29,7 @@ from m2m_hf.search.result import (
     score_of,
     score_of_trial,
 )
-from m2m_hf.search.strategies import Strategy, Task, value
+from m2m_hf.search.strategies import SearchProblem, Strategy, value
 from m2m_hf.storage.journal import Journal
 
 
@@ -65,7 +65,7 @@ class Search:
         on_standing: told how every mixture stands and the best so far.
         race: whether mixtures that are asked for together race (`racing.py`), where every target's examples have values.
         budget: what may be spent.
-        agree: gives every process the main one's time, on which a budget may depend.
+        broadcast: gives every process the main one's time, on which a budget may depend.
         order: that in which mixtures that are asked for together are measured.
     """
 
@@ -78,7 +78,7 @@ class Search:
         on_standing: Callable[[Standing, Standing | None], None],
         race: bool,
         budget: Budget,
-        agree: Callable[[Any], Any],
+        broadcast: Callable[[Any], Any],
         order: Callable[[Sequence[Mixture]], list[Mixture]],
     ) -> None:
         self._order = order
@@ -97,7 +97,7 @@ class Search:
         self._write = write
         self._on_standing = on_standing
         self._budget = budget
-        self._agree = agree
+        self._broadcast = broadcast
 
     def _rungs(self) -> list[dict[str, int]]:
         """Target -> examples seen, for every rung; targets of different size are seen to the same share."""
@@ -146,7 +146,7 @@ class Search:
                     return None
                 start = time.monotonic()
                 found = objective.gradient(mixture)
-                seconds = self._agree(time.monotonic() - start)
+                seconds = self._broadcast(time.monotonic() - start)
                 trial = trial_of(objective, mixture, found, seconds, objective.examples, key, "gradient")
                 trial = self.journal.append(trial, write=self._write)
                 self.measured += 1
@@ -219,7 +219,7 @@ class Search:
             together = objective.at_once(rung - seen)
             group = missing[: together if left == math.inf else min(together, math.ceil(left))]
             missing = missing[len(group) :]
-            made = [self._comparable(trial) for trial in measure(objective, group, rung, before, self._agree)]
+            made = [self._comparable(trial) for trial in measure(objective, group, rung, before, self._broadcast)]
             for trial in self.journal.extend(made, write=self._write):
                 self.measured += 1
                 self.evaluations += objective.evaluations(trial.mixture, rung - seen)
@@ -256,7 +256,7 @@ class Search:
             return trial or whole
         rows = list(objective.order[:rung])
         values, logprobs = (np.asarray(one) for one in (whole.score.values, whole.score.logprobs))
-        score = Score.of(Numbers.of(values[rows]), Numbers.of(logprobs[rows]) if len(logprobs) else ())
+        score = Score.of(LazyArray.of(values[rows]), LazyArray.of(logprobs[rows]) if len(logprobs) else ())
         return replace(whole, key=objective.key(mixture, rung), rung=rung, state="pruned", score=score, seconds=0.0)
 
     def _race(self, mixtures: Sequence[Mixture]) -> None:
@@ -393,7 +393,7 @@ def may_race(objectives: Sequence[Objective]) -> bool:
 
 
 def search(
-    strategy: Callable[[Task], Strategy],
+    strategy: Callable[[SearchProblem], Strategy],
     space: SearchSpace,
     objectives: Sequence[Objective],
     journal: Journal,
@@ -405,7 +405,7 @@ def search(
     budget: Budget = UNLIMITED,
     seed: int = 0,
     write: bool = True,
-    agree: Callable[[Any], Any] = lambda value: value,
+    broadcast: Callable[[Any], Any] = lambda value: value,
     on_standing: Callable[[Standing, Standing | None], None] = lambda standing, best: None,
     order: Callable[[Sequence[Mixture]], list[Mixture]] = list,
 ) -> SearchResult:
@@ -423,7 +423,7 @@ def search(
         budget: what may be spent beyond what every search begins with.
         seed: of everything random in the strategy.
         write: whether this process writes the journal.
-        agree: gives every process the main one's time, on which a budget may depend.
+        broadcast: gives every process the main one's time, on which a budget may depend.
         on_standing: told how every mixture stands and the best so far.
         order: that in which mixtures that are proposed together are measured.
 
@@ -432,12 +432,12 @@ def search(
             ended before any that is allowed was scored.
     """
     race = race and not one_standard_error  # that rule wants more mixtures scored in full than those that may win
-    state = Search(objectives, space, journal, write, on_standing, race, budget, agree, order)
+    state = Search(objectives, space, journal, write, on_standing, race, budget, broadcast, order)
     state.fixed([BASE])
     together = Mixture.subset([name for name in names if name not in objectives[0].failed])
     state.fixed([*(Mixture.subset([name]) for name in names), together])
     state.control = state.standings[together]
-    task = Task(
+    problem = SearchProblem(
         space,
         {mixture: value(standing) for mixture, standing in state.standings.items() if mixture.items},
         seed,
@@ -445,7 +445,7 @@ def search(
         state.screen(),
         state.slope if all(one.differentiable for one in objectives) else None,
     )
-    proposals = strategy(task)
+    proposals = strategy(problem)
     ended = "strategy"
     try:
         proposed = next(proposals)
@@ -483,22 +483,22 @@ def measure(
     mixtures: Sequence[Mixture],
     rung: int,
     before: Mapping[Mixture, Trial],
-    agree: Callable[[Any], Any],
+    broadcast: Callable[[Any], Any],
 ) -> list[Trial]:
     """One trial for each of these mixtures on the first `rung` examples; they share the time that it took.
 
     Args:
         before: what is known of fewer examples, which are not scored again.
-        agree: gives every process what the main one has.
+        broadcast: gives every process what the main one has.
     """
     whole = rung == objective.examples
     seen = next(iter(before.values())).rung if before else 0
     start = time.monotonic()
     sound = [mixture for mixture in mixtures if not lacking(objective, mixture)]
     found = objective(sound, None if whole and not seen else objective.order[seen:rung]) if sound else []
-    found = agree(found)  # a metric of the user's may say something else on every process
+    found = broadcast(found)  # a metric of the user's may say something else on every process
     scores = dict(zip(sound, found, strict=True))
-    seconds = agree((time.monotonic() - start) / len(mixtures))
+    seconds = broadcast((time.monotonic() - start) / len(mixtures))
     trials = []
     for mixture in mixtures:
         score = scores[mixture] if mixture in scores else Failure(lacking(objective, mixture))
@@ -540,4 +540,4 @@ def trial_of(
 
 def in_place(values: Sequence[float], objective: Objective) -> Sequence[float]:
     """Values in the order of a race put back to that of the examples."""
-    return Numbers.of(np.asarray(values)[np.argsort(objective.order)]) if values else ()
+    return LazyArray.of(np.asarray(values)[np.argsort(objective.order)]) if values else ()

@@ -14,8 +14,8 @@ from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.search.strategies import (
     Known,
+    SearchProblem,
     Strategy,
-    Task,
     annealing,
     ask,
     beam,
@@ -40,12 +40,12 @@ class ScoreModel:
     standard deviation. Terms are standardised; the priors are fitted (MacKay, 1992; scikit-learn's `BayesianRidge`).
     """
 
-    def __init__(self, task: Task) -> None:
-        self.names = task.space.names
-        alone = {name: task.known.get(Mixture.subset([name]), -math.inf) for name in self.names}
+    def __init__(self, problem: SearchProblem) -> None:
+        self.names = problem.space.names
+        alone = {name: problem.known.get(Mixture.subset([name]), -math.inf) for name in self.names}
         paired = sorted(range(len(self.names)), key=lambda n: (-alone[self.names[n]], n))[:PAIRS]
         self._pairs = np.array(list(combinations(sorted(paired), 2)), dtype=int).reshape(-1, 2).T
-        self.screen = task.screen
+        self.screen = problem.screen
         self._screened: dict[Mixture, float] = {}
         self._model = BayesianRidge()
 
@@ -102,24 +102,24 @@ def pool(space: SearchSpace, known: Known, draw: random.Random, everything: list
     return [mixture for mixture in dict.fromkeys([*near, *far]) if mixture not in known]
 
 
-def surrogate(task: Task) -> Strategy:
+def surrogate(problem: SearchProblem) -> Strategy:
     """Bayesian optimisation with `ScoreModel`: fits, proposes the largest expected improvements, fits again.
 
     Begins with the best by the screen, where there is one, and a few at random. When less than a thousandth of the range of the
     known scores is to be expected from any proposal, twice, it looks around the best one and ends.
     """
-    space, known, draw = task.space, dict(task.known), random.Random(task.seed)
+    space, known, draw = problem.space, dict(problem.known), random.Random(problem.seed)
     everything = list(space.subsets()) if space.at_most(ENUMERABLE) else None
-    model = ScoreModel(task)
-    size = max(4, min(len(space.names), task.budget // 8))
+    model = ScoreModel(problem)
+    size = max(4, min(len(space.names), problem.budget // 8))
     first = [mixture for _ in range(size) if (mixture := fresh(space, known, draw)) is not None]
-    if task.screen is not None:
+    if problem.screen is not None:
         candidates = pool(space, known, draw, everything)
-        values = np.asarray(task.screen(candidates))
+        values = np.asarray(problem.screen(candidates))
         first = [candidates[n] for n in np.argsort(-values, kind="stable")[: 2 * size]] + first[: size // 2]
     spent, low = len(dict.fromkeys(first)), 0
     yield from ask(known, first)
-    while spent < task.budget and low < 2:
+    while spent < problem.budget and low < 2:
         candidates = pool(space, known, draw, everything)
         finite = [score for score in known.values() if math.isfinite(score)]
         if not candidates or len(finite) < 3:
@@ -127,22 +127,22 @@ def surrogate(task: Task) -> Strategy:
         model.fit(known)
         best = max(score for mixture, score in known.items() if mixture in space)
         gain = expected_improvement(*model.predict(candidates), best)
-        order = np.argsort(-gain, kind="stable")[: min(size, task.budget - spent)]
+        order = np.argsort(-gain, kind="stable")[: min(size, problem.budget - spent)]
         low = low + 1 if gain[order[0]] < 1e-3 * (max(finite) - min(finite)) else 0
         yield from ask(known, [candidates[n] for n in order])
         spent += len(order)
     inside = [mixture for mixture in known if mixture in space]
-    if inside and spent < task.budget:
+    if inside and spent < problem.budget:
         yield from climb(space, known, best_of(known, inside))
 
 
-def bayes(task: Task) -> Strategy:
+def bayes(problem: SearchProblem) -> Strategy:
     """Optuna's tree-structured Parzen estimator over which candidates are in, or over their weights."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space, known, draw = task.space, dict(task.known), random.Random(task.seed)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=task.seed))
+    space, known, draw = problem.space, dict(problem.known), random.Random(problem.seed)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=problem.seed))
     kind: Any = (
         optuna.distributions.FloatDistribution(-0.5, 1)  # up to 0 the candidate is out
         if space.continuous
@@ -159,7 +159,7 @@ def bayes(task: Task) -> Strategy:
 
     for before in known:
         tell(before)
-    for _ in range(task.budget):
+    for _ in range(problem.budget):
         mixture: Mixture | None = None
         for _ in range(20):
             trial = study.ask(kinds)
@@ -181,7 +181,7 @@ def bayes(task: Task) -> Strategy:
         tell(mixture)
 
 
-STRATEGIES: dict[str, Callable[[Task], Strategy]] = {
+STRATEGIES: dict[str, Callable[[SearchProblem], Strategy]] = {
     "exhaustive": exhaustive,
     "random": random_search,
     "greedy": greedy,

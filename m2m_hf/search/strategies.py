@@ -4,8 +4,8 @@ A strategy yields a list of mixtures and is sent how they stand, in the same ord
 resume is to run it again, with the journal answering what is known already. It knows neither models nor objectives: what it is
 told of a mixture is a number, its estimated score, or none where the mixture failed.
 
-Every strategy takes a `Task`, and draws from its seed alone. It ends by itself, when it has nothing better to propose; a budget
-may end it earlier. No mixture is proposed twice, and none that the space does not hold.
+Every strategy takes a `SearchProblem` and draws from its seed alone. It ends by itself when it has nothing better to propose; a
+budget may end it earlier. No mixture is proposed twice, and none that the space does not hold.
 """
 
 import math
@@ -23,7 +23,7 @@ Known = dict[Mixture, float]
 
 
 @dataclass(frozen=True)
-class Task:
+class SearchProblem:
     """What a strategy is given.
 
     Args:
@@ -64,25 +64,25 @@ def best_of(known: Known, mixtures: Iterable[Mixture]) -> Mixture:
     return min(mixtures, key=lambda mixture: (-known[mixture], len(mixture), mixture.items))
 
 
-def exhaustive(task: Task) -> Strategy:
+def exhaustive(problem: SearchProblem) -> Strategy:
     """Every mixture of the space once: the paper's search over all 2^N − 1 subsets (arXiv 2505.16066)."""
-    yield from ask(dict(task.known), task.space.subsets())
+    yield from ask(dict(problem.known), problem.space.subsets())
 
 
-def listed(mixtures: Sequence[Mixture]) -> Callable[[Task], Strategy]:
+def listed(mixtures: Sequence[Mixture]) -> Callable[[SearchProblem], Strategy]:
     """A strategy that proposes just these."""
 
-    def strategy(task: Task) -> Strategy:
-        yield from ask(dict(task.known), [mixture for mixture in mixtures if mixture in task.space])
+    def strategy(problem: SearchProblem) -> Strategy:
+        yield from ask(dict(problem.known), [mixture for mixture in mixtures if mixture in problem.space])
 
     return strategy
 
 
-def random_search(task: Task) -> Strategy:
+def random_search(problem: SearchProblem) -> Strategy:
     """Mixtures drawn at random, all sizes alike, until the budget or the space is spent."""
-    draw, known = random.Random(task.seed), dict(task.known)
-    for _ in range(task.budget):
-        mixture = fresh(task.space, known, draw)
+    draw, known = random.Random(problem.seed), dict(problem.known)
+    for _ in range(problem.budget):
+        mixture = fresh(problem.space, known, draw)
         if mixture is None:
             return
         yield from ask(known, [mixture])
@@ -97,10 +97,10 @@ def fresh(space: SearchSpace, known: Known, draw: random.Random, tries: int = 20
     return None
 
 
-def start(task: Task) -> Mixture | None:
+def start(problem: SearchProblem) -> Mixture | None:
     """The smallest allowed mixture made of what is required and, to reach the smallest size, of the best single candidates."""
-    space = task.space
-    singles = {name: task.known.get(Mixture.subset([name]), -math.inf) for name in space.names}
+    space = problem.space
+    singles = {name: problem.known.get(Mixture.subset([name]), -math.inf) for name in space.names}
     order = sorted(set(space.names) - space.required, key=lambda name: (-singles[name], name))
     fewest = max(space.min_datasets, len(space.required), 1)
     for skip in range(len(order) or 1):  # past what is too dear
@@ -124,34 +124,34 @@ def climb(space: SearchSpace, known: Known, here: Mixture) -> Generator[list[Mix
             return here
 
 
-def greedy(task: Task) -> Strategy:
+def greedy(problem: SearchProblem) -> Strategy:
     """Steepest ascent, forward from the smallest mixture and backward from the largest, by adding, dropping and swapping."""
-    known = dict(task.known)
-    first = start(task)
+    known = dict(problem.known)
+    first = start(problem)
     if first is None:
         return
-    yield from climb(task.space, known, first)
-    largest = Mixture.subset(task.space.names)
-    if largest not in task.space:
-        inside = [mixture for mixture in known if mixture in task.space]
+    yield from climb(problem.space, known, first)
+    largest = Mixture.subset(problem.space.names)
+    if largest not in problem.space:
+        inside = [mixture for mixture in known if mixture in problem.space]
         longest = max(map(len, inside))
         largest = best_of(known, [mixture for mixture in inside if len(mixture) == longest])
-    yield from climb(task.space, known, largest)
+    yield from climb(problem.space, known, largest)
 
 
-def beam(task: Task, width: int = 4) -> Strategy:
+def beam(problem: SearchProblem, width: int = 4) -> Strategy:
     """The best few mixtures of every size, each made from the best few one smaller; ends when two sizes bring nothing better."""
-    known = dict(task.known)
-    first = start(task)
+    known = dict(problem.known)
+    first = start(problem)
     if first is None:
         return
-    singles = [m for m in (Mixture.subset([name]) for name in task.space.names) if m in task.space and m in known]
+    singles = [m for m in (Mixture.subset([name]) for name in problem.space.names) if m in problem.space and m in known]
     level = singles if len(first) == 1 and singles else [first]
     yield from ask(known, level)
     best, without = best_of(known, level), 0
     while level and without < 2:
         level = sorted(level, key=lambda mixture: (-known[mixture], mixture.items))[:width]
-        level = list(dict.fromkeys(larger for mixture in level for larger in task.space.added(mixture)))
+        level = list(dict.fromkeys(larger for mixture in level for larger in problem.space.added(mixture)))
         if not level:
             return
         yield from ask(known, level)
@@ -160,32 +160,32 @@ def beam(task: Task, width: int = 4) -> Strategy:
         best = best_of(known, [best, top])
 
 
-def annealing(task: Task) -> Strategy:
+def annealing(problem: SearchProblem) -> Strategy:
     """Simulated annealing (Kirkpatrick et al., 1983): a random step is taken when it improves, or by chance, ever less often.
 
     The temperature starts at half the range of the known scores and falls by a factor of 100 over the budget.
     """
-    draw, known = random.Random(task.seed), dict(task.known)
-    here = start(task)
+    draw, known = random.Random(problem.seed), dict(problem.known)
+    here = start(problem)
     if here is None:
         return
     yield from ask(known, [here])
     scores = [score for score in known.values() if math.isfinite(score)]
     hot = (max(scores) - min(scores)) / 2 if len(scores) > 1 else 0.0
     proposed = 0
-    for step in range(20 * task.budget):
-        there = task.space.step(here, draw)
-        if there is None or proposed >= task.budget:
+    for step in range(20 * problem.budget):
+        there = problem.space.step(here, draw)
+        if there is None or proposed >= problem.budget:
             return
         proposed += there not in known
         (new,) = yield from ask(known, [there])
-        temperature = hot * 100 ** (-min(1.0, max(proposed, step / 20) / task.budget))
+        temperature = hot * 100 ** (-min(1.0, max(proposed, step / 20) / problem.budget))
         gain = new - known[here]
         if gain >= 0 or (temperature > 0 and draw.random() < math.exp(gain / temperature)):
             here = there
 
 
-def gradient(task: Task, passes: int = 40) -> Strategy:
+def gradient(problem: SearchProblem, passes: int = 40) -> Strategy:
     """Exponentiated gradient ascent of the log-likelihood on the simplex (Kivinen and Warmuth, 1997), then mixtures made of it.
 
     Weights are multiplied by exp(η (gᵢ − ḡ)), with ḡ their weighted mean; where that does not help, η shrinks. It ends where no
@@ -196,16 +196,16 @@ def gradient(task: Task, passes: int = 40) -> Strategy:
     Raises:
         InputError: the targets have no gradient.
     """
-    if task.gradient is None:
+    if problem.gradient is None:
         raise InputError(
             "strategy gradient needs targets whose scorer is choice, classification or loss, and objective merged"
         )
-    space, known = task.space, dict(task.known)
+    space, known = problem.space, dict(problem.known)
     weights = dict.fromkeys(space.names, 1 / len(space.names))
     best, slope, rate, widest = -math.inf, dict.fromkeys(space.names, 0.0), 0.0, 0.0
     trying = weights
     for _ in range(passes):
-        found = task.gradient(Mixture.of(trying))
+        found = problem.gradient(Mixture.of(trying))
         if found is None:
             break
         if found[0] > best:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from m2m_hf.core.arrays import TYPE, Numbers
+from m2m_hf.core.arrays import TYPE, LazyArray
 
 
 def append_bytes(path: Path, content: bytes, place: int | None = None, durable: bool = True) -> None:
@@ -36,7 +36,7 @@ def append_bytes(path: Path, content: bytes, place: int | None = None, durable: 
         os.close(file)
 
 
-class Store:
+class ArrayStore:
     """An append-only file of numbers (float64, little-endian), read through the system's page cache."""
 
     def __init__(self, path: Path, durable: bool = True) -> None:
@@ -44,7 +44,7 @@ class Store:
         self._map: Any = np.empty(0, TYPE)
 
     @classmethod
-    def temporary(cls) -> "Store":
+    def temporary(cls) -> "ArrayStore":
         """In a file that goes when it is no longer needed."""
         handle, name = tempfile.mkstemp(prefix="m2m-values-")
         os.close(handle)
@@ -54,7 +54,7 @@ class Store:
 
     @property
     def count(self) -> int:
-        """Numbers in the file; what a crash left of another one does not count."""
+        """LazyArray in the file; what a crash left of another one does not count."""
         return self.path.stat().st_size // TYPE.itemsize if self.path.exists() else 0
 
     def append(self, values: Sequence[float]) -> tuple[int, int]:
@@ -64,9 +64,9 @@ class Store:
         append_bytes(self.path, content, place * TYPE.itemsize, self._durable)
         return place, zlib.crc32(content)
 
-    def numbers(self, place: int, count: int) -> Numbers:
+    def numbers(self, place: int, count: int) -> LazyArray:
         """`count` numbers from `place` on."""
-        return Numbers(lambda: self.view(place, count), count)
+        return LazyArray(lambda: self.view(place, count), count)
 
     def view(self, place: int, count: int) -> Any:
         """The same as an array."""

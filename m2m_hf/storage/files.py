@@ -60,7 +60,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
 
 
-def read_made(path: Path) -> dict[str, Any]:
+def read_json_or_empty(path: Path) -> dict[str, Any]:
     """The JSON object in a file that can be made again; empty where the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def read_made(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def hidden(folder: Path) -> Path:
+def staging_path(folder: Path) -> Path:
     """Where what will be `folder` is made, so that what is there is always whole."""
     return folder.with_name(f".{folder.name}.partial")
 

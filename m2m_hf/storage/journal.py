@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.core.arrays import Numbers
+from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
-from m2m_hf.storage.array_store import Store, append_bytes
+from m2m_hf.storage.array_store import ArrayStore, append_bytes
 from m2m_hf.storage.files import sync
 
 INLINE = 500  # values of a trial that its line holds itself
@@ -42,8 +42,8 @@ class Journal:
         """
         self.path = path
         self.trials: dict[str, Trial] = {}
-        self.store = Store(path.with_suffix(".values"))
-        self._aside: Store | None = None  # what a process keeps that does not write
+        self.store = ArrayStore(path.with_suffix(".values"))
+        self._aside: ArrayStore | None = None  # what a process keeps that does not write
         self._lost: set[int] = set()  # numbers of the lines that are of no use any more
         available = self.store.count
         if not path.exists():
@@ -135,10 +135,10 @@ class Journal:
         record["stored"] = None
         if score is not None:
             if max(len(score.values), len(score.logprobs)) <= INLINE:
-                lists = {name: Numbers.of(getattr(score, name)) for name in LISTS}
+                lists = {name: LazyArray.of(getattr(score, name)) for name in LISTS}
             else:
                 if not write:
-                    self._aside = self._aside or Store.temporary()
+                    self._aside = self._aside or ArrayStore.temporary()
                 store = self.store if write or self._aside is None else self._aside
                 lists, stored = {}, {}
                 for name in LISTS:
@@ -164,7 +164,7 @@ def is_altered(line: bytes) -> bool:
 
 def damaged_values(path: Path) -> list[str]:
     """The keys of a journal's trials whose values beside it are not what was written; reads all of them."""
-    store, damaged = Store(path.with_suffix(".values")), []
+    store, damaged = ArrayStore(path.with_suffix(".values")), []
     if not path.exists():
         return []
     available = store.count

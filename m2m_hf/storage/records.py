@@ -6,11 +6,11 @@ from typing import Any
 
 from m2m_hf.storage.files import file_fingerprint, read_json
 
-MARK = "whole.json"  # written into a checkpoint when all else in it is on the disk
+COMPLETE = "checkpoint_complete.json"  # written into a checkpoint when all else in it is on the disk
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """name -> size and digest of every file in `folder` and below, by which `cut_short` and `altered` recognise them."""
+    """name -> size and digest of every file in `folder` and below, by which `find_incomplete` and `altered` recognise them."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256_16": file_fingerprint([path])}
         for path in sorted(folder.rglob("*"))
@@ -36,7 +36,7 @@ def is_inside(name: str) -> bool:
     return plain and name != "." and not {"\\", ":", "\0"} & set(name)
 
 
-def experts_word(record: Any) -> str:
+def experts_noun(record: Any) -> str:
     """What experts with such a `training.json`, or of this configuration, are called: `adapters`, or with full ones `experts`."""
     given = record.get("uniform", record) if isinstance(record, dict) else {}
     return "experts" if isinstance(given, dict) and given.get("expert") == "full" else "adapters"
@@ -49,7 +49,7 @@ def weights_of(record: Any) -> Any:
     return copied or files.get("delta.safetensors") or files.get("adapter_model.safetensors")
 
 
-def cut_short(folder: Path, record: str = "training.json") -> str | None:
+def find_incomplete(folder: Path, record: str = "training.json") -> str | None:
     """What is missing of a folder that a crash or a full disk may have cut short; None where nothing is.
 
     Looks at sizes only: see `altered` for the contents.
@@ -65,7 +65,7 @@ def cut_short(folder: Path, record: str = "training.json") -> str | None:
     return None
 
 
-def altered(folder: Path, record: str = "training.json") -> str | None:
+def find_modified(folder: Path, record: str = "training.json") -> str | None:
     """The file of a folder whose content is not what `record` says; None where all are as they were written."""
     for name, one in files_of(read_json(folder / record)).items():
         if file_fingerprint([folder / name]) != one.get("sha256_16"):

@@ -20,10 +20,10 @@ from m2m_hf.console import Terminal, duration
 from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Expert
-from m2m_hf.modeling.devices import agreed, sharded
+from m2m_hf.modeling.devices import broadcast, is_sharded
 from m2m_hf.modeling.lora import lora_facts
-from m2m_hf.storage.files import fingerprint, hidden, read_json, sync
-from m2m_hf.storage.records import altered, cut_short, experts_word, files_of
+from m2m_hf.storage.files import fingerprint, read_json, staging_path, sync
+from m2m_hf.storage.records import experts_noun, files_of, find_incomplete, find_modified
 from m2m_hf.training.fine_tune import (
     TrainingFailedError,
     finished,
@@ -48,7 +48,7 @@ OPERATIONAL = {
     "greater_is_better", "model_init_kwargs", "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
 NEEDED = {"fingerprint", "data", "uniform", "steps", "seconds", "files"}  # in every `training.json`
-MOST_LOST = 0.01  # share of a delta's norm, above which it is said
+MAX_LOST = 0.01  # share of a delta's norm, above which it is said
 LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
 
@@ -80,7 +80,7 @@ def uniform_facts(
         **(more or {}),
     }
     facts["processes"] = PartialState().num_processes
-    if sharded():
+    if is_sharded():
         facts["sharded"] = True  # accelerate then trains in float32 where it would otherwise not
     for name, value in args.to_dict().items():
         if name not in OPERATIONAL:
@@ -145,7 +145,7 @@ class Bank:
         Raises:
             InputError: an adapter is there that was trained otherwise, or on other rows; nothing is overwritten.
         """
-        missing = [name for name in self.candidates if cut_short(self.folder / name) is not None]
+        missing = [name for name in self.candidates if find_incomplete(self.folder / name) is not None]
         trained = self.training(skip=missing)
         for name, there in trained.items():
             self._refuse_others(name, there, self.folder, trained if not missing else {})
@@ -177,7 +177,7 @@ class Bank:
                 + (
                     f"choose another --output_dir, or delete {self.folder} to train all again"
                     if ours
-                    else f"or leave out {experts_word(there)}:"
+                    else f"or leave out {experts_noun(there)}:"
                 )
             )
         if there["data"] != self.candidates[name].fingerprint:
@@ -187,7 +187,7 @@ class Bank:
                 + (
                     f"delete {self.folder / name} to have this adapter trained again"
                     if ours
-                    else f"leave out {experts_word(there)}: ({folder})"
+                    else f"leave out {experts_noun(there)}: ({folder})"
                 )
             )
 
@@ -210,12 +210,12 @@ class Bank:
             ):
                 raise InputError(f"{folder / name} holds no adapter that can be taken: see its training.json")
             self._refuse_others(name, record, folder, there if len(there) == len(self.candidates) else {})
-            if (reason := cut_short(folder / name)) or altered(folder / name):
+            if (reason := find_incomplete(folder / name)) or find_modified(folder / name):
                 raise InputError(f"{folder / name}: {reason or 'not what was trained'}; fetch it again")
             load_trained(folder / name)
         if PartialState().is_main_process:
             for name, record in there.items():
-                partial = hidden(self.folder / name)
+                partial = staging_path(self.folder / name)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 for file in ("training.json", *files_of(record)):  # no links, and nothing that is not described
@@ -225,7 +225,7 @@ class Bank:
                 move(self.folder / name)
         PartialState().wait_for_everyone()
         if there:
-            word = experts_word(next(iter(there.values())))
+            word = experts_noun(next(iter(there.values())))
             terminal.say(f"took {len(there)} {word} that were trained elsewhere: {', '.join(there)}")
 
     def train_missing(
@@ -240,8 +240,8 @@ class Bank:
         leaves nothing that looks finished. One that fails leaves its reason, and the others are trained all the same.
         """
         of = {name: fingerprint([self.facts[name], self.candidates[name].fingerprint]) for name in self.candidates}
-        asked: list[str] = agreed(self.check())
-        torn = {name: cut_short(self.folder / name) for name in asked if (self.folder / name).exists()}
+        asked: list[str] = broadcast(self.check())
+        torn = {name: find_incomplete(self.folder / name) for name in asked if (self.folder / name).exists()}
         missing = [name for name in asked if not finished(self.folder / name, of[name])]
         steps = {
             name: planned_steps(settings(name).args, self.candidates[name].trained_rows, self.candidates[name].tokens)
@@ -267,7 +267,7 @@ class Bank:
                         base(),
                         self.candidates[name].rows,
                         settings(name),
-                        hidden(folder),
+                        staging_path(folder),
                         [progress],
                         of[name],
                         f"adapters/{name}",
@@ -282,7 +282,7 @@ class Bank:
                 loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
                 seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
                 terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
-                if (lost := record.get("kept", {}).get("lost", 0.0)) > MOST_LOST:
+                if (lost := record.get("kept", {}).get("lost", 0.0)) > MAX_LOST:
                     terminal.say(
                         f"  {name}: delta_dtype {record['kept']['dtype']} has lost {lost:.1%} of what was learned",
                         "yellow",

@@ -13,11 +13,11 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from m2m_hf.merging.full_experts import floats, save_delta
-from m2m_hf.modeling.devices import sharded
+from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.training.trainers import CompletionTrainer, LabelTrainer, Settings
 
 
-class Untouched:
+class BaseSnapshot:
     """What a base model was before a training, to tell what was trained, and to give it back as it was.
 
     Args:
@@ -35,7 +35,7 @@ class Untouched:
             (one, copy.deepcopy(vars(one))) for one in (base.config, getattr(base, "generation_config", None)) if one
         ]
         self._hooks = set(input_hooks(base))
-        here = PartialState().is_main_process or not sharded()  # or the weights are elsewhere
+        here = PartialState().is_main_process or not is_sharded()  # or the weights are elsewhere
         # Of an adapter's base only what training changes beside parameters: running statistics of normalisation.
         self._before = {
             name: tensor.detach().cpu().clone()
@@ -51,7 +51,9 @@ class Untouched:
 
         Where the weights are in pieces all must help to put them together, and the main one gets them.
         """
-        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded() else trainer.model.state_dict()
+        whole = (
+            trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded() else trainer.model.state_dict()
+        )
         if self._settings.lora is not None:
             weights = {name: tensor for name, tensor in whole.items() if "lora_" in name}
             rise = [tensor for name, tensor in weights.items() if "lora_B" in name or "lora_embedding_B" in name]

@@ -22,10 +22,10 @@ from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.dense_stack import Expert
 from m2m_hf.merging.full_experts import DELTA_FILE, Delta
-from m2m_hf.modeling.devices import agreed, out_of_memory, sharded
-from m2m_hf.storage.files import checkpoints, fingerprint, hidden, read_json, read_made, sync, write_json
-from m2m_hf.storage.records import MARK, altered, cut_short, describe_files
-from m2m_hf.training.base_snapshot import Untouched
+from m2m_hf.modeling.devices import broadcast, is_sharded, out_of_memory
+from m2m_hf.storage.files import checkpoints, fingerprint, read_json, read_json_or_empty, staging_path, sync, write_json
+from m2m_hf.storage.records import COMPLETE, describe_files, find_incomplete, find_modified
+from m2m_hf.training.base_snapshot import BaseSnapshot
 from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import (
     DECIMALS,
@@ -64,7 +64,11 @@ class TrainingFailedError(InputError):
 def last_checkpoint(folder: Path, of: str) -> Path | None:
     """The last checkpoint in `folder` that is whole and belongs to the training `of`."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
-        if cut_short(path, MARK) is None and read_made(path / MARK).get("of") == of and altered(path, MARK) is None:
+        if (
+            find_incomplete(path, COMPLETE) is None
+            and read_json_or_empty(path / COMPLETE).get("of") == of
+            and find_modified(path, COMPLETE) is None
+        ):
             return path
     return None
 
@@ -128,16 +132,16 @@ def train_expert(
     tracker = Tracker(settings.args, run, of, state.is_main_process)
     saved = checkpoints(folder)
     args = arguments(settings, saved)
-    of = fingerprint([of, state.num_processes, sharded()])
+    of = fingerprint([of, state.num_processes, is_sharded()])
     found: list[Any] = [None]
     if state.is_main_process:
         found = [last_checkpoint(saved, of)]
         if found[0] is None:
             shutil.rmtree(saved, ignore_errors=True)
-    found = [agreed(found[0])]
-    mark: dict[str, Any] = read_json(found[0] / MARK) if found[0] else {"seconds": 0.0, "losses": {}}
+    found = [broadcast(found[0])]
+    mark: dict[str, Any] = read_json(found[0] / COMPLETE) if found[0] else {"seconds": 0.0, "losses": {}}
     recorder = TrainingRecorder(mark["seconds"])
-    untouched = Untouched(base, settings)
+    untouched = BaseSnapshot(base, settings)
     trainer: CompletionTrainer | LabelTrainer | None = None
     try:
         trainer = make_trainer(base, rows, settings, args, [recorder, tracker, *callbacks])
@@ -167,7 +171,7 @@ def train_expert(
         weights, changed = untouched.trained(trainer)
         # Of numbers whose squares are not, nothing can be made either: a step of 1e30 may leave a loss that is finite.
         finite = all(tensor.float().square().sum().isfinite() for tensor in weights.values())
-        reason = agreed(verdict(finite, changed, loss, curve, args, choices))
+        reason = broadcast(verdict(finite, changed, loss, curve, args, choices))
         kept: dict[str, Any] = {}
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -178,19 +182,19 @@ def train_expert(
                     reason = str(error)
             if kept and not kept["kept"]["parameters"]:
                 reason = f"delta_dtype: {settings.delta_dtype} keeps nothing of what was learned; expected float32"
-        reason = agreed(reason)
+        reason = broadcast(reason)
         if reason is not None:
             raise TrainingFailedError(reason)
     finally:
-        if not sharded():
+        if not is_sharded():
             untouched.restore(base if trainer is None else trainer.model)
     return recorder.record | {"loss": round(loss, DECIMALS)} | kept
 
 
 def publish(folder: Path, record: Mapping[str, Any]) -> None:
-    """Puts what was made in `hidden(folder)` into its place, together with its `training.json`."""
+    """Puts what was made in `staging_path(folder)` into its place, together with its `training.json`."""
     if PartialState().is_main_process:
-        partial = hidden(folder)
+        partial = staging_path(folder)
         partial.mkdir(parents=True, exist_ok=True)
         record = {**record, "files": describe_files(partial)}
         sync(partial)
@@ -201,9 +205,9 @@ def publish(folder: Path, record: Mapping[str, Any]) -> None:
 
 def move(folder: Path) -> None:
     """The last step of `publish`."""
-    shutil.rmtree(checkpoints(hidden(folder)), ignore_errors=True)
+    shutil.rmtree(checkpoints(staging_path(folder)), ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
-    hidden(folder).rename(folder)
+    staging_path(folder).rename(folder)
     sync(folder.parent, files=False)
 
 
@@ -213,11 +217,11 @@ def finished(folder: Path, of: str) -> bool:
     Args:
         of: the `fingerprint` that must stand in its `training.json`.
     """
-    if PartialState().is_main_process and cut_short(folder) is not None:
-        partial = hidden(folder)
-        if cut_short(partial) is None and read_made(partial / "training.json").get("fingerprint") == of:
+    if PartialState().is_main_process and find_incomplete(folder) is not None:
+        partial = staging_path(folder)
+        if find_incomplete(partial) is None and read_json_or_empty(partial / "training.json").get("fingerprint") == of:
             move(folder)
-    return bool(agreed(cut_short(folder) is None))
+    return bool(broadcast(find_incomplete(folder) is None))
 
 
 def load_trained(folder: Path) -> Expert:
@@ -226,7 +230,7 @@ def load_trained(folder: Path) -> Expert:
     Raises:
         InputError: what is there is not what was trained.
     """
-    if file := altered(folder):
+    if file := find_modified(folder):
         raise InputError(
             f"{folder / file} is not what was trained: its content has changed. Restore it, or delete {folder} to have it "
             "trained again"

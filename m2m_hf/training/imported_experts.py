@@ -16,19 +16,19 @@ from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import ADAPTER_FILES, Adapter
 from m2m_hf.merging.full_experts import DELTA_FILE, floats, save_delta
-from m2m_hf.modeling.devices import agreed
+from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.heads import SUFFIX, HeadPlan
 from m2m_hf.modeling.inspection import is_trained
 from m2m_hf.modeling.lora import lora_facts
-from m2m_hf.storage.files import file_fingerprint, fingerprint, hidden, read_made
-from m2m_hf.training.bank import MOST_LOST, Bank, differing
+from m2m_hf.storage.files import file_fingerprint, fingerprint, read_json_or_empty, staging_path
+from m2m_hf.training.bank import MAX_LOST, Bank, differing
 from m2m_hf.training.fine_tune import publish
 
 HEADS_APART = (
     "heads that were trained for one candidate each belong to labels of their own, and their average to none. Expected experts "
     "whose head is the base model's, or that have none"
 )
-MOST_MOVED = 0.5  # of the norm of the base's weights: fine-tuning moves them by a few percent
+MAX_MOVED = 0.5  # of the norm of the base's weights: fine-tuning moves them by a few percent
 NAMING = (  # how the layers of an adapter were chosen
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
 )  # fmt: skip
@@ -60,20 +60,20 @@ def check_sources(bank: Bank, given: Mapping[str, str], key: str) -> None:
     """
     for name, source in given.items():
         there: str | None = None
-        if PartialState().is_main_process and (record := read_made(bank.folder / name / "training.json")):
+        if PartialState().is_main_process and (record := read_json_or_empty(bank.folder / name / "training.json")):
             files = sorted(Path(source).expanduser().glob("*.safetensors"))
             if record.get("source") != source:
                 there = f"came from {record['source']}" if record.get("source") else "was trained here"
             elif files and record.get("source_files") not in (None, file_fingerprint(files)):
                 there = "is not what is there now: its files have changed since it was taken"
-        if there := agreed(there):
+        if there := broadcast(there):
             raise InputError(
                 f"{key}.{name}: {source} is to be taken, and the one in {bank.folder / name} {there}. Restore the source, or "
                 f"delete {bank.folder / name} to have it taken anew"
             )
 
 
-def adopt(
+def import_adapters(
     bank: Bank,
     others: Mapping[str, tuple[str, Path]],
     plan: HeadPlan | None,
@@ -118,7 +118,7 @@ def adopt(
         if base:
             terminal.say(f"  {name}: says that it was trained on {base}", "dim")
         if PartialState().is_main_process:
-            partial = hidden(bank.folder / name)
+            partial = staging_path(bank.folder / name)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             for file in ADAPTER_FILES:
@@ -126,7 +126,7 @@ def adopt(
         PartialState().wait_for_everyone()
         weights = file_fingerprint([folder / file for file in ADAPTER_FILES])
         unknown = [fact for fact in bank.facts[name] if fact not in shape]
-        publish_adopted(bank, name, source, folder, weights, unknown, {})
+        publish_imported(bank, name, source, folder, weights, unknown, {})
     if others:
         terminal.say(
             f"took {len(others)} adapters that others have trained: {', '.join(others)}. Their files tell rank, scaling and "
@@ -135,7 +135,7 @@ def adopt(
         )
 
 
-def adopt_models(
+def import_models(
     bank: Bank,
     others: Mapping[str, tuple[str, Path]],
     base: PreTrainedModel,
@@ -185,7 +185,7 @@ def adopt_models(
             )
         size = math.sqrt(sum(float(one.double().square().sum()) for one in before.values()))
         moved = math.sqrt(sum(float((after[key].double() - before[key].double()).square().sum()) for key in changed))
-        if not changed or not moved < MOST_MOVED * size:
+        if not changed or not moved < MAX_MOVED * size:
             raise InputError(
                 f"{where} is {moved / size:.0%} of the base's weights away from them: "
                 + ("it is the base itself" if not changed else "expected a fine-tune of the base model")
@@ -196,25 +196,25 @@ def adopt_models(
         kept: dict[str, Any] = {}
         dtype = bank.facts[name]["delta_dtype"]
         if PartialState().is_main_process:
-            partial = hidden(bank.folder / name)
+            partial = staging_path(bank.folder / name)
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 kept = save_delta(partial, before, after, getattr(torch, dtype)) | {"dtype": dtype}
             except InputError as error:  # the other processes must hear of it
                 kept = {"reason": str(error)}
         del after, model
-        kept = agreed(kept)
+        kept = broadcast(kept)
         if "reason" in kept:
             raise InputError(f"{where}: {kept['reason']}")
         if not kept["parameters"]:
             raise InputError(f"{where}: delta_dtype {dtype} keeps nothing of what it has learned; expected float32")
-        if kept["lost"] > MOST_LOST:
+        if kept["lost"] > MAX_LOST:
             terminal.say(f"  {name}: delta_dtype {dtype} has lost {kept['lost']:.1%} of what it has learned", "yellow")
-        made = hidden(bank.folder / name) / DELTA_FILE
-        weights = agreed(file_fingerprint([made]) if PartialState().is_main_process else None)
+        made = staging_path(bank.folder / name) / DELTA_FILE
+        weights = broadcast(file_fingerprint([made]) if PartialState().is_main_process else None)
         known = ("base_model", "dtype", "data_format")
         unknown = [fact for fact in bank.facts[name] if fact not in known]
-        publish_adopted(bank, name, source, folder, weights, unknown, {"kept": kept})
+        publish_imported(bank, name, source, folder, weights, unknown, {"kept": kept})
     if others:
         terminal.say(
             f"took {len(others)} fine-tunes that others have made: {', '.join(others)}. Their weights tell architecture and "
@@ -223,7 +223,7 @@ def adopt_models(
         )
 
 
-def publish_adopted(
+def publish_imported(
     bank: Bank, name: str, source: str, folder: Path, weights: str, unknown: Sequence[str], more: Mapping[str, Any]
 ) -> None:
     """Puts an expert of others into its place.

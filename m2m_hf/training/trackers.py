@@ -33,20 +33,20 @@ def check_trackers(args: SFTConfig) -> None:
         InputError: one that is not known, or not installed.
     """
     try:
-        with told_aside():
+        with captured_output():
             for kind in get_reporting_integration_callbacks(args.report_to):
                 kind()
     except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"report_to: {error}") from error
 
 
-def group_of(args: SFTConfig) -> str:
+def tracker_group(args: SFTConfig) -> str:
     """The name of the group: `run_name`; or that of the run folder, with what tells it from others of that name."""
     out = Path(args.output_dir).absolute()
     return args.run_name or f"{out.name}-{fingerprint(str(out))[:4]}"
 
 
-class Aside(io.StringIO):
+class CapturedOutput(io.StringIO):
     """Takes what is printed meanwhile, but for progress bars, which rich draws on the file that this attribute names."""
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class Aside(io.StringIO):
 
 
 @contextlib.contextmanager
-def told_aside() -> Iterator[None]:
+def captured_output() -> Iterator[None]:
     """What is printed meanwhile goes where libraries log."""
-    said = Aside()
+    said = CapturedOutput()
     try:
         with contextlib.redirect_stdout(said):
             yield
@@ -83,7 +83,7 @@ class Tracker(TrainerCallback):
     def __init__(self, args: SFTConfig, run: str, of: str = "", speaks: bool = True) -> None:
         out, run = Path(args.output_dir).absolute(), run[:LONGEST]
         asked = os.environ.get("TENSORBOARD_LOGGING_DIR")
-        self._group = group_of(args)
+        self._group = tracker_group(args)
         self._args = copy.deepcopy(args)
         self._args.run_name = f"{self._group}/{run}"
         if self._args.trackio_static_space_id is None:
@@ -91,7 +91,7 @@ class Tracker(TrainerCallback):
         self._board = Path(asked).expanduser() / self._group / run if asked else out / "tensorboard" / run
         self._id = fingerprint([str(out), run, of])
         self._begun = False
-        with told_aside():
+        with captured_output():
             kinds = get_reporting_integration_callbacks(args.report_to) if speaks else []
             self._callbacks: list[Any] = [kind() for kind in kinds]
 
@@ -99,7 +99,7 @@ class Tracker(TrainerCallback):
         """Tells every tracker something. One that fails is told nothing more: the run is worth more than what is told of it."""
         for callback in list(self._callbacks):
             try:
-                with told_aside():
+                with captured_output():
                     tell(callback)
             except Exception as error:  # whatever a tracker, or the network behind it, raises
                 self._callbacks.remove(callback)

@@ -28,12 +28,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf.console import Bar
-from m2m_hf.modeling.devices import sharded
+from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import Head
 from m2m_hf.modeling.inspection import is_trained
 from m2m_hf.modeling.processing import inputs_of
-from m2m_hf.storage.files import hidden, sync, write_json
-from m2m_hf.storage.records import MARK, describe_files
+from m2m_hf.storage.files import staging_path, sync, write_json
+from m2m_hf.storage.records import COMPLETE, describe_files
 
 
 class Collate:
@@ -131,7 +131,10 @@ class Checkpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # every process writes the state of its random numbers
         if PartialState().is_main_process:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            for old in (folder / MARK, hidden(folder / MARK)):  # of a checkpoint that was killed, or passed over, here
+            for old in (
+                folder / COMPLETE,
+                staging_path(folder / COMPLETE),
+            ):  # of a checkpoint that was killed, or passed over, here
                 old.unlink(missing_ok=True)
             sync(folder)
             known = {
@@ -140,7 +143,7 @@ class Checkpoints(TrainerCallback):
                 "seconds": self._recorder.seconds,
                 "losses": losses,
             }
-            write_json(folder / MARK, known | {"files": describe_files(folder)})
+            write_json(folder / COMPLETE, known | {"files": describe_files(folder)})
 
 
 class BankProgress(TrainerCallback):
@@ -187,7 +190,7 @@ class Settings:
     delta_dtype: str = "float32"
 
 
-class Bookkeeping(Trainer):
+class BookkeepingTrainer(Trainer):
     """What both trainers add to transformers': checkpoints that hold an adapter alone, and a sum of all losses.
 
     The Trainer forgets the losses before a checkpoint, and leaves out those that are not finite; what is logged here is the
@@ -234,11 +237,11 @@ class Bookkeeping(Trainer):
         return {"loss_sum": self.summed(), "logged_step": self.logged_step, "logged_sum": self.logged_sum}
 
 
-class CompletionTrainer(Bookkeeping, SFTTrainer):
+class CompletionTrainer(BookkeepingTrainer, SFTTrainer):
     """TRL's, for causal LMs."""
 
 
-class LabelTrainer(Bookkeeping):
+class LabelTrainer(BookkeepingTrainer):
     """transformers' own, for classifiers with a frozen head: cross-entropy over the labels that a row may have."""
 
     loss_is_scaled_for_ga = False  # it is a mean over the rows of a batch
@@ -263,7 +266,7 @@ def arguments(settings: Settings, saved: Path) -> SFTConfig:
     args = copy.deepcopy(settings.args)
     args.report_to = []
     args.output_dir = str(saved)
-    if sharded():
+    if is_sharded():
         args.save_strategy = "no"
     args.save_total_limit = 2  # an older one is deleted before the newer one is marked as whole
     args.save_only_model = False

@@ -14,7 +14,7 @@ from scipy.stats import t
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.search.model_based import ScoreModel
-from m2m_hf.search.strategies import Task
+from m2m_hf.search.strategies import SearchProblem
 from m2m_hf.storage.journal import Journal
 
 
@@ -105,7 +105,9 @@ def tells_apart(better: Score, worse: Score, risk: float = 0.05) -> bool:
     return bool(differences.mean() / spread * len(differences) ** 0.5 > t.ppf(1 - risk, len(differences) - 1))
 
 
-def larger_landscape(table: Mapping[Mixture, Score], task: Task, count: int, seed: int) -> Callable[[Mixture], float]:
+def larger_landscape(
+    table: Mapping[Mixture, Score], task: SearchProblem, count: int, seed: int
+) -> Callable[[Mixture], float]:
     """A landscape over `count` candidates whose shape is that of recorded trials.
 
     `ScoreModel` without a screen is fitted to the recorded scores. A candidate's coefficients (on its weight, on being in the
@@ -118,7 +120,7 @@ def larger_landscape(table: Mapping[Mixture, Score], task: Task, count: int, see
         count: candidates of the landscape, called c000, c001, …
         seed: of the draws.
     """
-    model = ScoreModel(Task(task.space))
+    model = ScoreModel(SearchProblem(task.space))
     model.fit({mixture: score.value for mixture, score in table.items() if mixture.items})
     given = len(task.space.names)
     slopes = model.coefficients()

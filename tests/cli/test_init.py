@@ -1,0 +1,158 @@
+"""`m2m init`: what it writes runs."""
+
+import json
+
+import pytest
+import yaml
+from datasets import Dataset
+from pico import candidate_rows, m2m, picture, write_rows
+
+from m2m_hf.config.parsing import parse
+
+
+@pytest.fixture
+def model(project, monkeypatch):
+    monkeypatch.chdir(project)
+    return yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"]
+
+
+def test_what_is_written_from_flags_runs(project, model, capsys):
+    flags = ("--model", model, "--data", "alpha.jsonl", "second=beta.jsonl", "--target", "colours=validation.jsonl")
+    assert m2m("init", *flags, "--output", "made/new.yaml") == 0
+    assert "go on with: m2m select --config made/new.yaml" in capsys.readouterr().out
+    text = (project / "made" / "new.yaml").read_text()
+    given = yaml.safe_load(text)
+    assert list(given["candidates"]) == ["alpha", "second"]
+    assert given["candidates"]["alpha"] == {"path": "json", "data_files": "../alpha.jsonl"}
+    assert given["targets"]["colours"]["scorer"] == "choice"  # as its rows suggest
+    assert "# test_data" in text
+    assert m2m("search", "--config", "made/new.yaml", "--max_steps", 1, "--output_dir", "out") == 0
+    assert m2m("init", *flags, "--output", "made/new.yaml") == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_four_questions(project, model, monkeypatch, capsys):
+    answers = iter([model, "alpha.jsonl, beta.jsonl", "validation.jsonl", ""])
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or next(answers))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert m2m("init") == 0
+    assert len(asked) == 4
+    assert asked[3].endswith("[choice]: ")
+    config, *_ = parse(project / "m2m.yaml")
+    assert list(config.parsed_candidates) == ["alpha", "beta"]
+
+
+def test_nobody_to_ask(project, model, capsys):
+    assert m2m("init", "--model", model) == 2
+    assert "--data and --target: nothing given" in capsys.readouterr().err
+    flags = ("--model", model, "--data", "alpha.jsonl", "--target", "validation.jsonl")
+    assert m2m("init", *flags, "--scorer", "magic") == 2
+    assert "--scorer: expected choice, classification, loss, generation, got 'magic'" in capsys.readouterr().err
+    assert m2m("init", *flags, "--from", "none.yaml") == 2
+    assert "--from none.yaml: cannot be read" in capsys.readouterr().err
+    (project / "odd.yaml").write_text("a: 1")
+    assert m2m("init", *flags, "--from", "odd.yaml") == 2
+    assert (
+        "expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA-Factory" in capsys.readouterr().err
+    )
+    assert not (project / "m2m.yaml").exists()
+
+
+TRL = {
+    "datasets": [{"path": "json", "data_files": "alpha.jsonl"}, {"path": "json", "data_files": "beta.jsonl"}],
+    "lora_r": 2, "learning_rate": 0.01, "max_steps": 2, "use_peft": True, "output_dir": "elsewhere",
+}  # fmt: skip
+AXOLOTL = {
+    "datasets": [{"path": "alpha.jsonl", "type": "alpaca"}, {"path": "json", "data_files": ["beta.jsonl"]}],
+    "adapter": "lora", "lora_r": 2, "learning_rate": 0.01, "max_steps": 2, "flash_attention": True,
+}  # fmt: skip
+FACTORY = {
+    "dataset": "alpha,beta",
+    "dataset_dir": ".",
+    "lora_rank": 2,
+    "learning_rate": 0.01,
+    "max_steps": 2,
+    "stage": "sft",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "lost"),
+    [
+        (TRL, "model_name_or_path", "output_dir"),
+        (AXOLOTL, "base_model", "datasets.type, flash_attention"),
+        (FACTORY, "model_name_or_path", None),
+    ],
+    ids=["trl", "axolotl", "llamafactory"],
+)
+def test_the_datasets_of_other_trainers_become_candidates(project, model, given, key, lost):
+    columns = {"prompt": "q", "response": "a"}
+    info = {name: {"file_name": f"{name}.jsonl", "columns": columns} for name in ("alpha", "beta")}
+    if given is FACTORY:
+        for name in info:
+            rows = [{"q": row["prompt"], "a": row["completion"]} for row in candidate_rows(name, 12)]
+            write_rows(project / f"{name}.jsonl", rows)
+        (project / "dataset_info.json").write_text(json.dumps(info))
+    (project / "theirs.yaml").write_text(yaml.safe_dump({**given, key: model}))
+    assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl", "--output", "ours/new.yaml") == 0
+    text = (project / "ours" / "new.yaml").read_text()
+    assert (f"# Not taken over: {lost}" in text) == (lost is not None)
+    assert m2m("search", "--config", "ours/new.yaml", "--output_dir", "out") == 0
+    training = json.loads((project / "out" / "adapters" / "beta" / "training.json").read_text())
+    assert training["uniform"]["lora_config.r"] == 2
+    assert training["uniform"]["learning_rate"] == 0.01
+    assert training["steps"] == 2
+
+
+def test_names_that_yaml_would_take_for_something_else_and_two_of_one_name(project, model, capsys):
+    for name in ("2024", "no"):
+        write_rows(project / f"{name}.jsonl", candidate_rows("alpha", 12))
+    flags = ("--model", model, "--target", "validation.jsonl", "--data")
+    assert m2m("init", *flags, "2024.jsonl", "no.jsonl") == 0
+    config, *_ = parse(project / "m2m.yaml")
+    assert list(config.parsed_candidates) == ["2024", "no"]
+    assert m2m("init", *flags, "alpha.jsonl", "sub/alpha.jsonl", "--output", "x.yaml") == 2
+    assert "two candidates would be called 'alpha'; name them: alpha_2=sub/alpha.jsonl" in capsys.readouterr().err
+
+
+def test_rows_of_text_and_label_make_a_classification(intents, encoder, monkeypatch):
+    monkeypatch.chdir(intents)
+    flags = ("--model", encoder, "--data", "colours.jsonl", "noise.jsonl", "--target", "asked=validation_intents.jsonl")
+    assert m2m("init", *flags) == 0
+    given = yaml.safe_load((intents / "m2m.yaml").read_text())
+    assert given["task"] == "sequence_classification"
+    assert given["targets"]["asked"]["scorer"] == "classification"
+    assert m2m("search", "--config", "m2m.yaml", "--max_steps", 1) == 0
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder", "disk"])
+def test_rows_of_every_kind_of_file_tell_their_task(intents, encoder, monkeypatch, kind):
+    monkeypatch.chdir(intents)
+    rows = [json.loads(line) for line in (intents / "validation_intents.jsonl").read_text().splitlines()]
+    source = f"asked.{kind}"
+    if kind == "json":
+        (intents / source).write_text(json.dumps(rows))
+    elif kind == "folder":
+        for number, label in enumerate(("red", "blue")):
+            (intents / source / label).mkdir(parents=True)
+            picture((200 * number, 0, 0), number).save(intents / source / label / "0.png")
+    elif kind == "disk":
+        Dataset.from_list(rows).save_to_disk(intents / source)
+    else:
+        made = Dataset.from_list(rows)
+        (made.to_csv if kind == "csv" else made.to_parquet)(intents / source)
+    flags = ("--model", encoder, "--data", "colours.jsonl", "--target", f"asked={source}", "--scorer", "classification")
+    assert m2m("init", *flags) == 0
+    given = yaml.safe_load((intents / "m2m.yaml").read_text())
+    assert given["task"] == ("image_classification" if kind == "folder" else "sequence_classification")
+    if kind != "folder":
+        assert m2m("adapters", "--config", "m2m.yaml", "--max_steps", 1) == 0
+
+
+def test_rows_that_belong_to_another_task_say_so(intents, capsys):
+    given = yaml.safe_load((intents / "intents.yaml").read_text())
+    del given["task"]
+    (intents / "intents.yaml").write_text(yaml.safe_dump(given))
+    assert m2m("adapters", "--config", intents / "intents.yaml") == 2
+    assert "rows of text and label belong to task: sequence_classification" in capsys.readouterr().err

@@ -1,0 +1,163 @@
+"""Several processes and machines by `m2m` itself, and what ships beside the package, by name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pico import LAUNCH, arguments, trials
+
+from m2m_hf.cli.launch import find, names, relaunched
+from m2m_hf.cli.main import main
+from m2m_hf.config.parsing import parse
+from m2m_hf.errors import InputError
+from m2m_hf.run.ingredients import Ingredients, has_content
+
+ROOT = Path(__file__).parents[2]
+SCONTROL = "#!/bin/sh\necho 127.0.0.1\n"
+SRUN = """#!/bin/bash
+shift # --kill-on-bad-exit
+for node in $(seq 1 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$node "$@" & done
+SLURM_NODEID=0 "$@"
+code=$?
+wait
+exit $code
+"""
+
+
+def test_two_machines_are_as_one(project, tmp_path, forks):
+    """The Slurm recipe, with two launchers on loopback for its two machines, and one launcher of as many processes."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    told = {"SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(os.getpid())}
+    paths = {"PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [str(ROOT / "recipes" / "slurm.sh"), "--config", str(project / "run.yaml"), "--accelerate_config", "cpu_2proc"],
+        capture_output=True, text=True, env=os.environ | told | paths, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scored 8 mixtures") == 1  # one process of one machine speaks
+    one = forks.run("-c", LAUNCH, *arguments(project, tmp_path / "one"))
+    assert one.returncode == 0, one.stderr
+    for name in ("adapters/alpha", "adapters/beta", "adapters/gamma", "final"):
+        weights = [
+            (folder / name / "adapter_model.safetensors").read_bytes() for folder in (project / "out", tmp_path / "one")
+        ]
+        assert weights[0] == weights[1], name
+    lines = [trials(folder) for folder in (project / "out", tmp_path / "one")]
+    for line in (*lines[0], *lines[1]):
+        del line["seconds"]
+    assert lines[0] == lines[1]
+
+
+def test_a_machine_with_a_folder_or_rows_of_its_own_is_refused(project, monkeypatch):
+    here = Ingredients(*parse(project / "run.yaml"))
+    here.prepare()
+    monkeypatch.setattr("m2m_hf.run.ingredients.seen", lambda path, content: has_content(path, content, 0))
+    monkeypatch.setattr(here, "_broadcast", lambda value: ["another configuration", value[1]])
+    with pytest.raises(InputError, match="expected one on a file system that all machines share"):
+        here._check_machines()
+    for what, name, value in (
+        ("configuration", "learning_rate", 0.5),
+        ("settings", "base_model", "other"),
+        ("candidates", "beta", "other"),
+        ("targets", "colours", {}),
+    ):
+
+        def other(mine, what=what, name=name, value=value):
+            return [mine[0], mine[1] | {what: mine[1][what] | {name: value}}]
+
+        monkeypatch.setattr(here, "_broadcast", other)
+        with pytest.raises(InputError, match=f"{what}: on .* not what the first process has: {name} "):
+            here._check_machines()
+    monkeypatch.setattr(here, "_broadcast", lambda value: value)
+    here._check_machines()
+
+
+def test_what_accelerate_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    given = [
+        "select",
+        "--accelerate_config",
+        "multi_gpu",
+        "--config",
+        "x.yaml",
+        "--machine_rank=1",
+        "--num_machines",
+        "2",
+    ]
+    command = relaunched([*given, "--seed", "1"])
+    assert command[1:5] == [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_configs/multi_gpu.yaml"),
+    ]
+    assert command[5:] == [
+        "--machine_rank", "1", "--num_machines", "2", "--num_processes", "8",
+        "--module", "m2m_hf.cli.main", "select", "--config", "x.yaml", "--seed", "1",
+    ]  # fmt: skip
+    told = relaunched(["search", "--accelerate_config=cpu_2proc", "--config", "x.yaml"])
+    assert told[5:] == ["--main_process_port", "0", "--module", "m2m_hf.cli.main", "search", "--config", "x.yaml"]
+    own = tmp_path / "mine.yaml"  # says all itself
+    own.write_text("num_machines: 2\nnum_processes: 16\nmain_process_port: 29500\n")
+    assert relaunched(["search", f"--accelerate_config={own}"])[4:] == [
+        str(own),
+        "--module",
+        "m2m_hf.cli.main",
+        "search",
+    ]
+    told = relaunched(["search", "--accelerate_config=multi_gpu", "--num_processes", "3"])
+    assert told[5:9] == ["--num_processes", "3", "--main_process_port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--accelerate_config", "multi_gpus"], "multi_gpus: expected one of cpu, cpu_2proc, fsdp2, multi_gpu"),
+        (["--accelerate_config", "cpu", "--num_processes"], "--num_processes: expected a value"),
+    ],
+)
+def test_what_cannot_be_launched_is_said(project, capsys, flags, words):
+    assert main(["select", "--config", str(project / "run.yaml"), *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not (project / "out").exists()
+
+
+def test_recipes_by_name(capsys, tmp_path):
+    assert main(["recipe"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("demo", "demo/data", "gpu_check", "slurm"):
+        assert f"  {name} " in printed
+    assert "#!" not in printed
+    assert main(["recipe", "demo"]) == 0
+    given = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
+    shown = yaml.safe_load(capsys.readouterr().out)  # for the folder in which it is put
+    assert shown["model_name_or_path"] == given["model_name_or_path"].removeprefix("../")
+    assert shown["candidates"].keys() == given["candidates"].keys()
+    assert main(["recipe", "demos"]) == 2
+    assert "demos: expected one of ablate_uniformity," in capsys.readouterr().err
+    assert set(names("accelerate_configs", ".yaml")) == {
+        "cpu",
+        "cpu_2proc",
+        "fsdp2",
+        "multi_gpu",
+        "single_gpu",
+        "zero3",
+    }
+    own = tmp_path / "mine.yaml"
+    own.write_text("num_processes: 2\n")
+    assert find("accelerate_configs", str(own), ".yaml") == own
+    assert find("accelerate_configs", "zero3.yaml", ".yaml").name == "zero3.yaml"
+
+
+def test_a_recipe_that_is_a_script_is_run(tmp_path):
+    command = [sys.executable, "-m", "m2m_hf.cli.main", "recipe", "demo/data", str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "opposites.jsonl").exists()

@@ -1,0 +1,137 @@
+"""The chosen mixture for other trainers: the same rows, the same settings under their names.
+
+That axolotl's and LLaMA-Factory's own parsers take what is written here was seen with both installed apart (BENCHMARKS.md).
+"""
+
+import json
+
+import pytest
+import yaml
+from pico import candidate_rows, m2m, write_rows
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl.scripts.utils import DatasetMixtureConfig
+
+from m2m_hf.publish.export import KINDS, warmup
+
+
+@pytest.fixture(params=["text", "chat", "shares"])
+def searched(request, project):
+    if request.param == "chat":
+        for name in ("alpha", "beta", "gamma"):
+            turns = [
+                [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["completion"].strip()},
+                ]
+                for row in candidate_rows(name, 12)
+            ]
+            write_rows(project / f"{name}.jsonl", [{"messages": one} for one in turns])
+    flags = ("--lora_alpha", 5, "--warmup_steps", 0.1, "--adam_beta2", 0.95, "--max_steps", 3)
+    if request.param == "shares":
+        text = (project / "run.yaml").read_text()
+        for name in ("alpha", "beta"):
+            text = text.replace(f"{name}.jsonl", f"{name}.jsonl, required: true")
+        (project / "run.yaml").write_text(text)
+        flags += ("--strategy", "auto", "--weights", "continuous", "--max_trials", 12)
+    assert m2m("search", "--config", project / "run.yaml", *flags) == 0
+    if request.param == "shares":
+        sources = json.loads((project / "out" / "mixture" / "manifest.json").read_text())["sources"]
+        assert len({one["rows"] for one in sources.values()}) > 1
+    return project / "out", "chat" if request.param == "chat" else "text"
+
+
+def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
+    out, data_format = searched
+    rows = (out / "mixture" / "train.jsonl").read_bytes()
+    for kind in KINDS:
+        capsys.readouterr()
+        assert m2m("export", out, "--to", kind) == 0
+        printed = capsys.readouterr().out
+        assert "exported: " in printed
+        assert ("without a counterpart there: adam_beta2" in printed) == (kind in ("axolotl", "llamafactory"))
+        written = (out / "export" / kind / "train.jsonl").read_bytes()
+        if kind in ("trl", "jsonl") or (data_format, kind) == ("text", "axolotl"):
+            assert written == rows
+        elif data_format == "text":  # nothing else would add the end of a text there
+            ends = [json.loads(line)["completion"] for line in written.splitlines()]
+            assert ends == [json.loads(line)["completion"] + "<|end|>" for line in rows.splitlines()]
+        else:
+            for row, one in zip(map(json.loads, rows.splitlines()), map(json.loads, written.splitlines()), strict=True):
+                assert [{key: message[key] for key in ("role", "content")} for message in one["messages"]] == row[
+                    "prompt"
+                ] + row["completion"]
+                marks = [message.get("train") for message in one["messages"]]
+                assert marks == ([False, True] if kind == "axolotl" else [None, None])
+        assert (out / "export" / kind / "manifest.json").exists()
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+    recipe = out / "export" / "trl" / "recipe.yaml"
+    _, args, model, data = parser.parse_args_and_config(["--config", str(recipe)], fail_with_unknown_args=True)
+    assert (args.max_steps, args.warmup_steps, args.adam_beta2, model.lora_alpha) == (3, 0.1, 0.95, 5)
+    assert data.datasets[0].data_files == "train.jsonl"
+    axolotl = yaml.safe_load((out / "export" / "axolotl" / "config.yml").read_text())
+    factory = yaml.safe_load((out / "export" / "llamafactory" / "config.yaml").read_text())
+    assert axolotl["warmup_ratio"] == 0.1
+    assert factory["warmup_steps"] == 1
+    for given in (axolotl, factory):
+        assert (given["max_steps"], given["lora_alpha"]) == (3, 5)
+        assert "revision" not in " ".join(given)
+    assert axolotl["lora_target_modules"] == factory["lora_target"].split(",")
+    info = json.loads((out / "export" / "llamafactory" / "dataset_info.json").read_text())["mixture"]
+    if data_format == "text":
+        assert info["columns"] == {"prompt": "prompt", "response": "completion"}
+        assert axolotl["datasets"][0]["type"]["format"] == "{instruction}"  # nothing around the prompt
+        assert factory["template"] == "empty"
+    else:
+        assert info["columns"] == {"messages": "messages"}
+        assert axolotl["datasets"][0]["type"] == "chat_template"
+        assert axolotl["datasets"][0]["message_field_training"] == "train"
+        assert "template" not in factory
+        assert factory["mask_history"] is True
+
+
+def test_full_fine_tunes_are_asked_for_without_an_adapter(project, capsys):
+    flags = ("--expert", "full", "--learning_rate", "2e-3", "--trained_parameters", "layers")
+    assert m2m("search", "--config", project / "run.yaml", *flags) == 0
+    out = project / "out"
+    for kind in KINDS:
+        capsys.readouterr()
+        assert m2m("export", out, "--to", kind) == 0
+        assert ("counterpart there: trained_parameters\n" in capsys.readouterr().out) == (kind != "jsonl")
+        assert (out / "export" / kind / "train.jsonl").exists()
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+    recipe = out / "export" / "trl" / "recipe.yaml"
+    _, args, model, _ = parser.parse_args_and_config(["--config", str(recipe)], fail_with_unknown_args=True)
+    assert (args.learning_rate, model.use_peft) == (2e-3, False)
+    axolotl = yaml.safe_load((out / "export" / "axolotl" / "config.yml").read_text())
+    factory = yaml.safe_load((out / "export" / "llamafactory" / "config.yaml").read_text())
+    assert factory["finetuning_type"] == "full"
+    for given in (axolotl, factory):
+        assert (given["max_steps"], given["learning_rate"]) == (3, 2e-3)
+        assert not [key for key in given if "lora" in key or "adapter" in key]
+
+
+def test_a_classifier_is_not_exported_and_its_recipe_named(intents, capsys):
+    assert m2m("search", "--config", intents / "intents.yaml") == 0
+    for kind in KINDS:
+        assert m2m("export", intents / "out", "--to", kind) == 2
+        told = capsys.readouterr().err
+        assert "is a run of task: sequence_classification" in told
+        assert f"python recipes/classify.py --config {intents / 'out' / 'recipe.yaml'}" in told
+    assert not (intents / "out" / "export").exists()
+
+
+def test_what_cannot_be_exported(finished, capsys):
+    assert m2m("export", finished / "nothing", "--to", "trl") == 2
+    assert "has no recipe.yaml" in capsys.readouterr().err
+    assert m2m("export", finished / "out", "--to", "word") == 2
+    assert "--to: expected trl, axolotl, llamafactory, jsonl, got 'word'" in capsys.readouterr().err
+    rows = finished / "out" / "mixture" / "train.jsonl"
+    rows.write_bytes(rows.read_bytes()[:-5])
+    assert m2m("export", finished / "out", "--to", "jsonl") == 2
+    assert "not what its manifest says" in capsys.readouterr().err
+
+
+def test_a_share_of_warm_up_steps_is_a_ratio_elsewhere():
+    assert warmup(0) == {"warmup_steps": 0}
+    assert warmup(0.05) == {"warmup_ratio": 0.05}
+    assert warmup(20) == {"warmup_steps": 20}

@@ -1,0 +1,155 @@
+"""`m2m status`, and what it takes for whole."""
+
+import json
+
+import pytest
+from pico import m2m
+
+from m2m_hf.storage.files import checkpoints, staging_path
+from m2m_hf.storage.run_folder import RunFolder
+
+
+def told(capsys, out, code: int = 0) -> str:
+    capsys.readouterr()
+    assert m2m("status", out) == code
+    printed = capsys.readouterr()
+    assert not printed.err
+    return printed.out
+
+
+def test_status_of_every_stage(project, capsys):
+    run, out = project / "run.yaml", project / "out"
+    assert m2m("status", out) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert m2m("adapters", "--config", run) == 0
+    shown = told(capsys, out)
+    assert "3 candidates, target colours" in shown
+    assert "adapters: 3 of 3, 9 steps" in shown
+    assert "trials: 0 (none)" in shown
+    assert "left: up to 8 of 8 mixtures to score; the final fine-tune" in shown
+    assert "go on with: m2m select --config" in shown
+    assert m2m("search", "--config", run) == 0
+    shown = told(capsys, out)
+    assert "trials: 8 (8 complete)" in shown
+    assert "search: finished; chosen " in shown
+    assert "left: the final fine-tune" in shown
+    assert m2m("select", "--config", run) == 0
+    shown = told(capsys, out)
+    assert "final model: " in shown
+    assert "left: nothing" in shown
+    assert "whole: adapters, models, journal and mixture are as they were written" in shown
+    assert "go on with" not in shown
+
+
+def test_status_counts_what_is_left_of_a_search(finished, capsys):
+    out = finished / "out"
+    lines = (out / "trials.jsonl").read_text().splitlines(True)
+    (out / "trials.jsonl").write_text("".join(lines[:5]))
+    (out / "summary.json").unlink()
+    assert "left: up to 3 of 8 mixtures to score" in told(capsys, out)
+
+
+@pytest.fixture
+def complete(finished):
+    return finished / "out"
+
+
+def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
+    finished, finished_project, capsys, monkeypatch
+):
+    """As most tests here have it, see `copy_project`."""
+    for path in finished.rglob("*"):
+        assert path.is_dir() or str(finished_project).encode() not in path.read_bytes(), path
+    shown = told(capsys, finished / "out")
+    assert "whole: adapters, models, journal and mixture are as they were written" in shown
+    assert "left: nothing" in shown
+    monkeypatch.setattr("m2m_hf.run.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
+    assert m2m("select", "--config", finished / "run.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "words"),
+    [
+        ("adapters/beta/adapter_model.safetensors", lambda b: b[:-1], "adapters/beta: adapter_model.safetensors has"),
+        (
+            "adapters/beta/adapter_model.safetensors",
+            lambda b: b[:-1] + b"x",
+            "adapter_model.safetensors is not what was trained",
+        ),
+        ("adapters/beta/training.json", lambda b: b[:50], "adapters/beta: training.json is not whole"),
+        ("final/adapter_config.json", lambda b: b[:-2], "final: adapter_config.json has"),
+        ("trials.jsonl", lambda b: b[:-2], "1 lines were cut short"),
+        ("trials.jsonl", lambda b: b + b"{}\n", "line 9 is damaged"),
+        ("trials.jsonl", lambda b: b.replace(b'"stderr": 0', b'"stderr": 1', 1), "it is not what was written"),
+        ("targets.json", lambda b: b[:-3], "targets.json: it is not JSON"),
+        ("mixture/train.jsonl", lambda b: b[:-9], "train.jsonl: not what its manifest says"),
+        ("summary.json", lambda b: b.replace(b'"mixture"', b'"other"'), "summary.json: not as it was written"),
+    ],
+)
+def test_damage_is_named_and_gives_exit_code_1(complete, capsys, path, change, words):
+    file = complete / path
+    file.write_bytes(change(file.read_bytes()))
+    shown = told(capsys, complete, 1)
+    assert f"{words}" in shown
+    assert "damaged: " in shown
+    assert "whole: " not in shown
+
+
+@pytest.mark.parametrize(
+    "odd", [{"steps": "many"}, {"mixture": {"alpha": 2.0}}, {"total_seconds": None}, {"seconds": [1]}, {"steps": 1e400}]
+)
+def test_odd_records_are_no_traceback(complete, capsys, odd):
+    for path in (complete / "final" / "training.json", complete / "adapters" / "beta" / "training.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    summary = complete / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"candidates": [["alpha"], {}]}))
+    assert "final model: " in told(capsys, complete)
+
+
+def test_values_beside_the_journal_are_checked(project, capsys, monkeypatch):
+    monkeypatch.setattr("m2m_hf.storage.journal.INLINE", 5)
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    values = project / "out" / "trials.values"
+    assert "whole: " in told(capsys, project / "out")
+    content = bytearray(values.read_bytes())
+    content[100] ^= 1
+    values.write_bytes(bytes(content))
+    assert "are not what was measured" in told(capsys, project / "out", 1)
+
+
+def test_interrupted_trainings_and_a_process_at_work_are_told(project, capsys, monkeypatch):
+    out = project / "out"
+    assert m2m("search", "--config", project / "run.yaml", "--objective", "ensemble") == 0
+    part = next((out / "ensemble").iterdir())
+    part.write_bytes(part.read_bytes()[:-1])
+    assert f"{part.name}: it was cut short" in told(capsys, out, 1)
+    part.unlink()
+    (out / "adapters" / "beta").rename(staging_path(out / "adapters" / "beta"))
+    checkpoint = checkpoints(staging_path(out / "adapters" / "beta")) / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint_complete.json").write_text(json.dumps({"steps": 2}))
+    assert "beta: interrupted; goes on from step 2" in told(capsys, out)
+    monkeypatch.setattr(RunFolder, "held", None)  # or it would be this very process
+    assert "a process is at work in it now" in told(capsys, out)
+
+
+def test_a_config_that_was_cut_short_is_written_again(complete, finished, capsys):
+    config = complete / "config.yaml"
+    whole = config.read_bytes()
+    for size in (0, 30, len(whole) // 2, len(whole) - 2):
+        config.write_bytes(whole[:size])
+        assert m2m("sft", complete) == 2
+        assert "m2m select --config writes it again" in capsys.readouterr().err
+        assert m2m("status", complete) == 2
+        assert m2m("select", "--config", finished / "run.yaml") == 0
+        assert "nothing to do" in capsys.readouterr().out
+        assert config.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("file", "part"), [("validation.jsonl", "validation"), ("test.jsonl", "test")])
+def test_changed_target_rows_are_noticed_by_content(complete, finished, capsys, file, part):
+    path = finished / file
+    path.write_text(path.read_text().replace("red", "pink"))
+    assert m2m("select", "--config", finished / "run.yaml") == 2
+    assert f"targets.colours: its {part} rows, or the code of its metric, have changed" in capsys.readouterr().err

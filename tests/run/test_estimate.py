@@ -1,0 +1,47 @@
+"""`m2m select --dry_run`: everything is checked, something is measured, nothing is written."""
+
+import re
+
+import pytest
+from pico import m2m
+
+from m2m_hf.config.parsing import parse
+from m2m_hf.console import Terminal
+from m2m_hf.run.plan import plan
+from m2m_hf.searcher import MergeToMixSearcher
+
+
+def test_what_a_run_would_do_is_told_and_nothing_written(project, capsys):
+    before = sorted(project.rglob("*"))
+    assert m2m("select", "--config", project / "run.yaml", "--dry_run") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "candidates (text format)" in printed
+    assert re.search(r"adapters: 3 to train, 9 steps, about \d", printed)
+    assert "search: up to 8 mixtures, about " in printed
+    assert "final fine-tune: up to 3 steps" in printed
+    assert "GiB at the highest while measuring" in printed
+    assert "colours: with 10 rows, mixtures that differ by less than about 0.277 in the share" in printed
+    assert "nothing was written" in printed
+    assert sorted(project.rglob("*")) == before
+    # The base that was measured with is as it was: the run that follows is the same.
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    capsys.readouterr()
+    assert m2m("select", "--config", project / "run.yaml", "--dry_run") == 0
+    assert "adapters: all there" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_said_as_by_the_run(project, capsys):
+    assert m2m("select", "--config", project / "run.yaml", "--dry_run", "--strategy", "magic") == 2
+    assert "strategy: expected" in capsys.readouterr().err
+
+
+def test_figures_are_of_what_was_measured(project, monkeypatch):
+    monkeypatch.setattr("m2m_hf.run.plan.Clock.per_step", 2.0)
+    monkeypatch.setattr("m2m_hf.run.plan.time_of", lambda scorer, run: 3.0)
+    one = MergeToMixSearcher(*parse(project / "run.yaml"), Terminal(quiet=True))
+    one.check()
+    found = plan(one, 8)
+    assert (found.adapters, found.steps, found.final_steps, found.mixtures) == (3, 9, 3, 8)
+    assert found.seconds_per_mixture == pytest.approx(3.0)
+    assert any("about 18 s (2.00 s a step)" in line for line in found.lines())
+    assert any(line.startswith("together about 48 s") for line in found.lines())

@@ -1,0 +1,500 @@
+"""Whole runs through the command line, on a pico model."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, load_dataset
+from peft import LoraConfig, PeftModel
+from pico import candidate_rows, choice_rows, m2m, write_rows
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
+from m2m_hf.cli.exits import report_errors
+from m2m_hf.cli.main import main
+from m2m_hf.console import Terminal
+from m2m_hf.errors import StoppedError
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.storage.journal import Journal
+
+ROOT = Path(__file__).parents[2]
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Relative path -> time of last change, but for the log and the lock."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("log.txt", ".lock")
+    }
+
+
+def test_select_from_beginning_to_end(project, capsys):
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    out = project / "out"
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for word in (
+        "base model",
+        "alpha",
+        "all 3, merged",
+        "chosen: ",
+        "worth",
+        "final model",
+        "±",
+        "recipe: trl sft --config",
+    ):
+        assert word in printed.out
+    expected = {
+        "config.yaml",
+        "trials.jsonl",
+        "recipe.yaml",
+        "summary.json",
+        "log.txt",
+        "adapters",
+        "mixture",
+        "final",
+    }
+    assert expected <= {path.name for path in out.iterdir()}
+
+    summary = json.loads((out / "summary.json").read_text())
+    keys = {"best", "base", "all", "best_single", "top", "targets", "final", "counts", "costs"}
+    assert keys <= set(summary)
+    assert set(summary["best"]) == {"mixture", "score", "stderr"}
+    assert summary["counts"] == {"candidates": 3, "trials": 8, "pruned": 0, "failed": 0}
+    assert summary["costs"]["adapter_steps"] == 9
+    assert summary["costs"]["example_evaluations"] == 80
+    assert {"validation", "test"} <= set(summary["final"])
+    assert summary["best"]["score"] == max(trial["score"] for trial in summary["top"])
+
+    trials = load_dataset("json", data_files=str(out / "trials.jsonl"), split="train")
+    assert len(trials) == 8
+    assert all(len(values) == 10 for values in trials["values"])
+    chosen = [row for name in summary["best"]["mixture"] for row in candidate_rows(name)]
+    assert len(load_dataset("json", data_files=str(out / "mixture" / "train.jsonl"), split="train")) == len(chosen)
+    base = AutoModelForCausalLM.from_pretrained(yaml.safe_load((out / "recipe.yaml").read_text())["model_name_or_path"])
+    PeftModel.from_pretrained(base, out / "final")
+
+
+def test_a_second_select_does_nothing_and_says_so(project, capsys, monkeypatch):
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    before = files(project / "out")
+    capsys.readouterr()
+    monkeypatch.setattr("m2m_hf.run.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    unchanged = {name for name, time in files(project / "out").items() if before.get(name) == time}
+    assert {"trials.jsonl", "config.yaml", "final/adapter_model.safetensors"} <= unchanged
+    assert m2m("select", "--config", project / "out" / "config.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [0, 3, 6])
+def test_interrupted_search_goes_on(project, tmp_path, capsys, monkeypatch, stop):
+    assert (
+        m2m(
+            "search",
+            "--config",
+            project / "run.yaml",
+            "--tokens_per_batch",
+            100,
+            "--output_dir",
+            tmp_path / "reference",
+        )
+        == 0
+    )
+    real, count = GatedStack.set, 0
+
+    def interrupting(self, weights):
+        nonlocal count
+        if weights and count == stop:
+            raise KeyboardInterrupt
+        count += bool(weights)
+        real(self, weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GatedStack, "set", interrupting)
+        assert m2m("search", "--config", project / "run.yaml", "--tokens_per_batch", 100) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    written = (project / "out" / "trials.jsonl").read_text()
+    assert len(written.splitlines()) == stop + 1
+    assert m2m("search", "--config", project / "run.yaml", "--tokens_per_batch", 100) == 0
+    assert (project / "out" / "trials.jsonl").read_text().startswith(written)
+
+    def scores(folder: Path) -> list:
+        lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+    assert scores(project / "out") == scores(tmp_path / "reference")
+
+
+def test_search_then_sft_is_select(project, tmp_path, capsys):
+    assert m2m("select", "--config", project / "run.yaml", "--output_dir", tmp_path / "whole") == 0
+    assert m2m("adapters", "--config", project / "run.yaml") == 0
+    assert not (project / "out" / "trials.jsonl").exists()
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert summary["final"] is None
+    assert f"next: m2m sft {os.path.relpath(project / 'out')}" in capsys.readouterr().out
+    assert m2m("sft", project / "out") == 0
+    mine = json.loads((project / "out" / "summary.json").read_text())
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert {**mine, "costs": None} == {**whole, "costs": None}
+
+
+def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path, forks):
+    assert m2m("select", "--config", project / "run.yaml", "--lora_dropout", "0.1") == 0
+    recipe = project / "out" / "recipe.yaml"
+    assert "m2m" not in "".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("#"))
+    ours = json.loads((project / "out" / "final" / "training.json").read_text())["loss"]
+    code = (
+        "import sys; assert 'm2m_hf' not in sys.modules; sys.modules['m2m_hf'] = None\n"
+        "from trl.scripts.sft import make_parser\n"
+        "from trl.trainer.sft_trainer import SFTTrainer\n"
+        "import trl.scripts.sft as sft\n"
+        "train = SFTTrainer.train\n"
+        "def spy(self, *a, **k):\n"
+        "    out = train(self, *a, **k); print('LOSS', repr(out.training_loss)); return out\n"
+        "SFTTrainer.train = spy\n"
+        "sft.main(*make_parser().parse_args_and_config(fail_with_unknown_args=True))\n"
+    )
+    done = forks.run("-c", code, "--config", recipe, "--output_dir", tmp_path / "trl")
+    assert done.returncode == 0, done.stderr
+    theirs = float(next(line for line in done.stdout.splitlines() if line.startswith("LOSS")).split()[1])
+    assert round(theirs, 6) == ours
+
+
+def test_final_overrides_and_loss_scorer(project, tmp_path):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    rows = [{"prompt": row["prompt"], "completion": row["choices"][0]} for row in choice_rows()]
+    write_rows(tmp_path / "loss.jsonl", rows)
+    config["targets"] = {"t": {"data": {"path": "json", "data_files": "loss.jsonl"}, "scorer": "loss"}}
+    config["final"] = {"max_steps": 5, "lora_r": 2}
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert summary["final"]["steps"] == 5
+    assert summary["costs"]["compare_seconds"] == 0  # the final model was not made to be compared
+    assert summary["final"]["test"] is None
+    assert summary["best"]["score"] < 0
+    assert json.loads((project / "out" / "final" / "adapter_config.json").read_text())["r"] == 2
+    recipe = yaml.safe_load((project / "out" / "recipe.yaml").read_text())
+    assert (recipe["max_steps"], recipe["lora_r"]) == (5, 2)
+
+
+def test_conversations(project, tmp_path):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    for name in ("alpha", "beta"):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["completion"].strip()},
+                ]
+            }
+            for row in candidate_rows(name)
+        ]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    del config["candidates"]["gamma"]
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    assert (
+        m2m("select", "--config", project / "run.yaml", "--assistant_only_loss", "true", "--output_dir", tmp_path / "t")
+        == 0
+    )
+    assert list(json.loads((tmp_path / "t" / "mixture" / "train.jsonl").read_text().splitlines()[0])) == ["messages"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"candidates": {"a": {"path": "json", "data_files": "none.jsonl"}}}, "candidates.a: nothing found"),
+        ({"candidates": {"a": {"path": "json", "data_files": "validation.jsonl"}}}, "column 'completion' missing"),
+        ({"candidates": {"a": {"path": "json", "data_files": "empty.jsonl"}}}, "candidates.a: has no rows"),
+        (
+            {"candidates": {"a/b": {"path": "json", "data_files": "alpha.jsonl"}}},
+            "candidate name 'a/b' is not allowed",
+        ),
+        ({"candidates": {"..": {"path": "json", "data_files": "alpha.jsonl"}}}, "candidate name '..' is not allowed"),
+        ({"targets": {}}, "targets: expected at least one"),
+        ({"use_dora": True}, "use_dora=True cannot be averaged"),
+        ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] cannot be averaged"),
+        ({"model_name_or_path": "nobody/nothing"}, "neither a local model folder nor a model"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: it would end a training half done"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: adapters must be trained with the same batch size"),
+        ({"ignore_data_skip": True}, "ignore_data_skip: a training that goes on would see other rows"),
+        ({"final": {"lora_rr": 1}}, "final: unknown key 'lora_rr'"),
+        ({"final": {"use_dora": True}}, "cannot be averaged"),
+    ],
+)
+def test_bad_input_is_one_message_exit_2_and_nothing_written(project, capsys, change, message):
+    write_rows(project / "empty.jsonl", [])
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    (project / "run.yaml").write_text(yaml.safe_dump(config | change))
+    assert m2m("select", "--config", project / "run.yaml") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("m2m: ")
+    assert message in printed.err
+    assert "Traceback" not in printed.err + printed.out
+    assert not (project / "out").exists()
+
+
+def test_questions_of_the_target_in_a_candidate(project, capsys):
+    rows = [{"prompt": row["prompt"].upper(), "completion": " red"} for row in choice_rows(2)]
+    write_rows(project / "beta.jsonl", [*candidate_rows("beta"), *rows])
+    assert m2m("search", "--config", project / "run.yaml") == 2
+    assert "also stand in beta (2)" in capsys.readouterr().err
+    assert m2m("search", "--config", project / "run.yaml", "--allow_overlap", "true") == 0
+
+
+def test_a_changed_configuration_is_refused_unless_it_only_adds(project, capsys):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    gamma = config["candidates"].pop("gamma")
+    test_data = config["targets"]["colours"].pop("test_data")
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    before = files(project / "out")
+    for flags, word in ((("--learning_rate", "0.5"), "learning_rate (0.01 there, 0.5 now)"), (("--seed", "1"), "seed")):
+        assert m2m("search", "--config", project / "run.yaml", *flags) == 2
+        assert word in capsys.readouterr().err
+    assert files(project / "out") == before
+    config["candidates"]["gamma"] = gamma
+    config["targets"]["colours"]["test_data"] = test_data
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert m2m("search", "--config", project / "run.yaml", "--dataloader_num_workers", "0", "--logging_steps", "2") == 0
+    assert "scored 4 mixtures" in capsys.readouterr().out
+
+
+def test_a_start_that_made_nothing_does_not_bind(project, capsys):
+    run = project / "run.yaml"
+    assert m2m("search", "--config", run, "--learning_rate", "1e38", "--max_grad_norm", "0") == 2
+    assert "diverged" in capsys.readouterr().err
+    assert m2m("search", "--config", run) == 0
+
+
+def test_a_model_without_a_pad_token_is_finished_once(project, tmp_path, pico, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(pico, bare)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    for _ in range(2):
+        assert m2m("select", "--config", project / "run.yaml", "--model_name_or_path", bare) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_another_final_model_leaves_the_old_one(finished, capsys):
+    config = yaml.safe_load((finished / "run.yaml").read_text())
+    old = json.loads((finished / "out" / "final" / "training.json").read_text())
+    (finished / "run.yaml").write_text(yaml.safe_dump(config | {"final": {"max_steps": 2}}))
+    assert m2m("select", "--config", finished / "run.yaml") == 0
+    aside = finished / "out" / f"final.{old['fingerprint']}"
+    assert json.loads((aside / "training.json").read_text()) == old
+    assert json.loads((finished / "out" / "final" / "training.json").read_text())["steps"] == 2
+    assert f"is now {os.path.relpath(aside)}" in capsys.readouterr().out
+
+
+def test_not_a_run_folder(tmp_path, capsys):
+    assert m2m("sft", tmp_path) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_in_python(project):
+    searcher = MergeToMixSearcher.from_yaml(project / "run.yaml", seed=3)
+    searcher.terminal = Terminal(quiet=True)
+    result = searcher.search()
+    assert len(result.trials) == 8
+    summary = searcher.train_final()
+    assert summary["best"]["mixture"] == result.best.mixture.weights
+    assert summary["final"]["test"] is not None
+
+
+def test_python_objects_in_memory(project, pico):
+    """Datasets and configurations made in Python, without any file; what TRL would take and this cannot do is refused."""
+    candidates = {name: Dataset.from_list(candidate_rows(name)) for name in ("alpha", "beta")}
+    targets = {"colours": {"data": Dataset.from_list(choice_rows()), "scorer": "choice"}}
+    config = MergeToMixConfig(candidates=candidates, targets=targets)
+    args = SFTConfig(
+        output_dir=str(project / "memory"), max_steps=2, use_cpu=True, bf16=False, activation_checkpointing=False
+    )
+    model_args = ModelConfig(model_name_or_path=str(pico), lora_target_modules=["q_proj", "v_proj"])
+    searcher = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
+    assert searcher.train_final()["counts"]["trials"] == 4
+    again = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
+    assert again.search().measured == 0
+    with pytest.raises(InputError, match="push_to_hub: expected hub_model_id: org/name"):
+        MergeToMixSearcher(config, SFTConfig(args.output_dir, use_cpu=True, bf16=False, push_to_hub=True), model_args)
+    with pytest.raises(InputError, match="model_name_or_path is missing"):
+        MergeToMixSearcher(config, args, ModelConfig())
+
+
+def test_an_interruption_says_what_is_safe_and_how_to_go_on(project, capsys, monkeypatch):
+    real = Journal.extend
+    one_by_one = ("--tokens_per_batch", "100")
+
+    def interrupted(journal, trials, write=True):
+        if len(journal.trials) == 5:
+            raise KeyboardInterrupt
+        return real(journal, trials, write)
+
+    monkeypatch.setattr(Journal, "extend", interrupted)
+    assert m2m("search", "--config", project / "run.yaml", *one_by_one) == 130
+    out = os.path.relpath(project / "out")
+    assert (
+        f"interrupted: 3 adapters and 5 scored trials are safe in {out}; the same command goes on"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setattr(Journal, "extend", real)
+    assert m2m("search", "--config", project / "run.yaml", *one_by_one) == 0
+    assert "scored 3 mixtures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["journal", "adapters"])
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(project, capsys, monkeypatch, place):
+    real = os.fsync
+    left = 12 if place == "journal" else 1
+
+    def full(handle):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert m2m("search", "--config", project / "run.yaml") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("m2m: the disk is full: ")
+    assert "Traceback" not in told
+    assert m2m("search", "--config", project / "run.yaml") == 0
+
+
+def test_what_only_one_of_several_processes_knows_is_said(monkeypatch, capsys):
+    """Where all have met the same error the launcher ends all but the first, before they have said it too."""
+
+    def work():
+        raise InputError("odd rows")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("m2m_hf.cli.exits.PATIENCE", 0.1)
+    assert report_errors(work) == 2
+    assert capsys.readouterr().err == "m2m: process 1 of 2: odd rows\n"
+    monkeypatch.setattr("m2m_hf.cli.exits.PATIENCE", 30)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        assert report_errors(work) == 2
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not capsys.readouterr().err
+
+
+def test_what_outside_ended_is_said_with_what_is_safe(capsys):
+    def work():
+        raise StoppedError("a command was stopped by SIGTERM from outside")
+
+    assert report_errors(work) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("m2m: a command was stopped by SIGTERM from outside\n")
+    assert "the same command goes on from there" in told
+
+
+def test_the_same_seed_gives_the_same_bytes(project, tmp_path, forks):
+    """In another process, whose sets have their elements in another order (`served`)."""
+    code = "import sys; from m2m_hf.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [
+        ["select", "--config", str(project / "run.yaml"), "--output_dir", str(tmp_path / n)] for n in ("1", "2")
+    ]
+    assert main(arguments[0]) == 0
+    done = forks.run("-c", code, *arguments[1])
+    assert done.returncode == 0, done.stderr
+    one, other = tmp_path / "1", tmp_path / "2"
+    compared = [path.relative_to(one) for path in one.glob("adapters/*/*") if path.name != "training.json"]
+    assert len(compared) >= 9
+    for name in (*compared, Path("recipe.yaml"), Path("mixture/train.jsonl")):
+        assert (one / name).read_bytes().replace(b"/1/", b"/2/") == (other / name).read_bytes(), name
+    lines = [(out / "trials.jsonl").read_text().splitlines() for out in (one, other)]
+    trials = [[json.loads(line) | {"seconds": 0} for line in of] for of in lines]
+    assert trials[0] == trials[1]
+
+
+SCRIPT = {"candidates": ("alpha", "beta", "gamma"), "r": 4, "lora_dropout": 0.05, "lora_alpha": 32}
+
+
+def from_script(project, pico, lora=None, **options):
+    """What a script of TRL's has, as a search."""
+    given = {name: {"path": "json", "data_files": str(project / f"{name}.jsonl")} for name in SCRIPT["candidates"]}
+    data = {"path": "json", "data_files": str(project / "validation.jsonl")}
+    args = {
+        "output_dir": str(project / "mine"), "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4,
+        "use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "logging_steps": 1,
+    }  # fmt: skip
+    lora = lora or LoraConfig(r=4, lora_dropout=0.05, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    target = {"colours": {"data": data, "scorer": "choice"}}
+    return MergeToMixSearcher.from_trl(pico, SFTConfig(**args | options), lora, given, target)
+
+
+def test_a_script_of_trl_becomes_a_search(project, pico, monkeypatch):
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    extra = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+        "load_best_model_at_end": True,
+        "save_steps": 1,
+    }
+    searcher = from_script(project, pico, push_to_hub=True, hub_model_id="org/x", **extra)
+    rows = searcher.chosen_rows()
+    assert not (project / "mine").exists()  # which a push of the script's would publish
+    for name in SCRIPT["candidates"]:
+        ours, theirs = (
+            (out / "adapters" / name / "adapter_model.safetensors").read_bytes()
+            for out in (project / "out", project / "mine-m2m")
+        )
+        assert ours == theirs, name
+    lines = (project / "mine-m2m" / "mixture" / "train.jsonl").read_text().splitlines()
+    assert rows.to_list() == [json.loads(line) for line in lines]
+    assert "base" not in vars(searcher)
+    again = from_script(project, pico, push_to_hub=True, hub_model_id="org/x", **extra)
+    monkeypatch.setattr(again, "_load_base", lambda *_: pytest.fail("a model is loaded for nothing"))
+    assert again.chosen_rows().to_list() == rows.to_list()
+
+
+def test_one_layer_and_the_base_as_the_script_loads_it(project, pico):
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    searcher = from_script(
+        project, pico, lora, model_init_kwargs={"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    )
+    searcher.train_adapters()
+    config = json.loads((project / "mine-m2m" / "adapters" / "alpha" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+    assert searcher.model_args.dtype == "bfloat16"
+    assert searcher.model_args.attn_implementation == "eager"
+    assert from_script(project, pico).model_args.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lora": LoraConfig(r=4, rank_pattern={"q_proj": 2})}, "rank_pattern={'q_proj': 2} cannot be said"),
+        ({"lora": LoraConfig(r=4, use_dora=True)}, "use_dora=True cannot be averaged"),
+        ({"lora": "q_proj"}, "peft_config: expected a LoraConfig, got str"),
+        ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs: expected dtype, "),
+    ],
+)
+def test_what_a_script_has_and_a_search_cannot_use(project, pico, given, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        from_script(project, pico, **given)
+    with pytest.raises(InputError, match="model: expected a Hub id or a folder, got Dataset"):
+        from_script(project, Dataset.from_list([{"a": 1}]))

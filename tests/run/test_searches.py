@@ -1,0 +1,187 @@
+"""Strategies, objectives, weights and constraints through the command line, on a pico model."""
+
+import json
+
+import pytest
+import yaml
+from pico import candidate_rows, choice_rows, m2m, write_rows
+
+
+def change(project, **fields) -> None:
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    for name, value in fields.pop("candidates", {}).items():
+        config["candidates"].setdefault(name, {}).update(value)
+    (project / "run.yaml").write_text(yaml.safe_dump(config | fields))
+
+
+def summary(project) -> dict:
+    return json.loads((project / "out" / "summary.json").read_text())
+
+
+def trials(project) -> list[dict]:
+    return [json.loads(line) for line in (project / "out" / "trials.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["auto", "random", "greedy", "beam", "annealing", "surrogate", "bayes", "gradient"]
+)
+def test_every_strategy_in_one_folder(finished, capsys, strategy):
+    best = summary(finished)["best"]
+    before = trials(finished)
+    assert m2m("search", "--config", finished / "run.yaml", "--strategy", strategy, "--max_trials", "20") == 0
+    after = trials(finished)
+    assert after[: len(before)] == before
+    assert {line["objective"] for line in after[len(before) :]} <= {"gradient"}  # all mixtures are known already
+    assert summary(finished)["best"]["score"] <= best["score"]
+    printed = capsys.readouterr().out
+    assert ("strategy: exhaustive, since" in printed) == (strategy == "auto")
+
+
+def test_a_race_prunes_and_says_so(project, capsys):
+    write_rows(project / "validation.jsonl", choice_rows(150))
+    change(project, race=True, learning_rate=0.05, max_steps=6)
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    printed = capsys.readouterr().out
+    assert "pruned" in {line["state"] for line in trials(project)}
+    whole = {tuple(line["names"]) for line in trials(project) if line["state"] == "complete"}
+    assert ("not scored on all examples, since they could not win" in printed) == (len(whole) < 8)
+    assert summary(project)["costs"]["example_evaluations"] <= 8 * 150
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_corpus_metric_switches_racing_off_and_says_so(project, tmp_path, capsys):
+    module = tmp_path / "longest" / "longest.py"
+    module.parent.mkdir()
+    module.write_text(
+        "import datasets\nimport evaluate\n"
+        "class Longest(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        value = datasets.Value('string')\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='',\n"
+        "            features=datasets.Features({'predictions': value, 'references': value}))\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'longest': float(max(map(len, predictions)))}\n"
+    )
+    rows = [{"prompt": row["prompt"], "completion": row["choices"][0]} for row in choice_rows(100)]
+    write_rows(project / "generation.jsonl", rows)
+    target = {
+        "data": {"path": "json", "data_files": "generation.jsonl"},
+        "scorer": "generation",
+        "metric": str(module.parent),
+        "generation": {"max_new_tokens": 2},
+    }
+    change(project, targets={"t": target}, race=True, allow_metric_code=True)
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert "no racing: a target has no value for every example by itself" in capsys.readouterr().out
+    assert {line["state"] for line in trials(project)} == {"complete"}
+
+
+def test_the_ensemble_objective(project, capsys):
+    assert m2m("select", "--config", project / "run.yaml", "--objective", "ensemble") == 0
+    assert {line["objective"] for line in trials(project)} == {"ensemble"}
+    assert summary(project)["costs"]["example_evaluations"] == 4 * 10  # three adapters and the base
+    assert len(list((project / "out" / "ensemble").iterdir())) == 4
+    singles = {line["names"][0]: line for line in trials(project) if len(line["names"]) == 1}
+    assert m2m("search", "--config", project / "run.yaml") == 0  # merged, in the same folder
+    for line in trials(project):
+        if line["objective"] == "merged" and len(line["names"]) == 1:
+            assert line["logprobs"] == pytest.approx(singles[line["names"][0]]["logprobs"], abs=1e-4)
+    rows = [{"prompt": row["prompt"], "completion": row["choices"][0]} for row in choice_rows()]
+    write_rows(project / "generation.jsonl", rows)
+    target = {"data": {"path": "json", "data_files": "generation.jsonl"}, "scorer": "generation"}
+    change(project, targets={"g": target})
+    for flags, message in (
+        (("--objective", "ensemble"), "objective ensemble averages the probabilities of right answers"),
+        (
+            ("--strategy", "gradient"),
+            "gradient needs expert: lora, objective: merged, merge_method: average and targets",
+        ),
+    ):
+        capsys.readouterr()
+        assert m2m("search", "--config", project / "run.yaml", *flags, "--output_dir", project / "fresh") == 2
+        assert message in capsys.readouterr().err
+        assert not (project / "fresh").exists()
+
+
+def test_bayes_without_optuna_says_what_to_type(project, capsys, monkeypatch):
+    monkeypatch.setattr("m2m_hf.run.ingredients.find_spec", lambda name: None)
+    assert m2m("search", "--config", project / "run.yaml", "--strategy", "bayes") == 2
+    assert "pip install 'm2m_hf[bayes]'" in capsys.readouterr().err
+    assert not (project / "out").exists()
+
+
+@pytest.mark.parametrize("objective", ["merged", "ensemble"])
+def test_continuous_weights_become_shares_of_the_data(project, objective):
+    change(project, weights="continuous", strategy="auto", objective=objective, learning_rate=0.05)
+    assert m2m("select", "--config", project / "run.yaml") == 0
+    best = summary(project)["best"]["mixture"]
+    manifest = json.loads((project / "out" / "mixture" / "manifest.json").read_text())
+    rows = {name: source["rows"] for name, source in manifest["sources"].items()}
+    assert manifest["rows"] == sum(rows.values())
+    assert max(rows.values()) <= 12
+    total = sum(rows.values())
+    for name, weight in best.items():
+        assert rows[name] / total == pytest.approx(weight, abs=0.08)
+    written = (project / "out" / "mixture" / "train.jsonl").read_text()
+    assert len(written.splitlines()) == total
+    assert len(set(written.splitlines())) == total  # no row twice
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert (project / "out" / "mixture" / "train.jsonl").read_text() == written
+
+
+def test_a_pool_grows_and_shrinks(project, capsys, monkeypatch):
+    change(project, strategy="greedy", race=False)
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    write_rows(project / "delta.jsonl", candidate_rows("delta"))
+    change(project, candidates={"delta": {"path": "json", "data_files": "delta.jsonl"}})
+    known = {tuple(line["names"]) for line in trials(project)}
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert "trained 1 adapters" in capsys.readouterr().out
+    assert all("delta" in line["names"] for line in trials(project) if tuple(line["names"]) not in known)
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    del config["candidates"]["beta"]
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an adapter was trained"))
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert "beta" not in summary(project)["singles"]
+
+
+def test_constraints_hold_and_what_may_not_be_chosen_is_shown(project, capsys):
+    change(
+        project,
+        candidates={
+            "alpha": {"license": "mit"},
+            "beta": {"license": "mit", "required": True},
+            "gamma": {"license": "gpl"},
+        },
+        licenses=["mit"],
+        max_datasets=2,
+    )
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert all("beta" in one["mixture"] and "gamma" not in one["mixture"] for one in summary(project)["top"])
+    assert "gamma" in summary(project)["singles"]
+    assert summary(project)["worth"] is None or set(summary(project)["worth"]["shapley"]) == {"alpha", "beta", "gamma"}
+    for fields, message in (
+        ({"min_datasets": 3}, "no mixture is possible: at least 3"),
+        ({"max_cost": 1.0}, "the cheapest mixture allowed costs"),
+        ({"licenses": ["apache-2.0"]}, "candidates.beta: it is required, but its license 'mit' is not among licenses"),
+        ({"max_trials": 3, "min_datasets": 2}, "max_trials: at least 5"),
+    ):
+        text = (project / "run.yaml").read_text()
+        change(project, **fields)
+        capsys.readouterr()
+        assert m2m("search", "--config", project / "run.yaml", "--output_dir", project / "fresh") == 2
+        assert message in capsys.readouterr().err
+        assert not (project / "fresh").exists()  # an error at the start, before anything is trained
+        (project / "run.yaml").write_text(text)
+
+
+def test_worth_is_in_the_table_and_the_summary(project, capsys):
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    found = summary(project)["worth"]
+    assert found["exact"]
+    whole = summary(project)["all"]["score"] - summary(project)["base"]["score"]
+    assert sum(one["value"] for one in found["shapley"].values()) == pytest.approx(whole)
+    assert len(found["interactions"]) == 3
+    assert "worth" in capsys.readouterr().out

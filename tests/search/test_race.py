@@ -1,0 +1,234 @@
+"""Races drop what cannot win, and what is left wins as it would have without them."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from replay import Replay, tells_apart
+
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.search.loop import search
+from m2m_hf.search.model_based import STRATEGIES
+from m2m_hf.search.race import FIRST, Sample, judge, rungs
+from m2m_hf.search.result import Budget
+from m2m_hf.search.strategies import exhaustive
+from m2m_hf.storage.journal import Journal
+
+NAMES = tuple("abcde")
+SPACE = SearchSpace(NAMES)
+
+
+def table(seed: int, rows: int = 300, binary: bool = True, spread: float = 0.3) -> dict[Mixture, Score]:
+    """Scores of all mixtures: each row is harder or easier for all, and candidates differ by what is drawn for them."""
+    draw = np.random.default_rng(seed)
+    ease, gifts = draw.normal(size=rows), draw.normal(scale=spread, size=len(NAMES))
+    scores = {Mixture(()): Score.of([0.0] * rows, [-9.0] * rows)}
+    for mixture in SPACE.subsets():
+        ability = sum(gifts[NAMES.index(name)] for name in mixture.names) / len(mixture)
+        values = ease + ability + draw.normal(scale=0.5, size=rows)
+        values = (values > 0).astype(float) if binary else values
+        scores[mixture] = Score.of(values.tolist(), (values - 10).tolist())
+    return scores
+
+
+class Counting(Replay):
+    """Counts the rows that it is asked for, and can stop at will."""
+
+    def __init__(self, *args, stop_after: int | None = None, **options) -> None:
+        super().__init__(*args, **options)
+        self.rows: dict[Mixture, list[int]] = {}
+        self.calls, self.stop_after = 0, stop_after
+
+    def __call__(self, mixtures, rows=None):
+        if self.calls == self.stop_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        for mixture in mixtures:
+            self.rows.setdefault(mixture, []).extend(range(self.examples) if rows is None else rows)
+        return super().__call__(mixtures, rows)
+
+
+def run(objective, path, strategy=exhaustive, **options):
+    options = {"names": NAMES, "costs": dict.fromkeys(NAMES, 1.0), "race": True, **options}
+    return search(strategy, SPACE, [objective], Journal(path), **options)
+
+
+def has_content(result) -> dict:
+    return {mixture: (standing.score, standing.pruned) for mixture, standing in result.standings.items()}
+
+
+def test_rungs_begin_at_64_grow_and_end_with_all():
+    for examples in (10, 64, 80, 100, 150, 400, 20_000):
+        steps = rungs(examples)
+        assert steps[-1] == examples
+        assert steps == sorted(set(steps))
+        assert len(steps) == 1 or steps[0] == FIRST
+    assert rungs(80) == [80]
+    assert len(rungs(20_000)) < 20
+
+
+def test_what_is_far_behind_is_dropped_and_the_leader_never():
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(4, 64)) * 0.1 + np.array([[0.0], [0.02], [-1.0], [-0.5]])
+    verdict = judge([Sample(values, 300)], 4)
+    assert verdict.leader in (0, 1)
+    assert {2, 3} <= set(verdict.dropped)
+    assert verdict.leader not in verdict.dropped
+
+
+def test_what_agrees_on_all_examples_is_a_tie():
+    assert judge([Sample(np.ones((3, 64)), 300)], 4).dropped == [1, 2]
+    # One more right answer in 64 tells nothing of the other 236.
+    values = np.ones((2, 64))
+    values[1, 5] = 0
+    assert judge([Sample(values, 300)], 4).dropped == []
+
+
+def test_near_the_end_only_what_all_examples_could_tell_goes_on():
+    draw = np.random.default_rng(1)
+    values = draw.normal(size=(6, 290))
+    assert len(judge([Sample(values, 300)], 4).dropped) == 5  # ten examples more change nothing that a test could tell
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_winner_is_one_that_all_examples_cannot_tell_from_the_best(tmp_path, binary):
+    wrong = saved = 0
+    for seed in range(60):
+        scores = table(seed, binary=binary)
+        objective = Counting(scores, seed=seed)
+        result = run(objective, tmp_path / f"{seed}")
+        best = max((one for one in scores if one.items), key=lambda one: scores[one].value)
+        wrong += tells_apart(scores[best], scores[result.best.mixture])
+        saved += 1 - result.evaluations / (32 * 300)
+        assert result.best.complete
+        assert result.best.score.value == pytest.approx(scores[result.best.mixture].value)
+    assert wrong <= 3  # 5 % of 60
+    assert saved / 60 > 0.3
+
+
+def test_no_row_is_scored_twice_and_none_is_dropped_before_64(tmp_path):
+    objective = Counting(table(3), seed=3)
+    result = run(objective, tmp_path / "t")
+    assert all(len(rows) == len(set(rows)) for rows in objective.rows.values())
+    assert sum(map(len, objective.rows.values())) == result.evaluations
+    trials = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    assert min(trial["rung"] for trial in trials) == FIRST
+    assert {trial["state"] for trial in trials} == {"pruned", "complete"}
+    by_mixture: dict[str, list[dict]] = {}
+    for trial in trials:
+        by_mixture.setdefault(str(trial["names"]), []).append(trial)
+    for several in by_mixture.values():
+        partial = [trial for trial in several if trial["state"] == "pruned"]
+        for shorter, longer in itertools.pairwise(partial):
+            assert longer["values"][: shorter["rung"]] == shorter["values"]
+    whole = next(
+        trial for trial in trials if trial["names"] == list(result.best.mixture.names) and trial["rung"] == 300
+    )
+    assert tuple(whole["values"]) == objective.table[result.best.mixture].values  # in the order of the examples again
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.8, 0.95])
+def test_an_interrupted_race_goes_on_and_repeats_nothing(tmp_path, share):
+    reference = run(Counting(table(4), seed=4), tmp_path / "r")
+    stop = int(share * reference.measured)
+    first = Counting(table(4), seed=4, stop_after=stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(first, tmp_path / "t")
+    second = Counting(table(4), seed=4)
+    result = run(second, tmp_path / "t")
+    assert first.calls + second.calls == reference.measured
+    assert (result.best.mixture, result.best.score) == (reference.best.mixture, reference.best.score)
+    assert result.evaluations == reference.evaluations
+    assert has_content(result) == has_content(reference)
+
+
+def test_a_budget_ends_a_race_with_its_leader_scored_to_the_end(tmp_path):
+    objective = Counting(table(5), seed=5)
+    first_rung = 7 * 300 + 25 * 64  # the base, singles and all together in full
+    result = run(objective, tmp_path / "t", budget=Budget(max_example_evaluations=first_rung + 10))
+    assert result.ended == "budget"
+    assert len(result.standings) == 32
+    assert result.best.complete
+    assert first_rung < result.evaluations <= first_rung + 10 + 32 + 236
+    assert all(len(rows) == len(set(rows)) for rows in objective.rows.values())
+
+
+def test_scores_of_the_dropped_are_put_right_by_what_their_examples_were_like(tmp_path):
+    scores = table(6, spread=1.0)
+    result = run(Counting(scores, seed=6), tmp_path / "t")
+    pruned = [one for one in result.standings.values() if one.pruned]
+    assert pruned
+    raw = np.mean([(one.score.value - scores[one.mixture].value) ** 2 for one in pruned])
+    mended = np.mean([(one.estimate - scores[one.mixture].value) ** 2 for one in pruned])
+    assert mended < raw
+    assert not any(one.may_be_chosen for one in pruned)
+
+
+def test_several_targets_race_together(tmp_path):
+    objectives = []
+    for number, rows in enumerate((300, 120)):
+        one = Counting(table(7 + number, rows=rows), seed=number)
+        one.target, one.key = f"t{number}", lambda mixture, rung=None, n=number: f"{n} {mixture.items} {rung}"
+        objectives.append(one)
+    options = {"names": NAMES, "costs": dict.fromkeys(NAMES, 1.0), "race": True}
+    result = search(exhaustive, SPACE, objectives, Journal(tmp_path / "t"), **options)
+    assert result.best.complete
+    assert any(one.pruned for one in result.standings.values())
+    assert result.evaluations < 32 * 420
+    full = {m: (objectives[0].table[m].value + objectives[1].table[m].value) / 2 for m in SPACE.subsets()}
+    assert full[result.best.mixture] >= max(full.values()) - 0.05
+
+
+def test_without_values_by_example_there_is_no_race(tmp_path):
+    objective = Counting(table(8), seed=8)
+    objective.order = ()
+    assert run(objective, tmp_path / "t").evaluations == 32 * 300
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "greedy", "surrogate", "annealing"])
+@pytest.mark.parametrize("stop", [None, 1, 2, 3, 8])
+def test_raced_again_after_any_measurement_nothing_changes(tmp_path, strategy, stop):
+    """Also where the last round had begun: what it adds to the journal must not lead the strategy another way."""
+    options = {"strategy": STRATEGIES[strategy], "seed": 2, "budget": Budget(24)}
+    reference = run(Counting(table(11), seed=2), tmp_path / "r", **options)
+    counted = Counting(table(11), seed=2)
+    run(counted, tmp_path / "count", **options)
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            run(Counting(table(11), seed=2, stop_after=counted.calls - stop), tmp_path / "t", **options)
+    else:
+        run(Counting(table(11), seed=2), tmp_path / "t", **options)
+    again = Counting(table(11), seed=2)
+    result = run(again, tmp_path / "t", **options)
+    assert again.calls == (stop or 0)
+    assert has_content(result) == has_content(reference)
+    assert (result.best.mixture, result.evaluations) == (reference.best.mixture, reference.evaluations)
+
+
+def test_where_mixtures_may_be_ruled_out_there_is_no_race(tmp_path):
+    """A leader that may not be chosen must not drop those that may."""
+    for name, options in (("delta", {}), ("error", {"one_standard_error": True}), ("one", {})):
+        objective = Counting(table(12, rows=1 if name == "one" else 300), seed=1)
+        objective.min_delta = 1.0 if name == "delta" else None
+        result = run(objective, tmp_path / name, **options)
+        assert not any(one.pruned for one in result.standings.values())
+
+
+def test_a_budget_holds_after_it_has_ended_a_race(tmp_path):
+    for seed in range(6):
+        objective = Counting(table(seed, spread=0.05), seed=seed)
+        budget = 7 * 300 + 25 * 64 + 10
+        result = run(objective, tmp_path / f"{seed}", budget=Budget(max_example_evaluations=budget))
+        assert result.evaluations <= budget + 32 + 236  # what was in flight, and the leader
+
+
+def test_what_the_journal_knows_in_full_is_shown_in_full(tmp_path):
+    whole = run(Counting(table(13), seed=1), tmp_path / "t", race=False)
+    again = Counting(table(13), seed=1)
+    result = run(again, tmp_path / "t")
+    assert again.calls == 0
+    assert has_content(result) == has_content(whole)
+    assert result.best.mixture == whole.best.mixture

@@ -1,0 +1,242 @@
+"""One training: it goes on from its last whole checkpoint to the same bytes, and what is of no use is told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from m2m_hf import InputError
+from m2m_hf.cli.main import main
+from m2m_hf.config.parsing import parse
+from m2m_hf.console import Terminal
+from m2m_hf.errors import StoppedError
+from m2m_hf.searcher import MergeToMixSearcher
+from m2m_hf.storage.files import staging_path
+from m2m_hf.storage.records import COMPLETE, find_incomplete, find_modified
+from m2m_hf.training.fine_tune import finished, last_checkpoint, publish, train_expert, verdict
+
+TIMES = {"seconds", "peak_memory_bytes"}
+
+
+def searcher(project, *flags: str) -> MergeToMixSearcher:
+    return MergeToMixSearcher(*parse(project / "run.yaml", flags), Terminal(quiet=True))
+
+
+class Killed(BaseException):
+    """Nothing that any code expects."""
+
+
+END = 7  # steps of a training here
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.step == END:
+            raise Killed
+
+
+def train(one: MergeToMixSearcher, folder: Path, callbacks=(), of: str = "x"):
+    return train_expert(
+        one.base, one.candidates["alpha"].rows, one._training(one.args, one.model_args), folder, callbacks, of
+    )
+
+
+@pytest.fixture
+def checkpointed(project):
+    """A searcher whose trainings take 7 steps, with dropout, and write a checkpoint every 2."""
+    flags = ("--max_steps", "7", "--save_steps", "2", "--lora_dropout", "0.1", "--lr_scheduler_type", "cosine")
+    return searcher(project, *flags)
+
+
+def timeless(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in TIMES}
+
+
+@pytest.mark.parametrize(("save", "log"), [(2, 1), (2, 3), (7, 1)])
+@pytest.mark.parametrize("step", [1, 3, 5, 6, END])
+def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, step, save, log):
+    checkpointed.args.save_steps = save
+    checkpointed.args.logging_steps = log
+    whole = train(checkpointed, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(checkpointed, tmp_path / "killed", [KillAt(step)])
+    seen = []
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            seen.append(state.global_step)
+
+    record = train(checkpointed, tmp_path / "killed", [Steps()])
+    assert seen == list(range((step if step < END else END - 1) // save * save + 1, END + 1))
+    assert timeless(record) == timeless(whole)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert "adapter_model.safetensors" in files
+    assert not any(name.startswith("checkpoint") for name in files)
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "damage", ["optimizer.pt", "adapter_model.safetensors", "rng_state.pth", COMPLETE, "trainer_state.json"]
+)
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(checkpointed, tmp_path, damage):
+    with pytest.raises(Killed):
+        train(checkpointed, tmp_path / "killed", [KillAt(5)])
+    last = tmp_path / "killed.checkpoints" / "checkpoint-4"
+    of = json.loads((last / COMPLETE).read_text())["of"]
+    assert last_checkpoint(tmp_path / "killed.checkpoints", of) == last
+    assert last_checkpoint(tmp_path / "killed.checkpoints", "other") is None
+    content = (last / damage).read_bytes()
+    (last / damage).write_bytes(content[: len(content) // 2])
+    assert last_checkpoint(tmp_path / "killed.checkpoints", of) == tmp_path / "killed.checkpoints" / "checkpoint-2"
+    (last / damage).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert last_checkpoint(tmp_path / "killed.checkpoints", of) in (
+        tmp_path / "killed.checkpoints" / "checkpoint-2",
+        None,
+    )
+
+
+def test_another_training_does_not_go_on_from_a_checkpoint(checkpointed, tmp_path):
+    with pytest.raises(Killed):
+        train(checkpointed, tmp_path / "killed", [KillAt(5)], of="one")
+    train(checkpointed, tmp_path / "killed", of="other")
+    train(checkpointed, tmp_path / "whole", of="other")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_what_is_published_is_whole(tmp_path):
+    folder = tmp_path / "model"
+    staging_path(folder).mkdir()
+    (staging_path(folder) / "weights").write_bytes(b"12345")
+    publish(folder, {"fingerprint": "f"})
+    assert find_incomplete(folder) is None
+    assert find_modified(folder) is None
+    assert finished(folder, "f")
+    (folder / "weights").write_bytes(b"12346")
+    assert find_incomplete(folder) is None
+    assert find_modified(folder) == "weights"
+    (folder / "weights").write_bytes(b"123")
+    assert find_incomplete(folder) == "weights has 3 of 5 bytes"
+    (folder / "training.json").write_text('{"fingerprint": "f"')
+    assert find_incomplete(folder) == "training.json is not whole"
+    assert not finished(folder, "f")
+
+
+def test_what_was_finished_before_a_crash_is_moved_to_its_place(tmp_path):
+    folder = tmp_path / "model"
+    staging_path(folder).mkdir()
+    (staging_path(folder) / "weights").write_bytes(b"12345")
+    publish(folder, {"fingerprint": "f"})
+    folder.rename(staging_path(folder))
+    assert not finished(folder, "another")
+    assert finished(folder, "f")
+    assert find_incomplete(folder) is None
+    assert not staging_path(folder).exists()
+
+
+def test_a_training_that_does_not_fit_into_memory_says_what_to_change(checkpointed, tmp_path):
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    with pytest.raises(InputError, match="does not fit into memory: lower per_device_train_batch_size \\(now 4"):
+        train(checkpointed, tmp_path / "full", [Full()])
+    train(checkpointed, tmp_path / "full")  # the base was given back
+
+
+def test_a_training_that_something_ends_early_is_not_taken_for_finished(checkpointed, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    with pytest.raises(StoppedError, match="ended after 3 of 7 steps"):
+        train(checkpointed, tmp_path / "stopped", [Stop()])
+    assert not (tmp_path / "stopped").exists()
+    record = train(checkpointed, tmp_path / "stopped")
+    assert timeless(record) == timeless(train(checkpointed, tmp_path / "whole"))
+
+
+def test_verdicts():
+    args = SFTConfig(output_dir="x", use_cpu=True, bf16=False)
+    assert verdict(True, True, 1.0, [3.0, 1.0], args, 100) is None
+    assert verdict(True, True, 1.0, [1.0, 5.0], args, 100) is None  # worse, but not worse than guessing
+    assert verdict(True, True, 1.0, [9.0, 9.5], args, 100) is None  # as bad as it began
+    assert "exploded" in verdict(True, True, 1.0, [1.0, 6.0], args, 100)
+    assert "learned nothing" in verdict(True, False, 1.0, [3.0, 3.0], args, 100)
+    assert "diverged" in verdict(True, True, float("nan"), [], args, 100)
+    assert "diverged" in verdict(False, True, 1.0, [], args, 100)
+
+
+@pytest.fixture
+def one_fails(project):
+    """A configuration in which gamma's training diverges."""
+    path = project / "run.yaml"
+    path.write_text(
+        path.read_text().replace(
+            "data_files: gamma.jsonl}",
+            "data_files: gamma.jsonl, training: {learning_rate: 1.0e+30, max_grad_norm: 0.0}}",
+        )
+        + "allow_mixed_training: true\n"
+    )
+    return path
+
+
+def test_a_candidate_whose_training_fails_is_in_no_mixture_and_the_run_goes_on(one_fails, project, capsys):
+    assert main(["select", "--config", str(one_fails)]) == 0
+    printed = capsys.readouterr().out
+    assert "gamma: failed: it diverged" in printed
+    assert "gamma is in no mixture: the training of its adapter failed: it diverged" in printed
+    assert "all 2, merged" in printed
+    assert "1 trials failed" in printed
+    summary = json.loads((project / "out" / "summary.json").read_text())
+    assert summary["counts"] | {"candidates": 3, "failed": 1} == summary["counts"]
+    assert set(summary["best"]["mixture"]) <= {"alpha", "beta"}
+    assert summary["space"]["names"] == ["alpha", "beta"]
+    assert set(summary["all"]["mixture"]) == {"alpha", "beta"}
+    lines = [json.loads(line) for line in (project / "out" / "trials.jsonl").read_text().splitlines()]
+    (failed,) = [line for line in lines if line["state"] == "failed"]
+    assert failed["names"] == ["gamma"]
+    assert "diverged" in failed["reason"]
+    assert main(["select", "--config", str(one_fails)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(["report", str(project / "out")]) == 0
+
+
+def test_a_required_candidate_must_not_fail(one_fails, capsys):
+    one_fails.write_text(one_fails.read_text().replace("training: {", "required: true, training: {"))
+    assert main(["select", "--config", str(one_fails)]) == 2
+    assert "candidates.gamma: it is required, but has no adapter: it diverged" in capsys.readouterr().err
+
+
+def test_an_adapter_that_a_crash_cut_short_is_trained_again_and_one_that_was_changed_is_refused(finished, capsys):
+    run = str(finished / "run.yaml")
+    trials = (finished / "out" / "trials.jsonl").read_bytes()
+    weights = finished / "out" / "adapters" / "beta" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    for path in (weights, weights.with_name("training.json"), weights.with_name("adapter_config.json")):
+        path.write_bytes(path.read_bytes()[:-2])
+        capsys.readouterr()
+        assert main(["search", "--config", run]) == 0
+        assert "its adapter is trained again" in capsys.readouterr().out
+        assert weights.read_bytes() == content
+        assert (finished / "out" / "trials.jsonl").read_bytes() == trials
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is not what was trained"):
+        searcher(finished).bank.load()
+    shutil.rmtree(weights.parent)
+    assert main(["search", "--config", run]) == 0
+    assert weights.read_bytes() == content

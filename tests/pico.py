@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -255,7 +256,7 @@ def write_images(path: Path, labels: list[str], count: int, start: int = 0) -> P
         {"image": picture(RGB[labels[i % len(labels)]], i + start), "label": labels[i % len(labels)]}
         for i in range(count)
     ]
-    Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(path)
+    Dataset.from_list(rows, features=Features({"image": ImageFeature(), "label": Value("string")})).to_parquet(path)
     return path
 
 

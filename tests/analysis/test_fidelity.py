@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from m2m_hf.analysis import fidelity
-from m2m_hf.analysis.fidelity import Agreement, Figure, Rows, agreement, jackknife, sample, verdict
+from m2m_hf.analysis.fidelity import Agreement, Estimate, Rows, agreement, jackknife, sample, verdict
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 
@@ -136,13 +136,13 @@ def test_fewer_than_four_candidates_say_nothing_of_others():
     assert jackknife(stats.pearsonr, subsets(3), *draw.normal(size=(2, 7))) is None
 
 
-def figure(value: float, low: float) -> Figure:
-    return Figure(value, (low, 1.0))
+def figure(value: float, low: float) -> Estimate:
+    return Estimate(value, (low, 1.0))
 
 
 def made(low: float, tied: bool | None, place: int, above: bool = True, mixtures: int = 12) -> Agreement:
     rho = figure(0.7, low)
-    return Agreement(mixtures, rho, rho, rho, 0.5, {}, Figure(0.0), 0.1, place, tied, above)
+    return Agreement(mixtures, rho, rho, rho, 0.5, {}, Estimate(0.0), 0.1, place, tied, above)
 
 
 @pytest.mark.parametrize(

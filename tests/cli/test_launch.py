@@ -58,7 +58,7 @@ def test_two_machines_are_as_one(project, tmp_path, forks):
 def test_a_machine_with_a_folder_or_rows_of_its_own_is_refused(project, monkeypatch):
     here = Ingredients(*parse(project / "run.yaml"))
     here.prepare()
-    monkeypatch.setattr("m2m_hf.run.ingredients.seen", lambda path, content: has_content(path, content, 0))
+    monkeypatch.setattr("m2m_hf.run.ingredients.has_content", lambda path, content: has_content(path, content, 0))
     monkeypatch.setattr(here, "_broadcast", lambda value: ["another configuration", value[1]])
     with pytest.raises(InputError, match="expected one on a file system that all machines share"):
         here._check_machines()

@@ -25,7 +25,7 @@ def curve(folder, tag: str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture
-def scratch_folder(tmp_path, monkeypatch):
+def kept_here(tmp_path, monkeypatch):
     """Trackers keep what they are told below the test's folder, and nothing leaves the machine."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
@@ -35,7 +35,7 @@ def scratch_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_all_is_one_group(project, aside, capsys):
+def test_all_is_one_group(project, kept_here, capsys):
     out = project / "out"
     with (project / "run.yaml").open("a") as file:
         file.write("report_to: [trackio, tensorboard, wandb]\nproject: quizzes\nrun_name: science\n")
@@ -60,12 +60,12 @@ def test_all_is_one_group(project, aside, capsys):
     for tag, part in (("eval/colours", "validation"), ("test/colours", "test")):
         assert curve(out / "tensorboard" / "scores", tag)[1] == (1, pytest.approx(final[part]["score"]))
     # trackio
-    with sqlite3.connect(aside / "trackio" / "quizzes.db") as database:
+    with sqlite3.connect(kept_here / "trackio" / "quizzes.db") as database:
         found = {name: json.loads(told) for name, told in database.execute("select run_name, config from configs")}
     assert sorted(found) == [f"science/{run}" for run in RUNS]
     assert {one["_Group"] for one in found.values()} == {"science"}
     # Weights & Biases
-    files = sorted(aside.glob("wandb/offline-run-*/*.wandb"))
+    files = sorted(kept_here.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == len(RUNS)
     for run in RUNS:
         assert any(f"science/{run}".encode() in file.read_bytes() for file in files), run
@@ -74,7 +74,7 @@ def test_all_is_one_group(project, aside, capsys):
     assert m2m("select", "--config", project / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert [value for _, value in curve(out / "tensorboard" / "search", "eval/score")] == told
-    assert sorted(aside.glob("wandb/offline-run-*/*.wandb")) == files
+    assert sorted(kept_here.glob("wandb/offline-run-*/*.wandb")) == files
 
 
 @pytest.mark.parametrize(("given", "words"), [("tensorbord", "tensorbord"), ("comet_ml", "comet")])
@@ -119,7 +119,7 @@ def test_a_search_that_goes_on_tells_its_curve_in_a_run_of_its_own(project):
         assert steps == list(range(1, mixtures + 1)), name
 
 
-def test_ones_own_run_is_left_open(project, aside, capsys):
+def test_ones_own_run_is_left_open(project, kept_here, capsys):
     own = wandb.init(project="mine", settings={"silent": True})
     try:
         assert m2m("adapters", "--config", project / "run.yaml", "--report_to", "wandb") == 0

@@ -1,11 +1,31 @@
 """`Objective`: a mixture in, a score out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """A target as the search sees it.
+
+    Args:
+        name: of the target.
+        examples: how many rows it has.
+        weight: its weight in the mean over the targets.
+        min_delta: a mixture that scores worse than the base model by more than this cannot be chosen.
+        order: the order in which a race sees the rows; empty if rows cannot be scored one by one.
+    """
+
+    name: str
+    examples: int
+    weight: float = 1.0
+    min_delta: float | None = None
+    order: tuple[int, ...] = ()
 
 
 class Objective(Protocol):
@@ -45,11 +65,11 @@ class Objective(Protocol):
     def likelihood(self, score: Score) -> float: ...
 
 
-def order(scorer: str, examples: int) -> tuple[int, ...]:
-    """The order in which races see the examples; from the target alone, so that rungs of one run are good for another.
+def race_order(scorer: str, examples: int) -> tuple[int, ...]:
+    """The random order in which races see a target's rows. It follows from the target alone, so runs can share trials.
 
     Args:
         scorer: the scorer's fingerprint.
-        examples: how many there are.
+        examples: how many rows the target has.
     """
     return tuple(Random(scorer).sample(range(examples), examples))

@@ -1,7 +1,7 @@
 """A mixture that was scored: a trial on one target, a standing on all of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.objective import TargetInfo
 from m2m_hf.core.score import Score, mean_over_targets
 from m2m_hf.errors import InputError
 
@@ -189,6 +190,48 @@ class Standing:
     @property
     def may_be_chosen(self) -> bool:
         return self.complete and not self.short
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What every mixture is compared with; turns the trials of a mixture into its standing.
+
+    Args:
+        targets: of the search.
+        base: target -> the base model's trial.
+        control: target -> the trial of a mixture that was scored on all rows. It tells how hard the first rows of a race are.
+    """
+
+    targets: Sequence[TargetInfo]
+    base: Mapping[str, Trial] = field(default_factory=dict)
+    control: Mapping[str, Trial] = field(default_factory=dict)
+    _gains: dict[tuple[str, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def standing(self, mixture: Mixture, trials: Mapping[str, Trial]) -> Standing:
+        """How a mixture with these trials, one for every target, stands."""
+        weights = {target.name: target.weight for target in self.targets}
+        total = sum(weights.values())
+        short = tuple(target.name for target in self.targets if self._falls_short(target, trials[target.name]))
+        gains = (target.weight / total * self._gain(target, trials[target.name]) for target in self.targets)
+        return Standing(mixture, trials, weights, short, sum(gains))
+
+    def _falls_short(self, target: TargetInfo, trial: Trial) -> bool:
+        """True if a mixture is worse than the base model by more than the target's `min_delta`."""
+        base = self.base.get(target.name)
+        if target.min_delta is None or trial.state != "complete" or not trial.score or not base or not base.score:
+            return False
+        return trial.score.value < base.score.value - target.min_delta
+
+    def _gain(self, target: TargetInfo, trial: Trial) -> float:
+        """What a pruned trial's score would gain on all rows, if it gained as much as the control mixture does."""
+        control = self.control.get(target.name)
+        if trial.state != "pruned" or control is None or control.score is None or not control.score.values:
+            return 0.0
+        key = target.name, trial.rung
+        if key not in self._gains:
+            seen = np.asarray(control.score.values)[list(target.order[: trial.rung])]
+            self._gains[key] = control.score.value - float(seen.mean())
+        return self._gains[key]
 
 
 def scores_of(standing: Standing) -> dict[str, Score]:

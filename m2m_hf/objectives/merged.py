@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.objective import order
+from m2m_hf.core.objective import race_order
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
@@ -51,7 +51,7 @@ class MergedObjective(ScorerObjective):
         self._open_stack = open_stack
         self._tokens_per_batch = tokens_per_batch
         if scorer.by_row:
-            self.order = order(scorer.fingerprint, scorer.examples)
+            self.order = race_order(scorer.fingerprint, scorer.examples)
 
     def at_once(self, rows: int) -> int:
         return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)

@@ -6,14 +6,12 @@ from functools import cached_property
 from math import inf
 from typing import Any
 
-import numpy as np
-
 from m2m_hf.config.checks import check_name
 from m2m_hf.core.mixture import BASE, Mixture
-from m2m_hf.core.objective import order
+from m2m_hf.core.objective import TargetInfo, race_order
 from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.core.trial import Standing, Trial
+from m2m_hf.core.trial import Reference, Standing, Trial
 from m2m_hf.errors import InputError
 from m2m_hf.storage.files import read_json, read_json_or_empty
 from m2m_hf.storage.journal import Journal
@@ -165,25 +163,13 @@ def recorded(journal: Journal, summary: Mapping[str, Any], training: Mapping[str
                 known = found.setdefault(trial.mixture, {}).get(trial.target)
                 if known is None or known.rung <= trial.rung:
                     found[trial.mixture][trial.target] = trial
-    weights = {name: one["weight"] for name, one in targets.items()}
-    total = sum(weights.values())
-    orders = {name: order(of.scorer, of.examples) for name, of in keys.items()}
+    infos = [
+        TargetInfo(
+            name, of.examples, targets[name]["weight"], targets[name]["min_delta"], race_order(of.scorer, of.examples)
+        )
+        for name, of in keys.items()
+    ]
     whole = {mixture: trials for mixture, trials in found.items() if len(trials) == len(targets)}
-    base = whole.get(BASE, {})
     usable = [name for name, one in training.items() if "failed" not in one]
-    control = whole.get(Mixture.subset(usable), {})  # scored in full; what pruned mixtures are compared with
-    standings = []
-    alike: dict[tuple[str, int], float] = {}  # what the control scored on the examples that a rung shows
-    for mixture, trials in whole.items():
-        short = []
-        offset = 0.0
-        for name, trial in trials.items():
-            least, reference = targets[name]["min_delta"], base.get(name)
-            if mixture.items and least is not None and reference and reference.score and trial.score:
-                short += [name] if trial.score.value < reference.score.value - least else []
-            if trial.state == "pruned" and name in control and (score := control[name].score) and score.values:
-                if (name, trial.rung) not in alike:
-                    alike[name, trial.rung] = float(np.asarray(score.values)[list(orders[name][: trial.rung])].mean())
-                offset += weights[name] / total * (score.value - alike[name, trial.rung])
-        standings.append(Standing(mixture, trials, weights, tuple(short), offset))
-    return standings
+    reference = Reference(infos, whole.get(BASE, {}), whole.get(Mixture.subset(usable), {}))
+    return [reference.standing(mixture, trials) for mixture, trials in whole.items()]

@@ -12,10 +12,10 @@ from scipy.special import logsumexp
 
 from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import BASE, Mixture
-from m2m_hf.core.objective import Objective
+from m2m_hf.core.objective import Objective, TargetInfo
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.core.trial import Standing, Trial
+from m2m_hf.core.trial import Reference, Standing, Trial
 from m2m_hf.errors import InputError
 from m2m_hf.search.race import FIRST, Sample, judge, rungs
 from m2m_hf.search.result import (
@@ -365,21 +365,10 @@ class Search:
 
     def _settle(self, mixture: Mixture, trials: Mapping[str, Trial]) -> None:
         """Says how a mixture stands."""
-        weights = {one.target: one.weight for one in self.objectives}
-        short = []
-        offset = 0.0
-        everything = self.control
-        for objective in self.objectives:
-            mine, base = trials[objective.target], None
-            if BASE in self.standings:
-                base = self.standings[BASE].trials[objective.target].score
-            judged = mine.state == "complete" and objective.min_delta is not None
-            if judged and mine.score and base and mine.score.value < base.value - (objective.min_delta or 0.0):
-                short.append(objective.target)
-            if mine.state == "pruned" and everything and (control := everything.trials[objective.target].score):
-                alike = float(np.asarray(control.values)[list(objective.order[: mine.rung])].mean())
-                offset += self._shares[objective.target] * (control.value - alike)
-        standing = Standing(mixture, trials, weights, tuple(short), offset)
+        infos = [TargetInfo(one.target, one.examples, one.weight, one.min_delta, one.order) for one in self.objectives]
+        base, control = self.standings.get(BASE), self.control
+        reference = Reference(infos, base.trials if base else {}, control.trials if control else {})
+        standing = reference.standing(mixture, trials)
         self.standings[mixture] = standing
         better = self.best is None or (standing.score and standing.score.value > score_of(self.best).value)
         if better and standing.may_be_chosen and mixture in self.space:

@@ -286,7 +286,7 @@ class MergeToMixSearcher(Ingredients):
                 objectives,
                 journal,
                 names=tuple(candidates),
-                costs={name: one.cost for name, one in candidates.items()},
+                costs=space.costs,
                 one_standard_error=config.one_standard_error,
                 race=race,
                 budget=budget,

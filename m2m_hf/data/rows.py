@@ -48,10 +48,6 @@ class Candidate:
     def trained_rows(self) -> int:
         return len(self.rows) - self.dropped
 
-    @property
-    def cost(self) -> float:
-        return self.tokens if self.config.cost is None else self.config.cost
-
 
 @dataclass(frozen=True)
 class TargetRow:

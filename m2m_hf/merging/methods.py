@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from m2m_hf.config.run_config import MERGE_PARAMETERS
+from m2m_hf.config.search_space import merge_label
 from m2m_hf.errors import InputError
 
 Deltas = Mapping[str, torch.Tensor]
@@ -47,12 +48,7 @@ class MergeMethod:
     @property
     def label(self) -> str:
         """What the journal calls the objective: `merged` for the average."""
-        if self.name == "average":
-            return "merged"
-        shown = {key: getattr(self, key) for key in MERGE_PARAMETERS[self.name]}
-        if self.name == "dare":
-            shown["seed"] = self.seed
-        return f"{self.name}({', '.join(f'{key}={value:g}' for key, value in shown.items() if value is not None)})"
+        return merge_label(self.name, {key: getattr(self, key) for key in MERGE_PARAMETERS[self.name]}, self.seed)
 
     @property
     def gated(self) -> bool:

@@ -1,7 +1,6 @@
 """What a run is made of: data, model, scorers, objectives; each loaded when it is first asked for, and checked before use."""
 
 import contextlib
-import math
 import os
 import shutil
 import socket
@@ -23,6 +22,7 @@ from m2m_hf.analysis.study import Study
 from m2m_hf.config import parsing
 from m2m_hf.config.checks import plain
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.search_space import search_space
 from m2m_hf.console import Terminal
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.space import SearchSpace
@@ -57,7 +57,7 @@ from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.search.model_based import choose_strategy
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_atomic, write_json
 from m2m_hf.storage.journal import Journal
-from m2m_hf.storage.keys import Keys
+from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.run_folder import END, RunFolder, read_config
 from m2m_hf.training.bank import LAUNCH, OPERATIONAL, Bank, differing, tokenizer_facts, uniform_facts
 from m2m_hf.training.fine_tune import planned_steps
@@ -426,43 +426,13 @@ class Ingredients:
         Raises:
             InputError: there are none.
         """
-        config, candidates = self.config, self.candidates
-        allowed = config.licenses
-        unlicensed = [name for name, one in candidates.items() if allowed and one.config.license not in allowed]
-        for name in unlicensed:
-            if candidates[name].config.required:
-                given = candidates[name].config.license
-                raise InputError(f"candidates.{name}: it is required, but its license {given!r} is not among licenses")
-        names = [name for name, one in candidates.items() if not one.config.excluded and name not in unlicensed]
-        if not names:
-            raise InputError("every candidate is excluded, by itself or by licenses: no mixture is possible")
-        for name, reason in self.failed.items():
-            if candidates[name].config.required:
-                raise InputError(f"candidates.{name}: it is required, but has no adapter: {reason}")
-        names = [name for name in names if name not in self.failed]
-        if not names:
-            raise InputError(
-                f"not one candidate that may be in a mixture has an adapter: {'; '.join(self.failed.values())}. Change what it "
-                f"takes and choose another --output_dir, or delete {self.run.adapters} to train all again"
-            )
-        return SearchSpace(
-            tuple(names),
-            frozenset(name for name in names if candidates[name].config.required),
-            config.min_datasets,
-            config.max_datasets,
-            {name: one.cost for name, one in candidates.items()},
-            math.inf if config.max_cost is None else config.max_cost,
-            config.weights == "continuous",
-        )
+        return search_space(self.config, {name: one.tokens for name, one in self.candidates.items()}, self.failed)
 
     @cached_property
     def keys(self) -> dict[str, Keys]:
         """Of every target what makes the keys of its trials; the adapters must be there."""
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
-        parts = ["base_model", "dtype", "tokenizer", "chat_template", "quantization"]
-        if self.plan is not None:
-            parts += ["image_processor", "head", "labels", "label_template", "sides"]
-        base = fingerprint([self.facts.get(key) for key in parts])
+        base = base_key(self.facts)
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
         return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers.items()}
 

@@ -2,9 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.trial import Trial
 from m2m_hf.storage.files import fingerprint
+
+CAUSAL_FACTS = ("base_model", "dtype", "tokenizer", "chat_template", "quantization")
+LABELLED_FACTS = (*CAUSAL_FACTS, "image_processor", "head", "labels", "label_template", "sides")
+
+
+def base_key(facts: Mapping[str, Any]) -> str:
+    """Fingerprint of the base model as it is scored.
+
+    Args:
+        facts: what all experts have in common, `uniform` of a `training.json`.
+    """
+    return fingerprint([facts.get(name) for name in (LABELLED_FACTS if "head" in facts else CAUSAL_FACTS)])
 
 
 @dataclass(frozen=True)
@@ -44,3 +58,11 @@ class Keys:
         if not counts:
             return fingerprint(["model", self.base])
         return fingerprint(["model", [[name, count, self.adapters[name]] for name, count in sorted(counts.items())]])
+
+    def own(self, trial: Trial) -> bool:
+        """True if a line of the journal belongs to this run as it is now."""
+        if not set(trial.mixture.names) <= set(self.adapters):
+            return False
+        if trial.objective == "ensemble":
+            return trial.key == self.ensemble(trial.mixture)
+        return trial.key == self.merged(trial.mixture, trial.rung, trial.objective)

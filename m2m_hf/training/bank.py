@@ -260,6 +260,7 @@ class Bank:
                     "fingerprint": of[name],
                     "data": self.candidates[name].fingerprint,
                     "rows": len(self.candidates[name].rows),
+                    "data_tokens": self.candidates[name].tokens,
                 }
                 done += steps[name]
                 try:

@@ -241,6 +241,7 @@ def publish_imported(
             "fingerprint": fingerprint([bank.facts[name], data, weights]),
             "data": data,
             "rows": len(bank.candidates[name].rows),
+            "data_tokens": bank.candidates[name].tokens,
             "steps": 0,
             "seconds": 0.0,
             "source": source,

@@ -26,7 +26,8 @@ from typing import Any
 
 from m2m_hf.analysis.study_statistics import compare
 from m2m_hf.cli.exits import report_errors
-from m2m_hf.config.parsing import parse, read_yaml
+from m2m_hf.config.parsing import parse
+from m2m_hf.config.yaml_files import read_yaml
 from m2m_hf.errors import InputError
 from m2m_hf.reporting.tables import comparison_tables
 from m2m_hf.searcher import MergeToMixSearcher

@@ -3,182 +3,180 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from m2m_hf.config.checks import check_name, resolve_existing
-from m2m_hf.config.trainer_configs import Draft, named
+from m2m_hf.config.checks import check_name, exists, resolve_existing
+from m2m_hf.config.trainer_configs import Draft, Source, parse_source
 from m2m_hf.errors import InputError
 
 SCORERS = ("choice", "classification", "loss", "generation")
+COLUMNS = {
+    "sequence_classification": "text and label",
+    "image_classification": "image and label",
+    None: "prompt and completion, or messages",
+}
+Ask = Callable[[str, str], str]  # (question, default answer) -> answer
 
 
-def all_named(sources: Iterable[str]) -> dict[str, dict[str, Any]]:
+def init(draft: Draft, output: Path, ask: Ask | None, origin: Path = Path()) -> None:
+    """Completes a draft and writes it as a configuration.
+
+    Args:
+        ask: asks a question; None where nobody can answer.
+        origin: the folder that paths in the draft are relative to.
+
+    Raises:
+        InputError: the file exists already, or answers are missing.
+    """
+    if output.exists():
+        raise InputError(f"--output: {output} exists already; choose another name")
+    name, source = complete(draft, ask, Path.cwd())
+    draft.candidates = {key: relocate(candidate, origin, output.parent) for key, candidate in draft.candidates.items()}
+    draft.target = name, relocate(source, Path.cwd(), output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(write_config(draft, *draft.target, output), encoding="utf-8")
+
+
+def parse_sources(texts: Iterable[str]) -> dict[str, Source]:
     """Candidates by name.
 
     Raises:
         InputError: two of one name.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for source in sources:
-        name, given = named(source)
-        if name in found:
+    candidates: dict[str, Source] = {}
+    for text in texts:
+        name, source = parse_source(text)
+        if name in candidates:
             raise InputError(
-                f"--data: two candidates would be called {name!r}; name them: {name}_2={source.rpartition('=')[2]}"
+                f"--data: two candidates would be called {name!r}; name them: {name}_2={text.rpartition('=')[2]}"
             )
-        found[name] = given
-    return found
+        candidates[name] = source
+    return candidates
 
 
-def columns_of(source: Mapping[str, Any], folder: Path) -> set[str]:
-    """The columns of local data, as datasets reads them; none where that cannot be told."""
+def complete(draft: Draft, ask: Ask | None, folder: Path) -> tuple[str, Source]:
+    """Fills in what a draft lacks, and returns its target.
+
+    Raises:
+        InputError: something is missing, and nobody can be asked.
+    """
+    if ask is None:
+        needed = {"--model": draft.model, "--data": draft.candidates, "--target": draft.target}
+        missing = [flag for flag, value in needed.items() if not value]
+        if missing:
+            raise InputError(f"{' and '.join(missing)}: nothing given, and nobody to ask; see m2m init --help")
+        ask = take_default
+    if not draft.model:
+        draft.model = ask("1. Which model? A Hub id or a folder", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    if not draft.candidates:
+        answer = ask("2. Which candidate datasets? Files, folders or Hub ids, separated by commas", "a.jsonl, b.jsonl")
+        draft.candidates = parse_sources(part.strip() for part in answer.split(",") if part.strip())
+    target = draft.target or parse_source(
+        ask("3. Validation rows of the task that you care about? A file or a Hub id", "validation.jsonl")
+    )
+    scorer, task = guess_scorer(target[1], folder)
+    draft.scorer = draft.scorer or ask(f"4. How is it scored? {', '.join(SCORERS)}", scorer)
+    if draft.scorer not in SCORERS:
+        raise InputError(f"--scorer: expected {', '.join(SCORERS)}, got {draft.scorer!r}")
+    draft.task = task if draft.scorer == "classification" else None
+    for name in (*draft.candidates, target[0]):
+        check_name(name, "candidate or target")
+    return target
+
+
+def take_default(question: str, default: str) -> str:
+    return default
+
+
+def guess_scorer(source: Source, folder: Path) -> tuple[str, str | None]:
+    """The scorer that fits local rows, `loss` if unknown; and their task, if it is not a language model's."""
+    columns = read_columns(source, folder)
+    if "choices" in columns:
+        return "choice", None
+    if "label" not in columns:
+        return "loss", None
+    if "prompt" in columns or not columns & {"text", "image"}:
+        return "classification", None
+    return "classification", "sequence_classification" if "text" in columns else "image_classification"
+
+
+def read_columns(source: Source, folder: Path) -> set[str]:
+    """The columns of local data as datasets reads them; none if they cannot be read."""
     path = folder / str(source.get("data_files") or source["path"])
-    if not path.exists():
+    if not exists(path):
         return set()
-    import datasets  # only now: it takes a second
-
-    given = {"path": source["path"], "data_files": str(path)} if "data_files" in source else {"path": str(path)}
     try:
         if source["path"] == "csv":
             with open(path, encoding="utf-8", newline="") as file:
                 return set(next(csv.reader(file)))
+        import datasets
+
         if (path / "state.json").exists():
             return set(datasets.load_from_disk(str(path)).column_names)
-        # As a stream: of large files the first rows are enough.
-        return set(next(iter(datasets.load_dataset(**given, split=source.get("split", "train"), streaming=True))))
-    except Exception:  # whatever it makes of what is there; a search says more of it
+        place = {"path": source["path"], "data_files": str(path)} if "data_files" in source else {"path": str(path)}
+        rows = datasets.load_dataset(**place, split=source.get("split", "train"), streaming=True)
+        return set(next(iter(rows)))
+    except Exception:  # datasets may raise anything over a file; the search will name the reason
         return set()
 
 
-def guess_scorer(source: Mapping[str, Any], folder: Path) -> tuple[str, str | None]:
-    """The scorer that local rows ask for, `loss` where they do not tell; and their task, if it is not a language model's."""
-    columns = columns_of(source, folder)
-    if "choices" in columns:
-        return "choice", None
-    tasks = {"text": "sequence_classification", "image": "image_classification"}
-    task = next((task for content, task in tasks.items() if content in columns and "prompt" not in columns), None)
-    return ("classification", task) if "label" in columns else ("loss", None)
-
-
-def ask(draft: Draft, question: Callable[[str, str], str] | None, folder: Path) -> None:
-    """Fills in what is missing of a draft.
-
-    Args:
-        question: asks (a question, a default answer); None where nobody can be asked.
-
-    Raises:
-        InputError: nobody can be asked.
-    """
-    missing = [
-        flag
-        for flag, known in (("--model", draft.model), ("--data", draft.candidates), ("--target", draft.target))
-        if not known
-    ]
-    if question is None:
-        if missing:
-            raise InputError(f"{' and '.join(missing)}: nothing given, and nobody to ask; see m2m init --help")
-    else:
-        if not draft.model:
-            draft.model = question("1. Which model? a Hub id or a folder", "HuggingFaceTB/SmolLM2-135M-Instruct")
-        if not draft.candidates:
-            answer = question(
-                "2. Which candidate datasets? files, folders or Hub ids, with commas between", "a.jsonl, b.jsonl"
-            )
-            draft.candidates = all_named(one.strip() for one in answer.split(",") if one.strip())
-        if draft.target is None:
-            draft.target = named(
-                question("3. Validation rows of the task that you care about? a file or a Hub id", "validation.jsonl")
-            )
-    assert draft.target is not None
-    guess, task = guess_scorer(draft.target[1], folder)
-    if not draft.scorer:
-        draft.scorer = question(f"4. How is it scored? {', '.join(SCORERS)}", guess) if question else guess
-    if draft.scorer not in SCORERS:
-        raise InputError(f"--scorer: expected {', '.join(SCORERS)}, got {draft.scorer!r}")
-    draft.task = task if draft.scorer == "classification" else None
-    for name in (*draft.candidates, draft.target[0]):
-        check_name(name, "candidate or target")
-
-
-def relocated(source: Mapping[str, Any], origin: Path, folder: Path) -> dict[str, Any]:
-    """`source` with local paths, seen from `origin` or the working directory, as seen from `folder`."""
+def relocate(source: Source, origin: Path, folder: Path) -> Source:
+    """`source` with local paths as seen from `folder`; now they are relative to `origin` or the working directory."""
 
     def moved(path: str) -> str:
-        there = resolve_existing(path, origin)
-        return os.path.relpath(there, folder.absolute()) if os.path.isabs(there) and not os.path.isabs(path) else path
+        resolved = resolve_existing(path, origin)
+        if os.path.isabs(path) or not os.path.isabs(resolved):
+            return path
+        return os.path.relpath(resolved, folder.absolute())
 
-    found = dict(source)
-    for key in ("path", "data_dir", "data_files"):
-        if isinstance(found.get(key), str):
-            found[key] = moved(found[key])
-        elif isinstance(found.get(key), list):
-            found[key] = [moved(str(one)) for one in found[key]]
-    return found
+    places = {key: source[key] for key in ("path", "data_dir", "data_files") if source.get(key)}
+    return source | {
+        key: [moved(str(path)) for path in place] if isinstance(place, list) else moved(str(place))
+        for key, place in places.items()
+    }
 
 
-def configuration(draft: Draft, name: str) -> str:
-    """The YAML, with comments that tell what may be changed."""
-    assert draft.target is not None
-
-    def shown(value: Mapping[str, Any]) -> str:
-        return yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=10_000).strip()
-
-    def key(name: str) -> str:
-        return name if yaml.safe_load(name) == name else json.dumps(name)  # 2024 and no would be something else
-
+def write_config(draft: Draft, target: str, source: Source, output: Path) -> str:
+    """The YAML, with comments on what may be changed."""
     settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-4, "num_train_epochs": 1}
     settings |= ({"lora_target_modules": "all-linear"} if draft.task else {}) | draft.settings
-    rows = {"sequence_classification": "text and label", "image_classification": "image and label"}.get(
-        draft.task or "", "prompt and completion, or messages"
-    )
     if draft.settings.get("max_steps", -1) > 0:
         settings.pop("num_train_epochs")
-    target, source = draft.target
-    lines = [
-        f"# Which of these datasets belong in the mixture? m2m select --config {name}",
-        f"model_name_or_path: {json.dumps(draft.model)}",
-        *([f"task: {draft.task}"] if draft.task else []),
-        f"output_dir: runs/{Path(name).stem}",
-        "",
-        "# The same for every adapter and for the final fine-tune: fields of TRL's SFTConfig and ModelConfig.",
-        yaml.safe_dump(settings, sort_keys=False).strip(),
-        "",
-        f"# name: what load_dataset takes. Rows have {rows}; rename with columns: {{theirs: ours}}.",
-        "# Also: max_examples, split, where: {column: value}, split_by: column, license, cost, required, excluded.",
-        "candidates:",
-        *(f"  {key(one)}: {shown(given)}" for one, given in draft.candidates.items()),
-        "",
-        "targets:",
-        f"  {key(target)}:",
-        f"    data: {shown(source)}",
-        "    # test_data: {...}       # sealed: scored once, at the end",
-        f"    scorer: {draft.scorer}",
-        "",
-        "# strategy: auto           # needed for more than 16 candidates; how to search, see m2m select --help",
-        "# verify_top_k: 3          # really fine-tune the best three before choosing",
-    ]
-    if draft.lost:
-        lines += ["", f"# Not taken over: {', '.join(draft.lost)}"]
-    return "\n".join(lines) + "\n"
+    task = f"task: {draft.task}\n" if draft.task else ""
+    candidates = "\n".join(f"  {quoted(name)}: {flow(entry)}" for name, entry in draft.candidates.items())
+    lost = f"\n# Not taken over: {', '.join(draft.lost)}\n" if draft.lost else ""
+    return f"""\
+# Which of these datasets belong in the mixture? m2m select --config {output}
+model_name_or_path: {json.dumps(draft.model)}
+{task}output_dir: runs/{output.stem}
+
+# The same for every adapter and for the final fine-tune: fields of TRL's SFTConfig and ModelConfig.
+{yaml.safe_dump(settings, sort_keys=False).strip()}
+
+# name: what load_dataset takes. Rows have {COLUMNS[draft.task]}; rename with columns: {{theirs: ours}}.
+# Also: max_examples, split, where: {{column: value}}, split_by: column, license, cost, required, excluded.
+candidates:
+{candidates}
+
+targets:
+  {quoted(target)}:
+    data: {flow(source)}
+    # test_data: {{...}}       # sealed: scored once, at the end
+    scorer: {draft.scorer}
+
+# strategy: auto           # needed for more than 16 candidates; how to search, see m2m select --help
+# verify_top_k: 3          # really fine-tune the best three before choosing
+{lost}"""
 
 
-def init(draft: Draft, output: Path, question: Callable[[str, str], str] | None, origin: Path = Path()) -> None:
-    """Writes a configuration.
+def flow(source: Source) -> str:
+    """A mapping on one line."""
+    return yaml.safe_dump(source, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
-    Args:
-        origin: what paths in the draft are relative to.
 
-    Raises:
-        InputError: the file is there already, or answers are missing.
-    """
-    if output.exists():
-        raise InputError(f"--output: {output} is there already; choose another name")
-    ask(draft, question, Path.cwd())
-    assert draft.target is not None
-    draft.candidates = {name: relocated(one, origin, output.parent) for name, one in draft.candidates.items()}
-    draft.target = draft.target[0], relocated(draft.target[1], Path.cwd(), output.parent)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(configuration(draft, str(output)), encoding="utf-8")
+def quoted(name: str) -> str:
+    """A name as a key; YAML would read 2024 or no as something else."""
+    return name if yaml.safe_load(name) == name else json.dumps(name)

@@ -148,8 +148,8 @@ def show_status(out: Path) -> None:
 
 def write_configuration(command: argparse.Namespace) -> None:
     """Carries out `m2m init`."""
-    from m2m_hf.cli.init import all_named, init
-    from m2m_hf.config.trainer_configs import Draft, named, read_other
+    from m2m_hf.cli.init import init, parse_sources
+    from m2m_hf.config.trainer_configs import Draft, parse_source, read_trainer_config
 
     def question(text: str, default: str) -> str:
         try:
@@ -157,10 +157,10 @@ def write_configuration(command: argparse.Namespace) -> None:
         except EOFError:
             raise InputError("no answer, and nothing was written") from None
 
-    draft = read_other(command.origin) if command.origin else Draft()
+    draft = read_trainer_config(command.origin) if command.origin else Draft()
     draft.model = command.model or draft.model
-    draft.candidates |= all_named(command.data)
-    draft.target = named(command.target) if command.target else None
+    draft.candidates |= parse_sources(command.data)
+    draft.target = parse_source(command.target) if command.target else None
     draft.scorer = command.scorer
     asked = question if sys.stdin.isatty() else None
     init(draft, command.output, asked, command.origin.parent if command.origin else Path.cwd())

@@ -1,13 +1,15 @@
 """The entries of `candidates:`: where rows come from and what they are called."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.config.checks import BUILDERS, absolute, names_of_labels, resolve_existing, unknown_key_message
+from m2m_hf.config import checks
+from m2m_hf.config.yaml_files import plain
 from m2m_hf.errors import InputError, holds_secret
+
+PATH = "json, csv, parquet, a Hub id or a folder of save_to_disk"
 
 
 @dataclass(frozen=True)
@@ -42,84 +44,71 @@ class DataConfig:
     rows: Any = None
 
     @classmethod
-    def parse(cls, given: Any, where: str, folder: Path) -> "DataConfig":
+    def parse(cls, entry: Any, where: str, folder: Path) -> "DataConfig":
         """Reads one mapping of the YAML; relative paths are resolved against `folder`.
 
         Raises:
-            InputError: unknown keys, wrong types.
+            InputError: an unknown or missing key, a wrong value, or credentials in an address.
         """
-        if not isinstance(given, Mapping):
-            if hasattr(given, "column_names"):
-                return cls(rows=given)
+        if not isinstance(entry, Mapping):
+            if hasattr(entry, "column_names"):
+                return cls(rows=entry)
             raise InputError(
                 f"{where}: expected what load_dataset takes, such as {{path: json, data_files: file.jsonl}}, "
-                f"got {given!r}"
+                f"got {entry!r}"
             )
-        for key in given:
-            if key not in DATA_KEYS:
-                raise InputError(unknown_key_message(str(key), DATA_KEYS, where))
-        types: dict[str, tuple[type, ...]] = {
-            "max_examples": (int,),
-            "data_files": (str, list, tuple),
-            "columns": (Mapping,),
-            "template": (Mapping,),
-            "where": (Mapping,),
-        }
-        for key, value in given.items():
-            expected = types.get(key, (str,))
-            if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-                raise InputError(f"{where}.{key}: expected {expected[0].__name__}, got {value!r}")
-        values = {key: value for key, value in given.items() if value is not None}
-        if not values.get("path"):
-            raise InputError(f"{where}.path is missing: give json, csv, parquet, a Hub id or a folder of save_to_disk")
-        if values.get("max_examples", 1) < 1:
-            raise InputError(f"{where}.max_examples: expected at least 1, got {values['max_examples']}")
-        if values["path"] in BUILDERS and not values.get("data_files") and not values.get("data_dir"):
-            raise InputError(f"{where}.data_files is missing: give the file or files that {values['path']} is to read")
-        addresses = [values["path"], *([files] if isinstance(files := values.get("data_files", ()), str) else files)]
-        if any(holds_secret(str(one)) for one in addresses):
+        values = checks.read_entry(entry, DATA_RULES, where)
+        path, files = values.get("path"), values.get("data_files", ())
+        files = (files,) if isinstance(files, str) else tuple(files)
+        if path is None:
+            raise InputError(f"{where}.path is missing: give {PATH}")
+        if path in checks.BUILDERS and not files and "data_dir" not in values:
+            raise InputError(f"{where}.data_files is missing: give the file or files that {path} reads")
+        if any(map(holds_secret, (path, *files))):
             raise InputError(
                 f"{where}: credentials must not stand in a file; use `hf auth login` or an environment variable"
             )
-        values["path"] = resolve_existing(values["path"], folder)
-        for column, value in values.get("where", {}).items():
-            if not isinstance(column, str) or not (value is None or isinstance(value, (str, int, float))):
-                raise InputError(f"{where}.where: expected {{column: value}}, got {{{column!r}: {value!r}}}")
-        for theirs, ours in values.get("columns", {}).items():
-            if not isinstance(theirs, str) or not isinstance(ours, str):
-                raise InputError(f"{where}.columns: expected {{theirs: ours}}, both text, got {{{theirs!r}: {ours!r}}}")
-        for key, text in values.get("template", {}).items():
-            if key not in ("prompt", "completion") or not isinstance(text, str):
-                raise InputError(
-                    f"{where}.template: expected texts for prompt and completion, got {{{key!r}: {text!r}}}"
-                )
-        if "data_files" in values:
-            files = values["data_files"]
-            values["data_files"] = tuple([files] if isinstance(files, str) else files)
-        # Beside a Hub id or a folder they are relative to it, which datasets resolves.
-        if values["path"] in BUILDERS:
+        # Files beside a Hub id or in a folder are relative to it; datasets resolves those.
+        if path in checks.BUILDERS:
+            files = tuple(file if "://" in file else checks.absolute(file, folder) for file in files)
             if "data_dir" in values:
-                values["data_dir"] = absolute(values["data_dir"], folder)
-            if "data_files" in values:
-                values["data_files"] = tuple(
-                    file if "://" in file else absolute(file, folder) for file in values["data_files"]
-                )
-        return cls(**values)
+                values["data_dir"] = checks.absolute(values["data_dir"], folder)
+        return cls(**values | {"path": checks.resolve_existing(path, folder), "data_files": files or None})
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `parse` reads, with paths resolved; rows in memory are only counted."""
         if self.rows is not None:
             return {"in_memory_rows": len(self.rows)}
-        given = {key: getattr(self, key) for key in DATA_KEYS if getattr(self, key) not in (None, {})}
-        if "data_files" in given:
-            given["data_files"] = list(given["data_files"])
-        for key in ("columns", "template", "where"):
-            if key in given:
-                given[key] = dict(given[key])
-        return given
+        return {key: plain(value) for key in DATA_RULES if (value := getattr(self, key)) not in (None, {})}
 
 
-DATA_KEYS = tuple(item.name for item in fields(DataConfig) if item.name != "rows")
+def is_scalar_mapping(value: Any) -> bool:
+    return checks.is_mapping(value) and all(
+        isinstance(key, str) and isinstance(item, (str, int, float, type(None))) for key, item in value.items()
+    )
+
+
+DATA_RULES: dict[str, checks.Rule] = {
+    "path": checks.Rule(PATH, checks.is_text),
+    "name": checks.Rule("the name of the dataset's configuration", checks.is_text),
+    "data_dir": checks.Rule("a folder", checks.is_text),
+    "data_files": checks.Rule(
+        "a file or a list of files",
+        lambda value: checks.is_text(value) or checks.is_texts(value),
+    ),
+    "split": checks.Rule("the name of a split", checks.is_text),
+    "revision": checks.Rule("a commit, tag or branch", checks.is_text),
+    "columns": checks.Rule("{theirs: ours}, both text", checks.is_text_mapping),
+    "template": checks.Rule(
+        "texts for prompt and completion",
+        lambda value: (
+            checks.is_mapping(value)
+            and all(key in ("prompt", "completion") and isinstance(item, str) for key, item in value.items())
+        ),
+    ),
+    "where": checks.Rule("{column: value}", is_scalar_mapping),
+    "max_examples": checks.integer(1),
+}
 
 
 @dataclass(frozen=True)
@@ -129,13 +118,13 @@ class CandidateConfig:
     Args:
         data: where its rows come from.
         required: every proposed mixture contains it.
-        excluded: no proposed mixture contains it; its adapter is trained and shown all the same.
+        excluded: no proposed mixture contains it; its expert is trained and shown all the same.
         cost: what choosing it costs, in any unit, to break ties (default: its tokens).
         license: recorded with the chosen mixture.
         split_by: a column; every value in it makes a candidate of its own, called `<name>-<value>`.
-        labels: in classification, other names for its labels, `{theirs: ours}`; those that are not named keep theirs.
-        training: fields of SFTConfig or ModelConfig for its adapter alone, with `allow_mixed_training`. Adapters that are
-            trained otherwise no longer stand for one model trained on all; this is for measuring what that does.
+        labels: in classification, other names for its labels, `{theirs: ours}`; labels that are not named stay.
+        training: fields of SFTConfig or ModelConfig for its expert alone, with `allow_mixed_training`. Experts that were
+            trained differently no longer stand for one model trained on all; this measures what that costs.
     """
 
     data: DataConfig
@@ -148,46 +137,36 @@ class CandidateConfig:
     labels: Mapping[str, str] | None = None
 
     @classmethod
-    def parse(cls, given: Any, where: str, folder: Path) -> "CandidateConfig":
+    def parse(cls, entry: Any, where: str, folder: Path) -> "CandidateConfig":
         """Reads `{path: ..., required: ..., ...}`: the keys of `DataConfig` and of this class on one level."""
-        if not isinstance(given, Mapping):
-            return cls(DataConfig.parse(given, where, folder))
-        own: dict[str, tuple[type, ...]] = {
-            "required": (bool,),
-            "excluded": (bool,),
-            "cost": (int, float),
-            "license": (str,),
-            "training": (Mapping,),
-            "split_by": (str,),
-            "labels": (Mapping,),
-        }
-        for key in given:
-            if key not in (*DATA_KEYS, *own):
-                raise InputError(unknown_key_message(str(key), (*DATA_KEYS, *own), where))
-        for key, expected in own.items():
-            value = given.get(key)
-            if value is not None and (not isinstance(value, expected) or (key == "cost" and isinstance(value, bool))):
-                raise InputError(
-                    f"{where}.{key}: got {value!r}, expected {key}: {'true' if own[key] == (bool,) else '...'}"
-                )
-            if key == "cost" and isinstance(value, (int, float)) and not 0 <= value < math.inf:
-                raise InputError(f"{where}.cost: expected a number, 0 or above, got {value!r}")
-        if given.get("required") and given.get("excluded"):
+        if not isinstance(entry, Mapping):
+            return cls(DataConfig.parse(entry, where, folder))
+        values = checks.read_entry(entry, DATA_RULES | CANDIDATE_RULES, where)
+        own = {key: values.pop(key) for key in CANDIDATE_RULES if key in values}
+        if own.get("required") and own.get("excluded"):
             raise InputError(f"{where}: it is both required and excluded")
-        data = DataConfig.parse({key: value for key, value in given.items() if key not in own}, where, folder)
-        flags = bool(given.get("required")), bool(given.get("excluded"))
-        training, by = dict(given.get("training") or {}), given.get("split_by")
-        labels = names_of_labels(given.get("labels"))
-        return cls(data, *flags, given.get("cost"), given.get("license"), training, by, labels)
+        own["labels"] = checks.names_of_labels(own.get("labels"))
+        return cls(DataConfig.parse(values, where, folder), **own)
 
     def to_json(self) -> dict[str, Any]:
-        own = {
-            "required": self.required or None,
-            "excluded": self.excluded or None,
-            "cost": self.cost,
-            "license": self.license,
-            "training": dict(self.training) or None,
-            "split_by": self.split_by,
-            "labels": None if self.labels is None else dict(self.labels),
+        """The mapping that `parse` reads, without defaults."""
+        return self.data.to_json() | {
+            key: plain(value) for key, value in changed_fields(self).items() if key in CANDIDATE_RULES
         }
-        return self.data.to_json() | {key: value for key, value in own.items() if value is not None}
+
+
+CANDIDATE_RULES: dict[str, checks.Rule] = {
+    "required": checks.BOOLEAN,
+    "excluded": checks.BOOLEAN,
+    "cost": checks.number(0),
+    "license": checks.Rule("the name of a license", checks.is_text),
+    "training": checks.Rule("fields of SFTConfig or ModelConfig", checks.is_mapping),
+    "split_by": checks.Rule("the name of a column", checks.is_text),
+    "labels": checks.Rule("{theirs: ours}", checks.is_mapping),
+}
+
+
+def changed_fields(entry: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are neither empty nor at their default."""
+    values = {item.name: (getattr(entry, item.name), item.default) for item in fields(entry)}
+    return {key: value for key, (value, default) in values.items() if value not in (None, "", (), {}, default)}

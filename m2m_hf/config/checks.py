@@ -1,36 +1,105 @@
-"""Names, paths and keys of a configuration, checked."""
+"""Checks that all configurations share: values by rules, keys, names and paths."""
 
 import difflib
-import enum
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from m2m_hf.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-
 BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset", "imagefolder")
 
 
-def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
-    """Names the key that is not known and the one that was probably meant."""
-    known = list(known)
-    near = difflib.get_close_matches(key, known, n=1)
-    listed = (
-        f"expected one of: {', '.join(sorted(known))}"
-        if len(known) < 30
-        else "`m2m select --help` tells which there are"
+class Rule(NamedTuple):
+    """What a field accepts: in the words of an error message, and as a predicate."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """True for finite integers and floats."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -float("inf") < value < float("inf")
+
+
+def is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def is_text_mapping(value: Any) -> bool:
+    return is_mapping(value) and all(isinstance(part, str) for pair in value.items() for part in pair)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+
+
+def integer(lowest: int) -> Rule:
+    return Rule(
+        f"an integer of at least {lowest}",
+        lambda value: is_number(value) and isinstance(value, int) and value >= lowest,
     )
-    hint = f"did you mean {near[0]!r}?" if near else listed
-    return f"{where}: unknown key {key!r}; {hint}"
+
+
+def number(lowest: float) -> Rule:
+    return Rule(f"a number of at least {lowest}", lambda value: is_number(value) and value >= lowest)
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
+
+
+BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
+POSITIVE = Rule("a number above 0", lambda value: is_number(value) and value > 0)
+LABELS = Rule(
+    "a list of at least two labels, or {label: words}",
+    lambda value: isinstance(value, (list, tuple, Mapping)) and len(names_of_labels(value) or ()) >= 2,
+)
+
+
+def check_fields(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> None:
+    """Checks every value against the rule of its field.
+
+    Raises:
+        InputError: with the field, what it expects and what it was given.
+    """
+    for name, value in values.items():
+        if not rules[name].accepts(value):
+            place = f"{where}.{name}" if where else name
+            raise InputError(f"{place}: expected {rules[name].expected}, got {value!r}")
+
+
+def read_entry(entry: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> dict[str, Any]:
+    """The values of a mapping in the YAML, checked; empty keys are left out.
+
+    Raises:
+        InputError: an unknown key, or a value that breaks its rule.
+    """
+    for key in entry:
+        if key not in rules:
+            raise InputError(unknown_key_message(str(key), rules, where))
+    values = {key: value for key, value in entry.items() if value is not None}
+    check_fields(values, rules, where)
+    return values
+
+
+def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    """Names the unknown key and the one that was probably meant."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1)
+    every = f"expected one of: {', '.join(known)}" if len(known) < 30 else "see `m2m select --help` for all keys"
+    return f"{where}: unknown key {key!r}; {f'did you mean {near[0]!r}?' if near else every}"
 
 
 def check_name(name: Any, what: str) -> str:
-    """A name that is safe as a folder name; anything else is refused."""
+    """Returns a name that is safe as a folder name, and refuses any other."""
     if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
         raise InputError(
             f"{what} name {name!r} is not allowed: use 1 to 64 letters, digits, '_', '-' and single '.', "
@@ -39,27 +108,16 @@ def check_name(name: Any, what: str) -> str:
     return name
 
 
-def names_of_labels(given: Any) -> dict[str, str] | None:
-    """Label -> what stands for it, of a list or a mapping."""
-    if given is None:
+def names_of_labels(labels: Any) -> dict[str, str] | None:
+    """Label -> words, from a list of labels or from such a mapping."""
+    if labels is None:
         return None
-    pairs = given.items() if isinstance(given, Mapping) else zip(given, given, strict=True)
-    return {str(label): str(word) for label, word in pairs}
-
-
-def plain(value: Any) -> Any:
-    """`value` as YAML can hold it."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    return value
+    pairs = labels.items() if isinstance(labels, Mapping) else zip(labels, labels, strict=True)
+    return {str(label): str(words) for label, words in pairs}
 
 
 def resolve_existing(path: str, folder: Path) -> str:
-    """`path` made absolute where it exists, seen from `folder` or from the working directory; otherwise as it is.
+    """The absolute path if it exists in `folder` or in the working directory, else `path` unchanged.
 
     A model or dataset is named by a local folder or by a Hub id, and both look alike.
     """
@@ -74,7 +132,7 @@ def resolve_existing(path: str, folder: Path) -> str:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file or folder; there is none under a name that no file can have."""
+    """True for a file or folder; False also for a name that no file can have."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -88,3 +146,8 @@ def is_file(path: Path) -> bool:
 def absolute(path: str, folder: Path) -> str:
     """`path` seen from `folder`, without `..`; links stay as they are."""
     return os.path.normpath(folder.absolute() / path)
+
+
+def hub_field(name: str) -> bool:
+    """True for fields of TRL that tell what goes to the Hub: `m2m push` does that, and a recipe must not repeat it."""
+    return name == "push_to_hub" or name.startswith("hub_")

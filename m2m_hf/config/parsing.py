@@ -1,4 +1,4 @@
-"""YAML in, YAML out: one flat file for `MergeToMixConfig`, TRL's `SFTConfig` and its `ModelConfig`.
+"""One flat YAML for `MergeToMixConfig`, TRL's `SFTConfig` and its `ModelConfig`.
 
 Where the file and the command line say nothing, four defaults differ from TRL's:
 
@@ -20,40 +20,49 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-import transformers
-import yaml
+from transformers import get_scheduler
 from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-from m2m_hf.config.checks import plain, resolve_existing, unknown_key_message
-from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.checks import (
+    POSITIVE,
+    Rule,
+    check_fields,
+    integer,
+    number,
+    resolve_existing,
+    unknown_key_message,
+)
+from m2m_hf.config.run_config import YAML_ONLY, MergeToMixConfig
+from m2m_hf.config.yaml_files import is_plain, plain, read_yaml
 from m2m_hf.errors import InputError
 
 Settings = tuple[MergeToMixConfig, SFTConfig, ModelConfig]
-CONFIGS = (MergeToMixConfig, SFTConfig, ModelConfig)
-NULLABLE = {
-    name
-    for config in CONFIGS
-    for name, hint in typing.get_type_hints(config).items()
-    if type(None) in typing.get_args(hint)
-}
+SOURCES = ("adapters", "experts")  # a place on the command line; in the YAML also a mapping
+OUR_TYPES = typing.get_type_hints(MergeToMixConfig) | dict.fromkeys(SOURCES, str | None)
+TRL_TYPES = typing.get_type_hints(SFTConfig) | typing.get_type_hints(ModelConfig)
+CommandLine = dataclasses.make_dataclass(  # the fields of MergeToMixConfig that TrlParser reads
+    "CommandLine",
+    [
+        (item.name, OUR_TYPES[item.name], dataclasses.field(default=item.default, metadata=item.metadata))
+        for item in dataclasses.fields(MergeToMixConfig)
+        if item.name not in (*YAML_ONLY, "folder")
+    ],
+)
 NOT_IN_FINAL = {
-    "model_name_or_path": "the final model is fine-tuned from the base model of the adapters",
-    "model_revision": "the final model is fine-tuned from the base model of the adapters",
-    "dtype": "the base model is loaded once",
-    "attn_implementation": "the base model is loaded once",
-    "load_in_4bit": "the base model is loaded once",
-    "load_in_8bit": "the base model is loaded once",
-    "bnb_4bit_quant_type": "the base model is loaded once",
-    "use_bnb_nested_quant": "the base model is loaded once",
-    "bnb_4bit_quant_storage": "the base model is loaded once",
-    "assistant_only_loss": "the data are formatted once, for the adapters",
-    "chat_template_path": "the data are formatted once, for the adapters",
-    "eos_token": "the data are tokenised alike for everything",
-    "pad_token": "the data are tokenised alike for everything",
+    **dict.fromkeys(
+        ("model_name_or_path", "model_revision"),
+        "the final model is fine-tuned from the base model of the adapters",
+    ),
+    **dict.fromkeys(
+        ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+         "bnb_4bit_quant_storage"),
+        "the base model is loaded once",
+    ),
+    **dict.fromkeys(("assistant_only_loss", "chat_template_path"), "the data are formatted once, for the adapters"),
+    **dict.fromkeys(("eos_token", "pad_token"), "the data are tokenised once, for the adapters"),
     "output_dir": "it is OUT/final",
-}
+}  # fmt: skip
 UNSUPPORTED = {
     "trust_remote_code": "models that bring their own code are never loaded",
     "model_init_kwargs": "use dtype, model_revision and attn_implementation",
@@ -63,140 +72,57 @@ UNSUPPORTED = {
     "auto_find_batch_size": "adapters must be trained with the same batch size; lower per_device_train_batch_size",
     "ignore_data_skip": "a training that goes on would see other rows than one that was not interrupted",
 }
+TRAINING_RULES = {
+    "per_device_train_batch_size": integer(1),
+    "gradient_accumulation_steps": integer(1),
+    "max_length": integer(1),
+    "max_steps": Rule("at least 1, or -1 for num_train_epochs", lambda value: value == -1 or value >= 1),
+    "num_train_epochs": POSITIVE,
+    "logging_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "learning_rate": number(0),
+    "max_grad_norm": number(0),
+    "warmup_steps": number(0),
+    "neftune_noise_alpha": number(0),
+    "seed": Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
+}
 
 
 class Parser(TrlParser):
-    """TRL's parser, whose complaints are ours: an exception with one message instead of a page of usage."""
+    """TRL's parser, but an error is one `InputError` instead of a page of usage."""
 
-    def __init__(self, configs: Sequence[type]) -> None:
+    def __init__(self, *configs: type) -> None:
         super().__init__(configs, add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
+    def read(self, values: Mapping[str, Any], flags: Sequence[str] = ()) -> tuple[Any, ...]:
+        """The configurations made of `values` and of `flags`, which win.
 
-def field_names() -> list[str]:
-    """Every key that a configuration file may have."""
+        Raises:
+            InputError: whatever argparse or the configurations themselves refuse.
+        """
+        try:
+            self.set_defaults_with_config(**values)
+            *configs, rest = self.parse_args_into_dataclasses(
+                args=list(flags), return_remaining_strings=True, look_for_args_file=False
+            )
+        except InputError:
+            raise
+        except Exception as error:  # TRL and transformers may raise anything
+            raise InputError(str(error) or type(error).__name__) from error
+        if rest:
+            raise InputError(f"not understood: {' '.join(rest)}; expected --field value")
+        return tuple(configs)
+
+
+def field_names(*configs: type) -> list[str]:
+    """Every key of a configuration file, or of `configs` alone."""
+    configs = configs or (MergeToMixConfig, SFTConfig, ModelConfig)
     return [
-        item.name for config in CONFIGS for item in dataclasses.fields(config) if item.init and item.name != "folder"
+        item.name for config in configs for item in dataclasses.fields(config) if item.init and item.name != "folder"
     ]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, safely loaded.
-
-    Raises:
-        InputError: not there, not YAML, not a mapping.
-    """
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--config {path}: there is no such file") from None
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"--config {path}: expected YAML, got {error}") from error
-    if not isinstance(given, dict):
-        raise InputError(f"--config {path}: expected keys and values, got {type(given).__name__}")
-    return given
-
-
-def native_bfloat16(use_cpu: bool) -> bool:
-    """Whether the device that will be used multiplies bfloat16 matrices in hardware."""
-    if not use_cpu and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if not use_cpu:
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def hardware_defaults(given: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
-    """`use_cpu`, `dtype`, `bf16` and `learning_rate` where neither the file nor a flag says them; see the table above."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("use_cpu", "fp16", "bf16"):
-        peek.add_argument(f"--{name}", nargs="?", const=True, type=string_to_bool, default=given.get(name))
-    peek.add_argument("--dtype", default=given.get("dtype"))
-    peek.add_argument("--expert", default=given.get("expert"))
-    said = peek.parse_known_args(list(flags))[0]
-    if said.use_cpu is None:
-        said.use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    full = said.expert == "full"
-    native = native_bfloat16(bool(said.use_cpu)) and not said.fp16
-    if said.bf16 is None:
-        said.bf16 = native if full or said.dtype is None else not said.fp16 and said.dtype == "bfloat16"
-    if said.dtype is None:
-        # Small steps on weights in bfloat16 would be rounded away; the Trainer computes in it all the same.
-        said.dtype = "bfloat16" if native and not full else "float32"
-    rate = 2e-5 if full else 2e-4
-    return {"use_cpu": said.use_cpu, "dtype": said.dtype, "bf16": said.bf16, "learning_rate": rate}
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file is of a field's type; text is left to the parser, which converts it."""
-    if hint is Any or isinstance(hint, (str, typing.TypeVar)):
-        return True
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(fits(value, one) for one in typing.get_args(hint))
-    kind = typing.get_origin(hint) or hint
-    if kind is type(None):
-        return value is None
-    if kind is typing.Literal or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        return isinstance(value, (str, int))
-    if isinstance(value, str) or kind is str:
-        return isinstance(value, str) and kind in (str, int, float, bool, dict, list)
-    if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        return abs(value) < 2**63 if isinstance(value, int) else kind is float and math.isfinite(value)
-    if kind is list:
-        inner = typing.get_args(hint)
-        return isinstance(value, list) and all(fits(one, inner[0]) for one in value if inner)
-    return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def check_types(given: Mapping[str, Any]) -> None:
-    """Refuses values of TRL's fields that are of another type than theirs.
-
-    Raises:
-        InputError: naming the field.
-    """
-    for config in (SFTConfig, ModelConfig):
-        for name, hint in typing.get_type_hints(config).items():
-            if name in given and not fits(given[name], hint):
-                words = str(hint if typing.get_origin(hint) else getattr(hint, "__name__", hint)).replace("typing.", "")
-                raise InputError(f"{name}: expected {words}, got {given[name]!r:.100}")
-
-
-def check_training(args: SFTConfig) -> None:
-    """Tries the optimiser and the schedule that the arguments name, on one number.
-
-    Raises:
-        InputError: what they say of it.
-    """
-    try:
-        kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
-        transformers.get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(10),
-            num_training_steps=10,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-    except Exception as error:  # whatever a library makes of them
-        raise InputError(f"the training arguments cannot be used: {str(error) or type(error).__name__}") from error
-    lowest = {
-        "learning_rate": 0, "num_train_epochs": 1e-9, "logging_steps": 1e-9, "save_steps": 1e-9, "seed": 0, "max_grad_norm": 0,
-        "warmup_steps": 0, "neftune_noise_alpha": 0,
-    }  # fmt: skip
-    for name, least in lowest.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            words = "above 0" if 0 < least < 1 else "0 or above"
-            raise InputError(f"{name}: expected a number {words}, got {value!r}")
-    if args.seed >= 2**32:
-        raise InputError(f"seed: expected less than 2^32, got {args.seed}")
-    if args.max_steps == 0 or args.max_steps < -1:
-        raise InputError(f"max_steps: expected at least 1, or -1 for num_train_epochs, got {args.max_steps}")
 
 
 def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Settings:
@@ -210,44 +136,124 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
     Raises:
         InputError: whatever is wrong with any of them, with the key and what was expected.
     """
-    given = {**(read_yaml(config) if config is not None else {}), **(values or {})}
+    settings = {**(read_yaml(config) if config is not None else {}), **(values or {})}
     folder = config.absolute().parent if config is not None else Path.cwd()
-    names = field_names()
-    for key, value in given.items():
-        if key == "env":
-            raise InputError(
-                "env: set environment variables where the command is started; libraries read them on import"
-            )
-        if key not in names:
-            raise InputError(unknown_key_message(str(key), names, f"--config {config}"))
-        if value is None and key not in NULLABLE:
-            raise InputError(f"{key}: nothing given; expected a value, or leave the key out")
-    check_types(given)
-    for flag in flags:
-        name = flag[2:].split("=")[0]
-        if flag.startswith("--") and name not in names and not (name.startswith("no_") and name[3:] in names):
-            raise InputError(unknown_key_message(name, names, flag))
-    defaults = {
-        "output_dir": f"runs/{config.stem if config else 'm2m'}",
-    }
-    parser = Parser(CONFIGS)
-    try:
-        defaults |= hardware_defaults(given, flags)
-        parser.set_defaults_with_config(**{**defaults, **given, "folder": str(folder)})
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            args=list(flags), return_remaining_strings=True, look_for_args_file=False
-        )
-    except InputError:
-        raise
-    except Exception as error:  # the libraries' configurations may raise anything over what they are given
-        raise InputError(str(error) or type(error).__name__) from error
-    if rest:
-        raise InputError(f"not understood: {' '.join(rest)}; expected --field value")
-    ours, args, model_args = parsed
+    check_keys(settings, f"--config {config}")
+    check_flags(flags)
+    check_types(settings)
+    structured = {key: settings.pop(key) for key in YAML_ONLY if key in settings}
+    sources = {key: settings.pop(key) for key in SOURCES if isinstance(settings.get(key), Mapping)}
+    defaults = {"output_dir": f"runs/{config.stem if config else 'm2m'}"} | hardware_defaults(settings, flags)
+    said, args, model_args = Parser(CommandLine, SFTConfig, ModelConfig).read(defaults | settings, flags)
+    structured |= {key: source for key, source in sources.items() if getattr(said, key) is None}
+    ours = MergeToMixConfig(**{**vars(said), **structured, "folder": str(folder)})
     check_trl(args, model_args)
     model_args.model_name_or_path = resolve_existing(model_args.model_name_or_path, folder)
     args.output_dir = str(Path(args.output_dir).absolute())
     return ours, args, model_args
+
+
+def check_keys(settings: Mapping[str, Any], where: str) -> None:
+    """Refuses keys that no configuration has, and empty ones that need a value.
+
+    Raises:
+        InputError: with the key that was probably meant.
+    """
+    for key, value in settings.items():
+        if key == "env":
+            raise InputError(
+                "env: set environment variables where the command is started; libraries read them on import"
+            )
+        if key not in field_names():
+            raise InputError(unknown_key_message(str(key), field_names(), where))
+        if value is None and type(None) not in typing.get_args((TRL_TYPES | OUR_TYPES)[key]):
+            raise InputError(f"{key}: nothing given; expected a value, or leave the key out")
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Refuses flags that are no field, or a field that only a YAML can hold.
+
+    Raises:
+        InputError: with the field that was probably meant.
+    """
+    names = field_names()
+    for flag in flags:
+        name = flag[2:].split("=")[0]
+        if flag.startswith("--") and name in YAML_ONLY:
+            raise InputError(f"--{name}: expected in the YAML, under {name}:")
+        if flag.startswith("--") and name not in names and not (name.startswith("no_") and name[3:] in names):
+            raise InputError(unknown_key_message(name, names, flag))
+
+
+def check_types(settings: Mapping[str, Any]) -> None:
+    """Refuses values of TRL's fields that have another type than theirs.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for name, hint in TRL_TYPES.items():
+        if name in settings and not fits(settings[name], hint):
+            words = str(hint if typing.get_origin(hint) else getattr(hint, "__name__", hint)).replace("typing.", "")
+            raise InputError(f"{name}: expected {words}, got {settings[name]!r:.100}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """True if a value of a YAML file has a field's type; text passes for what the parser can convert it to."""
+    if hint is Any or isinstance(hint, (str, typing.TypeVar)):
+        return True
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind is type(None):
+        return value is None
+    if kind is typing.Literal or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        return isinstance(value, (str, int))
+    if isinstance(value, str) or kind is str:
+        return isinstance(value, str) and kind in (str, int, float, bool, dict, list)
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return abs(value) < 2**63 if isinstance(value, int) else kind is float and math.isfinite(value)
+    if kind is list:
+        inner = typing.get_args(hint)
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value if inner)
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def native_bfloat16(use_cpu: bool) -> bool:
+    """True if the device that will be used multiplies bfloat16 matrices in hardware."""
+    import torch
+
+    if not use_cpu:
+        return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def hardware_defaults(settings: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+    """`use_cpu`, `dtype`, `bf16` and `learning_rate` where neither the file nor a flag says them; see the table above."""
+    import torch
+
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("use_cpu", "fp16", "bf16"):
+        peek.add_argument(f"--{name}", nargs="?", const=True, type=string_to_bool, default=settings.get(name))
+    for name in ("dtype", "expert"):
+        peek.add_argument(f"--{name}", default=settings.get(name))
+    try:
+        said = peek.parse_known_args(list(flags))[0]
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise InputError(str(error)) from error
+    if said.use_cpu is None:
+        said.use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    full = said.expert == "full"
+    native = native_bfloat16(bool(said.use_cpu)) and not said.fp16
+    if said.bf16 is None:
+        said.bf16 = native if full or said.dtype is None else not said.fp16 and said.dtype == "bfloat16"
+    if said.dtype is None:
+        # Small steps on weights in bfloat16 would be rounded away; the Trainer computes in it all the same.
+        said.dtype = "bfloat16" if native and not full else "float32"
+    rate = 2e-5 if full else 2e-4
+    return {"use_cpu": said.use_cpu, "dtype": said.dtype, "bf16": said.bf16, "learning_rate": rate}
 
 
 def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
@@ -261,52 +267,49 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
             raise InputError(f"{name}: {reason}")
     if args.eval_strategy != "no":
         raise InputError(
-            "eval_strategy: expected 'no'; the target's validation set is scored by the search, not while training"
+            "eval_strategy: expected 'no'; the search scores the target's validation set, not the training"
         )
     if args.truncation_mode != "keep_start":
         raise InputError(f"truncation_mode: expected keep_start, got {args.truncation_mode!r} (deprecated in TRL)")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
-        value = getattr(args, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
     if args.push_to_hub and not args.hub_model_id:
         raise InputError("push_to_hub: expected hub_model_id: org/name beside it")
-    check_training(args)
+    check_fields({name: value for name in TRAINING_RULES if (value := getattr(args, name)) is not None}, TRAINING_RULES)
+    try_optimizer(args)
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: give a Hub id or a local model folder")
 
 
+def try_optimizer(args: SFTConfig) -> None:
+    """Builds the optimiser and the schedule that the arguments name, on one number.
+
+    Raises:
+        InputError: with their complaint.
+    """
+    import torch
+
+    try:
+        kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(args)
+        get_scheduler(
+            args.lr_scheduler_type,
+            kind([torch.nn.Parameter(torch.zeros(1))], **options),
+            num_warmup_steps=args.get_warmup_steps(10),
+            num_training_steps=10,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except Exception as error:  # libraries may raise anything
+        raise InputError(f"the training arguments cannot be used: {str(error) or type(error).__name__}") from error
+
+
 def trl_fields(args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     """The fields in which TRL's configurations differ from their defaults, so that TRL rebuilds the same from them."""
+    kept = {"bf16": args.bf16, "output_dir": args.output_dir, "use_cpu": args.use_cpu, "dtype": model_args.dtype}
     defaults = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=False)
-    fields: dict[str, Any] = {"bf16": args.bf16}
-    for given, default in ((args, defaults), (model_args, ModelConfig())):
-        for item in dataclasses.fields(given):
-            value = plain(getattr(given, item.name))
-            if item.init and value != plain(getattr(default, item.name)) and is_plain(value):
-                fields[item.name] = value
-    fields["output_dir"] = args.output_dir
-    fields["use_cpu"] = args.use_cpu
-    fields["dtype"] = model_args.dtype
-    return dict(sorted(fields.items()))
-
-
-def hub_field(name: str) -> bool:
-    """Whether a field of TRL says what goes to the Hub: that is ours to do, and nobody's who is handed a recipe."""
-    return name == "push_to_hub" or name.startswith("hub_")
-
-
-def is_plain(value: Any) -> bool:
-    """Whether YAML gives this value back as it was."""
-    return value is None or yaml.safe_load(yaml.safe_dump(value)) == value if is_scalar_or_tree(value) else False
-
-
-def is_scalar_or_tree(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(is_scalar_or_tree, value))
-    if isinstance(value, dict):
-        return all(map(is_scalar_or_tree, value.values()))
-    return value is None or isinstance(value, (str, int, float, bool))
+    for config, default in ((args, defaults), (model_args, ModelConfig())):
+        for name in field_names(type(config)):
+            value = plain(getattr(config, name))
+            if name not in kept and value != plain(getattr(default, name)) and is_plain(value):
+                kept[name] = value
+    return dict(sorted(kept.items()))
 
 
 def with_overrides(
@@ -317,27 +320,15 @@ def with_overrides(
     Raises:
         InputError: a field that neither has, or a value that it does not take.
     """
-    names = [item.name for config in (SFTConfig, ModelConfig) for item in dataclasses.fields(config) if item.init]
     for key in overrides:
-        if key not in names:
-            raise InputError(unknown_key_message(str(key), names, where))
+        if key not in field_names(SFTConfig, ModelConfig):
+            raise InputError(unknown_key_message(str(key), field_names(SFTConfig, ModelConfig), where))
         if key in NOT_IN_FINAL:
             raise InputError(f"{where}.{key}: {NOT_IN_FINAL[key]}")
     try:
         check_types(overrides)
-    except InputError as error:
-        raise InputError(f"{where}.{error}") from error
-    parser = Parser((SFTConfig, ModelConfig))
-    parser.set_defaults_with_config(**{**trl_fields(args, model_args), **overrides})
-    try:
-        new_args, new_model_args = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+        new_args, new_model_args = Parser(SFTConfig, ModelConfig).read(trl_fields(args, model_args) | {**overrides})
         check_trl(new_args, new_model_args)
-    except Exception as error:
-        raise InputError(f"{where}: {str(error) or type(error).__name__}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     return new_args, new_model_args
-
-
-def dump_yaml(values: Mapping[str, Any], comment: str = "") -> str:
-    """`values` as YAML in their given order, with `comment` above."""
-    above = "".join(f"# {line}\n".replace(" \n", "\n") for line in comment.splitlines())
-    return above + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)

@@ -1,32 +1,25 @@
 """The entries of `targets:`: which rows are scored, and how."""
 
-import math
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.config.candidates import DataConfig
-from m2m_hf.config.checks import absolute, is_file, names_of_labels, plain, resolve_existing, unknown_key_message
+from m2m_hf.config import checks
+from m2m_hf.config.candidates import DataConfig, changed_fields
+from m2m_hf.config.yaml_files import plain
 from m2m_hf.errors import InputError
 
-ANSWERS = ("accuracy", "logprob")
-
-
-TEXTS = ("exact_match", "numeric_match", "token_f1")
-
-
-METRICS: dict[str, tuple[str, ...]] = {  # of each scorer the metrics that it knows by itself, the default first
-    "choice": ANSWERS,
-    "classification": (*ANSWERS, "macro_f1"),
+METRICS: dict[str, tuple[str, ...]] = {  # of each scorer the metrics that it computes itself, the default first
+    "choice": ("accuracy", "logprob"),
+    "classification": ("accuracy", "logprob", "macro_f1"),
     "loss": ("loglikelihood",),
-    "generation": TEXTS,
+    "generation": ("exact_match", "numeric_match", "token_f1"),
     "command": (),
     "lm_eval": (),
 }
-
-
+OWN_METRICS = {metric for metrics in METRICS.values() for metric in metrics}
 OPTIONS: dict[str, tuple[str, ...]] = {  # what each scorer takes beside scorer, metric, weight and min_delta
     "choice": ("data", "test_data", "normalize", "metric_key"),
     "classification": ("data", "test_data", "normalize", "labels", "metric_key"),
@@ -36,9 +29,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # what each scorer takes beside scorer,
     "lm_eval": ("task", "test_task", "num_fewshot", "limit"),
     "callable": ("data", "test_data"),
 }
-
-
-NORMALIZE = ("none", "tokens", "bytes")
+NEEDED = {  # of each scorer the option that it cannot do without, and what to give
+    **dict.fromkeys(
+        ("choice", "classification", "loss", "generation"),
+        ("data", "give the validation set as what load_dataset takes"),
+    ),
+    "command": ("command", "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']"),
+    "lm_eval": ("task", "give the name of a task, or the path of its YAML"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,9 @@ class TargetConfig:
             `lm_eval` the task's own name for it (default its first).
         data: the validation set, the only rows that the search sees.
         test_data: sealed; scored once, at the end.
-        weight: of this target in a search with several; what is maximised is the weighted mean of their scores.
-        min_delta: a mixture whose score is lower than the base model's by more than this cannot be chosen (None: no matter).
-        normalize: how the log-probabilities of choices of different length are compared: as they are (`none`), by token, by byte.
+        weight: of this target among several; the search maximises the weighted mean of their scores.
+        min_delta: a mixture that scores lower than the base model by more than this cannot be chosen (None: no limit).
+        normalize: how log-probabilities of choices of different length are compared: as they are (`none`), by token, by byte.
         labels: the words of a classification's labels, `{label: word}`, or a list of them; by default those in the data.
         generation: fields of transformers' `GenerationConfig`, such as `max_new_tokens` and `stop_strings`.
         metric_key: which result of a metric module is the score.
@@ -89,111 +87,112 @@ class TargetConfig:
 
     @property
     def kind(self) -> str:
-        """The scorer's name; `callable` for one of Python."""
+        """The scorer's name; `callable` for a Python function."""
         return self.scorer if isinstance(self.scorer, str) else "callable"
 
     @classmethod
-    def parse(cls, given: Any, where: str, folder: Path) -> "TargetConfig":
-        """Reads one target of the YAML.
+    def parse(cls, entry: Any, where: str, folder: Path) -> "TargetConfig":
+        """Reads one target of the YAML; relative paths are resolved against `folder`.
 
         Raises:
-            InputError: unknown keys, a scorer or metric that does not exist.
+            InputError: an unknown, foreign or missing key, a wrong value, an unknown scorer or metric.
         """
-        if not isinstance(given, Mapping):
-            raise InputError(f"{where}: expected {{data: ..., scorer: ...}}, got {given!r}")
-        scorer = given.get("scorer")
-        kind = "callable" if callable(scorer) else scorer
-        if kind not in METRICS and kind != "callable":
-            raise InputError(f"{where}.scorer: expected one of {', '.join(METRICS)}, got {scorer!r}")
-        known = ("scorer", "metric", "weight", "min_delta", *OPTIONS[kind])
-        every = {option for options in OPTIONS.values() for option in options}
-        for key in given:
-            if key not in known:
-                takers = [name for name, options in OPTIONS.items() if key in options]
-                if key in every:
-                    raise InputError(f"{where}.{key}: belongs to scorer {' or '.join(takers)}, not to {kind}")
-                raise InputError(unknown_key_message(str(key), known, where))
-        types: dict[str, tuple[tuple[type, ...], str]] = {
-            "metric": ((str,), "a name"),
-            "weight": ((int, float), "a number above 0"),
-            "min_delta": ((int, float), "a number, 0 or above"),
-            "labels": ((list, tuple, Mapping), "{label: word} or a list of words"),
-            "generation": ((Mapping,), "fields of GenerationConfig"),
-            "metric_key": ((str,), "a name"),
-            "command": ((list, tuple, str), "[program, argument, ...]"),
-            "test_command": ((list, tuple, str), "[program, argument, ...]"),
-            "timeout": ((int, float), "seconds, above 0"),
-            "task": ((str,), "a task of the harness, or the path of its YAML"),
-            "test_task": ((str,), "a task of the harness, or the path of its YAML"),
-            "num_fewshot": ((int,), "an integer"),
-            "limit": ((int,), "an integer above 0"),
-            "normalize": ((str,), f"one of {', '.join(NORMALIZE)}"),
-        }
-        values = {key: value for key, value in given.items() if value is not None}
-        lowest = {"min_delta": 0, "num_fewshot": 0, "limit": 1}
-        for key, (expected, words) in types.items():
-            value = values.get(key)
-            if value is None:
-                continue
-            wrong = not isinstance(value, expected) or isinstance(value, bool)
-            if (
-                wrong
-                or (key in lowest and value < lowest[key])
-                or (key in ("weight", "timeout") and not 0 < value < math.inf)
-            ):
-                raise InputError(f"{where}.{key}: expected {words}, got {value!r}")
-        needed = {"command": "command", "lm_eval": "task"}.get(kind, "data" if kind != "callable" else None)
-        if needed is not None and not values.get(needed):
-            hint = {
-                "data": "give the validation set as what load_dataset takes",
-                "command": "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",
-                "task": "give the name of a task, or the path of its YAML",
-            }[needed]
-            raise InputError(f"{where}.{needed} is missing: {hint}")
-        if values.get("normalize", "none") not in NORMALIZE:
-            raise InputError(f"{where}.normalize: expected one of {', '.join(NORMALIZE)}, got {values['normalize']!r}")
-        for key in ("command", "test_command"):
-            if key in values:
-                try:
-                    parts = shlex.split(values[key]) if isinstance(values[key], str) else list(map(str, values[key]))
-                except ValueError as error:
-                    raise InputError(
-                        f"{where}.{key}: {values[key]!r} cannot be split into arguments ({error})"
-                    ) from error
-                values[key] = tuple(absolute(part, folder) if is_file(folder / part) else part for part in parts)
-        for key in ("task", "test_task"):
-            if key in values and Path(values[key]).suffix in (".yaml", ".yml"):
-                values[key] = absolute(values[key], folder)
-        if "labels" in values:
-            values["labels"] = names_of_labels(values["labels"])
-        if "labels" in values and len(values["labels"]) < 2:
-            raise InputError(f"{where}.labels: expected at least two, got {given['labels']!r}")
-        default = (METRICS.get(kind) or ("score" if kind in ("command", "callable") else "",))[0]
-        metric = values.get("metric", default)
-        if kind == "loss" and metric not in METRICS["loss"]:
-            raise InputError(f"{where}.metric: expected loglikelihood for scorer loss, got {metric!r}")
-        foreign = {name for names in METRICS.values() for name in names} - set(METRICS.get(kind, ()))
-        if METRICS.get(kind) and metric in foreign:
-            raise InputError(
-                f"{where}.metric: expected {', '.join(METRICS[kind])}, or a module of your own, for scorer {kind}, got {metric!r}"
-            )
-        if METRICS.get(kind) and metric not in METRICS[kind]:
-            metric = resolve_existing(metric, folder)
-        for key in ("data", "test_data"):
-            if key in values:
-                values[key] = DataConfig.parse(values[key], f"{where}.{key}", folder)
-        return cls(**values | {"metric": metric})
+        if not isinstance(entry, Mapping):
+            raise InputError(f"{where}: expected {{data: ..., scorer: ...}}, got {entry!r}")
+        scorer = entry.get("scorer")
+        if not RULES["scorer"].accepts(scorer):
+            raise InputError(f"{where}.scorer: expected {RULES['scorer'].expected}, got {scorer!r}")
+        kind = "callable" if callable(scorer) else str(scorer)
+        check_options(entry, kind, where)
+        values = checks.read_entry(entry, RULES, where)
+        if kind in NEEDED and not values.get(NEEDED[kind][0]):
+            raise InputError(f"{where}.{NEEDED[kind][0]} is missing: {NEEDED[kind][1]}")
+        values["metric"] = resolve_metric(values.get("metric"), kind, where, folder)
+        for key in values.keys() & {"data", "test_data"}:
+            values[key] = DataConfig.parse(values[key], f"{where}.{key}", folder)
+        for key in values.keys() & {"command", "test_command"}:
+            values[key] = split_command(values[key], f"{where}.{key}", folder)
+        for key in values.keys() & {"task", "test_task"}:
+            if values[key].endswith((".yaml", ".yml")):
+                values[key] = checks.absolute(values[key], folder)
+        return cls(**values | {"labels": checks.names_of_labels(values.get("labels"))})
 
     def to_json(self) -> dict[str, Any]:
-        """The mapping that `parse` reads, with paths resolved."""
-        given: dict[str, Any] = {"scorer": self.scorer if isinstance(self.scorer, str) else str(self.scorer)}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if (
-                item.name == "scorer"
-                or value in (None, "", (), {})
-                or (item.default == value and item.name != "metric")
-            ):
-                continue
-            given[item.name] = value.to_json() if isinstance(value, DataConfig) else plain(value)
-        return given
+        """The mapping that `parse` reads, with paths resolved and without defaults."""
+        values = changed_fields(self)
+        parts = {key: value.to_json() for key, value in values.items() if isinstance(value, DataConfig)}
+        return {key: plain(value) for key, value in values.items()} | parts | {"scorer": str(self.scorer)}
+
+
+COMMAND = checks.Rule("[program, argument, ...]", lambda value: isinstance(value, (list, tuple, str)))
+DATA = checks.Rule("what load_dataset takes", lambda value: True)  # checked by DataConfig
+RULES: dict[str, checks.Rule] = {
+    "scorer": checks.Rule(
+        f"one of {', '.join(METRICS)}",
+        lambda value: callable(value) or (isinstance(value, str) and value in METRICS),
+    ),
+    "metric": checks.Rule("the name of a metric", checks.is_text),
+    "data": DATA,
+    "test_data": DATA,
+    "weight": checks.POSITIVE,
+    "min_delta": checks.number(0),
+    "normalize": checks.one_of("none", "tokens", "bytes"),
+    "labels": checks.LABELS,
+    "generation": checks.Rule("fields of GenerationConfig", checks.is_mapping),
+    "metric_key": checks.Rule("the name of a result", checks.is_text),
+    "command": COMMAND,
+    "test_command": COMMAND,
+    "timeout": checks.POSITIVE,
+    "task": checks.Rule("a task of the harness, or the path of its YAML", checks.is_text),
+    "test_task": checks.Rule("a task of the harness, or the path of its YAML", checks.is_text),
+    "num_fewshot": checks.integer(0),
+    "limit": checks.integer(1),
+}
+
+
+def check_options(entry: Mapping[str, Any], kind: str, where: str) -> None:
+    """Refuses keys that the scorer does not take.
+
+    Raises:
+        InputError: with the scorers that do, or with the key that was probably meant.
+    """
+    known = ("scorer", "metric", "weight", "min_delta", *OPTIONS[kind])
+    for key in entry:
+        takers = [scorer for scorer, options in OPTIONS.items() if key in options]
+        if key not in known and takers:
+            raise InputError(f"{where}.{key}: belongs to scorer {' or '.join(takers)}, not to {kind}")
+        if key not in known:
+            raise InputError(checks.unknown_key_message(str(key), known, where))
+
+
+def resolve_metric(metric: str | None, kind: str, where: str, folder: Path) -> str:
+    """The metric that a scorer uses: its default, one of its own, or the place of an `evaluate` module.
+
+    Raises:
+        InputError: a metric of another scorer.
+    """
+    own = METRICS.get(kind, ())
+    if metric is None:
+        return own[0] if own else "" if kind == "lm_eval" else "score"
+    if not own or metric in own:
+        return metric
+    if kind == "loss":
+        raise InputError(f"{where}.metric: expected loglikelihood for scorer loss, got {metric!r}")
+    if metric in OWN_METRICS:
+        raise InputError(
+            f"{where}.metric: expected {', '.join(own)}, or a module of your own, for scorer {kind}, got {metric!r}"
+        )
+    return checks.resolve_existing(metric, folder)
+
+
+def split_command(command: Any, where: str, folder: Path) -> tuple[str, ...]:
+    """Program and arguments; files in `folder` are given by their absolute path.
+
+    Raises:
+        InputError: a quote without its counterpart.
+    """
+    try:
+        parts = shlex.split(command) if isinstance(command, str) else [str(part) for part in command]
+    except ValueError as error:
+        raise InputError(f"{where}: {command!r} cannot be split into arguments ({error})") from error
+    return tuple(checks.absolute(part, folder) if checks.is_file(folder / part) else part for part in parts)

@@ -16,7 +16,8 @@ import yaml
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.config.parsing import dump_yaml, with_overrides
+from m2m_hf.config.parsing import with_overrides
+from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.errors import InputError
 from m2m_hf.storage.files import file_fingerprint, read_json, read_json_or_empty, write_atomic, write_json
 from m2m_hf.storage.run_folder import RunFolder, read_config

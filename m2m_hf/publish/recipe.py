@@ -8,8 +8,9 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.config.checks import plain
-from m2m_hf.config.parsing import dump_yaml, hub_field, is_plain, trl_fields
+from m2m_hf.config.checks import hub_field
+from m2m_hf.config.parsing import trl_fields
+from m2m_hf.config.yaml_files import dump_yaml, is_plain, plain
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.data.mixture_rows import write_mixture
 from m2m_hf.data.rows import FEATURES, Candidate

@@ -17,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from safetensors import safe_open
 
 from m2m_hf import __version__
-from m2m_hf.config.checks import exists
-from m2m_hf.config.parsing import dump_yaml, hub_field
+from m2m_hf.config.checks import exists, hub_field
+from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.errors import InputError, redact
 from m2m_hf.reporting.record import Record

@@ -20,9 +20,9 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.analysis.study import Study
 from m2m_hf.config import parsing
-from m2m_hf.config.checks import plain
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.search_space import search_space
+from m2m_hf.config.yaml_files import dump_yaml, plain
 from m2m_hf.console import Terminal
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.space import SearchSpace
@@ -789,7 +789,7 @@ class Ingredients:
             "The resolved configuration of this run: paths absolute, defaults that depend on the hardware filled in."
         )
         model = fields.pop("model_name_or_path")
-        return parsing.dump_yaml({"model_name_or_path": model, **fields, **self.config.to_yaml()}, comment) + END
+        return dump_yaml({"model_name_or_path": model, **fields, **self.config.to_yaml()}, comment) + END
 
     def prepare(self) -> None:
         """Claims the run folder and writes the resolved configuration."""

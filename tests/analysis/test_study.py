@@ -427,7 +427,7 @@ def test_other_merge_methods_search_too(method, project):
         ({"merge_method": "ties", "merge_parameters": {"density": 1.5}}, "at most 1"),
         ({"merge_method": "svd", "merge_parameters": {"rank": 2.5}}, "an integer"),
         ({"merge_method": "ties", "merge_parameters": {"densiti": 0.5}}, "scaling, density"),
-        ({"merge_method": "tise"}, "expected average or"),
+        ({"merge_method": "tise"}, "expected one of average, "),
         ({"merge_method": "ties", "weights": "continuous", "strategy": "random"}, "needs merge_method: average"),
         ({"merge_method": "ties", "strategy": "gradient"}, "merge_method: average"),
         ({"verify_top_k": -1}, "at least 0"),

@@ -28,7 +28,7 @@ def test_what_is_written_from_flags_runs(project, model, capsys):
     assert "# test_data" in text
     assert m2m("search", "--config", "made/new.yaml", "--max_steps", 1, "--output_dir", "out") == 0
     assert m2m("init", *flags, "--output", "made/new.yaml") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_four_questions(project, model, monkeypatch, capsys):

@@ -1,13 +1,15 @@
 """Configuration: what is accepted, what is refused and how it is said, and that it survives being written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from m2m_hf.config.parsing import dump_yaml, field_names, parse, trl_fields, with_overrides
-from m2m_hf.config.run_config import MergeToMixConfig, field_help
+from m2m_hf.config.parsing import field_names, parse, trl_fields, with_overrides
+from m2m_hf.config.run_config import RULES, MergeToMixConfig, field_help
+from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.errors import InputError
 
 MISSING = object()
@@ -27,88 +29,157 @@ def write(folder: Path, **fields) -> Path:
     return path
 
 
+def candidate(**fields) -> dict:
+    return {"candidates": {"a": {**CANDIDATES["a"], **fields}}}
+
+
+def target(scorer="choice", **fields) -> dict:
+    return {"targets": {"t": {**TARGETS["t"], "scorer": scorer, **fields}}}
+
+
+FULL = {"expert": "full"}
+CLASSIFICATION = {"task": "sequence_classification", **target("classification")}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"candidates": {}}, "candidates: expected at least one"),
-        ({"targets": {}}, "targets: expected at least one"),
+        *(
+            ({"candidates": {name: {}}}, f"candidate name {name!r} is not allowed")
+            for name in ("a/b", "..", "a..b", ".a", 7)
+        ),
+        *(({"adapters": bank}, "adapters: expected org/name") for bank in ("", 5, {}, {"a": ""}, {7: "org/name"})),
+        *(
+            ({name: "x"}, f"{name}: expected true or false, got 'x'")
+            for name in ("race", "one_standard_error", "allow_overlap", "allow_metric_code", "train_final")
+        ),
+        *(
+            ({name: None}, f"{name}: expected .*, got None")
+            for name in (
+                "candidates",
+                "targets",
+                "task",
+                "strategy",
+                "min_datasets",
+                "verify_top_k",
+                "train_final",
+                "final",
+            )
+        ),
+        ({"candidates": {}}, "candidates: expected at least one, such as"),
+        ({"targets": {}}, "targets: expected at least one, such as"),
         ({"candidates": ["a"]}, "candidates: expected at least one"),
-        ({"candidates": {"a/b": {}}}, "candidate name 'a/b' is not allowed"),
-        ({"candidates": {"..": {}}}, "candidate name '..' is not allowed"),
-        ({"candidates": {"a..b": {}}}, "candidate name 'a..b' is not allowed"),
-        ({"candidates": {".hidden": {}}}, "candidate name '.hidden' is not allowed"),
         ({"candidates": {"x" * 65: {}}}, "is not allowed"),
-        ({"candidates": {7: {}}}, "candidate name 7 is not allowed"),
         ({"candidates": {"a": CANDIDATES["a"], "A": CANDIDATES["a"]}}, "differ only in case"),
-        (
-            {"candidates": {"a": {"path": "json", "data_file": "x"}}},
-            "unknown key 'data_file'; did you mean 'data_files'",
-        ),
-        ({"candidates": {"a": {"path": "json", "max_examples": 0}}}, "expected at least 1, got 0"),
-        ({"candidates": {"a": {"path": "json", "max_examples": "5"}}}, "expected int, got '5'"),
         ({"candidates": {"a": {"data_files": "x"}}}, r"candidates\.a\.path is missing"),
+        ({"candidates": {"a": {"path": "json"}}}, r"candidates\.a\.data_files is missing"),
         ({"candidates": {"a": "file.jsonl"}}, "expected what load_dataset takes"),
-        ({"candidates": {"a": {**CANDIDATES["a"], "required": "yes"}}}, "required: true"),
-        ({"candidates": {str(i): CANDIDATES["a"] for i in range(17)}}, "17 given"),
+        ({"candidates": {str(i): CANDIDATES["a"] for i in range(17)}}, "17 given.* Use strategy: auto"),
+        (candidate(data_file="x"), "unknown key 'data_file'; did you mean 'data_files'"),
+        (candidate(max_examples=0), "max_examples: expected an integer of at least 1, got 0"),
+        (candidate(max_examples="5"), "max_examples: expected an integer of at least 1, got '5'"),
+        (candidate(data_files=["a.jsonl", 5]), "data_files: expected a file or a list of files"),
+        (candidate(where={"q": ["x"]}), r"where: expected \{column: value\}"),
+        (candidate(required="yes"), r"candidates\.a\.required: expected true or false, got 'yes'"),
+        (candidate(cost=-1), r"candidates\.a\.cost: expected a number of at least 0, got -1"),
+        (candidate(required=True, excluded=True), r"candidates\.a: it is both required and excluded"),
+        (candidate(columns={"q": 5}), "both text, got {'q': 5}"),
+        (candidate(template={"text": "x"}), "expected texts for prompt and completion"),
+        (candidate(labels={"a": "b"}), r"candidates\.a\.labels: belongs to task: sequence_classification"),
+        (candidate(training={"lora_r": 2}), r"candidates\.a\.training: .*set allow_mixed_training: true"),
         ({"targets": {"t": {"scorer": "choice"}}}, r"targets\.t\.data is missing"),
-        (
-            {"targets": {"t": {**TARGETS["t"], "scorer": "choise"}}},
-            "expected one of choice, classification, loss, .*, got 'choise'",
-        ),
-        (
-            {"targets": {"t": {**TARGETS["t"], "metric": "exact_match"}}},
-            "expected accuracy, logprob, or a module of your own",
-        ),
-        (
-            {"targets": {"t": {**TARGETS["t"], "scorer": "loss", "metric": "accuracy"}}},
-            "expected loglikelihood for scorer loss",
-        ),
-        ({"targets": {"t": {**TARGETS["t"], "weight": 0}}}, "weight: expected a number above 0, got 0"),
-        ({"targets": {"t": {**TARGETS["t"], "min_delta": -0.1}}}, "min_delta: expected a number, 0 or above, got -0.1"),
-        ({"targets": {"t": {**TARGETS["t"], "normalize": "words"}}}, "normalize: expected one of none, tokens, bytes"),
-        (
-            {"targets": {"t": {**TARGETS["t"], "generation": {}}}},
-            "generation: belongs to scorer generation, not to choice",
-        ),
-        (
-            {"targets": {"t": {**TARGETS["t"], "scorer": "classification", "labels": ["a"]}}},
-            "labels: expected at least two",
-        ),
         ({"targets": {"t": {"scorer": "command"}}}, r"targets\.t\.command is missing: give the program"),
         ({"targets": {"t": {"scorer": "lm_eval"}}}, r"targets\.t\.task is missing: give the name of a task"),
         (
             {"targets": {"t": {"scorer": "lm_eval", "task": "x", "limit": 0}}},
-            "limit: expected an integer above 0, got 0",
+            "limit: expected an integer of at least 1",
         ),
+        ({"targets": {"t": {"scorer": "command", "command": "'a"}}}, "cannot be split into arguments"),
+        ({"targets": {"t": {"scorer": "command", "command": ["a", "{model}"]}}}, "give {adapter}, not {model}"),
+        (FULL | {"targets": {"t": {"scorer": "command", "command": ["{adapter}"]}}}, "give {model}, not {adapter}"),
+        (target("choise"), "expected one of choice, classification, loss, .*, got 'choise'"),
+        (target(metrics="x"), "unknown key 'metrics'; did you mean 'metric'"),
+        (target(metric="exact_match"), "expected accuracy, logprob, or a module of your own"),
+        (target("loss", metric="accuracy"), "expected loglikelihood for scorer loss"),
+        (target(weight=0), "weight: expected a number above 0, got 0"),
+        (target(min_delta=-0.1), "min_delta: expected a number of at least 0, got -0.1"),
+        (target(normalize="words"), "normalize: expected one of none, tokens, bytes"),
+        (target(generation={}), "generation: belongs to scorer generation, not to choice"),
+        (target("classification", labels=["a"]), "labels: expected a list of at least two labels"),
         (
-            {"candidates": {"a": {**CANDIDATES["a"], "template": {"text": "x"}}}},
-            "expected texts for prompt and completion",
+            {"task": "image_classification"},
+            "scorer: expected classification or command for image_classification, got choice",
         ),
-        ({"strategy": "greed"}, "strategy: expected exhaustive or auto or .* or gradient, got 'greed'"),
+        (CLASSIFICATION | {"labels": ["a"]}, "labels: expected a list of at least two labels"),
+        (CLASSIFICATION | {"labels": ["a", "b", "a"]}, "labels: expected every label once"),
+        (CLASSIFICATION | {"label_template": "a photo"}, "label_template: expected a text with {label} in it"),
+        (CLASSIFICATION | candidate(template={"prompt": "x"}), r"candidates\.a\.template: belongs to task: causal_lm"),
+        (
+            CLASSIFICATION | target("classification", normalize="bytes"),
+            "normalize and template belong to task: causal_lm",
+        ),
+        ({"labels": ["a", "b"]}, "labels: .* belongs to task: sequence_classification or image_classification"),
+        ({"label_template": "a {label}"}, "label_template: .* belongs to task: sequence_classification"),
+        ({"experts": "org/x"}, "experts: 'org/x' belongs to expert: full"),
+        ({"delta_dtype": "float16"}, "delta_dtype: 'float16' belongs to expert: full"),
+        (FULL | {"adapters": "org/x"}, "adapters: 'org/x' belongs to expert: lora; with expert: full give experts:"),
+        (FULL | {"merge_method": "linear"}, "merge_method: linear averages the factors of LoRA adapters"),
+        (FULL | {"trained_parameters": "("}, r"trained_parameters: '\(' is no regular expression"),
+        ({"adapters": {"b": "org/x"}}, "adapters: unknown key 'b'; expected one of: a"),
+        ({"strategy": "greed"}, "strategy: expected one of exhaustive, auto, .*, gradient, got 'greed'"),
         (
             {"strategy": "greedy", "weights": "continuous"},
-            "greedy proposes subsets only; for weights: continuous expected",
+            "greedy proposes subsets only; with weights: continuous expected",
         ),
+        (
+            {"strategy": "random", "weights": "continuous", "merge_method": "ties"},
+            "weights: continuous needs merge_method: average, got ties",
+        ),
+        (
+            {"merge_method": "ties", "merge_parameters": {"densiti": 1}},
+            "densiti: merge_method ties takes scaling, density",
+        ),
+        (
+            {"merge_method": "ties", "merge_parameters": {"density": 1.5}},
+            "density: expected a share above 0, at most 1",
+        ),
+        ({"merge_parameters": {"density": 0.5}}, "density: merge_method average takes none"),
         ({"max_trials": 0}, "max_trials: expected an integer of at least 1, got 0"),
         ({"max_trials": 10.5}, "max_trials: expected an integer of at least 1, got 10.5"),
+        ({"max_trials": True}, "max_trials: expected an integer of at least 1, got True"),
         ({"max_cost": float("inf")}, "max_cost: expected a number of at least 0, got inf"),
         ({"max_seconds": "soon"}, "max_seconds: expected a number of at least 0, got 'soon'"),
         ({"licenses": "mit"}, "licenses: expected a list of names, got 'mit'"),
-        ({"race": "yes"}, "race: expected true or false, got 'yes'"),
-        ({"candidates": {"a": {**CANDIDATES["a"], "cost": -1}}}, r"candidates\.a\.cost: expected a number, 0 or above"),
-        (
-            {"candidates": {"a": {**CANDIDATES["a"], "required": True, "excluded": True}}},
-            r"candidates\.a: it is both required and excluded",
-        ),
         ({"verify_top_k": -1}, "verify_top_k: expected an integer of at least 0, got -1"),
-        ({"candidates": {"a": {**CANDIDATES["a"], "columns": {"q": 5}}}}, "both text, got {'q': 5}"),
+        ({"fidelity_mixtures": 3}, "fidelity_mixtures: expected an integer of at least 4, got 3"),
         ({"tokens_per_batch": 0}, "tokens_per_batch: expected an integer of at least 1"),
-        ({"final": ["x"]}, "final: expected fields"),
+        ({"final": ["x"]}, "final: expected fields of SFTConfig or ModelConfig"),
     ],
 )
-def test_refused(fields, message):
+def test_a_wrong_setting_is_refused_with_what_was_expected(fields, message):
     with pytest.raises(InputError, match=message):
         config(**fields)
+
+
+def test_every_field_has_a_rule_and_a_help_text():
+    assert [name for name, _, text in field_help() if text] == list(RULES)
+
+
+def test_a_configuration_is_checked_again_when_it_is_replaced():
+    given = config(adapters={"a": "org/x"}, max_seconds=600, labels=None)
+    assert replace(given, max_trials=9).parsed_candidates == given.parsed_candidates
+    with pytest.raises(InputError, match="max_trials"):
+        replace(given, max_trials=0)
+
+
+def test_mappings_and_lists_stay_what_they_are_on_their_way_through_trls_parser(tmp_path):
+    bank = {"a": "org/adapter"}
+    ours, *_ = parse(write(tmp_path, adapters=bank, licenses=["mit"], final={"lora_r": 2}))
+    assert (ours.adapters, ours.licenses, ours.final) == (bank, ["mit"], {"lora_r": 2})
+    ours, *_ = parse(write(tmp_path, adapters=bank), ["--adapters", "org/other", "--licenses", "mit", "bsd"])
+    assert (ours.adapters, ours.licenses) == ("org/other", ["mit", "bsd"])
+    ours, *_ = parse(write(tmp_path, **CLASSIFICATION, labels=["a", "b"]))
+    assert (ours.labels, ours.parsed_labels) == (["a", "b"], {"a": "a", "b": "b"})
 
 
 def test_paths_are_relative_to_the_yaml(tmp_path):
@@ -157,6 +228,14 @@ def test_defaults_that_differ_from_trls(tmp_path):
         ),
         ({"max_length": 0}, [], "max_length: expected an integer of at least 1"),
         ({}, ["stray"], "not understood: stray"),
+        ({}, ["--labels", "a"], "--labels: expected in the YAML"),
+        ({}, ["--use_cpu", "maybe"], "use_cpu"),
+        ({"strategy": None}, [], "strategy: nothing given"),
+        ({"allow_overlap": 1}, [], "allow_overlap: expected true or false, got 1"),
+        ({"num_train_epochs": 0}, [], "num_train_epochs: expected a number above 0, got 0"),
+        ({"max_steps": 0}, [], "max_steps: expected at least 1, or -1 for num_train_epochs, got 0"),
+        ({"seed": 2**32}, [], "seed: expected an integer from 0 to"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, [], "the training arguments cannot be used"),
     ],
 )
 def test_bad_files_and_flags(tmp_path, fields, flags, message):
@@ -256,7 +335,6 @@ def test_final_overrides(tmp_path):
 def test_our_fields_do_not_collide_with_trls():
     names = field_names()
     assert len(names) == len(set(names))
-    assert all(text for _, _, text in field_help())
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml")), ids=lambda p: p.name)

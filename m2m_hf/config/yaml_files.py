@@ -1,0 +1,52 @@
+"""YAML files, read and written."""
+
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from m2m_hf.errors import InputError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Loads the mapping in a YAML file, safely.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: there is no such file") from None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise InputError(f"--config {path}: expected YAML, got {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected keys and values, got {type(content).__name__}")
+    return content
+
+
+def dump_yaml(values: Mapping[str, Any], comment: str = "") -> str:
+    """`values` as YAML in their given order, below `comment`."""
+    above = "".join(f"# {line}\n".replace(" \n", "\n") for line in comment.splitlines())
+    return above + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+
+
+def plain(value: Any) -> Any:
+    """`value` with enums, tuples and sets replaced by what YAML can hold."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return value
+
+
+def is_plain(value: Any) -> bool:
+    """True if YAML gives the value back unchanged."""
+    try:
+        return bool(yaml.safe_load(yaml.safe_dump(value)) == value)
+    except yaml.YAMLError:
+        return False

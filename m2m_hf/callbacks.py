@@ -27,8 +27,8 @@ from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.data.classification import Length, load_classification
-from m2m_hf.data.formats import load_all
+from m2m_hf.data.causal_lm import load_causal_lm_data
+from m2m_hf.data.classification import Length, load_classification_data
 from m2m_hf.data.rows import Target
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter, refuse_unless_averageable
@@ -36,8 +36,9 @@ from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import SUFFIX, own_head, plan_own
 from m2m_hf.modeling.inspection import positions
 from m2m_hf.modeling.processing import image_mode, patches
+from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
+from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer
-from m2m_hf.scoring.factory import make_label_scorer, make_scorer
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.storage.files import read_json_or_empty
 
@@ -99,9 +100,11 @@ class LiveTargets:
         """Every target's rows, and what makes its scorer."""
         length = positions(self.base)
         seed = self.trainer.args.seed
-        _, _, loaded = load_all({}, targets, self.processing, seed=seed, max_length=None, assistant_only_loss=False)
+        loaded = load_causal_lm_data(
+            {}, targets, self.processing, seed=seed, max_length=None, assistant_only_loss=False
+        ).targets
         return {
-            name: (one, partial(make_scorer, one.config, one.rows, self.processing, length))
+            name: (one, partial(make_causal_lm_scorer, one.config, one.rows, self.processing, length))
             for name, one in loaded.items()
         }
 
@@ -121,13 +124,13 @@ class LiveTargets:
         longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
         images = plan.task == "image_classification"
         length = Length(patches(config)) if images else Length(longest, processing)
-        _, _, loaded = load_classification(
+        loaded = load_classification_data(
             {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
-        )
+        ).targets
         return {
             name: (
                 one,
-                partial(make_label_scorer, one.config, one.rows, processing, lambda: head, length),
+                partial(ClassificationScorer, one.config, one.rows, processing, lambda: head, length),
             )
             for name, one in loaded.items()
         }

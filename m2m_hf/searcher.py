@@ -517,7 +517,7 @@ class MergeToMixSearcher(Ingredients):
             args, model_args = self._final_settings()
             if self.plan is None:
                 how = self.config.expert, self.config.trained_parameters
-                write_recipe(self.run, result.best.mixture, self.candidates, self._data[0], args, model_args, *how)
+                write_recipe(self.run, result.best.mixture, self.candidates, self._data.format, args, model_args, *how)
             else:
                 training = self._training(args, model_args)
                 write_label_recipe(self.run, result.best.mixture, self.candidates, training, model_args)

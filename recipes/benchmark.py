@@ -52,8 +52,7 @@ from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.modeling.processing import load_tokenizer
-from m2m_hf.scoring.factory import make_scorer
-from m2m_hf.scoring.scorers import CompletionScorer
+from m2m_hf.scoring.causal_lm import CompletionScorer, make_causal_lm_scorer
 
 
 def main() -> None:
@@ -119,7 +118,7 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
         config, args, model_args = parsing.parse(None, flags, values)
         tokenizer = load_tokenizer(model_args, args)
         rows = random_rows(given.rows or 200)
-        scorer = make_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
+        scorer = make_causal_lm_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
         budget = config.tokens_per_batch
         base = load_base(model_args, args)
         adapters = None
@@ -127,7 +126,7 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
         searcher = MergeToMixSearcher(*parsing.parse(given.config, flags), terminal)
         target = next(iter(searcher.targets.values()))
         rows = list(target.rows[: given.rows])
-        scorer = make_scorer(target.config, rows, searcher.tokenizer, 10**6)
+        scorer = make_causal_lm_scorer(target.config, rows, searcher.tokenizer, 10**6)
         model_args, tokenizer, base = searcher.model_args, searcher.tokenizer, searcher.base
         budget = searcher.config.tokens_per_batch
         whole = {} if given.random_adapters or searcher.bank.check() else searcher.bank.load()

@@ -57,9 +57,8 @@ from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.modeling.lora import lora_config
-from m2m_hf.scoring.factory import make_scorer
+from m2m_hf.scoring.causal_lm import CompletionScorer, make_causal_lm_scorer
 from m2m_hf.scoring.forward import Weights, completion_logprobs
-from m2m_hf.scoring.scorers import CompletionScorer
 from m2m_hf.training.fine_tune import train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
@@ -171,7 +170,7 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = random_rows(32, choices=2)
     data = Dataset.from_list([{"prompt": row.prompt, "completion": row.choices[0]} for row in rows])
-    scorer = make_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
+    scorer = make_causal_lm_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
     assert isinstance(scorer, CompletionScorer)
     values, trained = [], []
     for number in range(2):
@@ -220,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{place}, torch {torch.__version__}: {size / 1e6:,.0f} M parameters, {ADAPTERS} adapters of rank {RANK}"
         )
         rows = random_rows(200 if given.device == "cuda" else 8)
-        scorer = make_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
+        scorer = make_causal_lm_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
         assert isinstance(scorer, CompletionScorer)
         budget = 16384 if given.device == "cuda" else 1024
         for where, targets in (("attention", ATTENTION), ("all linear layers", "all-linear")):

@@ -1,4 +1,4 @@
-"""Other ways of choosing a mixture, to hold the method against."""
+"""Similarity to the target: a baseline that chooses candidates without scoring mixtures."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from m2m_hf.data.classification import ImageRow
-from m2m_hf.data.rows import Candidate, TargetRow
+from m2m_hf.data.rows import Candidate, ImageRow, TargetRow
 from m2m_hf.data.tokens import encode, render
 from m2m_hf.scoring.packing import batches, padded
 
@@ -17,7 +16,7 @@ IMAGES = 32  # in one forward pass
 
 
 def candidate_content(candidate: Candidate, processing: Any, seed: int) -> list[Any]:
-    """Some rows of a candidate: token ids, of prompt and completion together, or images.
+    """Some rows of a candidate: images, or token ids of prompt and completion together.
 
     Args:
         processing: the tokenizer, or the image processor.
@@ -33,50 +32,13 @@ def candidate_content(candidate: Candidate, processing: Any, seed: int) -> list[
     return [encode(processing, row["prompt"], row["completion"], where)[0] for row in rows]
 
 
-def target_content(rows: Sequence[Any], processing: Any, seed: int, labelled: bool) -> list[Any]:
-    """Some validation rows: token ids, of a causal LM's with the right answers, or images; none where rows are no questions.
-
-    Args:
-        labelled: whether the target is one of classification.
-    """
-    asked = [row for row in rows if isinstance(row, TargetRow)]
-    chosen = Random(seed).sample(asked, min(ROWS, len(asked)))
-    if not labelled:
+def target_content(rows: Sequence[Any], processing: Any, seed: int, classifies: bool) -> list[Any]:
+    """Some validation rows: images, or token ids, of a causal LM's with the right answers. None where rows are no questions."""
+    questions = [row for row in rows if isinstance(row, TargetRow)]
+    chosen = Random(seed).sample(questions, min(ROWS, len(questions)))
+    if not classifies:
         return [encode(processing, row.prompt, row.choices[row.answer], "target")[0] for row in chosen]
     return [row.image if isinstance(row, ImageRow) else processing(row.prompt)["input_ids"] for row in chosen]
-
-
-@torch.inference_mode()
-def centroid(
-    model: PreTrainedModel, content: Sequence[Any], tokens_per_batch: int, longest: int, processing: Any = None
-) -> Any:
-    """The mean over rows of the mean over tokens of the last hidden state; of shape (hidden,), float64.
-
-    Args:
-        content: token ids, or images.
-        longest: tokens of a text that are looked at.
-        processing: makes the model's input of images.
-    """
-    model.eval()
-    total: Any = 0.0
-    if not isinstance(content[0], list):
-        for start in range(0, len(content), IMAGES):
-            pixels = processing(images=list(content[start : start + IMAGES]), return_tensors="pt")["pixel_values"]
-            hidden = model.base_model(pixel_values=pixels.to(model.device, model.dtype))[0]
-            if hidden.ndim == 4:  # patches as a picture: (rows, features, height, width)
-                hidden = hidden.flatten(2).transpose(1, 2)
-            mean = hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()
-            total += mean.double().sum(0).cpu()
-        return total / len(content)
-    kept = [list(text)[:longest] for text in content]
-    for batch in batches([len(text) for text in kept], tokens_per_batch):
-        rows = [kept[index] for index in batch]
-        width = max(map(len, rows))
-        mask = padded([[1] * len(row) for row in rows], width).to(model.device)
-        hidden = model.base_model(input_ids=padded(rows, width).to(model.device), attention_mask=mask)[0]
-        mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        total += mean.double().sum(0).cpu()
-    return total / len(kept)
 
 
 def similarity(
@@ -87,7 +49,7 @@ def similarity(
     longest: int = 512,
     processing: Any = None,
 ) -> dict[str, float]:
-    """Cosine of each candidate's centroid in the base model's hidden states with the target's, the most similar first.
+    """Cosine between each candidate's centroid and the target's in the base model's hidden states, the most similar first.
 
     Args:
         model: the base model.
@@ -95,11 +57,51 @@ def similarity(
         target: the same of the validation rows.
         tokens_per_batch: budget of one forward pass.
         longest: tokens of a row that are looked at.
-        processing: of images.
+        processing: the image processor.
     """
+    model.eval()
     centre = centroid(model, target, tokens_per_batch, longest, processing)
-    found = {}
-    for name, content in candidates.items():
-        theirs = centroid(model, content, tokens_per_batch, longest, processing)
-        found[name] = float(torch.cosine_similarity(theirs, centre, dim=0))
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    cosines = {
+        name: float(
+            torch.cosine_similarity(centroid(model, content, tokens_per_batch, longest, processing), centre, dim=0)
+        )
+        for name, content in candidates.items()
+    }
+    return dict(sorted(cosines.items(), key=lambda item: (-item[1], item[0])))
+
+
+@torch.inference_mode()
+def centroid(
+    model: PreTrainedModel, content: Sequence[Any], tokens_per_batch: int, longest: int, processing: Any
+) -> torch.Tensor:
+    """The mean over rows of the mean over tokens of the last hidden state; of shape (hidden,), float64."""
+    if isinstance(content[0], list):
+        means = text_means(model, [text[:longest] for text in content], tokens_per_batch)
+    else:
+        means = image_means(model, content, processing)
+    total: Any = sum(mean.double().sum(0).cpu() for mean in means)
+    return torch.as_tensor(total / len(content))
+
+
+def text_means(model: PreTrainedModel, texts: Sequence[list[int]], tokens_per_batch: int) -> list[torch.Tensor]:
+    """By batch: the mean over a text's tokens, of shape (rows, hidden)."""
+    means = []
+    for batch in batches([len(text) for text in texts], tokens_per_batch):
+        rows = [texts[index] for index in batch]
+        width = max(map(len, rows))
+        mask = padded([[1] * len(row) for row in rows], width).to(model.device)
+        hidden = model.base_model(input_ids=padded(rows, width).to(model.device), attention_mask=mask)[0]
+        means.append((hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+    return means
+
+
+def image_means(model: PreTrainedModel, images: Sequence[Any], processing: Any) -> list[torch.Tensor]:
+    """By batch: the mean over an image's patches, of shape (rows, hidden)."""
+    means = []
+    for start in range(0, len(images), IMAGES):
+        pixels = processing(images=list(images[start : start + IMAGES]), return_tensors="pt")["pixel_values"]
+        hidden = model.base_model(pixel_values=pixels.to(model.device, model.dtype))[0]
+        if hidden.ndim == 4:  # patches as a picture: (rows, features, height, width)
+            hidden = hidden.flatten(2).transpose(1, 2)
+        means.append(hidden.float().mean(1) if hidden.ndim == 3 else hidden.float())
+    return means

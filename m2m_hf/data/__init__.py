@@ -1,1 +1,3 @@
-"""Candidates and targets as rows in one format. Imports core, config and storage."""
+"""Candidates and targets: loading them, one format for all rows, and a mixture as rows.
+
+Imports config, core and storage."""

@@ -17,27 +17,29 @@ def render(tokenizer: PreTrainedTokenizerBase, text: Prompt, where: str, answeri
         answering: end with what the template puts before an answer.
 
     Raises:
-        InputError: messages that the template does not take (a system turn, two user turns in a row, ...).
+        InputError: messages that the template refuses (a system turn, two user turns in a row, ...).
     """
     if isinstance(text, str):
         return list(tokenizer(text)["input_ids"])
     try:
         rendered = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, add_generation_prompt=answering)
     except TemplateError as error:
-        raise InputError(
-            f"{where}: the model's chat template does not take these messages ({error}): {text!r}"
-        ) from error
+        raise InputError(f"{where}: the model's chat template refuses these messages ({error}): {text!r}") from error
     return list(rendered["input_ids"])
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The beginning-of-text token, or the end-of-text token of models that have none: a model needs a token to go on from."""
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt, where: str = "row"
 ) -> tuple[list[int], int]:
-    """Token ids of prompt and completion together, and where the completion starts.
+    """(token ids of prompt and completion together, where the completion starts).
 
-    The completion starts where the tokens of the prompt alone and of both together part, as in TRL's SFTTrainer, so
-    that what is scored is what was trained. At least one token stands before it: with nothing there, the beginning-of-text
-    token, or the end-of-text token of models that have none.
+    As in TRL's SFTTrainer, the completion starts where the tokens of the prompt alone and of both together differ. So what is
+    scored is what was trained. An empty prompt becomes `first_token`.
 
     Raises:
         InputError: a completion without a token of its own; see also `render`.
@@ -52,17 +54,14 @@ def encode(
         start += 1
     if start == len(ids):
         raise InputError(f"{where}: the completion {completion!r} adds no token to its prompt")
-    if start == 0:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids, start = [first, *ids], 1
-    return ids, start
+    return (ids, start) if start else ([first_token(tokenizer), *ids], 1)
 
 
 def token_lengths(rows: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> Iterator[tuple[int, int]]:
     """(where the completion starts, number of tokens) of every training row, before truncation.
 
-    A conversation trained on all assistant turns counts as starting at 0. Plain text gets the end-of-text token, as TRL
-    appends it.
+    A conversation that trains on all assistant turns counts as starting at 0. Plain text gets the end-of-text token that TRL
+    appends.
     """
     for number, row in enumerate(rows, start=1):
         if "messages" in row:

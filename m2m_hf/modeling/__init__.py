@@ -1,1 +1,3 @@
-"""Models, tokenizers and frozen heads, loaded as transformers and TRL load them. Imports merging and storage."""
+"""Models, tokenizers, image processors and frozen heads, loaded as transformers and TRL load them.
+
+Imports merging and storage."""

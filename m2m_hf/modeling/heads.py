@@ -1,10 +1,10 @@
-"""The head of a classifier: what makes a score for every label of a model's output. It is frozen, and one for all.
+"""The head of a classifier, which makes a score for every label of a model's output. It is frozen, and all experts share it.
 
-Parameters can be averaged only where they stand for the same thing. Heads that were trained for one candidate each do not: their
-rows belong to labels of their own, and the weights below them have learned to speak to them. So the head is fixed before anything
-is trained. It is either the classifier that the base model already has, or made of the labels' names: the base encoder's own
-embedding of them, as CLIP classifies by its text tower (arXiv 2103.00020). A label's row then depends on its name alone, so that
-datasets whose labels are their own share one space.
+Only parameters that mean the same can be averaged. Heads that were trained for one candidate each do not: their rows belong to
+different labels, and the weights below them have adapted to that. So the head is fixed before any training. It is either the
+classifier that the base model already has, or it is made of the labels' names: the base encoder's own embedding of them, as CLIP
+classifies by its text tower (arXiv 2103.00020). A label's row then depends on its name alone, so that datasets with different
+labels share one space.
 """
 
 import json
@@ -25,32 +25,27 @@ from m2m_hf.errors import InputError
 from m2m_hf.storage.files import staging_path
 
 SCALE = 20.0  # of a cosine in the softmax: the temperature of 0.05 with which sentence encoders are trained
-
-
 LONGEST = 64  # tokens of a label's name
-
-
 SUFFIX = {"sequence_classification": "ForSequenceClassification", "image_classification": "ForImageClassification"}
-
-
-# Families with a text tower beside their image tower -> (the latter alone, the field of its output that holds the embedding).
+# Families with a text tower and an image tower -> (class of the image tower, field of its output that holds the embedding)
 TOWERS = {
     "clip": ("CLIPVisionModelWithProjection", "image_embeds"),
     "siglip": ("SiglipVisionModel", "pooler_output"),
 }
+POOLING_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Where the head of a run comes from, as the base model's configuration tells before any weights are there.
+    """Where the head of a run comes from, read from the base model's configuration before any weights are loaded.
 
     Args:
         task: `sequence_classification` or `image_classification`.
-        model_class: of transformers, that loads the base model.
-        own: label -> column of the classifier that the model has; None where the head is made of names.
+        model_class: the class of transformers that loads the base model.
+        own: label -> column of the model's own classifier; None where the head is made of names.
         pooling: how a row's features are taken from the output: `mean` or `cls` over tokens, or a field of it.
-        two_towers: whether names are embedded by a text tower beside what is trained.
-        prefix: of the weights below a classifier of its own.
+        two_towers: whether a text tower beside the trained image tower embeds the names.
+        prefix: name of the model's part below its own classifier.
     """
 
     task: str
@@ -68,13 +63,15 @@ class HeadPlan:
         return r"(.*\.)?pooler(\..*)?" if self.pooling in ("mean", "cls") else None
 
 
-def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
-    """What the head will be.
+def plan_head(config: transformers.PretrainedConfig, model: str, revision: str | None, task: str) -> HeadPlan:
+    """What the head of a base model will be.
+
+    Args:
+        config: the model's.
 
     Raises:
         InputError: a model that has neither a classifier of its own nor a way to embed names.
     """
-    config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     architecture = next(iter(config.architectures or ()), "")
     if architecture.endswith(SUFFIX[task]):
         loads: Any = getattr(transformers, architecture, None)
@@ -84,7 +81,7 @@ def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
     if task == "sequence_classification":
         if config.is_encoder_decoder or hasattr(config, "vision_config"):
             raise InputError(
-                f"model_name_or_path: {model!r} ({config.model_type}) reads more than a text; expected an encoder of texts, or a "
+                f"model_name_or_path: {model!r} ({config.model_type}) reads more than a text; expected a text encoder, or a "
                 f"model with a classifier of its own (...{SUFFIX[task]})"
             )
         return HeadPlan(task, "AutoModel", None, sentence_pooling(model, revision))
@@ -92,8 +89,8 @@ def plan_head(model: str, revision: str | None, task: str) -> HeadPlan:
         image, pooling = TOWERS[config.model_type]
         return HeadPlan(task, image, None, pooling, two_towers=True)
     raise InputError(
-        f"model_name_or_path: {model!r} ({config.model_type}) has no classifier, and no text tower that could make one of the "
-        f"labels' names. A head trained for every candidate apart could not be averaged. Give a model with a trained classifier "
+        f"model_name_or_path: {model!r} ({config.model_type}) has no classifier, and no text tower to make one of the labels' "
+        "names. Heads trained for one candidate each could not be averaged. Give a model with a trained classifier "
         f"over your labels (...{SUFFIX[task]}), or one of {', '.join(TOWERS)}"
     )
 
@@ -107,29 +104,30 @@ def plan_own(config: transformers.PretrainedConfig, architecture: type[PreTraine
     task = next(task for task, suffix in SUFFIX.items() if architecture.__name__.endswith(suffix))
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise InputError(
-            f"{what} gives {config.problem_type or 'a single number'}; expected a classifier of which one label is right"
+            f"{what} gives {config.problem_type or 'a single number'}; expected a classifier with exactly one right label"
         )
     own = {str(label): int(column) for column, label in config.id2label.items()}
     if len(own) < len(config.id2label):
-        raise InputError(f"{what}: two of its labels have one name: {', '.join(config.id2label.values())}")
+        raise InputError(f"{what}: two of its labels have the same name: {', '.join(config.id2label.values())}")
     return HeadPlan(task, architecture.__name__, own, "logits", prefix=architecture.base_model_prefix)
 
 
 def sentence_pooling(model: str, revision: str | None) -> str:
-    """How a sentence encoder pools its tokens, as sentence-transformers writes it beside the weights; else their mean."""
+    """How a sentence encoder pools its tokens, as sentence-transformers writes it beside the weights; the mean by default."""
     path = cached_file(
         model, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
     )  # fmt: skip
+    if path is None:
+        return "mean"
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {"pooling_mode_mean_tokens": True}
-        modes = [name for name, on in found.items() if name.startswith("pooling_mode_") and on]
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        modes = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path}: expected how sentence-transformers pools tokens, as JSON ({error})") from error
-    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(modes) != 1 or modes[0] not in known:
-        raise InputError(f"{path}: expected {' or '.join(known)} alone, got {', '.join(modes) or 'none'}")
-    return known[modes[0]]
+    if len(modes) != 1 or modes[0] not in POOLING_MODES:
+        raise InputError(f"{path}: expected only {' or '.join(POOLING_MODES)}, got {', '.join(modes) or 'none'}")
+    return POOLING_MODES[modes[0]]
 
 
 @dataclass(frozen=True)
@@ -153,17 +151,17 @@ class Head:
     columns: list[int] = field(default_factory=list)
 
     def scores(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
-        """The score of every label, of shape (rows, labels), fp32; their softmax over the labels that may be right is the answer.
+        """The score of every label, of shape (rows, labels), fp32. The answer is their softmax over a row's possible labels.
 
         Args:
-            outputs: of the model.
+            outputs: the model's.
             mask: the text's attention mask, of shape (rows, tokens).
         """
         if self.vectors is None:
             logits: torch.Tensor = outputs.logits.float()[:, self.columns]
             return logits
-        found = nn.functional.normalize(features(outputs, mask, self.plan.pooling), dim=-1)
-        return self.scale * found @ self.vectors.to(found.device).T
+        directions = nn.functional.normalize(features(outputs, mask, self.plan.pooling), dim=-1)
+        return self.scale * directions @ self.vectors.to(directions.device).T
 
     def places(self, labels: Sequence[str]) -> list[int]:
         """Where labels stand among the scores."""
@@ -173,7 +171,7 @@ class Head:
         """Writes vectors and what else is needed to classify without this package.
 
         Args:
-            of: recognises what they were made from.
+            of: fingerprint of what they were made from.
         """
         assert self.vectors is not None
         about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling, "of": of}
@@ -183,29 +181,13 @@ class Head:
 
     @classmethod
     def read(cls, path: Path, plan: HeadPlan, closed: bool, of: str) -> "Head | None":
-        """The head that was written there; None where there is none, or one made from something else."""
+        """The head in a file; None if there is none, or if it was made from something else."""
         try:
             with safe_open(path, "pt") as file:
                 about, vectors = json.loads(file.metadata()["head"]), file.get_tensor("vectors")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         return cls(tuple(about["labels"]), plan, vectors, about["scale"], closed) if about.get("of") == of else None
-
-
-def features(outputs: Any, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """A row's features, of shape (rows, features), fp32."""
-    found: torch.Tensor = outputs["last_hidden_state" if pooling in ("mean", "cls") else pooling].float()
-    if pooling == "cls":
-        return found[:, 0]
-    if pooling == "mean":
-        weights = torch.ones(found.shape[:2], device=found.device) if mask is None else mask.to(found.dtype)
-        return (found * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-    return found
-
-
-def cut(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """How a label's name is cut to a length."""
-    return {"truncation": True, "max_length": min(LONGEST, tokenizer.model_max_length)}
 
 
 def own_head(plan: HeadPlan, labels: Sequence[str]) -> Head:
@@ -223,13 +205,13 @@ def head_of_names(
     tokenizer: PreTrainedTokenizerBase,
     closed: bool,
 ) -> Head:
-    """The head made of names, each embedded by itself, so that a label's row does not depend on which others there are.
+    """The head made of names. Each is embedded by itself, so that a label's row does not depend on the other labels.
 
     Args:
         words: label -> the words that stand for it.
-        template: a text with `{label}` in it, into which the words are put.
+        template: a text with `{label}` in it, which the words replace.
         model: the base model; of two towers both.
-        tokenizer: its own.
+        tokenizer: the model's.
         closed: see `Head`.
     """
     model.eval()
@@ -237,12 +219,27 @@ def head_of_names(
     for label in words:
         text = template.replace("{label}", words[label])
         padding: Any = "max_length" if plan.pooling == "pooler_output" else False  # SigLIP was trained so
-        given = tokenizer(text, padding=padding, return_tensors="pt", **cut(tokenizer)).to(model.device)
+        inputs = tokenizer(text, padding=padding, return_tensors="pt", **cut(tokenizer)).to(model.device)
         if plan.two_towers:
-            row = model.get_text_features(**given).pooler_output.float()
+            row = model.get_text_features(**inputs).pooler_output.float()
         else:
-            row = features(model(**given), given.get("attention_mask"), plan.pooling)
+            row = features(model(**inputs), inputs.get("attention_mask"), plan.pooling)
         rows.append(nn.functional.normalize(row[0], dim=0))
-    vectors = torch.stack(rows).cpu()
     scale = float(model.logit_scale.exp()) if plan.two_towers else SCALE
-    return Head(tuple(words), plan, vectors, scale, closed)
+    return Head(tuple(words), plan, torch.stack(rows).cpu(), scale, closed)
+
+
+def features(outputs: Any, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """A row's features, of shape (rows, features), fp32."""
+    hidden: torch.Tensor = outputs["last_hidden_state" if pooling in ("mean", "cls") else pooling].float()
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "mean":
+        weights = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
+        return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+    return hidden
+
+
+def cut(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokenizer's arguments that truncate a label's name."""
+    return {"truncation": True, "max_length": min(LONGEST, tokenizer.model_max_length)}

@@ -1,4 +1,4 @@
-"""What of a model can be checked before its weights are loaded."""
+"""Checks of a model that need no weights."""
 
 import copy
 import re
@@ -21,7 +21,7 @@ def check_model(
     plan: HeadPlan | None = None,
     parameters: str | None = None,
 ) -> int:
-    """Tries everything about the model that needs no weights: its configuration, its attention, what is trained of its layers.
+    """Checks what needs no weights: the model's configuration, its attention, the layers to be trained.
 
     Args:
         config: the LoRA shape; None where all parameters are trained, or those that the pattern `parameters` names.
@@ -31,7 +31,7 @@ def check_model(
         The number of positions that the model has (a million where it does not say).
 
     Raises:
-        InputError: whatever of it cannot work.
+        InputError: anything that cannot work.
     """
     model = meta_model(model_args, args, plan)
     if config is None and not any(is_trained(name, plan, parameters) for name, _ in model.named_parameters()):
@@ -41,8 +41,8 @@ def check_model(
         adapt(model, config, model_args)
     if plan is not None and plan.prefix and not hasattr(model, plan.prefix):
         raise InputError(
-            f"model_name_or_path: what of {plan.model_class} is its classifier, and what is below it, cannot be told; expected a "
-            f"model with a part {plan.prefix!r}"
+            f"model_name_or_path: cannot tell the classifier of a {plan.model_class} from the layers below it; expected a model "
+            f"with a part {plan.prefix!r}"
         )
     return positions(model)
 
@@ -68,7 +68,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -
     """Puts an adapter of this shape on a model without weights.
 
     Raises:
-        InputError: one that does not fit, or that is on layers whose adapters cannot be averaged.
+        InputError: the shape does not fit, or names layers whose adapters cannot be averaged.
     """
     try:
         get_peft_model(model, copy.deepcopy(config))
@@ -77,11 +77,11 @@ def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
             f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
         ) from error
-    folded = [name for name, one in model.named_parameters() if ".lora_A." in name and one.dim() != 2]
+    folded = [name for name, factor in model.named_parameters() if ".lora_A." in name and factor.dim() != 2]
     if folded:
         raise InputError(
-            f"lora_target_modules: {folded[0].split('.lora_A')[0]} and others are convolutions, whose adapters are no pairs of "
-            "matrices to be averaged; name linear layers, or use expert: full"
+            f"lora_target_modules: {folded[0].split('.lora_A')[0]} and others are convolutions, whose adapters cannot be "
+            "averaged; name linear layers, or use expert: full"
         )
 
 
@@ -103,24 +103,24 @@ def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) 
     except Exception as error:
         what = "causal LM" if plan is None else "model for this task"
         raise InputError(
-            f"model_name_or_path: {model_args.model_name_or_path!r} is no {what} to be used ({error})"
+            f"model_name_or_path: {model_args.model_name_or_path!r} cannot be used as a {what} ({error})"
         ) from error
 
 
 def positions(model: PreTrainedModel) -> int:
     """How many tokens a model has positions for; a million where it does not say."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if found is None or found < 1:  # XLNet says -1
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit < 1:  # XLNet says -1
         return 1_000_000
     for name, layer in model.named_modules():
         if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
-            return int(found) - int(layer.padding_idx) - 1  # as RoBERTa counts
-    return int(found)
+            return int(limit) - int(layer.padding_idx) - 1  # as RoBERTa counts
+    return int(limit)
 
 
 def is_trained(name: str, plan: HeadPlan | None, parameters: str | None) -> bool:
-    """Whether a full expert may change the parameter of this name: one that the pattern allows, and not the head's."""
-    kept = plan.untrained if plan else None
-    if kept is not None and re.fullmatch(kept, name):
+    """True if a full expert may change the parameter of this name: the pattern allows it, and it is not the head's."""
+    untrained = plan.untrained if plan else None
+    if untrained is not None and re.fullmatch(untrained, name):
         return False
     return parameters is None or re.search(parameters, name) is not None

@@ -1,4 +1,4 @@
-"""Models and tokenizers, loaded as TRL and transformers load them, and checked before any weights are there."""
+"""Base models: their configuration, commit and weights, loaded as TRL loads them."""
 
 import copy
 import re
@@ -12,7 +12,6 @@ from typing import Any
 import transformers
 from accelerate import PartialState
 from accelerate.utils import patch_environment
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +57,7 @@ def pin_revision(model_args: ModelConfig) -> ModelConfig:
 
 
 def not_found(model_args: ModelConfig, error: Exception) -> InputError:
-    """What to say where the model cannot be found or read."""
+    """The error for a model that cannot be found or read."""
     return InputError(
         f"model_name_or_path: {model_args.model_name_or_path!r} is neither a local model folder nor a model that the Hub "
         f"shows ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
@@ -67,7 +66,7 @@ def not_found(model_args: ModelConfig, error: Exception) -> InputError:
 
 @contextmanager
 def unsharded(args: SFTConfig) -> Iterator[None]:
-    """While active, models are loaded with all their weights on every process, also where training will cut them into pieces."""
+    """While active, every process loads all weights of a model, even where training will shard it."""
     plugin = args.deepspeed_plugin
     with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
         if plugin is not None:
@@ -87,10 +86,7 @@ def make_plan(model_args: ModelConfig, task: str) -> HeadPlan | None:
     """
     if task == "causal_lm":
         return None
-    try:
-        return plan_head(model_args.model_name_or_path, model_args.model_revision, task)
-    except (OSError, ValueError, KeyError) as error:
-        raise not_found(model_args, error) from error
+    return plan_head(load_config(model_args), model_args.model_name_or_path, model_args.model_revision, task)
 
 
 def model_class(plan: HeadPlan | None) -> Any:
@@ -103,10 +99,10 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses; safetensors only.
 
-    With `load_in_4bit` or `load_in_8bit` bitsandbytes quantises it while it is loaded.
+    With `load_in_4bit` or `load_in_8bit`, bitsandbytes quantises it while it is loaded.
 
     Args:
-        to_train: under FSDP or DeepSpeed, as their training wants it, which moves and cuts it itself; it can then not be scored.
+        to_train: under FSDP or DeepSpeed, leave moving and sharding to them; the model cannot be scored then.
         plan: of the head; None for a causal LM.
 
     Raises:
@@ -123,7 +119,7 @@ def load_base(
     to_train = to_train and is_sharded()
     try:
         with nullcontext() if to_train else unsharded(args):
-            model, told = create_model_from_path(
+            model, report = create_model_from_path(
                 model_args.model_name_or_path,
                 None if plan is None else model_class(plan),
                 revision=model_args.model_revision,
@@ -136,16 +132,16 @@ def load_base(
             )
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
-    kept = plan.untrained if plan is not None and plan.own is None else None  # such as a pooler, which nothing reads
-    if missing := sorted(name for name in told["missing_keys"] if kept is None or not re.fullmatch(kept, name)):
+    unread = plan.untrained if plan is not None and plan.own is None else None  # such as a pooler
+    if missing := sorted(name for name in report["missing_keys"] if unread is None or not re.fullmatch(unread, name)):
         raise InputError(
             f"model_name_or_path: {model_args.model_name_or_path!r} has no weights for {', '.join(missing[:3])}"
             f"{' and others' * (len(missing) > 3)} of {type(model).__name__}, which would be random numbers"
         )
     for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            # On processors with AVX512-BF16 bitsandbytes 0.50 repacks the weights in place when it first infers with them. It
-            # rounds their scales, and from then on no gradient passes through the layer, without a word.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # On processors with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights in place when it first infers with them.
+            # That rounds their scales, and silently blocks gradients from then on.
             layer.support_avx512bf16_for_cpu = False
     placed = to_train or quantization or hasattr(model, "hf_device_map")
     return model if placed else model.to(args.device)
@@ -166,7 +162,7 @@ def load_head(
     Args:
         words: label -> words.
         closed, template: see `heads.head_of_names`.
-        base: the base model, whose own embedding of them it is; where that is a tower beside it, both are loaded for a moment.
+        base: the base model, which embeds the names; where a text tower beside it does, both towers are loaded for a moment.
     """
     if plan.two_towers:
         base = load_base(model_args, args, plan=replace(plan, model_class="AutoModel"))
@@ -174,7 +170,7 @@ def load_head(
 
 
 def base_fingerprint(model_args: ModelConfig) -> str:
-    """Recognises the base weights: the bytes of a local folder's safetensors, or the commit of a Hub model.
+    """Identifies the base weights: the bytes of a local folder's safetensors, or the commit of a Hub model.
 
     Raises:
         InputError: a local folder without safetensors.

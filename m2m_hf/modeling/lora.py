@@ -14,16 +14,16 @@ from m2m_hf.modeling.heads import HeadPlan
 
 
 def lora_config(model_args: ModelConfig, plan: HeadPlan | None = None) -> LoraConfig:
-    """The LoRA shape that `model_args` describe, as TRL builds it; with a head, of what is below it.
+    """The LoRA shape that `model_args` describe, as TRL builds it; with a head, on the layers below it.
 
     Raises:
-        InputError: one that cannot be averaged (DoRA, modules_to_save, ...).
+        InputError: a shape that cannot be averaged (DoRA, modules_to_save, ...).
     """
     model_args = copy.copy(model_args)
     model_args.use_peft = True
     try:
         config = get_peft_config(model_args)
-    except Exception as error:  # whatever PEFT makes of what it is given
+    except Exception as error:  # PEFT raises many kinds
         raise InputError(f"lora: {str(error) or type(error).__name__}") from error
     if plan is not None:
         config.task_type = None  # PEFT would train a classifier's head beside the adapter
@@ -36,10 +36,10 @@ def model_config(model: str, lora: LoraConfig, loading: Mapping[str, Any]) -> Mo
     """TRL's `ModelConfig` of a base model and a LoRA shape, as `lora_config` takes it.
 
     Args:
-        loading: what `from_pretrained` is given: `dtype`, `revision`, `attn_implementation`.
+        loading: arguments of `from_pretrained`: `dtype`, `revision`, `attn_implementation`.
 
     Raises:
-        InputError: a shape, or a way of loading, that it cannot say.
+        InputError: a shape, or an argument, that a `ModelConfig` cannot express.
     """
     names = {
         "dtype": "dtype",
@@ -48,13 +48,13 @@ def model_config(model: str, lora: LoraConfig, loading: Mapping[str, Any]) -> Mo
         "attn_implementation": "attn_implementation",
     }
     if others := loading.keys() - names:
-        raise InputError(f"model_init_kwargs: expected {', '.join(names)} alone, got {', '.join(sorted(others))}")
+        raise InputError(f"model_init_kwargs: expected only {', '.join(names)}, got {', '.join(sorted(others))}")
     modules = sorted(lora.target_modules) if isinstance(lora.target_modules, set) else lora.target_modules
     if isinstance(modules, list) and len(modules) == 1:
-        modules *= 2  # of a list of one ModelConfig would make a text, which PEFT takes for a regular expression
+        modules *= 2  # ModelConfig makes a list of one a text, which PEFT takes for a regular expression
     options: dict[str, Any] = {"dtype": "float32"}
     options |= {names[name]: str(value).removeprefix("torch.") for name, value in loading.items()}
-    made = ModelConfig(
+    model_args = ModelConfig(
         model_name_or_path=model,
         use_peft=True,
         lora_r=lora.r,
@@ -65,22 +65,22 @@ def model_config(model: str, lora: LoraConfig, loading: Mapping[str, Any]) -> Mo
         **options,
     )
     refuse_unless_averageable(lora, "peft_config")
-    given, said = lora_facts(lora), lora_facts(lora_config(made))
-    for name, value in given.items():
-        if name != "lora_config.task_type" and value != said[name]:
+    expressed = lora_facts(lora_config(model_args))
+    for name, value in lora_facts(lora).items():
+        if name != "lora_config.task_type" and value != expressed[name]:
             raise InputError(
-                f"peft_config: {name.removeprefix('lora_config.')}={value!r} cannot be said in a run's configuration, which has "
+                f"peft_config: {name.removeprefix('lora_config.')}={value!r} has no key in a run's configuration, which knows "
                 "lora_r, lora_alpha, lora_dropout, lora_target_modules and use_rslora; leave it out"
             )
-    return made
+    return model_args
 
 
 def lora_facts(config: LoraConfig) -> dict[str, Any]:
     """The shape of an adapter, as JSON gives it back."""
-    aside = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping")
-    found = {
+    ignored = ("base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping")
+    facts = {
         f"lora_config.{name}": sorted(value) if isinstance(value, set) else value
         for name, value in config.to_dict().items()
-        if name not in aside
+        if name not in ignored
     }
-    return dict(json.loads(json.dumps(found, default=str)))
+    return dict(json.loads(json.dumps(facts, default=str)))

@@ -12,11 +12,11 @@ from trl import ModelConfig, SFTConfig
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.loading import not_found
 
-PATCHES = 256  # of an image, where the model does not cut it into any: for how many are scored at once
+PATCHES = 256  # assumed of an image where the model has none; sets how many images are scored at once
 
 
 def image_mode(config: Any) -> str:
-    """What images are converted to before a model sees them: `L` where it takes one channel, else `RGB`."""
+    """The mode of the images that a model takes: `L` for one channel, else `RGB`."""
     return "L" if getattr(getattr(config, "vision_config", config), "num_channels", 3) == 1 else "RGB"
 
 
@@ -24,11 +24,11 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
     """The tokenizer that TRL would load for this model, with the special tokens and the chat template that it would set.
 
     Args:
-        generates: whether the model does; that of a classifier needs no end-of-text token. It pads on the right, whatever it
-            was saved with: there positions begin with the text, so that its score is the same in every batch.
+        generates: whether the model does. A classifier's tokenizer needs no end-of-text token. It pads on the right, whatever
+            its files say: positions then begin with the text, so that its score is the same in every batch.
 
     Raises:
-        InputError: no such model or tokenizer, or a token that it does not have.
+        InputError: no such model or tokenizer, or an unknown token.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -40,7 +40,7 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token
         if tokenizer.pad_token not in tokenizer.get_vocab():
             raise InputError(
-                f"pad_token: {tokenizer.pad_token!r} is not a token of this model, and texts are padded to one length; give one"
+                f"pad_token: {tokenizer.pad_token!r} is not a token of this model, and a batch needs padding; give one that is"
             )
         tokenizer.padding_side = "right"
         return tokenizer
@@ -57,7 +57,7 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
 
 
 def load_image_processor(model_args: ModelConfig) -> Any:
-    """What makes a model's input of images, as it stands beside the weights.
+    """The image processor that is stored beside a model's weights.
 
     Raises:
         InputError: there is none.
@@ -68,7 +68,7 @@ def load_image_processor(model_args: ModelConfig) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
-            f"model_name_or_path: {model_args.model_name_or_path!r} does not say how images are prepared for it; expected a "
+            f"model_name_or_path: {model_args.model_name_or_path!r} has no image processor; expected a "
             f"preprocessor_config.json beside its weights ({str(error).splitlines()[0][:200]})"
         ) from error
 
@@ -81,11 +81,10 @@ def patches(config: Any) -> int:
 
 
 def inputs_of(processing: Any, content: Sequence[Any], limit: int) -> Mapping[str, torch.Tensor]:
-    """What the model is given of texts, padded to the longest, or of images."""
+    """The model's input for texts, padded to the longest, or for images."""
+    inputs: Mapping[str, torch.Tensor]
     if isinstance(content[0], str):
-        found: Mapping[str, torch.Tensor] = processing(
-            list(content), truncation=True, max_length=limit, padding=True, return_tensors="pt"
-        )
+        inputs = processing(list(content), truncation=True, max_length=limit, padding=True, return_tensors="pt")
     else:
-        found = processing(images=list(content), return_tensors="pt")
-    return found
+        inputs = processing(images=list(content), return_tensors="pt")
+    return inputs

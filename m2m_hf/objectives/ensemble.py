@@ -21,7 +21,8 @@ from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.objectives.merged import MergedObjective
 from m2m_hf.objectives.scored import ScorerObjective
-from m2m_hf.scoring.scorers import ROUND, AnswerScorer, CompletionScorer, LogprobScorer
+from m2m_hf.scoring.causal_lm import CompletionScorer
+from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer
 from m2m_hf.storage.files import readable, sync
 
 BLOCK = 1 << 24  # numbers in one temporary tensor

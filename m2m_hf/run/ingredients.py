@@ -26,10 +26,10 @@ from m2m_hf.config.yaml_files import dump_yaml, plain
 from m2m_hf.console import Terminal
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.data.classification import Length, label_words, load_classification, words_of
-from m2m_hf.data.formats import load_all
+from m2m_hf.data.causal_lm import load_causal_lm_data
+from m2m_hf.data.classification import Length, label_words, load_classification_data, words_of
 from m2m_hf.data.loading import pin_data, split_candidates
-from m2m_hf.data.rows import Candidate, Target, overlap
+from m2m_hf.data.rows import Candidate, LoadedData, Target, overlap
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.merging.dense_stack import Stack, open_stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
@@ -51,8 +51,9 @@ from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from m2m_hf.objectives.fine_tuned import FineTunedModels
 from m2m_hf.objectives.merged import MergedObjective
 from m2m_hf.objectives.trained import TrainedObjective
+from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
+from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
-from m2m_hf.scoring.factory import make_label_scorer, make_scorer
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.search.model_based import choose_strategy
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_atomic, write_json
@@ -200,9 +201,9 @@ class Ingredients:
         return words_of(self._label_space, self.candidates, self.targets)
 
     @cached_property
-    def _data(self) -> tuple[str, dict[str, Candidate], dict[str, Target]]:
+    def _data(self) -> LoadedData:
         if self.plan is not None:
-            return load_classification(
+            return load_classification_data(
                 self.config.parsed_candidates,
                 self.config.parsed_targets,
                 self.config.task,
@@ -211,7 +212,7 @@ class Ingredients:
                 seed=self.args.seed,
                 mode=image_mode(load_config(self.model_args)),
             )
-        return load_all(
+        return load_causal_lm_data(
             self.config.parsed_candidates,
             self.config.parsed_targets,
             self.tokenizer,
@@ -223,12 +224,12 @@ class Ingredients:
     @property
     def candidates(self) -> dict[str, Candidate]:
         """The candidates by name, loaded and checked."""
-        return self._data[1]
+        return self._data.candidates
 
     @property
     def targets(self) -> dict[str, Target]:
         """The targets by name, loaded and checked."""
-        return self._data[2]
+        return self._data.targets
 
     @cached_property
     def overlap(self) -> dict[tuple[str, str], int]:
@@ -284,7 +285,7 @@ class Ingredients:
         processing = (
             {"image_processor": fingerprint(plain(self.processing.to_dict()))}
             if images
-            else tokenizer_facts(self.tokenizer, self._data[0] in ("chat", "messages"))
+            else tokenizer_facts(self.tokenizer, self._data.format in ("chat", "messages"))
         )
         more: dict[str, Any] = {}
         if quantization := quantization_facts(model_args):
@@ -305,7 +306,7 @@ class Ingredients:
                 "delta_dtype": self.config.delta_dtype,
             }
         return uniform_facts(
-            args, self._lora(model_args), processing, self._base_fingerprint, model_args.dtype, self._data[0], more
+            args, self._lora(model_args), processing, self._base_fingerprint, model_args.dtype, self._data.format, more
         )
 
     @cached_property
@@ -388,7 +389,7 @@ class Ingredients:
             return {part: CallableScorer(config.scorer, one, self.processing) for part, one in given.items()}
         if self.plan is not None:
             return {
-                part: make_label_scorer(
+                part: ClassificationScorer(
                     config,
                     one,
                     self.processing,
@@ -401,7 +402,7 @@ class Ingredients:
                 if one
             }
         return {
-            part: make_scorer(config, one, self.tokenizer, positions, allow_metric_code=allow, where=where)
+            part: make_causal_lm_scorer(config, one, self.tokenizer, positions, allow_metric_code=allow, where=where)
             for part, one in rows.items()
             if one
         }
@@ -605,7 +606,7 @@ class Ingredients:
                 figures = {"rows": len(one.rows), "labels": figures["labels"]}
             figures |= {"steps": steps, "in target": found}
             rows.append([name, *(f"{figure:,}" for figure in figures.values())])
-        self.terminal.table(f"candidates ({self._data[0]} format)", ["", *figures], rows)
+        self.terminal.table(f"candidates ({self._data.format} format)", ["", *figures], rows)
         if self.plan is not None:
             self.terminal.say(self._describe_head())
         for target in targets.values():
@@ -613,10 +614,10 @@ class Ingredients:
         self.terminal.say("")
         for scored, parts in scorers.items():
             for part, scorer in parts.items():
-                if scorer.cut:
+                if scorer.truncated:
                     what = "prompts are too long for the model; their beginning"
                     what = "texts are too long; their end" if self.plan is not None else what
-                    self.terminal.say(f"{scored}, {part}: {scorer.cut} {what} is cut", "yellow")
+                    self.terminal.say(f"{scored}, {part}: {scorer.truncated} {what} is cut", "yellow")
         for name, one in candidates.items():
             if one.dropped:
                 self.terminal.say(

@@ -1,1 +1,3 @@
-"""From a model to a score: packing, forward passes, scorers and metrics. Imports merging, modeling and data."""
+"""From a model to a score: packing rows, forward passes, scorers and metrics.
+
+Imports config, core, storage, merging, modeling and data."""

@@ -1,4 +1,4 @@
-"""Scoring by a frozen head."""
+"""Scoring a classifier with a frozen head."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -7,29 +7,33 @@ from typing import Any
 import torch
 
 from m2m_hf.config.targets import TargetConfig
-from m2m_hf.data.classification import ImageRow, Length, recognised
-from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
+from m2m_hf.data.classification import Length
+from m2m_hf.data.rows import ImageRow, TargetRow, content_fingerprint, text_of
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import Head
 from m2m_hf.modeling.processing import inputs_of
 from m2m_hf.scoring.forward import Weights, row_gradient, row_outputs
-from m2m_hf.scoring.metrics import Metric
-from m2m_hf.scoring.scorers import AnswerScorer, metric_fingerprint
+from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
+from m2m_hf.scoring.scorers import AnswerScorer, Gradient
 
-PIXELS = 1 << 30  # bytes of images that a scorer keeps as the model takes them
+MAX_PIXEL_BYTES = 1 << 30  # of prepared images that a scorer keeps
 
 
-class LabelScorer(AnswerScorer):
+class ClassificationScorer(AnswerScorer):
     """Classification by a model with a frozen head: the softmax over a target's labels.
 
     Args:
         config: the target's.
-        rows: texts or images with their labels as choices.
+        rows: texts or images, with the labels as choices.
         processing: the tokenizer, or the image processor.
-        head: the run's.
-        length: counts tokens, and knows what they are cut to.
-        metric: see `AnswerScorer`.
+        head: gives the run's head.
+        length: counts tokens, and knows their limit.
+        allow_metric_code: whether a metric that is not shipped may be loaded.
+        where: the target, for messages.
+
+    Raises:
+        InputError: a metric that cannot be loaded, or compares texts.
     """
 
     def __init__(
@@ -39,37 +43,39 @@ class LabelScorer(AnswerScorer):
         processing: Any,
         head: Callable[[], Head],
         length: Length,
-        metric: Metric | None,
+        *,
+        allow_metric_code: bool = False,
+        where: str = "target",
     ) -> None:
+        metric = load_metric(config, allow_metric_code, where)
         super().__init__(rows, metric, [[1.0] * len(row.choices) for row in rows])
         self._processing, self._head, self._limit = processing, head, length.limit
         sizes = length([row.prompt for row in rows])
         self._sizes = [min(size, length.limit) for size in sizes]
-        self._kept: dict[int, torch.Tensor] = {}
-        self._room = PIXELS
-        self.cut = sum(size > length.limit for size in sizes)
+        self._pixels: dict[int, torch.Tensor] = {}
+        self._room = MAX_PIXEL_BYTES
+        self.truncated = sum(size > length.limit for size in sizes)
         self.tokens = sum(self._sizes)
-        about = [config.kind, metric_fingerprint(config), length.limit, *rows]
-        self.fingerprint = content_fingerprint(about, default=recognised)
+        self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), length.limit, *rows])
 
     def _inputs(self, rows: Sequence[int]) -> Mapping[str, torch.Tensor]:
-        """What the model is given of these rows. Images are kept so while there is room, as every mixture asks for them again."""
-        found = {row: self._kept[row] for row in rows if row in self._kept}
-        new = [row for row in rows if row not in found]
+        """The model's input for these rows. Prepared images are kept while there is room, as every mixture needs them again."""
+        pixels = {row: self._pixels[row] for row in rows if row in self._pixels}
+        new = [row for row in rows if row not in pixels]
         asked = [self.rows[row] for row in new]
         content = [row.image if isinstance(row, ImageRow) else row.prompt for row in asked]
-        made = inputs_of(self._processing, content, self._limit) if content else {}
-        if set(made) - {"pixel_values"}:
-            return made
-        for row, pixels in zip(new, made.get("pixel_values", ()), strict=True):
-            found[row] = pixels
-            if pixels.nbytes <= self._room:
-                self._kept[row] = pixels.clone()
-                self._room -= pixels.nbytes
-        return {"pixel_values": torch.stack([found[row] for row in rows])}
+        inputs = inputs_of(self._processing, content, self._limit) if content else {}
+        if set(inputs) - {"pixel_values"}:
+            return inputs
+        for row, image in zip(new, inputs.get("pixel_values", ()), strict=True):
+            pixels[row] = image
+            if image.nbytes <= self._room:
+                self._pixels[row] = image.clone()
+                self._room -= image.nbytes
+        return {"pixel_values": torch.stack([pixels[row] for row in rows])}
 
-    def _ask(self, stack: Stack, rows: Sequence[int]) -> torch.Tensor:
-        """The scores of the labels of these rows, all of which are a choice among the same ones."""
+    def _outputs(self, stack: Stack, rows: Sequence[int]) -> torch.Tensor:
+        """The scores of the labels of these rows, which are a choice among the same labels."""
         head, model = self._head(), stack.model
         inputs = {name: tensor.to(model.device) for name, tensor in self._inputs(rows).items()}
         if "pixel_values" in inputs:
@@ -80,14 +86,10 @@ class LabelScorer(AnswerScorer):
     def measure(
         self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
     ) -> list[list[tuple[float, ...]]]:
-        sizes = [self._sizes[row] for row in rows]
+        def outputs_of(numbers: Sequence[int]) -> torch.Tensor:
+            return self._outputs(stack, [rows[number] for number in numbers])
 
-        def ask(numbers: Sequence[int]) -> torch.Tensor:
-            return self._ask(stack, [rows[number] for number in numbers])
+        return row_outputs(stack, mixtures, [self._sizes[row] for row in rows], outputs_of, tokens_per_batch)
 
-        return row_outputs(stack, mixtures, sizes, ask, tokens_per_batch)
-
-    def measure_slope(
-        self, stack: GatedStack, weights: Weights, tokens_per_batch: int
-    ) -> tuple[list[tuple[float, ...]], dict[str, float]]:
-        return row_gradient(stack, weights, self._sizes, partial(self._ask, stack), tokens_per_batch, self.slopes)
+    def measure_gradient(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Gradient:
+        return row_gradient(stack, weights, self._sizes, partial(self._outputs, stack), tokens_per_batch, self.slopes)

@@ -12,7 +12,7 @@ HEAD = 4  # a scored position, with its logits over the whole vocabulary, counts
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids, of which those from `start` on (at least one, and not the first) are scored given all before them."""
+    """Token ids. Those from `start` on (at least one, and not the first) are scored given all before them."""
 
     ids: tuple[int, ...]
     start: int
@@ -24,13 +24,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """A question as one row of tokens: its prompt, and behind it of every completion all but the last token.
+    """A question as one row of tokens: its prompt, then all but the last token of every completion.
 
     Args:
         ids: the tokens.
-        places: of each token its position in the text that it belongs to.
-        branches: 0 for the tokens of the prompt, k for those of the k-th completion, which see the prompt and each other.
-        scored: (index in this row, token that follows there, index of the completion) for everything to be scored.
+        places: every token's position in the text that it belongs to.
+        branches: 0 for the prompt's tokens, k for those of the k-th completion, which see the prompt and each other.
+        scored: (index in this row, token that follows there, index of the completion) of every scored token.
     """
 
     ids: list[int]
@@ -52,7 +52,7 @@ class Question:
 
     @cached_property
     def shared(self) -> int:
-        """How many tokens, none of them scored, all requests begin with."""
+        """How many tokens all requests share at their beginning, none of them scored."""
         starts = (request.ids[: request.start] for request in self.requests)
         return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*starts)))  # noqa: B905 - the shortest
 
@@ -66,7 +66,7 @@ class Question:
         shared = self.shared
         row = Row(list(self.requests[0].ids[:shared]), list(range(shared)), [0] * shared, [])
         for number, request in enumerate(self.requests):
-            # Where a token of this completion stands in the row; its first one is predicted by the prompt's last.
+            # Where a token of this completion stands in the row; the prompt's last token predicts its first one.
             offset = len(row.ids) - shared
             for place in range(max(request.start, shared), len(request.ids)):
                 index = place - 1 if place == shared else offset + place - 1
@@ -79,13 +79,13 @@ class Question:
 
 
 def batches(sizes: Sequence[int], tokens_per_batch: int, scored: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Indices in batches of similar size, the longest first, each at most `tokens_per_batch` with padding.
+    """Indices in batches of similar size, each at most `tokens_per_batch` with padding. A row longer than that goes alone.
 
-    The longest come first so that memory that does not suffice shows at once. What is longer than the budget goes alone.
+    The longest rows come first, so that memory runs out at once if it does.
 
     Args:
-        sizes: tokens of each row.
-        scored: positions of each row whose logits are computed; see `HEAD`.
+        sizes: tokens of every row.
+        scored: positions of every row whose logits are computed; see `HEAD`.
     """
     order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
     batch: list[int] = []
@@ -102,7 +102,6 @@ def batches(sizes: Sequence[int], tokens_per_batch: int, scored: Sequence[int] |
 
 
 def padded(rows: Sequence[Sequence[int]], width: int, left: bool = False) -> torch.Tensor:
-    """Token ids as a tensor of shape (rows, width), filled up with 0."""
-    return torch.tensor(
-        [[0] * (width - len(row)) * left + [*row] + [0] * (width - len(row)) * (not left) for row in rows]
-    )
+    """Rows as a tensor of shape (rows, width), filled up with 0."""
+    fill = [[0] * (width - len(row)) for row in rows]
+    return torch.tensor([[*zeros, *row] if left else [*row, *zeros] for row, zeros in zip(rows, fill, strict=True)])

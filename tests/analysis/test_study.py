@@ -21,7 +21,7 @@ from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import fine_tuned
 from m2m_hf.reporting.record import Record
-from m2m_hf.scoring.scorers import ChoiceScorer
+from m2m_hf.scoring.causal_lm import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.journal import Journal
 from m2m_hf.training import bank

@@ -11,8 +11,8 @@ from trl import SFTConfig, SFTTrainer
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.data.formats import load_all, normalise, split_row, target_row
-from m2m_hf.data.loading import load_rows, read_line
+from m2m_hf.data.causal_lm import load_causal_lm_data, normalise, split_row, target_row
+from m2m_hf.data.loading import load_rows, parse_json
 from m2m_hf.data.mixture_rows import write_mixture
 from m2m_hf.data.rows import overlap
 from m2m_hf.data.tokens import encode
@@ -22,9 +22,9 @@ MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content"
 
 
 def load(candidates: dict, tokenizer, target: list | None = None, **options):
-    """`load_all` over rows in memory."""
+    """`load_causal_lm_data` over rows in memory."""
     target_config = TargetConfig("choice", "accuracy", DataConfig(rows=Dataset.from_list(target or choice_rows())))
-    return load_all(
+    return load_causal_lm_data(
         {name: CandidateConfig(DataConfig(rows=Dataset.from_list(rows))) for name, rows in candidates.items()},
         {"t": target_config},
         tokenizer,
@@ -72,20 +72,20 @@ def test_columns_are_renamed():
 def test_unions_are_safe_whatever_columns_the_sources_have(tokenizer):
     plain = [row | {"id": i, "extra": None} for i, row in enumerate(candidate_rows("alpha"))]
     chat = [{"messages": [m | {"name": "x"} for m in MESSAGES], "source": "web"}]
-    data_format, candidates, targets = load({"plain": plain, "chat": chat}, tokenizer)
-    assert data_format == "chat"
-    union = concatenate_datasets([candidates["plain"].rows, candidates["chat"].rows])
+    data = load({"plain": plain, "chat": chat}, tokenizer)
+    assert data.format == "chat"
+    union = concatenate_datasets([data.candidates["plain"].rows, data.candidates["chat"].rows])
     assert union[0] == {
         "prompt": [{"role": "user", "content": plain[0]["prompt"]}],
         "completion": [{"role": "assistant", "content": plain[0]["completion"].strip()}],
     }
     assert union[-1] == {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}
-    assert targets["t"].rows[0].choices[0] == [{"role": "assistant", "content": "red"}]
+    assert data.targets["t"].rows[0].choices[0] == [{"role": "assistant", "content": "red"}]
 
 
 def test_whole_conversations_with_assistant_only_loss(tokenizer):
     rows = [{"messages": MESSAGES + MESSAGES}]
-    _, candidates, _ = load({"a": rows}, tokenizer, assistant_only_loss=True)
+    candidates = load({"a": rows}, tokenizer, assistant_only_loss=True).candidates
     assert candidates["a"].rows.to_list() == rows
     with pytest.raises(InputError, match="needs a messages column"):
         load({"a": rows, "b": candidate_rows("b")}, tokenizer, assistant_only_loss=True)
@@ -111,7 +111,7 @@ def test_sizes_tokens_and_truncation(tokenizer):
         {"prompt": "red " * 30, "completion": " one"},
         {"prompt": "red", "completion": " one" * 40},
     ]
-    _, candidates, _ = load({"a": rows}, tokenizer, max_length=20)
+    candidates = load({"a": rows}, tokenizer, max_length=20).candidates
     lengths = [len(encode(tokenizer, row["prompt"], row["completion"])[0]) + 1 for row in rows]
     one = candidates["a"]
     assert (one.longest, one.truncated, one.dropped) == (max(lengths), 2, 1)
@@ -122,19 +122,19 @@ def test_sizes_tokens_and_truncation(tokenizer):
 
 def test_overlap_counts_the_same_question(tokenizer):
     rows = [{"prompt": "Question:  RED 1?", "completion": " a"}, {"prompt": "other", "completion": " b"}]
-    _, candidates, targets = load(
+    data = load(
         {"a": rows}, tokenizer, [{"prompt": "question: red 1?", "choices": ["x", "y"], "answer": 0}]
     )
-    assert overlap(candidates["a"], targets["t"].rows) == 1
+    assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
 
 
 def test_empty_prompts_do_not_overlap_unless_their_completions_do(tokenizer):
-    _, candidates, targets = load(
+    data = load(
         {"a": [{"prompt": "", "completion": "one"}]},
         tokenizer,
         [{"prompt": "", "choices": ["one", "y"], "answer": 0}, {"prompt": "", "choices": ["z", "y"], "answer": 0}],
     )
-    assert overlap(candidates["a"], targets["t"].rows) == 1
+    assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
 
 
 def test_messages_that_the_template_does_not_take(tokenizer):
@@ -152,7 +152,7 @@ def test_a_completion_that_adds_no_token(tokenizer):
 
 
 def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
-    _, candidates, _ = load({name: candidate_rows(name) for name in ("a", "b", "c")}, tokenizer)
+    candidates = load({name: candidate_rows(name) for name in ("a", "b", "c")}, tokenizer).candidates
     mixture = Mixture.subset(["a", "c"])
     first = write_mixture(tmp_path / "1", mixture, candidates, seed=3)
     second = write_mixture(tmp_path / "2", mixture, dict(reversed(candidates.items())), seed=3)
@@ -194,7 +194,7 @@ def test_bad_candidate_rows(tokenizer, rows, message):
         ({"answer": 3}, "0 to 2"),
         ({"answer": "purple"}, "or its text, got 'purple'"),
         ({"answer": True}, "got True"),
-        ({"choices": [" red", " red", " blue"], "answer": 0}, "stands there twice"),
+        ({"choices": [" red", " red", " blue"], "answer": 0}, "occurs twice"),
         ({"prompt": 5}, "expected text, got 5"),
     ],
 )
@@ -299,7 +299,7 @@ def test_parts_may_have_adapters_of_others_and_are_read_once(public_set, monkeyp
         file.write("adapters: {public-none: theirs}\n")
     lines = []
     monkeypatch.setattr(
-        "m2m_hf.data.loading.read_line", lambda content, place: lines.append(place) or read_line(content, place)
+        "m2m_hf.data.loading.parse_json", lambda content, place: lines.append(place) or parse_json(content, place)
     )
     assert m2m("search", "--config", public_set / "run.yaml") == 0
     assert sum("public.jsonl" in place for place in lines) == 24

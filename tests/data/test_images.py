@@ -99,7 +99,7 @@ def test_a_backbone_without_a_head_is_refused_with_the_reason(pictures_of, tmp_p
     ViTModel(ViTConfig(image_size=8, patch_size=4, **SHAPE)).save_pretrained(model)
     folder = pictures_of(model, "all-linear")
     assert m2m("adapters", "--config", folder / "images.yaml") == 2
-    assert "A head trained for every candidate apart could not be averaged" in capsys.readouterr().err
+    assert "Heads trained for one candidate each could not be averaged" in capsys.readouterr().err
 
 
 def test_labels_the_classifier_does_not_have_are_refused_or_mapped(pictures_of, vit, capsys):
@@ -113,7 +113,7 @@ def test_labels_the_classifier_does_not_have_are_refused_or_mapped(pictures_of, 
         folder / "all.parquet"
     )
     assert m2m("adapters", "--config", path, "--allow_overlap", "true") == 2
-    assert "'rouge' is none of the 3 labels of this run: red, green, blue" in capsys.readouterr().err
+    assert "'rouge': expected one of the 3 labels of this run: red, green, blue. Map it, with labels: {rouge: red, ...}" in capsys.readouterr().err
     given["candidates"]["all"]["labels"] = {"rouge": "red"}
     path.write_text(yaml.safe_dump(given))
     assert m2m("adapters", "--config", path) == 2
@@ -162,7 +162,7 @@ def test_pictures_are_prepared_once_as_far_as_there_is_room(pictures_of, vit, mo
 
     monkeypatch.setattr("m2m_hf.scoring.classification.inputs_of", counted)
     for room in (1 << 30, 2 * 3 * 8 * 8 * 4, 0):
-        monkeypatch.setattr("m2m_hf.scoring.classification.PIXELS", room)
+        monkeypatch.setattr("m2m_hf.scoring.classification.MAX_PIXEL_BYTES", room)
         one = MergeToMixSearcher(*parse(folder / "images.yaml"), Terminal(quiet=True))
         one.train_adapters()
         scorer, stack = one.scorers["colours"]["validation"], one._open_stack(one.merge_method)

@@ -185,7 +185,7 @@ def test_macro_f1_counts_every_label_alike(intents):
     stack = one._open_stack(one.merge_method)
     rows = one.targets["intents"].rows
     with torch.no_grad():
-        guesses = [int(scorer._ask(stack, [number])[0].argmax()) for number in range(len(rows))]
+        guesses = [int(scorer._outputs(stack, [number])[0].argmax()) for number in range(len(rows))]
     score = []
     for label in {row.answer for row in rows} | set(guesses):
         hits = sum(guess == row.answer == label for guess, row in zip(guesses, rows, strict=True))
@@ -254,7 +254,7 @@ def test_pixels_that_are_no_colours_are_refused(pictures_of, vit, capsys):
     given["candidates"]["all"] = {"path": "imagefolder", "data_dir": "deep"}
     changed(folder, "images", **given)
     assert m2m("adapters", "--config", folder / "images.yaml") == 2
-    assert "candidates.all, row 1.image: cannot be read (its pixels are numbers of kind I;16" in capsys.readouterr().err
+    assert "candidates.all, row 1.image: cannot be read (pixels of mode I;16" in capsys.readouterr().err
 
 
 def test_labels_of_a_target_that_the_run_does_not_have_are_refused_before_the_training(own, capsys):
@@ -262,7 +262,7 @@ def test_labels_of_a_target_that_the_run_does_not_have_are_refused_before_the_tr
     changed(own, targets={"intents": target | {"labels": ["green", "blue", "purple"]}})
     assert m2m("adapters", "--config", own / "intents.yaml") == 2
     assert (
-        "targets.intents.labels: purple are none of the 3 labels of this run: red, green, blue"
+        "targets.intents.labels: purple: expected one of the 3 labels of this run: red, green, blue"
         in capsys.readouterr().err
     )
 
@@ -355,7 +355,7 @@ def test_what_is_no_encoder_of_texts_is_refused(intents, clip, tmp_path, capsys,
         build_tokenizer().save_pretrained(tmp_path / "t5")
     changed(intents, model_name_or_path=str(clip if kind == "clip" else tmp_path / "t5"))
     assert m2m("adapters", "--config", intents / "intents.yaml") == 2
-    assert "reads more than a text; expected an encoder of texts" in capsys.readouterr().err
+    assert "reads more than a text; expected a text encoder" in capsys.readouterr().err
 
 
 def test_names_that_are_alike_up_to_where_they_are_cut_are_the_same_words(intents, capsys):

@@ -10,12 +10,12 @@ from pico import build_model, build_stack, choice_rows, config, questions_of_man
 
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.data.formats import target_row
+from m2m_hf.data.causal_lm import target_row
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, subset_blocks
 from m2m_hf.objectives.merged import MergedObjective
-from m2m_hf.scoring.factory import make_scorer
+from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.forward import completion_logprobs, token_logprobs
 from m2m_hf.search.loop import screen
 from m2m_hf.storage.keys import Keys
@@ -29,9 +29,9 @@ def scorers(tokenizer) -> dict:
     rows = questions_of_many_shapes(tokenizer)
     single = [TargetRow(row.prompt, row.choices[-1:], 0) for row in rows]
     return {
-        "accuracy": make_scorer(config("choice", "accuracy"), rows, tokenizer, 128),
-        "logprob": make_scorer(config("choice", "logprob", normalize="tokens"), rows, tokenizer, 128),
-        "loglikelihood": make_scorer(config("loss", "loglikelihood"), single, tokenizer, 128),
+        "accuracy": make_causal_lm_scorer(config("choice", "accuracy"), rows, tokenizer, 128),
+        "logprob": make_causal_lm_scorer(config("choice", "logprob", normalize="tokens"), rows, tokenizer, 128),
+        "loglikelihood": make_causal_lm_scorer(config("loss", "loglikelihood"), single, tokenizer, 128),
     }
 
 
@@ -202,12 +202,12 @@ def test_some_rows_score_as_they_do_among_all(tmp_path, tokenizer, kind):
     stack = build_stack(tmp_path, "llama")
     rows = questions_of_many_shapes(tokenizer)
     if kind == "choice":
-        scorer = make_scorer(config("choice", "accuracy"), rows, tokenizer, 128)
+        scorer = make_causal_lm_scorer(config("choice", "accuracy"), rows, tokenizer, 128)
     else:
         single = [TargetRow(row.prompt, row.choices[:1], 0) for row in rows]
         metric = {"loss": "loglikelihood", "generation": "token_f1"}[kind]
         options = {"generation": {"max_new_tokens": 3}} if kind == "generation" else {}
-        scorer = make_scorer(config(kind, metric, **options), single, tokenizer, 128)
+        scorer = make_causal_lm_scorer(config(kind, metric, **options), single, tokenizer, 128)
     assert scorer.by_row
     mixtures = [{"a": 1.0}, {"a": 0.5, "c": 0.5}]
     for whole, first, second in zip(
@@ -228,7 +228,7 @@ def test_a_model_in_bfloat16_has_gradients_too(tokenizer, tmp_path):
     stack = build_stack(tmp_path, "llama")
     half = GatedStack(build_model("llama").to(torch.bfloat16), stack.adapters)
     rows = [target_row(row, "text", "choice", "row") for row in choice_rows(9)]
-    scorer = make_scorer(config("choice", "logprob"), rows, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("choice", "logprob"), rows, tokenizer, 128)
     weights = dict.fromkeys(NAMES, 1 / 3)
     exact, rough = (scorer.gradient(one, weights, 100)[1] for one in (stack, half))
     for name in NAMES:

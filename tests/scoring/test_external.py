@@ -15,13 +15,13 @@ from pico import build_adapter, build_model, choice_rows, write_rows
 from m2m_hf.config.candidates import DataConfig
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.score import Failure, Score
-from m2m_hf.data.formats import target_row
+from m2m_hf.data.causal_lm import target_row
 from m2m_hf.data.tokens import encode
 from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.merging.adapter import Adapter, write_adapter
 from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
-from m2m_hf.scoring.factory import make_scorer
 
 VARIANTS = {
     "plain": {},
@@ -285,7 +285,7 @@ def test_the_harness_scores_the_gated_model_as_our_own_scorer_does(tmp_path, tok
     scorer = harness(task, tokenizer)
     assert scorer.examples == 12
     rows = [target_row(row, "text", "choice", "row") for row in choice_rows(12)]
-    ours = make_scorer(TargetConfig("choice", "accuracy", DataConfig(path="json")), rows, tokenizer, 128)
+    ours = make_causal_lm_scorer(TargetConfig("choice", "accuracy", DataConfig(path="json")), rows, tokenizer, 128)
     for weights in MIXTURES:
         theirs = scorer.score(stack, [weights], 100)[0]
         assert theirs.values == ours.score(stack, [weights], 100)[0].values

@@ -8,15 +8,15 @@ import torch
 from pico import build_adapter, build_model, build_stack, choice_rows, config, questions_of_many_shapes
 
 from m2m_hf.core.score import Failure, Score, mean_and_stderr
-from m2m_hf.data.formats import target_row
+from m2m_hf.data.causal_lm import target_row
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.data.tokens import encode
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring.factory import make_scorer
+from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.forward import ScoredPositions, completion_logprobs
-from m2m_hf.scoring.metrics import Metric, bootstrap
+from m2m_hf.scoring.metrics.metric import SHIPPED_FILE, Metric, bootstrap
 from m2m_hf.scoring.packing import Question, Request, batches
 from m2m_hf.scoring.scorers import Scorer
 
@@ -43,7 +43,7 @@ def direct(model, tokenizer, row: TargetRow) -> list[float]:
 
 def test_choice(tokenizer, questions):
     model = build_model("llama")
-    score = score_of(make_scorer(config("choice", "accuracy"), questions, tokenizer, 128), model)
+    score = score_of(make_causal_lm_scorer(config("choice", "accuracy"), questions, tokenizer, 128), model)
     expected = [direct(model, tokenizer, row) for row in questions]
     hits = [float(max(range(3), key=lambda i: e[i]) == row.answer) for e, row in zip(expected, questions, strict=True)]
     right = [torch.tensor(e).log_softmax(0)[row.answer].item() for e, row in zip(expected, questions, strict=True)]
@@ -51,7 +51,7 @@ def test_choice(tokenizer, questions):
     assert score.value == pytest.approx(sum(hits) / 9)
     assert list(score.logprobs) == pytest.approx(right, abs=1e-5)
     assert score.stderr == pytest.approx(torch.tensor(hits).std().item() / 3)
-    by_logprob = score_of(make_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
+    by_logprob = score_of(make_causal_lm_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
     assert by_logprob.values == score.logprobs
     assert by_logprob.value == pytest.approx(sum(right) / 9, abs=1e-5)
 
@@ -59,7 +59,7 @@ def test_choice(tokenizer, questions):
 def test_loss_is_token_weighted_and_equals_the_models_own(tokenizer):
     model = build_model("llama")
     rows = [TargetRow(f"question: {n}", (" red" + " blue one" * n,), 0) for n in range(1, 5)]
-    scorer = make_scorer(config("loss", "loglikelihood"), rows, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("loss", "loglikelihood"), rows, tokenizer, 128)
     score = score_of(scorer, model, 50)
     total, tokens = 0.0, 0
     for row in rows:
@@ -98,7 +98,7 @@ def test_a_model_that_gives_nan_has_no_score(tokenizer, questions):
     model = build_model("llama")
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
-    scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
     assert score_of(scorer, model) == Failure("the model gives log-probabilities that are not finite")
 
 
@@ -114,8 +114,8 @@ def test_batches_cover_everything_within_the_budget():
 
 def test_too_long_a_prompt_loses_its_beginning(tokenizer):
     row = TargetRow("red " * 200, (" one", " two"), 0)
-    scorer = make_scorer(config("choice", "accuracy"), [row], tokenizer, 64)
-    assert scorer.cut == 1
+    scorer = make_causal_lm_scorer(config("choice", "accuracy"), [row], tokenizer, 64)
+    assert scorer.truncated == 1
     requests = scorer.questions[0].requests
     assert max(len(request.ids) for request in requests) == 64
     assert tokenizer.decode(requests[0].ids[requests[0].start :]) == " one"
@@ -125,13 +125,11 @@ def test_too_long_a_prompt_loses_its_beginning(tokenizer):
 def test_a_completion_longer_than_the_model_is_refused(tokenizer):
     row = TargetRow("red", (" one" * 70, " two"), 0)
     with pytest.raises(InputError, match="row 1 of the target: a completion of 70 tokens does not fit"):
-        make_scorer(config("choice", "accuracy"), [row], tokenizer, 64)
+        make_causal_lm_scorer(config("choice", "accuracy"), [row], tokenizer, 64)
 
 
 def test_shipped_accuracy_is_an_evaluate_module():
-    from importlib.resources import files
-
-    module = evaluate.load(str(files("m2m_hf.scoring") / "metrics" / "accuracy"))
+    module = evaluate.load(str(SHIPPED_FILE), config_name="accuracy")
     assert isinstance(module, evaluate.Metric)
     result = module.compute(predictions=[0, 1, 2], references=[0, 2, 2])
     assert result == {"accuracy": pytest.approx(2 / 3), "per_example": [1.0, 0.0, 1.0]}
@@ -151,7 +149,7 @@ FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
 def test_prompts_are_shared_by_all_choices_without_changing_a_score(tokenizer, family, budget):
     model = build_model(family)
     rows = questions_of_many_shapes(tokenizer)
-    score = score_of(make_scorer(config("choice", "logprob"), rows, tokenizer, 128), model, budget)
+    score = score_of(make_causal_lm_scorer(config("choice", "logprob"), rows, tokenizer, 128), model, budget)
     expected = [torch.tensor(direct(model, tokenizer, row)).log_softmax(0)[row.answer].item() for row in rows]
     assert list(score.values) == pytest.approx(expected, abs=2e-5)
 
@@ -165,7 +163,7 @@ def test_every_prompt_is_computed_once(tokenizer, questions):
         seen += kwargs["input_ids"].numel()
 
     model.register_forward_pre_hook(count, with_kwargs=True)
-    scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
     score_of(scorer, model, 10_000)
     rows = [
         question.shared + sum(len(request.ids) - question.shared - 1 for request in question.requests)
@@ -177,9 +175,9 @@ def test_every_prompt_is_computed_once(tokenizer, questions):
 
 def test_a_model_without_position_ids_scores_each_choice_alone(tokenizer, questions, monkeypatch):
     model = build_model("llama")
-    expected = score_of(make_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
+    expected = score_of(make_causal_lm_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
     monkeypatch.setattr("m2m_hf.scoring.forward.shared_span", lambda model: 0)
-    alone = score_of(make_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
+    alone = score_of(make_causal_lm_scorer(config("choice", "logprob"), questions, tokenizer, 128), model)
     assert alone.values == pytest.approx(expected.values, abs=1e-5)
 
 
@@ -187,7 +185,9 @@ def test_a_model_without_position_ids_scores_each_choice_alone(tokenizer, questi
 def test_length_normalisation(tokenizer, normalize):
     model = build_model("llama")
     rows = questions_of_many_shapes(tokenizer)
-    score = score_of(make_scorer(config("choice", "accuracy", normalize=normalize), rows, tokenizer, 128), model)
+    score = score_of(
+        make_causal_lm_scorer(config("choice", "accuracy", normalize=normalize), rows, tokenizer, 128), model
+    )
     for row, hit, logprob in zip(rows, score.values, score.logprobs, strict=True):
         sums = torch.tensor(direct(model, tokenizer, row))
         count = {
@@ -212,8 +212,8 @@ def test_several_mixtures_in_one_pass_score_as_one_by_one(tmp_path, tokenizer, f
     assert stack.takes_rows
     rows = questions_of_many_shapes(tokenizer)
     for scorer in (
-        make_scorer(config("choice", "logprob"), rows, tokenizer, 128),
-        make_scorer(
+        make_causal_lm_scorer(config("choice", "logprob"), rows, tokenizer, 128),
+        make_causal_lm_scorer(
             config("loss", "loglikelihood"), [TargetRow(r.prompt, r.choices[:1], 0) for r in rows], tokenizer, 128
         ),
     ):
@@ -226,7 +226,7 @@ def test_several_mixtures_in_one_pass_score_as_one_by_one(tmp_path, tokenizer, f
 
 def test_how_many_mixtures_share_a_pass_follows_from_the_token_budget(tmp_path, tokenizer, questions):
     stack = build_stack(tmp_path, "llama")
-    scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
     assert scorer.at_once(stack, scorer.tokens - 1, 9) == 1
     assert scorer.at_once(stack, 3 * scorer.tokens, 9) == 3
     assert scorer.at_once(stack, scorer.tokens, 3) == 3  # on a third of the rows three mixtures fill what one did
@@ -260,7 +260,7 @@ def test_generation_is_greedy_and_independent_of_batches_and_company(tmp_path, t
     # The references are right for some rows of some mixtures and wrong for others.
     rows = [TargetRow(row.prompt, (truth[n % 4][n],), 0) for n, row in enumerate(rows)]
     options = {"generation": {"max_new_tokens": 6}}
-    scorer = make_scorer(config("generation", "exact_match", **options), rows, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("generation", "exact_match", **options), rows, tokenizer, 128)
     for index, score in enumerate(scorer.score(stack, MIXTURES, budget)):
         hits = [truth[index][n].split() == truth[n % 4][n].split() for n in range(len(rows))]
         assert list(score.values) == [float(hit) for hit in hits]
@@ -274,7 +274,7 @@ def test_generation_stops_at_a_string(tokenizer):
     stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
     row = TargetRow(row.prompt, (whole.split(stop)[0],), 0)
     options = {"generation": {"max_new_tokens": 12, "stop_strings": [stop]}}
-    scorer = make_scorer(config("generation", "exact_match", **options), [row], tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("generation", "exact_match", **options), [row], tokenizer, 128)
     assert score_of(scorer, model).value == 1.0
 
 
@@ -282,7 +282,7 @@ def test_sampling_does_not_depend_on_the_batches(tokenizer):
     model = build_model("llama")
     rows = [TargetRow(f"question: {n}", ("x",), 0) for n in range(4)]
     options = {"generation": {"max_new_tokens": 5, "do_sample": True}}
-    scorer = make_scorer(config("generation", "token_f1", **options), rows, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("generation", "token_f1", **options), rows, tokenizer, 128)
     assert scorer.at_once(GatedStack(model, {}), 100_000, 4) == 1
     seen = []
     scorer.metric = lambda predictions, references: seen.append(predictions) or (0.0, None, (0.0,) * 4)
@@ -303,7 +303,7 @@ def test_sampling_does_not_depend_on_the_batches(tokenizer):
 )
 def test_generation_settings_are_checked(tokenizer, options, message):
     with pytest.raises(InputError, match=message):
-        make_scorer(
+        make_causal_lm_scorer(
             config("generation", "exact_match", generation=options), [TargetRow("a", ("b",), 0)], tokenizer, 128
         )
 
@@ -367,7 +367,7 @@ def test_bootstrap_agrees_with_the_formula_for_a_mean():
 
 def test_a_metric_that_does_not_fit_its_scorer_is_refused(tokenizer, questions):
     with pytest.raises(InputError, match="compares texts, and scorer choice gives indices"):
-        make_scorer(config("choice", "exact_match"), questions, tokenizer, 128)
+        make_causal_lm_scorer(config("choice", "exact_match"), questions, tokenizer, 128)
 
 
 class SmallMemory:
@@ -392,7 +392,7 @@ def test_where_memory_does_not_suffice_batches_are_halved_and_scores_are_the_sam
     tmp_path, tokenizer, questions, tokens
 ):
     adapters = {name: Adapter.load(build_adapter("llama", tmp_path / name, seed)) for seed, name in enumerate("ab")}
-    scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
     mixtures = [{"a": 1.0}, {"a": 0.5, "b": 0.5}, {}]
     expected = scorer.score(GatedStack(build_model("llama"), adapters), mixtures, 1000)
     stack = GatedStack(build_model("llama"), adapters)
@@ -412,8 +412,8 @@ def test_generation_and_gradients_halve_too(tmp_path, tokenizer):
     rows = [TargetRow(f"question: {n}", (" red",), 0) for n in range(1, 9)]
     adapters = {"a": Adapter.load(build_adapter("llama", tmp_path / "a", 1))}
     for scorer, ask in (
-        (make_scorer(config("generation", "exact_match"), rows, tokenizer, 128), "score"),
-        (make_scorer(config("loss", "loglikelihood"), rows, tokenizer, 128), "gradient"),
+        (make_causal_lm_scorer(config("generation", "exact_match"), rows, tokenizer, 128), "score"),
+        (make_causal_lm_scorer(config("loss", "loglikelihood"), rows, tokenizer, 128), "gradient"),
     ):
         stacks = [GatedStack(build_model("llama"), adapters) for _ in range(2)]
         SmallMemory(stacks[1].model, 20)
@@ -427,7 +427,7 @@ def test_generation_and_gradients_halve_too(tmp_path, tokenizer):
 
 
 def test_a_row_that_alone_does_not_fit_is_said_and_other_errors_are_not_caught(tokenizer, questions):
-    scorer = make_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
+    scorer = make_causal_lm_scorer(config("choice", "accuracy"), questions, tokenizer, 128)
     model = build_model("llama")
     SmallMemory(model, 3)
     stack = GatedStack(model, {})

@@ -122,9 +122,7 @@ def test_sizes_tokens_and_truncation(tokenizer):
 
 def test_overlap_counts_the_same_question(tokenizer):
     rows = [{"prompt": "Question:  RED 1?", "completion": " a"}, {"prompt": "other", "completion": " b"}]
-    data = load(
-        {"a": rows}, tokenizer, [{"prompt": "question: red 1?", "choices": ["x", "y"], "answer": 0}]
-    )
+    data = load({"a": rows}, tokenizer, [{"prompt": "question: red 1?", "choices": ["x", "y"], "answer": 0}])
     assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
 
 

@@ -1,21 +1,21 @@
-"""What the user sees: a few lines of our own. What libraries have to say goes to the run's log file."""
+"""Terminal output: a few lines of our own. What libraries print goes to the run's log file."""
 
 import logging
 import logging.handlers
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from m2m_hf.errors import printable, redact
 
-PLAIN_SECONDS = 20.0  # at least, between two lines of progress where no bar can be drawn
+if TYPE_CHECKING:  # rich is slow to import, and many commands end before they print
+    from rich.console import Console
+    from rich.progress import Progress
+
+PLAIN_SECONDS = 20.0  # at least, between two lines of progress without a bar
 
 
 def duration(seconds: float) -> str:
@@ -28,20 +28,42 @@ def duration(seconds: float) -> str:
 
 
 class Terminal:
-    """Our lines on standard output; silent on all processes but the main one."""
+    """Prints to standard output; with `quiet`, as on all processes but the main one, prints nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            self.console.width = max(self.console.width, 120)
+        self._quiet = quiet
+        self._kept: list[dict[str, Any]] | None = None
+
+    @cached_property
+    def console(self) -> "Console":
+        from rich.console import Console
+
+        console = Console(quiet=self._quiet, highlight=False, soft_wrap=True)
+        if not console.is_terminal:
+            console.width = max(console.width, 120)
+        return console
 
     def say(self, text: str, style: str | None = None) -> None:
-        """One line; `text` is shown as it is, whatever is in it, see `printable`."""
+        """Prints one line literally; see `printable`."""
+        self._keep(text=text, style=style)
+        self._print(text, style)
+
+    def _print(self, text: str, style: str | None) -> None:
+        if self._quiet:
+            return
+        from rich.text import Text
+
         self.console.print(Text(printable(text), style=style or ""))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first column is text and the others are figures; short rows are filled up."""
-        self.say(title, "bold")
+        """Prints a table: the first column is text, the others are numbers. Short rows are filled up."""
+        self._keep(title=title, columns=list(columns), rows=[list(row) for row in rows])
+        if self._quiet:
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        self._print(title, "bold")
         table = Table(box=None, pad_edge=False, header_style="dim")
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
@@ -49,31 +71,65 @@ class Terminal:
             table.add_row(*(Text(printable(cell)) for cell in row))
         self.console.print(table, soft_wrap=False)
 
+    def _keep(self, **arguments: Any) -> None:
+        if self._kept is not None:
+            self._kept.append(arguments)
+
+    @contextmanager
+    def keep(self) -> Iterator[list[dict[str, Any]]]:
+        """Collects what is printed meanwhile, for `replay`."""
+        kept: list[dict[str, Any]] = []
+        self._kept = kept
+        try:
+            yield kept
+        finally:
+            self._kept = None
+
+    def replay(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Prints again what `keep` collected."""
+        for arguments in kept:
+            (self.table if "columns" in arguments else self.say)(**arguments)
+
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator["Bar"]:
-        """A progress bar with the time left, or now and then a plain line where there is no terminal."""
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-            )
-            with Progress(*columns, console=self.console) as progress:
-                task = progress.add_task(title, total=total, completed=done, note="")
-                yield Bar(self, title, total, done, progress, task)
-        else:
+        """A progress bar with the time left; without a terminal, a plain line now and then."""
+        if self._quiet or not self.console.is_terminal:
             yield Bar(self, title, total, done)
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total, completed=done, note="")
+            yield Bar(self, title, total, done, progress, task)
 
 
 class Bar:
-    """What `Terminal.progress` gives: tell it how far the work is."""
+    """Shows how far the work is; made by `Terminal.progress`."""
 
     def __init__(
-        self, terminal: Terminal, title: str, total: int, done: int, progress: Progress | None = None, task: Any = None
+        self,
+        terminal: Terminal,
+        title: str,
+        total: int,
+        done: int,
+        progress: "Progress | None" = None,
+        task: Any = None,
     ) -> None:
         self._terminal, self._title, self._total = terminal, title, total
         self._progress, self._task = progress, task
@@ -81,11 +137,11 @@ class Bar:
         self._start = self._said = time.monotonic()
 
     def advance(self) -> None:
-        """One more."""
+        """Moves on by one."""
         self.update(self._done + 1)
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` of the total, with a short note behind the bar."""
+        """Moves to `done` of the total, with a short note behind the bar."""
         self._done = done
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
@@ -98,16 +154,16 @@ class Bar:
 
 
 class Redacted(logging.Formatter):
-    """Without secrets."""
+    """Removes secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 class LibraryLog:
-    """Sends what libraries log and warn to a file instead of the terminal.
+    """Sends the libraries' log lines and warnings to a file instead of the terminal.
 
-    Made before the libraries are imported; keeps what they say in memory until `open` names the file.
+    Make it before the libraries are imported; it keeps their lines in memory until `open` names the file.
     """
 
     def __init__(self) -> None:
@@ -117,7 +173,7 @@ class LibraryLog:
         logging.captureWarnings(True)
 
     def silence_libraries(self) -> None:
-        """Takes away the handlers and progress bars that the libraries bring themselves."""
+        """Removes the handlers and progress bars of the libraries."""
         import datasets
         import huggingface_hub
         import transformers
@@ -125,16 +181,7 @@ class LibraryLog:
 
         for library in (transformers.utils.logging, datasets.utils.logging, huggingface_hub.utils.logging):
             library.enable_propagation()
-        for name in (
-            "transformers",
-            "datasets",
-            "huggingface_hub",
-            "evaluate",
-            "accelerate",
-            "trl",
-            "peft",
-            "filelock",
-        ):
+        for name in "transformers datasets huggingface_hub evaluate accelerate trl peft filelock".split():
             logger = logging.getLogger(name)
             logger.handlers.clear()
             logger.propagate = True
@@ -145,7 +192,7 @@ class LibraryLog:
         disable_progress_bars()
 
     def open(self, path: Path) -> None:
-        """From now on everything goes to the end of `path`."""
+        """Appends everything to `path` from now on."""
         handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._memory.setTarget(handler)
@@ -156,7 +203,7 @@ class LibraryLog:
         logging.getLogger().addHandler(handler)
 
     def close(self) -> None:
-        """Leaves logging as it was."""
+        """Restores logging."""
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()

@@ -1,4 +1,4 @@
-"""The one exception that means: what the user gave cannot be used; and what no message may show."""
+"""The exceptions for bad input and interrupted work, and secrets that no message may show."""
 
 import os
 import re
@@ -12,7 +12,7 @@ SECRETS = re.compile(
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: a configuration field, a dataset, a run folder.
+    """The user's input is wrong: a configuration field, a dataset, a run folder.
 
     The message says what was given, what was expected and what to type. The command line prints it without a traceback
     and exits with 2.
@@ -20,19 +20,19 @@ class InputError(ValueError):
 
 
 class StoppedError(Exception):
-    """Something outside ended what was under way: a signal, a full disk. Nothing given is wrong, and nothing is written down."""
+    """A signal or a full disk ended the work. The input is not wrong, and no failure is recorded."""
 
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but new lines and tabs
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # except newlines and tabs
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may show it: without secrets, and with characters that steer the terminal written out."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), redact(text))
+    """`text` for a terminal: without secrets, and with control characters escaped."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), redact(text))
 
 
 def holds_secret(text: str) -> bool:
-    """Whether `redact` finds something in it that is long enough to be no accident."""
+    """True if `text` contains a secret long enough to be no coincidence."""
     long = [value for name, value in os.environ.items() if len(value) >= 16 and SECRET_NAMES.search(name)]
     return bool(SECRETS.search(text)) or any(value in text for value in long)
 

@@ -96,6 +96,7 @@ class MergeToMixSearcher(Ingredients):
         self._verified: dict[str, Any] | None = None
         self._fine_tuned: list[Standing] = []
         self._told: Outcome | None = None
+        self.closing: list[dict[str, Any]] = []  # what `select` printed at its end
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "MergeToMixSearcher":
@@ -717,7 +718,8 @@ class MergeToMixSearcher(Ingredients):
         self.check()
         self.choose()
         summary = self.train_final() if self.config.train_final else self.write_outcome()
-        self.show()
+        with self.terminal.keep() as self.closing:
+            self.show()
         if not self._worked and not self.study.worked:
             self.terminal.say(f"nothing to do: {os.path.relpath(self.run.root)} is complete", style="green")
         if self.args.push_to_hub:

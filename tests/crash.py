@@ -36,7 +36,7 @@ from m2m_hf.storage.records import find_incomplete
 from m2m_hf.training.trainers import CompletionTrainer
 
 TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
-APART = (".lock", "log.txt", "report.html", "trials.jsonl", "trials.values")
+APART = (".lock", ".unchanged.json", "log.txt", "report.html", "trials.jsonl", "trials.values")
 WRITES = (
     "fsync",
     "replace",

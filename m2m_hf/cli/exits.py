@@ -1,4 +1,4 @@
-"""Exit codes: whatever ends a command, told in one message."""
+"""Exit codes: whatever ends a command becomes one message and one code."""
 
 import os
 import signal
@@ -11,19 +11,27 @@ from typing import NoReturn
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError, StoppedError, printable, redact
 
-PATIENCE = 5.0  # seconds in which a launcher ends the other processes, once one has ended
+PATIENCE = 5.0  # seconds a launcher takes to end the other processes once one has ended
 
 
 class DamagedError(Exception):
-    """Said already; the exit code alone is left to give."""
+    """Damage was found and reported; only the exit code is missing."""
 
 
-def safe() -> str:
-    """What an end before the end leaves, and how to go on."""
+class TerminatedError(BaseException):
+    """SIGTERM: from a scheduler, or from the launcher because another process died."""
+
+
+def terminate(signum: int, frame: object) -> NoReturn:
+    raise TerminatedError
+
+
+def what_is_safe() -> str:
+    """What an interruption leaves, and how to go on."""
     from m2m_hf.storage.run_folder import RunFolder
 
     folder = RunFolder.held
-    kept = "what is finished is safe"
+    kept = "finished work is safe"
     if folder is not None:
         adapters = len(list(folder.adapters.glob("[!.]*/training.json")))
         trials = len(folder.trials.read_bytes().splitlines()) if folder.trials.exists() else 0
@@ -31,83 +39,72 @@ def safe() -> str:
     return f"{kept}; the same command goes on from there"
 
 
-def full(error: BaseException) -> bool:
-    """Whether the disk is, of which this error tells."""
+def disk_is_full(error: BaseException) -> bool:
     from m2m_hf.storage.run_folder import disk_is_full
 
     return disk_is_full(error)
 
 
-class Terminated(BaseException):
-    """SIGTERM: a scheduler ends the job, or the launcher does because another process of it died."""
-
-
-def terminate(signum: int, frame: object) -> NoReturn:
-    raise Terminated
-
-
-def tells_of_a_lost_process(error: Exception) -> bool:
-    """Whether this is how gloo or NCCL say that another process is gone."""
+def lost_a_process(error: Exception) -> bool:
+    """True for the errors by which gloo and NCCL say that another process is gone."""
     name = type(error).__name__
     return name in ("DistBackendError", "DistNetworkError", "DistStoreError") or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
 
 
-def alone() -> bool:
-    """Whether this process alone has met an error: where all have, the first one says so, and the launcher ends the others."""
+def failed_alone() -> bool:
+    """True if only this process met an error. If all did, the first one speaks and the launcher ends the others."""
     try:
         time.sleep(PATIENCE)
-    except Terminated:
+    except TerminatedError:
         return False
     return True
 
 
 def report_errors(work: Callable[[], None]) -> int:
-    """Does some work, tells of whatever ends it, and returns the exit code for that."""
-    rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
-    first = rank == "0"  # one process speaks, unless it may be the one that died
+    """Does some work, reports whatever ends it, and returns the exit code."""
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         work()
-    except InputError as error:
-        if full(error):
-            print(f"m2m: the disk is full: {safe()} once there is room", file=sys.stderr)
-            return 1
-        if first or alone():
-            who = "" if first else f"process {rank} of {processes}: "
-            print(printable(f"m2m: {who}{error}"), file=sys.stderr)
-        return 2
-    except StoppedError as error:
-        print(printable(f"m2m: {error}\n{safe()}"), file=sys.stderr)
-        return 1
-    except DamagedError:
-        return 1
-    except KeyboardInterrupt:
-        Terminal(quiet=not first).say(f"\ninterrupted: {safe()}", "yellow")
-        return 130
-    except Terminated:
-        if processes == 1:
-            print(f"m2m: terminated: {safe()}", file=sys.stderr)
-        else:
-            print(
-                f"m2m: process {rank} of {processes} was told to stop; where nobody asked for it, another process has died, "
-                f"and says why above: {safe()}",
-                file=sys.stderr,
-            )
-        return 128 + signal.SIGTERM
-    except Exception as error:
-        if processes > 1 and tells_of_a_lost_process(error):
-            print(
-                f"m2m: process {rank} of {processes} lost another process, which died or is out of reach "
-                f"({str(error).splitlines()[0]}): {safe()}",
-                file=sys.stderr,
-            )
-        elif full(error):
-            print(f"m2m: the disk is full: {safe()} once there is room", file=sys.stderr)
-        else:
-            print(redact(traceback.format_exc()), file=sys.stderr, end="")
-        return 1
+    except BaseException as error:
+        message, code = explain(error, os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")))
+        if message:
+            print(message, file=sys.stderr)
+        return code
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def explain(error: BaseException, rank: str, processes: int) -> tuple[str, int]:
+    """(message, empty if another process or the terminal says it; exit code).
+
+    Args:
+        rank, processes: as the launcher sets them.
+    """
+    where = f"process {rank} of {processes}"
+    match error:
+        case DamagedError():
+            return "", 1
+        case KeyboardInterrupt():
+            Terminal(quiet=rank != "0").say(f"\ninterrupted: {what_is_safe()}", "yellow")
+            return "", 130
+        case TerminatedError():
+            reason = f"{where} was told to stop; if nobody asked for it, another process has died, and says why above"
+            reason = "terminated" if processes == 1 else reason
+            return f"m2m: {reason}: {what_is_safe()}", 128 + signal.SIGTERM
+        case StoppedError():
+            return printable(f"m2m: {error}\n{what_is_safe()}"), 1
+        case Exception() if processes > 1 and lost_a_process(error):
+            reason = str(error).splitlines()[0]
+            return f"m2m: {where} lost another process, which died or is out of reach ({reason}): {what_is_safe()}", 1
+        case Exception() if disk_is_full(error):
+            return f"m2m: the disk is full: {what_is_safe()} once there is room", 1
+        case InputError() if rank == "0":
+            return printable(f"m2m: {error}"), 2
+        case InputError():
+            return printable(f"m2m: {where}: {error}") if failed_alone() else "", 2
+        case Exception():
+            return redact(traceback.format_exc()).rstrip("\n"), 1
+    raise error

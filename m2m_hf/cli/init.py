@@ -112,6 +112,9 @@ def read_columns(source: Source, folder: Path) -> set[str]:
         if source["path"] == "csv":
             with open(path, encoding="utf-8", newline="") as file:
                 return set(next(csv.reader(file)))
+        if source["path"] == "json" and path.suffix == ".jsonl":
+            with open(path, encoding="utf-8") as file:
+                return set(json.loads(file.readline()))
         import datasets
 
         if (path / "state.json").exists():

@@ -1,87 +1,110 @@
-"""What ships beside the package, by name: accelerate's configurations to launch with, and the recipes."""
+"""Files that ship with the package, by name: accelerate's configurations and the recipes."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 
 FLAGS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")  # accelerate's own
+HIDDEN = ("__pycache__", "support")  # folders without recipes
 
 
 def shipped(folder: str) -> Path:
-    """Where `recipes` or `accelerate_configs` are: in the package, as a wheel puts them, or beside it in a checkout."""
-    here = Path(__file__).parents[1]
-    return here / folder if (here / folder).is_dir() else here.parent / folder
+    """`recipes` or `accelerate_configs`: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
 def names(folder: str, *endings: str) -> dict[str, Path]:
-    """Name -> file of what is shipped in a folder and the folders in it; those of `make demo` are called `demo/data`."""
+    """Name -> shipped file, in a folder and its subfolders; those of `make demo` are called `demo/data`."""
     root = shipped(folder)
-    files = [path for path in sorted(root.rglob("*")) if path.suffix in endings and "__pycache__" not in path.parts]
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in endings and not {*HIDDEN} & {*path.parts}]
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 
 def find(folder: str, name: str, *endings: str) -> Path:
-    """The file that a name or a path means.
+    """The file of this name or path.
 
     Raises:
         InputError: there is none.
     """
-    if (given := Path(name)).suffix and given.exists():
-        return given
+    if (path := Path(name)).suffix and path.exists():
+        return path
     known = names(folder, *endings)
-    if name.removesuffix(given.suffix) not in known:
+    if name.removesuffix(path.suffix) not in known:
         raise InputError(f"{name}: expected one of {', '.join(known)}, or a file, in {folder}")
-    return known[name.removesuffix(given.suffix)]
+    return known[name.removesuffix(path.suffix)]
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(arguments of `m2m`, flags of accelerate by name).
+
+    Raises:
+        InputError: a flag without its value.
+    """
+    ours: list[str] = []
+    theirs: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in {f"--{name}" for name in ("accelerate_config", *FLAGS)}:
+            ours.append(word)
+            continue
+        following = value if equals else next(words, None)
+        if following is None:
+            raise InputError(f"{flag}: expected a value")
+        theirs[flag[2:]] = following
+    return ours, theirs
 
 
 def relaunched(arguments: Sequence[str]) -> list[str]:
-    """The command of `accelerate launch` that carries out an `m2m` command in several processes.
+    """The `accelerate launch` command that runs an `m2m` command in several processes.
 
     Args:
-        arguments: of `m2m`, with `--accelerate_config` among them. It and `FLAGS` are accelerate's; the others stay. Where the
-            number of processes is not given, it is that of the GPUs here, on every machine, or else what the configuration says.
+        arguments: of `m2m`, including `--accelerate_config`. Without `--num_processes`, a shipped configuration starts one
+            process for each GPU of every machine, or as many as it says.
 
     Raises:
         InputError: no such configuration, or a flag without its value.
     """
-    ours, theirs, left = [], {}, list(arguments)
-    while left:
-        word, *left = left
-        name, given, value = word.partition("=")
-        if name.removeprefix("--") not in ("accelerate_config", *FLAGS) or not name.startswith("--"):
-            ours.append(word)
-            continue
-        if not given:
-            if not left:
-                raise InputError(f"{name}: expected a value behind it")
-            value, *left = left
-        theirs[name[2:]] = value
+    ours, theirs = split_flags(arguments)
     config = find("accelerate_configs", theirs.pop("accelerate_config"), ".yaml")
     machines = int(theirs.get("num_machines", "1")) if theirs.get("num_machines", "1").isdigit() else 1
-    if config.parent == shipped("accelerate_configs"):  # a file of one's own says all itself
+    if config.parent == shipped("accelerate_configs"):  # a user's file is complete by itself
         if "num_processes" not in theirs and (gpus := gpus_here(config)):
             theirs["num_processes"] = str(gpus * machines)
         if machines == 1:
-            theirs.setdefault("main_process_port", "0")  # any that is free
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return [
-        *command,
-        *(word for key, value in theirs.items() for word in (f"--{key}", value)),
-        "--module",
-        "m2m_hf.cli.main",
-        *ours,
-    ]
+            theirs.setdefault("main_process_port", "0")  # any free port
+    flags = [word for name, value in theirs.items() for word in (f"--{name}", value)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launcher, *flags, "--module", "m2m_hf.cli.main", *ours]
 
 
 def gpus_here(config: Path) -> int:
-    """How many processes to start on this machine; 0 where the configuration is to say it."""
-    import torch
-
+    """The number of GPUs; 0 if the configuration itself says how many processes to start."""
     if config.stem.startswith(("cpu", "single")):
         return 0
+    import torch
+
     return torch.cuda.device_count()
+
+
+def run_recipe(name: str | None, arguments: Sequence[str]) -> None:
+    """Runs a recipe that is a script, prints one that is a configuration, or lists all."""
+    if name is None:
+        terminal = Terminal()
+        for line in ("recipes; m2m recipe NAME runs a script, and prints a configuration:", *shown_recipes()):
+            terminal.say(line)
+        return
+    path = find("recipes", name, ".py", ".sh", ".yaml")
+    if path.suffix == ".py":
+        replace_process([sys.executable, str(path), *arguments])
+    # In a checkout its paths start from the folder of recipes; printed, they start from the working directory.
+    print(path.read_text(encoding="utf-8").replace("../.demo", ".demo"), end="")
 
 
 def shown_recipes() -> list[str]:
@@ -91,3 +114,9 @@ def shown_recipes() -> list[str]:
         first = next(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
         lines.append(f"  {name:24} {first.strip(chr(34)).lstrip('# ')}")
     return lines
+
+
+def replace_process(command: Sequence[str]) -> NoReturn:
+    """Becomes another command, so that signals and the exit code are the command's own."""
+    sys.stdout.flush()
+    os.execv(command[0], list(command))

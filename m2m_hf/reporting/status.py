@@ -13,7 +13,8 @@ from m2m_hf.console import duration
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.errors import InputError
-from m2m_hf.storage.files import checkpoints, file_fingerprint, read_json, read_json_or_empty, readable, staging_path
+from m2m_hf.storage.digests import Digests
+from m2m_hf.storage.files import checkpoints, read_json, read_json_or_empty, readable, staging_path
 from m2m_hf.storage.journal import Journal, damaged_values
 from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, weights_of
 from m2m_hf.storage.run_folder import RunFolder, read_config
@@ -25,15 +26,20 @@ class Status:
 
     Args:
         lines: to print.
-        damage: what is not whole, and what to do about it; empty where all is.
+        damage: what is damaged, and what to do about it.
+        digests: of the files that were read.
     """
 
     lines: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
+    digests: Digests = field(kw_only=True, repr=False)
 
 
-def status(run: RunFolder) -> Status:
+def status(run: RunFolder, full: bool = False) -> Status:
     """Reads and checks a run folder: every adapter, every model, every line of the journal.
+
+    Args:
+        full: read every file again, also those that have not changed since they were checked last.
 
     Raises:
         InputError: it is no run folder.
@@ -41,7 +47,7 @@ def status(run: RunFolder) -> Status:
     if not run.config.exists():
         raise InputError(f"{run.root} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
     run.refuse_links()
-    found = Status()
+    found = Status(digests=Digests(run.root, full))
     given = read_config(run.config)
     own = {item.name for item in fields(MergeToMixConfig)}
     config = MergeToMixConfig(**{key: value for key, value in given.items() if key in own})
@@ -74,7 +80,7 @@ def status(run: RunFolder) -> Status:
         found.lines.append(f"fine-tuned to compare: {len(others)} models, {duration(sum(others))}")
     rows = run.rows
     manifest = read_json_or_empty(run.mixture / "manifest.json")
-    if rows.exists() and manifest.get("sha256_16") != file_fingerprint([rows]):
+    if rows.exists() and manifest.get("sha256_16") != found.digests.of(rows):
         found.damage.append(f"{os.path.relpath(rows)}: not what its manifest says; m2m search writes it again")
     for path in (run.targets, run.summary, run.fidelity):
         if path.exists() and not read_json_or_empty(path):
@@ -105,6 +111,7 @@ def status(run: RunFolder) -> Status:
         found.lines.append(f"whole: {experts_noun(given)}, models, journal and mixture are as they were written")
     if left or found.damage:
         found.lines.append(f"go on with: m2m select --config {os.path.relpath(run.config)}")
+    found.digests.save()
     return found
 
 
@@ -132,7 +139,7 @@ def check(folder: Path, found: Status, remedy: str) -> tuple[dict[str, Any], flo
     if not isinstance(record, dict):
         found.damage.append(f"{place}: training.json is not one; {remedy} once it is deleted")
         return {}, 0.0
-    if file := find_modified(folder):
+    if file := find_modified(folder, digest=found.digests.of):
         found.damage.append(f"{place}: {file} is not what was trained; restore it, or delete the folder and {remedy}")
     return record, number(record.get("seconds"))
 

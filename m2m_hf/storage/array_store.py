@@ -14,10 +14,10 @@ from m2m_hf.core.arrays import TYPE, LazyArray
 
 
 def append_bytes(path: Path, content: bytes, place: int | None = None, durable: bool = True) -> None:
-    """Puts `content` at the end of a file, or at `place`; all of it, or the file stays as it was.
+    """Writes `content` at the end of a file, or at `place` and cuts off the rest; on failure the file ends there.
 
     Args:
-        durable: whether it is on the disk when this returns.
+        durable: wait until it is on the disk.
     """
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -37,7 +37,7 @@ def append_bytes(path: Path, content: bytes, place: int | None = None, durable: 
 
 
 class ArrayStore:
-    """An append-only file of numbers (float64, little-endian), read through the system's page cache."""
+    """An append-only file of float64 numbers (little-endian), read through the system's page cache."""
 
     def __init__(self, path: Path, durable: bool = True) -> None:
         self.path, self._durable = path, durable
@@ -45,7 +45,7 @@ class ArrayStore:
 
     @classmethod
     def temporary(cls) -> "ArrayStore":
-        """In a file that goes when it is no longer needed."""
+        """A store in a temporary file, which is deleted with it."""
         handle, name = tempfile.mkstemp(prefix="m2m-values-")
         os.close(handle)
         store = cls(Path(name), durable=False)
@@ -54,22 +54,22 @@ class ArrayStore:
 
     @property
     def count(self) -> int:
-        """LazyArray in the file; what a crash left of another one does not count."""
+        """How many whole numbers the file holds; a crash may have left part of another."""
         return self.path.stat().st_size // TYPE.itemsize if self.path.exists() else 0
 
     def append(self, values: Sequence[float]) -> tuple[int, int]:
-        """(place, checksum) of `values`, which are on the disk when this returns, unless they are temporary."""
+        """Writes `values`, and returns their (place, checksum)."""
         content = np.asarray(values, dtype=TYPE).tobytes()
         place = self.count
         append_bytes(self.path, content, place * TYPE.itemsize, self._durable)
         return place, zlib.crc32(content)
 
     def numbers(self, place: int, count: int) -> LazyArray:
-        """`count` numbers from `place` on."""
+        """`count` numbers from `place` on, read when they are used."""
         return LazyArray(lambda: self.view(place, count), count)
 
     def view(self, place: int, count: int) -> Any:
-        """The same as an array."""
+        """`count` numbers from `place` on, as an array."""
         if not count:
             return self._map[:0]
         if place + count > len(self._map):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and their fingerprints."""
+"""Files that are written completely or not at all, and their fingerprints."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from m2m_hf.errors import InputError
 
 
 def fingerprint(value: Any) -> str:
-    """16 hex digits of the SHA-256 of `value` as canonical JSON (keys sorted): the same content, the same digits."""
+    """16 hex digits of the SHA-256 of `value` as canonical JSON (sorted keys)."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_fingerprint(paths: Iterable[Path]) -> str:
-    """16 hex digits of the SHA-256 over the bytes of `paths`, in their given order."""
+    """16 hex digits of the SHA-256 of the bytes of `paths`, in this order."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -28,8 +28,13 @@ def file_fingerprint(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest_of(path: Path) -> str:
+    """`file_fingerprint` of one file."""
+    return file_fingerprint([path])
+
+
 def write_atomic(path: Path, text: str) -> None:
-    """Writes `text` so that a reader, or a crash, finds either the old file or the whole new one; the same text not again."""
+    """Replaces `path` in one step, so that readers and crashes see the old file or the new one; skips equal text."""
     if path.exists() and path.read_bytes() == text.encode():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,16 +66,16 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_or_empty(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that can be made again; empty where the file is missing or damaged."""
+    """The JSON object in a file that can be made again; empty if the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def staging_path(folder: Path) -> Path:
-    """Where what will be `folder` is made, so that what is there is always whole."""
+    """The staging path of `folder`; renamed into place when complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
@@ -80,7 +85,7 @@ def checkpoints(folder: Path) -> Path:
 
 
 def sync(folder: Path, files: bool = True) -> None:
-    """Has the disk really hold what was written to `folder` and its files, so that a power cut loses none of it."""
+    """Flushes `folder` and its files to the disk, so that a power cut loses none of it."""
     for path in (*(folder.rglob("*") if files else ()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -90,7 +95,7 @@ def sync(folder: Path, files: bool = True) -> None:
 
 
 def readable(path: Path) -> bool:
-    """Whether a safetensors file is there and whole: its header tells how long it must be."""
+    """True if a safetensors file is there and complete: its header states its length."""
     try:
         with safe_open(path, "pt") as file:
             return bool(file.keys())

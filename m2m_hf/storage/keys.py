@@ -23,17 +23,17 @@ def base_key(facts: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Keys:
-    """Makes the keys of one target's trials: fingerprints of everything that a score depends on.
+    """Makes the keys of one target's trials.
 
-    They need nothing but what is written in the run folder, so that whoever reads the journal can tell which of its lines
-    belong to the run as it is now.
+    Everything they need stands in the run folder, so that readers of the journal can tell which lines belong to the run as it
+    is now.
 
     Args:
         base: fingerprint of base weights, tokenizer and the like.
         scorer: fingerprint of the target's rows, scorer and metric.
         examples: rows of the target.
         adapters: name -> fingerprint of its adapter, which covers data, training arguments and library versions. A key covers
-            those of its own mixture only, so that another candidate makes no old trial worthless.
+            the adapters of its own mixture only, so that trials stay valid when a candidate joins.
     """
 
     base: str
@@ -42,7 +42,7 @@ class Keys:
     adapters: Mapping[str, str]
 
     def merged(self, mixture: Mixture, rung: int | None = None, method: str = "merged") -> str:
-        """Of the merged objective, seen on `rung` rows (None: all)."""
+        """The key of a merged score on `rung` rows (None: all)."""
         parts = [[name, weight, self.adapters[name]] for name, weight in mixture.items]
         return fingerprint([method, self.base, self.scorer, self.examples if rung is None else rung, parts])
 
@@ -50,11 +50,11 @@ class Keys:
         return fingerprint(["ensemble", self.merged(mixture)])
 
     def trained(self, counts: Mapping[str, int]) -> str:
-        """Of a model fine-tuned on so many rows of each candidate."""
+        """The key of a model fine-tuned on so many rows of each candidate."""
         return fingerprint(["trained", self.base, self.scorer, self.examples, self.model(counts)])
 
     def model(self, counts: Mapping[str, int]) -> str:
-        """Fingerprint of that model itself, whatever it is scored on; without rows, of the base model."""
+        """Fingerprint of that model, whatever it is scored on; without rows, of the base model."""
         if not counts:
             return fingerprint(["model", self.base])
         return fingerprint(["model", [[name, count, self.adapters[name]] for name, count in sorted(counts.items())]])

@@ -11,29 +11,29 @@ from filelock import FileLock, Timeout
 
 from m2m_hf.errors import InputError
 
-END = "...\n"  # of a whole YAML document
+END = "...\n"  # ends a complete YAML document
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """`OUT/config.yaml`.
+    """Reads `OUT/config.yaml`.
 
     Raises:
-        InputError: it is not whole.
+        InputError: it is missing, damaged or was cut short.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        given = yaml.safe_load(text)
+        config = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); m2m select --config writes it again") from error
-    if not text.endswith(END) or not isinstance(given, dict):
+    if not text.endswith(END) or not isinstance(config, dict):
         raise InputError(f"{path} was cut short; m2m select --config writes it again")
-    return given
+    return config
 
 
 class RunFolder:
     """The paths of one run; the layout is a contract that tools and people read (ARCHITECTURE.md).
 
-    `held` is the one that this process has claimed last.
+    `held` is the folder that this process claimed last.
     """
 
     held: ClassVar["RunFolder | None"] = None
@@ -54,38 +54,40 @@ class RunFolder:
         self.report = self.root / "report.html"
         self.pictures = self.root / "pictures"
         self.log = self.root / "log.txt"
-        self._lock = FileLock(self.root / ".lock", is_singleton=True)  # one for all users in this process
+        self.unchanged = self.root / ".unchanged.json"  # what `run/unchanged.py` knows of a finished run
+        self._lock = FileLock(self.root / ".lock", is_singleton=True)  # shared by all users in this process
 
     @property
     def rows(self) -> Path:
-        """The rows of the chosen mixture: `train.jsonl`, or `train.parquet` of images."""
+        """The rows of the chosen mixture: `train.jsonl`, or `train.parquet` for images."""
         images = self.mixture / "train.parquet"
         return images if images.exists() else self.mixture / "train.jsonl"
 
     def refuse_links(self) -> None:
-        """Refuses links that lead out of the folder: one of somebody else's could have us write or read anywhere.
+        """Refuses links that lead out of the folder: a stranger's folder could make us read or write anywhere.
 
         Raises:
-            InputError: naming one.
+            InputError: naming the link.
         """
         root = self.root.resolve()
         for place, folders, files in os.walk(root):
             for path in (Path(place) / name for name in (*folders, *files)):
                 if path.is_symlink() and not path.resolve().is_relative_to(root):
                     raise InputError(
-                        f"{path} is a link to {path.resolve()}; a run folder holds its own files. Move what it points to there, "
-                        "or link the whole folder"
+                        f"{path} is a link to {path.resolve()}, outside the run folder. Move the target here, or link the "
+                        "whole folder"
                     )
 
     def lock(self) -> None:
-        """Claims the folder for this process until it ends, however it ends.
+        """Claims the folder until this process ends. From now on it may change, so `unchanged` is deleted.
 
         Raises:
-            InputError: another process is at work in it.
+            InputError: another process holds it, or it cannot be written to.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            self.unchanged.unlink(missing_ok=True)
             RunFolder.held = self
         except Timeout:
             raise InputError(
@@ -96,10 +98,10 @@ class RunFolder:
 
 
 def disk_is_full(error: BaseException | None, folder: Path | None = None) -> bool:
-    """Whether that is what an error comes from, whichever library it has passed through.
+    """True if the error means that the disk is full, whichever library raised it.
 
     Args:
-        folder: what was written to beside the run folder.
+        folder: where the error arose, if not in the run folder.
     """
     while error is not None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -48,7 +48,7 @@ def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
         assert m2m("export", out, "--to", kind) == 0
         printed = capsys.readouterr().out
         assert "exported: " in printed
-        assert ("without a counterpart there: adam_beta2" in printed) == (kind in ("axolotl", "llamafactory"))
+        assert (f"no counterpart in {kind}: adam_beta2" in printed) == (kind in ("axolotl", "llamafactory"))
         written = (out / "export" / kind / "train.jsonl").read_bytes()
         if kind in ("trl", "jsonl") or (data_format, kind) == ("text", "axolotl"):
             assert written == rows

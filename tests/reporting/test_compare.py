@@ -23,7 +23,7 @@ def test_two_runs_are_compared(project, capsys):
     assert "final model, test" in printed
     assert m2m("compare", project / "one", project / "one") == 0
     printed = capsys.readouterr().out
-    assert "asked differently" not in printed
+    assert "different settings" not in printed
     assert "rank correlation 1.00" in printed
     assert "both chose the same mixture" in printed
     assert m2m("compare", project / "one", project / "three") == 2

@@ -1,0 +1,47 @@
+"""Files that have kept their size and times: their digests are remembered, and need not be computed again."""
+
+import os
+from pathlib import Path
+
+from m2m_hf.storage.files import file_fingerprint, read_json_or_empty, write_json
+
+NAME = ".digests.json"
+
+
+def stamp(path: str | Path) -> list[int]:
+    """Size, modification time and change time: all the same, the content is too. Links are followed."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+class Digests:
+    """Digests of the files of a run folder, computed only for files that have changed since `save`.
+
+    Args:
+        root: the run folder; its hidden `.digests.json` remembers.
+        full: compute every digest, whatever is remembered.
+    """
+
+    def __init__(self, root: Path, full: bool = False) -> None:
+        self.root = root
+        self._known = {} if full else read_json_or_empty(root / NAME)
+        self._seen: dict[str, list[int | str]] = {}
+
+    def of(self, path: Path) -> str:
+        """The digest of a file, as `file_fingerprint` gives it."""
+        name = Path(os.path.relpath(path, self.root)).as_posix()
+        now = stamp(path)
+        known = self._known.get(name)
+        if isinstance(known, list) and len(known) == 4 and known[:3] == now and isinstance(known[3], str):
+            digest = known[3]
+        else:
+            digest = file_fingerprint([path])
+        self._seen[name] = [*now, digest]
+        return digest
+
+    def save(self) -> None:
+        """Remembers every digest that was asked for; a folder that cannot be written to stays as it is."""
+        try:
+            write_json(self.root / NAME, self._seen)
+        except OSError:
+            return

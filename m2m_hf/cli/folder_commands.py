@@ -77,9 +77,10 @@ def shorten(text: str, most: int = 48) -> str:
 
 
 def export_mixture(command: argparse.Namespace, log: LibraryLog) -> None:
-    from m2m_hf.publish.export import export
+    from m2m_hf.publish.export import TRAINERS, export
 
-    log.silence_libraries()
+    if command.to in TRAINERS:  # which import libraries
+        log.silence_libraries()
     folder, lost = export(RunFolder(command.out), command.to, command.folder)
     if lost:
         Terminal().say(f"no counterpart in {command.to}: {', '.join(lost)}", "yellow")

@@ -10,24 +10,23 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import AutoTokenizer
-from trl import ModelConfig, SFTConfig
 
-from m2m_hf.config.parsing import with_overrides
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.errors import InputError
 from m2m_hf.storage.files import file_fingerprint, read_json, read_json_or_empty, write_atomic, write_json
 from m2m_hf.storage.run_folder import RunFolder, read_config
-from m2m_hf.training.fine_tune import planned_steps
+
+if TYPE_CHECKING:  # TRL is slow to import, and neither the recipe nor the rows need it
+    from trl import ModelConfig, SFTConfig
 
 DATA = "train.jsonl"
 LEARNED = "train"  # of a message, whether it is
 
 
-def axolotl(args: SFTConfig, model: ModelConfig, targets: list[str], data_format: str) -> dict[str, str]:
+def axolotl(args: "SFTConfig", model: "ModelConfig", targets: list[str], data_format: str) -> dict[str, str]:
     """`axolotl train config.yml`; see its reference of configuration options."""
     rows: dict[str, Any]
     if data_format != "text":
@@ -76,7 +75,7 @@ def axolotl(args: SFTConfig, model: ModelConfig, targets: list[str], data_format
     return {"config.yml": dump_yaml({key: value for key, value in config.items() if value is not None}, comment)}
 
 
-def llamafactory(args: SFTConfig, model: ModelConfig, targets: list[str], data_format: str) -> dict[str, str]:
+def llamafactory(args: "SFTConfig", model: "ModelConfig", targets: list[str], data_format: str) -> dict[str, str]:
     """`llamafactory-cli train config.yaml`, with the `dataset_info.json` that it looks for beside the rows."""
     if data_format != "text":
         tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -130,7 +129,7 @@ def llamafactory(args: SFTConfig, model: ModelConfig, targets: list[str], data_f
     }
 
 
-def revision(model: ModelConfig) -> str | None:
+def revision(model: "ModelConfig") -> str | None:
     """The commit of a Hub model; a local folder has none."""
     return None if Path(model.model_name_or_path).is_dir() else model.model_revision
 
@@ -140,7 +139,7 @@ def warmup(steps: float) -> dict[str, Any]:
     return {"warmup_ratio": steps} if 0 < steps < 1 else {"warmup_steps": int(steps)}
 
 
-TRAINERS: dict[str, Callable[[SFTConfig, ModelConfig, list[str], str], dict[str, str]]] = {
+TRAINERS: dict[str, Callable[["SFTConfig", "ModelConfig", list[str], str], dict[str, str]]] = {
     "axolotl": axolotl,
     "llamafactory": llamafactory,
 }
@@ -210,6 +209,11 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
             folder / "recipe.yaml", dump_yaml(recipe, "Run it in this folder with: trl sft --config recipe.yaml")
         )
     elif kind != "jsonl":
+        from trl import ModelConfig, SFTConfig
+
+        from m2m_hf.config.parsing import with_overrides
+        from m2m_hf.training.fine_tune import planned_steps
+
         lost += sorted(set(recipe) - TRANSLATED)
         settings = {key: value for key, value in recipe.items() if key in TRANSLATED - {"datasets", "output_dir"}}
         base = SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False), ModelConfig()
@@ -254,6 +258,8 @@ def in_one_list(rows: Path, marked: bool) -> str:
 
 def ended(rows: Path, recipe: Mapping[str, Any]) -> str:
     """Rows whose completions end with the end-of-text token, as TRL has them and LLaMA-Factory's empty template does not."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             recipe["model_name_or_path"], revision=recipe.get("model_revision"), trust_remote_code=False

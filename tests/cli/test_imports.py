@@ -47,6 +47,8 @@ def light(monkeypatch, tmp_path):
         (["status", "out"], "left: nothing"),
         (["status", "out", "--full"], "left: nothing"),
         (["report", "out"], "report: out/report.html"),
+        (["export", "out", "--to", "trl"], "exported: out/export/trl"),
+        (["export", "out", "--to", "jsonl"], "exported: out/export/jsonl"),
         (["compare", "out", "out"], "both chose the same mixture"),
     ],
 )

@@ -96,7 +96,7 @@ def test_full_fine_tunes_are_asked_for_without_an_adapter(project, capsys):
     for kind in KINDS:
         capsys.readouterr()
         assert m2m("export", out, "--to", kind) == 0
-        assert ("counterpart there: trained_parameters\n" in capsys.readouterr().out) == (kind != "jsonl")
+        assert (f"no counterpart in {kind}: trained_parameters\n" in capsys.readouterr().out) == (kind != "jsonl")
         assert (out / "export" / kind / "train.jsonl").exists()
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
     recipe = out / "export" / "trl" / "recipe.yaml"

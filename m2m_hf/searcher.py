@@ -22,15 +22,14 @@ from m2m_hf.analysis.study import RANDOM, Choice
 from m2m_hf.config import parsing
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
-from m2m_hf.core.mixture import Mixture, gray_code_order
+from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.score import Failure, Score, paired
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.errors import InputError
-from m2m_hf.merging.dense_stack import open_stack
-from m2m_hf.merging.methods import AVERAGE, MergeMethod
+from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import MAX_SUBSETS, EnsembleObjective
@@ -56,10 +55,11 @@ from m2m_hf.search.model_based import FEW, STRATEGIES, choose_strategy
 from m2m_hf.search.result import Budget, SearchResult, default_budget, score_of
 from m2m_hf.search.strategies import SearchProblem, Strategy, exhaustive, listed
 from m2m_hf.storage.files import fingerprint, read_json, read_json_or_empty, staging_path, write_json
-from m2m_hf.storage.records import experts_noun, find_incomplete, weights_of
+from m2m_hf.storage.records import experts_noun, find_incomplete
 from m2m_hf.training.bank import LAUNCH
-from m2m_hf.training.fine_tune import load_trained, publish
-from m2m_hf.training.imported_experts import check_sources, import_adapters, import_models
+from m2m_hf.training.experts import expert_kind
+from m2m_hf.training.fine_tune import publish
+from m2m_hf.training.imported_experts import check_sources, make_importer
 from m2m_hf.training.trackers import Tracker
 
 
@@ -180,8 +180,8 @@ class MergeToMixSearcher(Ingredients):
                 self._base_to_train, lambda name: self._training(*self._settings(name)), self.terminal
             )
             self._worked = True
-            what = "adapters" if self.config.expert == "lora" else "experts"
-            self.terminal.say(f"trained {len(missing)} {what}: {os.path.relpath(self.run.adapters)}\n")
+            noun = expert_kind(self.config.expert).noun()
+            self.terminal.say(f"trained {len(missing)} {noun}: {os.path.relpath(self.run.adapters)}\n")
 
     def _take_experts(self, given: str | Mapping[str, str], missing: Sequence[str]) -> None:
         """Takes missing experts from a published bank, or one by one from where others have them."""
@@ -194,11 +194,11 @@ class MergeToMixSearcher(Ingredients):
             wanted = {name: source for name, source in given.items() if name in missing}
             with self.state.local_main_process_first():
                 others = {name: (source, fetch_expert(source, key)) for name, source in wanted.items()}
-            if (lora := self._lora(self.model_args)) is not None:
-                adapted = adapted_layers(self.model_args, self.args, lora, self.plan)
-                import_adapters(self.bank, others, self.plan, adapted, self.terminal)
-            else:
-                import_models(self.bank, others, self._plain_base(), self._load_other, self.plan, self.terminal)
+            make_importer(
+                self._expert(self.model_args), self.bank, self.plan, self.terminal,
+                lambda lora: adapted_layers(self.model_args, self.args, lora, self.plan),
+                self._plain_base, self._load_other,
+            ).run(others)  # fmt: skip
 
     def check_hub(self) -> None:
         """Refuses before hours of work what could not be pushed after them.
@@ -295,7 +295,6 @@ class MergeToMixSearcher(Ingredients):
                 write=self.state.is_main_process,
                 broadcast=self._broadcast,
                 on_standing=on_standing,
-                order=gray_code_order if config.expert == "full" else list,
             )
         if self._stack is not None and self._stack.shrink > 1:
             less = max(1, self._tokens_per_batch // self._stack.shrink)
@@ -592,7 +591,7 @@ class MergeToMixSearcher(Ingredients):
             self.run.final,
             {
                 **record,
-                **({"delta": weights_of(record)} if self.config.expert == "full" else {}),
+                **expert_kind(self.config.expert).origin(record),
                 "fingerprint": self._final_fingerprint(mixture),
                 "mixture": mixture.weights,
                 "rows": sum(counts.values()),
@@ -612,17 +611,7 @@ class MergeToMixSearcher(Ingredients):
     def _make_final(self, trained: Path) -> None:
         """Puts together what `OUT/final` is to hold: the adapter, or the whole model as it was scored; and the head beside it."""
         folder = staging_path(self.run.final)
-        if self.config.expert == "full":
-            stack = open_stack(self._plain_base(), {"trained": load_trained(trained)}, AVERAGE, self.run.root)
-            try:
-                stack.set({"trained": 1.0})
-                stack.model.save_pretrained(folder)
-            finally:
-                stack.detach()
-            self.processing.save_pretrained(folder)
-        else:
-            shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("*.json.partial", "test.json"))
-            (folder / "training.json").unlink()
+        expert_kind(self.config.expert).write_final(trained, folder, self._plain_base, self.processing)
         if self.head is not None and self.head.vectors is not None:
             shutil.copyfile(self.run.head, folder / self.run.head.name)
 

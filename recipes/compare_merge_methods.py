@@ -2,7 +2,7 @@
 
 ```bash
 python recipes/compare_merge_methods.py --config x.yaml
-python recipes/compare_merge_methods.py --config x.yaml --methods average ties:density=0.5 svd:rank=4
+python recipes/compare_merge_methods.py --config x.yaml --methods average ties:density=0.5
 ```
 
 The truth is that of the run's own correlation study (`m2m fidelity`, which is made first where it is missing). Nothing more is
@@ -31,8 +31,7 @@ from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.files import write_json
 
 METHODS = (
-    "average", "task_arithmetic", "task_arithmetic:scaling=1", "ties", "ties:density=0.5", "dare", "dare:density=0.1", "svd",
-    "linear",
+    "average", "task_arithmetic", "task_arithmetic:scaling=1", "ties", "ties:density=0.5", "dare", "dare:density=0.1", "linear",
 )  # fmt: skip
 
 
@@ -49,7 +48,7 @@ def method(text: str, seed: int) -> MergeMethod:
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         try:
-            parameters[key] = int(value) if key == "rank" else float(value)
+            parameters[key] = float(value)
         except ValueError:
             raise InputError(f"--methods {text}: expected {name}:parameter=number, got {part!r}") from None
     check_merge_parameters(name, parameters, f"--methods {text}")

@@ -59,6 +59,7 @@ from m2m_hf.modeling.loading import load_base
 from m2m_hf.modeling.lora import lora_config
 from m2m_hf.scoring.causal_lm import CompletionScorer, make_causal_lm_scorer
 from m2m_hf.scoring.forward import Weights, completion_logprobs
+from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
@@ -177,7 +178,11 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
         with Terminal(quiet=True).progress("", 3) as bar:
             out = folder / f"adapter{number}"
             train_expert(
-                base, data, Settings(args, tokenizer, lora_config(model_args)), out, [BankProgress(bar, 0, "")]
+                base,
+                data,
+                Settings(args, tokenizer, LoraKind(lora_config(model_args))),
+                out,
+                [BankProgress(bar, 0, "")],
             )
         adapter = Adapter.load(out)
         trained.append(all(bool(tensor.any()) for name, tensor in adapter.tensors.items() if "lora_B" in name))

@@ -21,11 +21,9 @@ MERGE_PARAMETERS: dict[str, dict[str, Any]] = {  # what each merge method takes,
     "task_arithmetic": {"scaling": 0.4},  # this and the next as Yadav et al. (2023) advise where nothing is tuned
     "ties": {"scaling": 1.0, "density": 0.2},
     "dare": {"density": 0.5},
-    "svd": {"rank": None},
     "linear": {},
 }
 MERGE_RULES = {
-    "rank": checks.integer(1),
     "scaling": checks.POSITIVE,
     "density": checks.Rule("a share above 0, at most 1", lambda value: checks.is_number(value) and 0 < value <= 1),
 }

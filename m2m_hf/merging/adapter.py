@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from m2m_hf.errors import InputError
+from m2m_hf.merging.expert import Change, Expert, Part, rows_of
 
 PREFIX = "base_model.model."
-
-
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a PEFT folder
-
-
 NOT_AVERAGEABLE = {
     "use_dora": "DoRA rescales the merged weight by a magnitude of its own, which is not linear in the adapter",
     "modules_to_save": "modules trained in full are replaced, not added",
@@ -37,7 +37,7 @@ NOT_AVERAGEABLE = {
 
 
 def refuse_unless_averageable(config: LoraConfig, where: str) -> None:
-    """Refuses adapters whose parameter average would not mean anything, or would not be what the gated stack computes.
+    """Refuses adapters whose average has no meaning, or is not what the gated stack computes.
 
     Raises:
         InputError: with the reason.
@@ -54,12 +54,33 @@ def refuse_unless_averageable(config: LoraConfig, where: str) -> None:
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise InputError(
             f"{where}: init_lora_weights={config.init_lora_weights!r} cannot be averaged: it changes the base weights or "
-            "depends on the data, so the adapters of a bank would not share one base. Use the default"
+            "depends on the data, so the adapters would not share one base. Use the default"
         )
 
 
+class LowRankChange(Change):
+    """s B A, what an adapter adds to one weight.
+
+    Args:
+        transposed: the model keeps this weight as (in, out).
+    """
+
+    def __init__(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> None:
+        super().__init__(weight)
+        self.a, self.b, self.scale, self.transposed = a, b, scale, transposed
+
+    def delta(self, part: Part = None) -> torch.Tensor:
+        return rows_of(self.product(self.b, self.a, self.scale), part)
+
+    def product(self, b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Returns s B A as the weight is kept."""
+        device = self.weight.device
+        delta = scale * (b.to(device) @ a.to(device))
+        return delta.T if self.transposed else delta
+
+
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Expert):
     """A LoRA adapter in memory: its configuration and its tensors by PEFT's names."""
 
     config: LoraConfig
@@ -75,7 +96,7 @@ class Adapter:
         try:
             config = PeftConfig.from_pretrained(str(folder))
             tensors = load_file(folder / "adapter_model.safetensors")
-        except Exception as error:  # PEFT may raise anything over what a file of another's has in it
+        except Exception as error:  # PEFT may raise anything if a file is damaged
             raise InputError(
                 f"{folder}: expected adapter_config.json and adapter_model.safetensors ({error!r:.300})"
             ) from error
@@ -112,20 +133,40 @@ class Adapter:
         Raises:
             InputError: tensors that are not pairs of A and B.
         """
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        modules: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in self.tensors.items():
             for kind in ("A", "B"):
                 for infix in (f".lora_{kind}.weight", f".lora_embedding_{kind}"):
                     if name.startswith(PREFIX) and name.endswith(infix):
-                        found.setdefault(name[len(PREFIX) : -len(infix)], {})[kind] = tensor
-        known = sum(len(part) for part in found.values())
-        if known != len(self.tensors) or any(len(part) != 2 for part in found.values()):
+                        modules.setdefault(name[len(PREFIX) : -len(infix)], {})[kind] = tensor
+        known = sum(len(pair) for pair in modules.values())
+        if known != len(self.tensors) or any(len(pair) != 2 for pair in modules.values()):
             raise InputError("the adapter holds tensors other than pairs of lora_A and lora_B")
-        return {module: (part["A"], part["B"]) for module, part in found.items()}
+        return {module: (pair["A"], pair["B"]) for module, pair in modules.items()}
 
     def _alpha(self, module: str) -> float:
         alphas = self.config.alpha_pattern
         return float(alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha))
+
+    def changes(self, model: PreTrainedModel) -> dict[str, Change]:
+        modules = dict(model.named_modules())
+        owners = [id(weight) for module in modules.values() for weight in module.parameters(recurse=False)]
+        changes: dict[str, Change] = {}
+        for layer, (a, b, scale) in sorted(self.parts().items()):
+            if layer not in modules or features(modules[layer]) is None:
+                raise InputError(
+                    f"the adapters adapt {layer!r}, which {type(model).__name__} does not have: another base model?"
+                )
+            weight = modules[layer].weight
+            if type(weight) is not nn.Parameter or not weight.is_floating_point():
+                raise InputError(f"merge_method: merged weights cannot be written into {layer!r}, which is quantised")
+            if owners.count(id(weight)) > 1:
+                raise InputError(
+                    f"merge_method: merged weights cannot be written into {layer!r}, whose weights another layer shares"
+                )
+            transposed = isinstance(modules[layer], (Conv1D, nn.Embedding))
+            changes[f"{layer}.weight"] = LowRankChange(weight, a, b, scale, transposed)
+        return changes
 
     def parts(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
         """Module name -> (A, B, s) in fp32, A of shape (r, in), B of shape (out, r); the module's delta is s B A.
@@ -145,6 +186,17 @@ class Adapter:
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Module name -> (A, s B): see `parts`."""
         return {module: (a, b * scale) for module, (a, b, scale) in self.parts().items()}
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, quantised or not, or of an embedding; None for anything else."""
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, Conv1D):  # GPT-2's linear layer, which keeps its weight transposed
+        weight: torch.Tensor = layer.weight
+        return weight.shape[0], weight.shape[1]
+    wide, high = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
 
 
 def mixture_adapter(

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from m2m_hf.errors import InputError
-from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.adapter import Adapter, features
 
 
 class StackedLayer:
@@ -80,17 +79,6 @@ class SharedInput:
         if not self._left:
             self._x, self._product = None, self.a  # nothing is held longer than the layers need it
         return product
-
-
-def features(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear layer, quantised or not, or of an embedding; None for anything else."""
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
-    if isinstance(layer, Conv1D):  # GPT-2's linear layer, which keeps its weight transposed
-        weight: torch.Tensor = layer.weight
-        return weight.shape[0], weight.shape[1]
-    wide, high = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
 
 
 def two_rows(model: PreTrainedModel) -> dict[str, Any]:

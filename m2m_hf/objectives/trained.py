@@ -67,7 +67,7 @@ class TrainedObjective(ScorerObjective):
             folder = self.models.train(counts)
         except TrainingFailedError as error:
             return Failure(str(error))
-        stack = open_stack(self._base(), {"trained": load_trained(folder)}, AVERAGE, self.models.root)
+        stack = open_stack(self._base(), {"trained": load_trained(folder)}, AVERAGE)
         try:
             return scorer.score(stack, [{"trained": 1.0}], self._tokens_per_batch)[0]
         finally:

@@ -102,8 +102,8 @@ def write_label_recipe(
         "max_length": None if images else training.limit,
         "pad_token": None if images else args.pad_token,
         "image_mode": next(iter(candidates.values())).rows.features["image"].mode if images else None,
-        "expert": "full" if training.lora is None else "lora",
-        "trained_parameters": training.parameters,
+        "expert": training.expert.name,
+        "trained_parameters": training.expert.parameters,
         "untrained_modules": head.plan.untrained,
     }
     if head.vectors is not None:
@@ -111,7 +111,7 @@ def write_label_recipe(
     if not head.closed:
         recipe["head"]["among"] = {name: list(training.among[name]) for name in mixture.names}
     recipe |= {name: getattr(model_args, name) for name in LOADING}
-    recipe |= {name: getattr(model_args, name) for name in LORA} if training.lora is not None else {}
+    recipe |= {name: getattr(model_args, name) for name in LORA} if training.expert.lora is not None else {}
     # SFTConfig's defaults are others than those of TrainingArguments, of which the recipe says what differs.
     defaults = TrainingArguments(output_dir="out", use_cpu=args.use_cpu)
     recipe["training"] = {"output_dir": str(run.root / "trained-by-recipe"), "save_strategy": "no", "report_to": "none"}

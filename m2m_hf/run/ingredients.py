@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import socket
 import time
 from dataclasses import asdict, fields, replace
@@ -14,7 +13,6 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
@@ -45,7 +43,6 @@ from m2m_hf.modeling.loading import (
     pin_revision,
     quantization_facts,
 )
-from m2m_hf.modeling.lora import lora_config
 from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
 from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from m2m_hf.objectives.fine_tuned import FineTunedModels
@@ -61,6 +58,7 @@ from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.run_folder import END, RunFolder, read_config
 from m2m_hf.training.bank import LAUNCH, OPERATIONAL, Bank, differing, tokenizer_facts, uniform_facts
+from m2m_hf.training.experts import ExpertKind, expert_kind
 from m2m_hf.training.fine_tune import planned_steps
 from m2m_hf.training.trackers import check_trackers
 from m2m_hf.training.trainers import Settings
@@ -124,10 +122,10 @@ class Ingredients:
         self.terminal = terminal or Terminal(quiet=not self.state.is_main_process)
         self.plan = make_plan(self.model_args, config.task)
         self._check_kind()
-        self._lora(self.model_args)
+        self._expert(self.model_args)
         self.run = RunFolder(args.output_dir)
         self._tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
-        self._checked = self._claimed = False
+        self._checked = False
         self._stack: Stack | None = None
         self._stack_method = AVERAGE
         self._head_of_names: Head | None = None
@@ -252,21 +250,20 @@ class Ingredients:
         }
         return Bank(self.run.adapters, self.candidates, self.facts, mixed)
 
-    def _lora(self, model_args: ModelConfig) -> LoraConfig | None:
-        """The shape of the adapters; None where all parameters are trained."""
-        return None if self.config.expert == "full" else lora_config(model_args, self.plan)
+    def _expert(self, model_args: ModelConfig) -> ExpertKind:
+        """The kind of the experts, with its settings."""
+        parameters, dtype = self.config.trained_parameters, self.config.delta_dtype
+        return expert_kind(self.config.expert).of(model_args, self.plan, parameters, dtype)
 
     def _training(self, args: SFTConfig, model_args: ModelConfig) -> Settings:
         """How a model is fine-tuned with these arguments."""
         return Settings(
             args,
             self.processing,
-            self._lora(model_args),
+            self._expert(model_args),
             self.head,
             self._length.limit if self.plan is not None else 0,
             {name: sorted(one.rows.unique("label")) for name, one in self.candidates.items()} if self.plan else {},
-            self.config.trained_parameters,
-            self.config.delta_dtype,
         )
 
     def _settings(self, name: str) -> tuple[SFTConfig, ModelConfig]:
@@ -299,14 +296,8 @@ class Ingredients:
             if not images:
                 more["limit"] = self._length.limit
                 more["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
-        if self.config.expert == "full":
-            more |= {
-                "expert": "full",
-                "trained_parameters": self.config.trained_parameters,
-                "delta_dtype": self.config.delta_dtype,
-            }
         return uniform_facts(
-            args, self._lora(model_args), processing, self._base_fingerprint, model_args.dtype, self._data.format, more
+            args, self._expert(model_args), processing, self._base_fingerprint, model_args.dtype, self._data.format, more
         )
 
     @cached_property
@@ -357,16 +348,14 @@ class Ingredients:
         if self._stack is None or self._stack_method != wanted:
             base = self._plain_base()
             adapters = self.bank.load()
-            self._stack = open_stack(base, adapters, wanted, self.run.root)
+            self._stack = open_stack(base, adapters, wanted)
             self._stack_method = wanted
         return self._stack
 
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Of every target `validation` and, where there are sealed rows, `test`."""
-        positions = check_model(
-            self.model_args, self.args, self._lora(self.model_args), self.plan, self.config.trained_parameters
-        )
+        positions = self._expert(self.model_args).check_model(self.model_args, self.args, self.plan)
         return {name: self._scorers(target, positions) for name, target in self.targets.items()}
 
     def _scorers(self, target: Target, positions: int) -> dict[str, Scorer]:
@@ -453,7 +442,7 @@ class Ingredients:
                 min_delta=target.config.min_delta,
                 failed=self.failed,
                 method=method,
-                gated=self.config.expert == "lora",
+                gated=expert_kind(self.config.expert).gated,
             )
             if kind == "merged":
                 made.append(merged)
@@ -531,20 +520,12 @@ class Ingredients:
         Raises:
             InputError: with the reason.
         """
-        quantised = self.model_args.load_in_4bit or self.model_args.load_in_8bit
-        if quantised and (self.config.expert == "full" or self.plan is not None):
-            what = "expert: full trains the base's own weights" if self.config.expert == "full" else self.config.task
-            raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs; {what}")
         overrides = {"final": self.config.final} | {
             f"candidates.{name}.training": one.training for name, one in self.config.parsed_candidates.items()
         }
-        for where, given in overrides.items() if self.config.expert == "full" else ():
-            if lora := [key for key in given if key.startswith("lora_") or key == "use_rslora"]:
-                raise InputError(f"{where}.{lora[0]}: belongs to expert: lora")
-        if self.config.expert == "full" and self.args.deepspeed_plugin is not None:
-            raise InputError(
-                "expert: full is not trained under DeepSpeed, which keeps the base's weights to itself; use FSDP"
-            )
+        expert_kind(self.config.expert).check_settings(self.args, self.model_args, overrides)
+        if self.plan is not None and (self.model_args.load_in_4bit or self.model_args.load_in_8bit):
+            raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs; {self.config.task}")
         if self.plan is not None:
             named = self.plan.own is not None
             words = [label for label, word in (self.config.parsed_labels or {}).items() if label != word]
@@ -593,7 +574,7 @@ class Ingredients:
         self._check_words()
         if self.config.final:
             args, model_args = self._final_settings()
-            check_model(model_args, args, self._lora(model_args), self.plan, self.config.trained_parameters)
+            self._expert(model_args).check_model(model_args, args, self.plan)
         rows = []
         shared = self.overlap
         for name, one in candidates.items():
@@ -751,9 +732,10 @@ class Ingredients:
 
     def _check_search(self) -> None:
         """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
+        kind = expert_kind(self.config.expert)
         config, space = self.config, self.space  # making the space refuses impossible constraints
         scorers = {name: parts["validation"] for name, parts in self.scorers.items()}
-        likelihoods = config.objective == "merged" and config.merge_method == "average" and config.expert == "lora"
+        likelihoods = config.objective == "merged" and config.merge_method == "average" and kind.gated
         likelihoods = likelihoods and all(isinstance(one, LogprobScorer) for one in scorers.values())
         for name, scorer in scorers.items():
             metric = self.targets[name].config.metric
@@ -767,7 +749,7 @@ class Ingredients:
                 raise InputError(
                     f"merge_method: {config.merge_method} writes merged weights, which a quantised base has not; expected average"
                 )
-            if config.expert == "lora" and any(isinstance(one, CommandScorer) for one in scorers.values()):
+            if not kind.whole_model and any(isinstance(one, CommandScorer) for one in scorers.values()):
                 raise InputError(
                     f"merge_method: {config.merge_method} gives no adapter to hand to a command; expected average"
                 )
@@ -796,10 +778,6 @@ class Ingredients:
         """Claims the run folder and writes the resolved configuration."""
         if self.state.is_main_process:
             self.run.lock()
-            if not self._claimed:  # later ones are this run's own
-                for old in self.run.root.glob(".base-*"):  # of a process that was killed
-                    shutil.rmtree(old, ignore_errors=True)
-            self._claimed = True
             # Another process may have been at work since they were looked at first.
             self._check_run_folder()
             self._check_targets()

@@ -1,7 +1,7 @@
 """The bank: one expert per candidate, all trained alike, none trained twice.
 
-Uniformity is what makes the average of the experts stand in for training on the mixture (arXiv 2505.16066), so everything
-that could tell two of them apart except their data is written down, compared, and refused where it differs.
+The average of the experts can stand in for training on the mixture only if they are uniform (arXiv 2505.16066). So everything
+but their data is recorded, compared, and refused if it differs.
 """
 
 import json
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from m2m_hf.console import Terminal, duration
 from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError
-from m2m_hf.merging.dense_stack import Expert
+from m2m_hf.merging.expert import Expert
 from m2m_hf.modeling.devices import broadcast, is_sharded
-from m2m_hf.modeling.lora import lora_facts
 from m2m_hf.storage.files import fingerprint, read_json, staging_path, sync
 from m2m_hf.storage.records import experts_noun, files_of, find_incomplete, find_modified
+from m2m_hf.training.experts import ExpertKind
 from m2m_hf.training.fine_tune import (
     TrainingFailedError,
     finished,
@@ -35,7 +34,7 @@ from m2m_hf.training.fine_tune import (
 )
 from m2m_hf.training.trainers import BankProgress, Settings
 
-# Settings that change where or how something is told, not what is learned.
+# Settings that change where or how something is logged or stored, not what is learned.
 OPERATIONAL = {
     "output_dir", "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter", "log_level",
     "log_level_replica", "log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm",
@@ -48,29 +47,29 @@ OPERATIONAL = {
     "greater_is_better", "model_init_kwargs", "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
 NEEDED = {"fingerprint", "data", "uniform", "steps", "seconds", "files"}  # in every `training.json`
-MAX_LOST = 0.01  # share of a delta's norm, above which it is said
+MAX_LOST = 0.01  # share of a delta's norm; a warning above it
 LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
 
 
 def uniform_facts(
     args: SFTConfig,
-    config: LoraConfig | None,
+    expert: ExpertKind,
     processing: Mapping[str, Any],
     base: str,
     dtype: str | None,
     data_format: str,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything beside the data that an expert depends on, flat, so that what differs can be named.
+    """Returns everything beside the data that an expert depends on, flat, so that a difference has a name.
 
     Args:
-        config: the LoRA shape; None for full experts.
+        expert: its kind.
         processing: what prepares the data, see `tokenizer_facts`.
         base: fingerprint of the base weights.
-        dtype: the base's dtype as asked for.
-        data_format: the run's format (`data.py`, `labelled.py`).
-        more: how the base is quantised, where the head comes from, what a full expert trains and keeps.
+        dtype: of the base, as asked for.
+        data_format: of the run's rows.
+        more: how the base is quantised, and where the head comes from.
     """
     facts: dict[str, Any] = {
         "base_model": base,
@@ -78,6 +77,7 @@ def uniform_facts(
         "data_format": data_format,
         **processing,
         **(more or {}),
+        **expert.facts(),
     }
     facts["processes"] = PartialState().num_processes
     if is_sharded():
@@ -85,22 +85,20 @@ def uniform_facts(
     for name, value in args.to_dict().items():
         if name not in OPERATIONAL:
             facts[name] = getattr(args, name) if name.endswith("_token") else value  # to_dict hides tokens, as secrets
-    if config is not None:
-        facts |= lora_facts(config)
     for library in LIBRARIES:
         facts[f"version.{library}"] = version(library)
-    # As JSON gives them back, so that what is in memory compares with what was written.
+    # As JSON returns them, to compare with what was written.
     return dict(sorted(json.loads(json.dumps(facts, default=str)).items()))
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Any]:
-    """What recognises a tokenizer, and where it is used its chat template."""
+    """Returns what identifies a tokenizer and, if it is used, its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: Any = sorted(tokenizer.get_vocab().items())
     if backend is not None:
         content = json.loads(backend.to_str())
-        for one in ("truncation", "padding"):  # as they were asked for last
-            content.pop(one, None)
+        for last_call in ("truncation", "padding"):
+            content.pop(last_call, None)
     return {
         "tokenizer": fingerprint([content, str(tokenizer.special_tokens_map)]),
         "chat_template": fingerprint(tokenizer.chat_template) if chat else None,
@@ -108,21 +106,32 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str,
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The names of the facts in which two trainings differ, each with both values."""
+    """Returns the names of the facts in which two trainings differ, each with both values."""
     names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
     return [f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)" for name in names]
 
 
-class Bank:
-    """The adapters of one run, in `OUT/adapters/<candidate>/`.
+def lost_to_dtype(kept: Mapping[str, Any]) -> str | None:
+    """Says what the dtype of a full expert lost, if it is much.
 
-    A candidate whose training failed has a folder too, which says why in place of an adapter.
+    Args:
+        kept: see `save_delta`; empty for an adapter.
+    """
+    if kept.get("lost", 0.0) <= MAX_LOST:
+        return None
+    return f"delta_dtype {kept['dtype']} has lost {kept['lost']:.1%} of what was learned"
+
+
+class Bank:
+    """The experts of one run, in `OUT/adapters/<candidate>/`.
+
+    A candidate whose training failed has a folder too; its `training.json` says why.
 
     Args:
         folder: `OUT/adapters`.
-        candidates: what there must be an adapter for.
+        candidates: each needs an expert.
         facts: `uniform_facts` of this run.
-        mixed: name -> those of a candidate that is trained otherwise (`allow_mixed_training`).
+        mixed: name -> those of a candidate with settings of its own (`allow_mixed_training`).
     """
 
     def __init__(
@@ -137,84 +146,74 @@ class Bank:
         self.facts = {name: dict((mixed or {}).get(name, facts)) for name in candidates}
 
     def check(self) -> list[str]:
-        """The names of the adapters that are still to be trained, those that a crash cut short among them.
+        """Returns the names of the experts that must still be trained, with those that a crash left incomplete.
 
-        Processes and sharding count only where adapters are still to be trained: they change what is learned, but a
-        complete bank may be searched with any.
+        A complete bank may be searched with any number of processes, so these and sharding count only while experts must still
+        be trained.
 
         Raises:
-            InputError: an adapter is there that was trained otherwise, or on other rows; nothing is overwritten.
+            InputError: an expert was trained with other settings, or on other rows; nothing is overwritten.
         """
         missing = [name for name in self.candidates if find_incomplete(self.folder / name) is not None]
         trained = self.training(skip=missing)
-        for name, there in trained.items():
-            self._refuse_others(name, there, self.folder, trained if not missing else {})
+        for name, record in trained.items():
+            self._refuse_different(name, record, self.folder, trained if not missing else {})
         return missing
 
-    def _refuse_others(
-        self, name: str, there: Mapping[str, Any], folder: Path, bank: Mapping[str, Mapping[str, Any]]
+    def _refuse_different(
+        self, name: str, record: Mapping[str, Any], folder: Path, bank: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Refuses an adapter that was trained otherwise than this run asks for, or on other rows.
+        """Refuses an expert that was trained with other settings than this run's, or on other rows.
 
         Args:
-            there: its `training.json`.
-            folder: where it stands.
-            bank: all of a complete bank, whose launch then does not count.
+            record: its `training.json`.
+            folder: of the bank that it is in.
+            bank: the records of a complete bank, whose launch then does not count.
         """
         launch = {fact: next(iter(bank.values()))["uniform"].get(fact) for fact in LAUNCH} if bank else {}
-        ours = folder == self.folder
-        differences = differing(self.facts[name] | launch, there["uniform"])
-        if differences and "source" in there:
+        ours, noun = folder == self.folder, experts_noun(record).removesuffix("s")
+        differences = differing(self.facts[name] | launch, record["uniform"])
+        if differences and "source" in record:
             raise InputError(
-                f"adapter {name!r} in {folder} was taken from {there['source']} when this run asked for other settings: "
-                f"{'; '.join(differences)}. Restore them, choose another --output_dir, or delete {folder / name} to have it "
-                "taken anew"
+                f"{noun} {name!r} in {folder} was taken from {record['source']} when this run had other settings: "
+                f"{'; '.join(differences)}. Restore them, choose another --output_dir, or delete {folder / name} to take it again"
             )
         if differences:
+            remedy = f"choose another --output_dir, or delete {folder} to train all again"
             raise InputError(
-                f"adapter {name!r} in {folder} was trained otherwise than this run asks for, and adapters that "
-                f"differ in anything but their data cannot be averaged: {'; '.join(differences)}. Restore the settings, "
-                + (
-                    f"choose another --output_dir, or delete {self.folder} to train all again"
-                    if ours
-                    else f"or leave out {experts_noun(there)}:"
-                )
+                f"{noun} {name!r} in {folder} was trained with other settings, and only {noun}s that differ in nothing but "
+                f"their data can be averaged: {'; '.join(differences)}. Restore the settings, "
+                + (remedy if ours else f"or leave out {noun}s:")
             )
-        if there["data"] != self.candidates[name].fingerprint:
+        data = self.candidates[name].fingerprint
+        if record["data"] != data:
+            remedy = f"delete {folder / name} to train this {noun} again"
             raise InputError(
-                f"candidate {name!r} has changed since its adapter was trained (rows {there['data']} there, "
-                f"{self.candidates[name].fingerprint} now). Restore the data, give the new data another name, or "
-                + (
-                    f"delete {self.folder / name} to have this adapter trained again"
-                    if ours
-                    else f"leave out {experts_noun(there)}: ({folder})"
-                )
+                f"candidate {name!r} has changed since its {noun} was trained (rows {record['data']} there, {data} now). "
+                f"Restore the data, give the new data another name, or {remedy if ours else f'leave out {noun}s: ({folder})'}"
             )
 
     def take(self, folder: Path, missing: Sequence[str], terminal: Terminal) -> None:
-        """Copies adapters of a bank that was made elsewhere, where they are missing here and are what this run would train.
+        """Copies missing experts from another bank if they are what this run would train.
 
         Args:
             folder: with a folder for every candidate, as in `OUT/adapters`.
 
         Raises:
-            InputError: one of them was trained otherwise, on other rows, or is not whole.
+            InputError: one was trained with other settings, on other rows, or is incomplete or modified.
         """
-        there = {name: read_json(folder / name / "training.json") for name in missing if (folder / name).is_dir()}
-        for name, record in there.items():
-            if (
-                not isinstance(record, dict)
-                or not set(record) >= NEEDED
-                or "failed" in record
-                or not isinstance(record["uniform"], dict)
-            ):
+        records = {name: read_json(folder / name / "training.json") for name in missing if (folder / name).is_dir()}
+        complete = len(records) == len(self.candidates)
+        for name, record in records.items():
+            valid = isinstance(record, dict) and set(record) >= NEEDED and isinstance(record["uniform"], dict)
+            if not valid or "failed" in record:
                 raise InputError(f"{folder / name} holds no adapter that can be taken: see its training.json")
-            self._refuse_others(name, record, folder, there if len(there) == len(self.candidates) else {})
+            self._refuse_different(name, record, folder, records if complete else {})
             if (reason := find_incomplete(folder / name)) or find_modified(folder / name):
                 raise InputError(f"{folder / name}: {reason or 'not what was trained'}; fetch it again")
             load_trained(folder / name)
         if PartialState().is_main_process:
-            for name, record in there.items():
+            for name, record in records.items():
                 partial = staging_path(self.folder / name)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -224,9 +223,9 @@ class Bank:
                 sync(partial)
                 move(self.folder / name)
         PartialState().wait_for_everyone()
-        if there:
-            word = experts_noun(next(iter(there.values())))
-            terminal.say(f"took {len(there)} {word} that were trained elsewhere: {', '.join(there)}")
+        if records:
+            word = experts_noun(next(iter(records.values())))
+            terminal.say(f"took {len(records)} {word} that were trained elsewhere: {', '.join(records)}")
 
     def train_missing(
         self,
@@ -234,76 +233,84 @@ class Bank:
         settings: Callable[[str], Settings],
         terminal: Terminal,
     ) -> None:
-        """Trains the adapters that `check` names, one after another, each on what `base` gives and with what `settings` give.
+        """Trains the experts that `check` names, one after another.
 
-        An adapter is made in a hidden folder and moved to its place when it is complete, so that an interrupted one
-        leaves nothing that looks finished. One that fails leaves its reason, and the others are trained all the same.
+        An expert is renamed into place when it is complete. One that fails leaves its reason, and the next one is trained.
+
+        Args:
+            base: gives the base model.
+            settings: candidate -> how its expert is trained.
+
+        Raises:
+            InputError: all failed.
         """
         of = {name: fingerprint([self.facts[name], self.candidates[name].fingerprint]) for name in self.candidates}
         asked: list[str] = broadcast(self.check())
         torn = {name: find_incomplete(self.folder / name) for name in asked if (self.folder / name).exists()}
         missing = [name for name in asked if not finished(self.folder / name, of[name])]
-        steps = {
-            name: planned_steps(settings(name).args, self.candidates[name].trained_rows, self.candidates[name].tokens)
-            for name in missing
-        }
-        for name in missing:
-            if name in torn:
-                terminal.say(f"  {name}: {torn[name]}; its adapter is trained again", "yellow")
+        steps = {name: self._steps(name, settings(name)) for name in missing}
+        for name in (name for name in missing if name in torn):
+            terminal.say(f"  {name}: {torn[name]}; its {settings(name).expert.noun(1)} is trained again", "yellow")
         done = 0
-        with terminal.progress("training adapters", sum(steps.values())) as bar:
+        title = f"training {settings(missing[0]).expert.noun() if missing else 'experts'}"
+        with terminal.progress(title, sum(steps.values())) as bar:
             for number, name in enumerate(missing, start=1):
-                folder = self.folder / name
                 progress = BankProgress(bar, done, f"{name} ({number} of {len(missing)})")
-                about = {
-                    "candidate": name,
-                    "fingerprint": of[name],
-                    "data": self.candidates[name].fingerprint,
-                    "rows": len(self.candidates[name].rows),
-                    "data_tokens": self.candidates[name].tokens,
-                }
+                self._train(name, base(), settings(name), of[name], progress, terminal)
                 done += steps[name]
-                try:
-                    record = train_expert(
-                        base(),
-                        self.candidates[name].rows,
-                        settings(name),
-                        staging_path(folder),
-                        [progress],
-                        of[name],
-                        f"adapters/{name}",
-                    )
-                except TrainingFailedError as error:
-                    nothing = {"steps": 0, "seconds": 0.0, "failed": str(error)}
-                    publish(folder, {**about, **nothing, "uniform": self.facts[name]})
-                    terminal.say(f"  {name}: failed: {error}", "yellow")
-                    continue
-                publish(folder, {**about, **record, "uniform": self.facts[name]})
-                curve = [loss for _, loss in record["loss_curve"]]
-                loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
-                seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
-                terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
-                if (lost := record.get("kept", {}).get("lost", 0.0)) > MAX_LOST:
-                    terminal.say(
-                        f"  {name}: delta_dtype {record['kept']['dtype']} has lost {lost:.1%} of what was learned",
-                        "yellow",
-                    )
-
         records = self.training().values()
         PartialState().wait_for_everyone()
-        if all("failed" in one for one in records):
+        if all("failed" in record for record in records):
             if PartialState().is_main_process:
                 for name in self.candidates:
                     shutil.rmtree(self.folder / name)
             PartialState().wait_for_everyone()
-            reasons = dict.fromkeys(one["failed"] for one in records)
+            reasons = dict.fromkeys(record["failed"] for record in records)
             raise InputError(f"not one adapter could be trained: {'; '.join(reasons)}")
 
+    def _steps(self, name: str, settings: Settings) -> int:
+        return planned_steps(settings.args, self.candidates[name].trained_rows, self.candidates[name].tokens)
+
+    def _train(
+        self,
+        name: str,
+        base: PreTrainedModel,
+        settings: Settings,
+        of: str,
+        progress: BankProgress,
+        terminal: Terminal,
+    ) -> None:
+        """Trains one expert, or records why it failed."""
+        folder, candidate = self.folder / name, self.candidates[name]
+        about = {
+            "candidate": name,
+            "fingerprint": of,
+            "data": candidate.fingerprint,
+            "rows": len(candidate.rows),
+            "data_tokens": candidate.tokens,
+        }
+        try:
+            record = train_expert(
+                base, candidate.rows, settings, staging_path(folder), [progress], of, f"adapters/{name}"
+            )
+        except TrainingFailedError as error:
+            failure = {"steps": 0, "seconds": 0.0, "failed": str(error)}
+            publish(folder, {**about, **failure, "uniform": self.facts[name]})
+            terminal.say(f"  {name}: failed: {error}", "yellow")
+            return
+        publish(folder, {**about, **record, "uniform": self.facts[name]})
+        curve = [loss for _, loss in record["loss_curve"]]
+        loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
+        seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
+        terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
+        if warning := lost_to_dtype(record.get("kept", {})):
+            terminal.say(f"  {name}: {warning}", "yellow")
+
     def training(self, skip: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-        """Name -> `training.json` of every adapter but those to skip; its `fingerprint` says what the adapter is.
+        """Returns name -> `training.json` of every expert but those to skip; its `fingerprint` identifies the expert.
 
         Raises:
-            InputError: one that does not say how its adapter was trained.
+            InputError: one that does not say how its expert was trained.
         """
         records = {}
         for name in self.candidates:
@@ -313,15 +320,16 @@ class Bank:
             record = read_json(path)
             if not isinstance(record, dict) or not set(record) >= NEEDED:
                 raise InputError(
-                    f"{path} does not say how the adapter was trained; delete {path.parent} to have it trained again"
+                    f"{path} does not say how the adapter was trained; delete {path.parent} to train it again"
                 )
             records[name] = record
         return records
 
     def load(self) -> dict[str, Expert]:
-        """Name -> expert, from the disk; without those that failed.
+        """Loads every expert but those that failed.
 
         Raises:
-            InputError: one that is not the one that was trained.
+            InputError: one whose files were modified.
         """
-        return {name: load_trained(self.folder / name) for name, one in self.training().items() if "failed" not in one}
+        records = self.training()
+        return {name: load_trained(self.folder / name) for name in records if "failed" not in records[name]}

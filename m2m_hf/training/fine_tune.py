@@ -1,8 +1,9 @@
-"""One fine-tune, of an adapter or of all parameters: TRL's SFTTrainer, or transformers' Trainer for classification.
+"""One fine-tune: TRL's SFTTrainer, or transformers' Trainer for classification.
 
-It goes on from the last whole checkpoint, is judged, and put in its place whole.
+It resumes from its last complete checkpoint, its result is checked, and the folder is renamed into place when complete.
 """
 
+import copy
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import sort_checkpoints
@@ -19,13 +23,12 @@ from trl import SFTConfig
 
 from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError, StoppedError
-from m2m_hf.merging.adapter import Adapter
-from m2m_hf.merging.dense_stack import Expert
-from m2m_hf.merging.full_experts import DELTA_FILE, Delta
+from m2m_hf.merging.expert import Expert
+from m2m_hf.merging.full_experts import floats
 from m2m_hf.modeling.devices import broadcast, is_sharded, out_of_memory
 from m2m_hf.storage.files import checkpoints, fingerprint, read_json, read_json_or_empty, staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files, find_incomplete, find_modified
-from m2m_hf.training.base_snapshot import BaseSnapshot
+from m2m_hf.training.experts import ExpertKind, kind_of
 from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import (
     DECIMALS,
@@ -40,7 +43,7 @@ from m2m_hf.training.trainers import (
 
 
 def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
-    """Optimizer steps that the Trainer will make on `rows` rows of together `tokens` tokens; with packing about."""
+    """Counts the optimizer steps that the Trainer will make on rows of so many tokens in all; with packing, about."""
     if args.packing and args.max_length:
         rows = math.ceil(tokens / args.max_length)
     if args.max_steps > 0:
@@ -51,18 +54,107 @@ def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
 
 
 def mixture_steps(args: SFTConfig, candidates: Mapping[str, Candidate], counts: Mapping[str, int]) -> int:
-    """Optimizer steps that the Trainer will make on so many rows of each candidate."""
+    """Counts the optimizer steps that the Trainer will make on so many rows of each candidate."""
     chosen = [(candidates[name], count) for name, count in counts.items()]
-    rows = sum(one.trained_rows * count // len(one.rows) for one, count in chosen)
-    return planned_steps(args, rows, sum(one.tokens * count // len(one.rows) for one, count in chosen))
+    rows = sum(candidate.trained_rows * count // len(candidate.rows) for candidate, count in chosen)
+    return planned_steps(
+        args, rows, sum(candidate.tokens * count // len(candidate.rows) for candidate, count in chosen)
+    )
 
 
 class TrainingFailedError(InputError):
-    """A training whose outcome is of no use: not finite, worse than guessing, or no change at all."""
+    """A training whose result is useless: not finite, worse than guessing, or no change at all."""
+
+
+class BaseSnapshot:
+    """The base model before a training: tells what was trained, and restores the base.
+
+    Args:
+        base: before a Trainer has seen it.
+        kind: of the expert to be trained.
+    """
+
+    def __init__(self, base: PreTrainedModel, kind: ExpertKind) -> None:
+        self._base, self._kind = base, kind
+        self._attributes = set(vars(base))
+        self._learned = {name for name, _ in base.named_parameters()}  # before a Trainer wraps any layer
+        # The Trainer writes the tokenizer's special tokens into both, by which some models find a text's end.
+        self._configs = [
+            (config, copy.deepcopy(vars(config)))
+            for config in (base.config, getattr(base, "generation_config", None))
+            if config
+        ]
+        self._hooks = set(input_hooks(base))
+        is_here = PartialState().is_main_process or not is_sharded()
+        self._before = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in (floats(base).items() if is_here else ())
+            if kind.may_change(tensor)
+        }
+        self._counts = {  # such as the number of batches that running statistics have seen
+            name: tensor.detach().clone() for name, tensor in base.named_buffers() if not tensor.is_floating_point()
+        }
+
+    def trained(self, trainer: "CompletionTrainer | LabelTrainer") -> tuple[dict[str, torch.Tensor], bool]:
+        """Returns the weights that were trained, and whether training changed any (collective).
+
+        If the model is sharded, the main process gets the weights.
+        """
+        sharded = is_sharded()
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
+        return self._kind.trained_weights(state, self._before, self._learned)
+
+    def save(self, model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
+        """Writes the expert, on the main process; see `ExpertKind.save`."""
+        return self._kind.save(model, self._before, weights, folder)
+
+    def restore(self, model: Any) -> None:
+        """Restores the base, to be trained or scored as if it were freshly loaded.
+
+        With activation checkpointing TRL and the Trainer each put a hook on the input embeddings and remember the last one
+        only, so transformers' own way to remove them would leave one behind.
+
+        Args:
+            model: what was trained: the base, or the PEFT model around it.
+        """
+        base = self._base
+        if isinstance(model, PeftModel):
+            model.unload()
+        for name, layer in list(base.named_modules()):  # if the Trainer failed while it was made
+            if isinstance(layer, LoraLayer):
+                base.set_submodule(name, layer.get_base_layer())
+        if base.is_activation_checkpointing:
+            base.activation_checkpointing_disable()
+        hooks = input_hooks(base)
+        for hook in set(hooks) - self._hooks:
+            del hooks[hook]
+        for name in set(vars(base)) - self._attributes:
+            delattr(base, name)
+        for config, values in self._configs:
+            vars(config).clear()
+            vars(config).update(values)
+        base.requires_grad_(False)
+        with torch.no_grad():
+            for name, tensor in floats(base).items():
+                if name in self._before:
+                    tensor.copy_(self._before[name])
+            for name, tensor in base.named_buffers():
+                if name in self._counts:
+                    tensor.copy_(self._counts[name])
+        base.eval()
+
+
+def input_hooks(model: PreTrainedModel) -> dict[int, Any]:
+    """Returns the forward hooks on a model's input embeddings; empty if it has no such layer."""
+    try:
+        hooks: dict[int, Any] = model.get_input_embeddings()._forward_hooks
+    except (NotImplementedError, AttributeError):
+        return {}
+    return hooks
 
 
 def last_checkpoint(folder: Path, of: str) -> Path | None:
-    """The last checkpoint in `folder` that is whole and belongs to the training `of`."""
+    """Returns the last checkpoint in `folder` that is complete and belongs to the training `of`."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
         if (
             find_incomplete(path, COMPLETE) is None
@@ -76,14 +168,14 @@ def last_checkpoint(folder: Path, of: str) -> Path | None:
 def verdict(
     finite: bool, changed: bool, loss: float, curve: Sequence[float], args: SFTConfig, choices: int
 ) -> str | None:
-    """Why what was trained is of no use; None where it is.
+    """Says why what was trained is useless; None if it is not.
 
     Args:
-        finite: whether all its weights are.
-        changed: whether anything was.
+        finite: all trained weights are finite.
+        changed: some weight changed.
         loss: mean over the training.
-        curve: losses as they were logged.
-        choices: tokens of the vocabulary, or labels; guessing has a loss of the logarithm.
+        curve: the logged losses.
+        choices: tokens of the vocabulary, or labels: guessing has the loss log(choices).
     """
     if not math.isfinite(loss) or not finite:
         return (
@@ -96,7 +188,7 @@ def verdict(
             f"({math.log(choices):.3f}); try a lower learning_rate (now {args.learning_rate:g})"
         )
     if not changed:
-        return f"it learned nothing: every weight of its delta is 0; is the learning_rate ({args.learning_rate:g}) too small?"
+        return f"it learned nothing: no weight changed; is the learning_rate ({args.learning_rate:g}) too small?"
     return None
 
 
@@ -109,20 +201,20 @@ def train_expert(
     of: str = "",
     run: str = "training",
 ) -> dict[str, Any]:
-    """Fine-tunes on `rows`, saves the adapter, or what changed of all parameters, to `folder`, and gives the base back untouched.
+    """Fine-tunes on `rows`, saves the expert to `folder`, and restores the base.
 
-    Checkpoints are written to `checkpoints(folder)` as the arguments say (TRL: every 500 steps), and stay until `publish`. From
-    the last whole one of the same training it goes on, to the very weights that it would have had otherwise. Under FSDP or
-    DeepSpeed there are none, and the base is not given back: it is in pieces, and of no further use.
+    Checkpoints go to `checkpoints(folder)` as the arguments say (TRL: every 500 steps), and stay until `publish`. A training
+    resumes from its last complete checkpoint and ends with the same weights as without an interruption. Under FSDP or DeepSpeed
+    there are no checkpoints, and the base is not restored: it is sharded, and of no further use.
 
-    Every call seeds itself before it makes an adapter, so that all start from the same weights.
+    Every training sets the seed before it makes an adapter, so all adapters start from the same weights.
 
     Args:
-        of: fingerprint of all that the outcome depends on.
+        of: fingerprint of all that the result depends on.
         run: its name in the trackers that `report_to` names.
 
     Returns:
-        What the run used: see `TrainingRecorder`; `loss`, its mean over the steps; and of full experts `kept`, see `save_delta`.
+        What the run used, see `TrainingRecorder`; `loss`, its mean over the steps; and what `ExpertKind.save` adds.
 
     Raises:
         TrainingFailedError: nothing is saved.
@@ -133,66 +225,103 @@ def train_expert(
     saved = checkpoints(folder)
     args = arguments(settings, saved)
     of = fingerprint([of, state.num_processes, is_sharded()])
-    found: list[Any] = [None]
-    if state.is_main_process:
-        found = [last_checkpoint(saved, of)]
-        if found[0] is None:
-            shutil.rmtree(saved, ignore_errors=True)
-    found = [broadcast(found[0])]
-    mark: dict[str, Any] = read_json(found[0] / COMPLETE) if found[0] else {"seconds": 0.0, "losses": {}}
-    recorder = TrainingRecorder(mark["seconds"])
-    untouched = BaseSnapshot(base, settings)
+    checkpoint = find_checkpoint(saved, of)
+    before: dict[str, Any] = read_json(checkpoint / COMPLETE) if checkpoint else {"seconds": 0.0, "losses": {}}
+    recorder = TrainingRecorder(before["seconds"])
+    snapshot = BaseSnapshot(base, settings.expert)
     trainer: CompletionTrainer | LabelTrainer | None = None
     try:
         trainer = make_trainer(base, rows, settings, args, [recorder, tracker, *callbacks])
         trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
-        for name, value in mark["losses"].items():
+        for name, value in before["losses"].items():
             setattr(trainer, name, value)
-        for noisy in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(noisy)
-        try:
-            with tracker:
-                trainer.train(resume_from_checkpoint=str(found[0]) if found[0] else None)
-        except UnpicklingError as error:
-            raise InputError(f"{found[0]}: it holds more than numbers, and is not loaded; delete {saved}") from error
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise InputError(
-                f"training does not fit into memory: lower per_device_train_batch_size (now {args.per_device_train_batch_size}; "
-                f"gradient_accumulation_steps makes up for it){'' if settings.head else ', max_length, or load_in_4bit'}"
-            ) from error
-        done, planned = trainer.state.global_step, trainer.state.max_steps
-        if done < planned:
-            raise StoppedError(f"the training was ended after {done:,} of {planned:,} steps")
-        loss = trainer.summed() / max(1, done)
-        choices = len(settings.head.labels) if settings.head else base.config.get_text_config().vocab_size
-        curve = [loss for _, loss in recorder.record["loss_curve"]]
-        weights, changed = untouched.trained(trainer)
-        # Of numbers whose squares are not, nothing can be made either: a step of 1e30 may leave a loss that is finite.
-        finite = all(tensor.float().square().sum().isfinite() for tensor in weights.values())
-        reason = broadcast(verdict(finite, changed, loss, curve, args, choices))
-        kept: dict[str, Any] = {}
-        if state.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-            if reason is None:
-                try:
-                    kept = untouched.save(trainer.model, weights, folder)
-                except InputError as error:  # what its dtype cannot hold; the other processes must hear of it
-                    reason = str(error)
-            if kept and not kept["kept"]["parameters"]:
-                reason = f"delta_dtype: {settings.delta_dtype} keeps nothing of what was learned; expected float32"
-        reason = broadcast(reason)
-        if reason is not None:
-            raise TrainingFailedError(reason)
+        for printing in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printing)
+        with tracker:
+            run_trainer(trainer, args, checkpoint)
+        loss = trainer.summed() / max(1, trainer.state.global_step)
+        kept = keep_or_refuse(trainer, snapshot, settings, folder, loss, recorder)
     finally:
         if not is_sharded():
-            untouched.restore(base if trainer is None else trainer.model)
+            snapshot.restore(base if trainer is None else trainer.model)
     return recorder.record | {"loss": round(loss, DECIMALS)} | kept
 
 
+def find_checkpoint(saved: Path, of: str) -> Path | None:
+    """Returns the checkpoint to resume from (collective); without one, deletes those of other trainings."""
+    checkpoint: Path | None = None
+    if PartialState().is_main_process:
+        checkpoint = last_checkpoint(saved, of)
+        if checkpoint is None:
+            shutil.rmtree(saved, ignore_errors=True)
+    return Path(found) if (found := broadcast(checkpoint)) else None
+
+
+def run_trainer(trainer: "CompletionTrainer | LabelTrainer", args: SFTConfig, checkpoint: Path | None) -> None:
+    """Trains to the last step.
+
+    Raises:
+        InputError: too little memory, or a checkpoint that could run code.
+        StoppedError: something ended the training early.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UnpicklingError as error:
+        raise InputError(
+            f"{checkpoint}: holds more than numbers, and is not loaded; delete {args.output_dir}"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        more = "" if isinstance(trainer, LabelTrainer) else ", max_length, or load_in_4bit"
+        raise InputError(
+            f"training does not fit into memory: lower per_device_train_batch_size (now {args.per_device_train_batch_size}; "
+            f"gradient_accumulation_steps makes up for it){more}"
+        ) from error
+    done, planned = trainer.state.global_step, trainer.state.max_steps
+    if done < planned:
+        raise StoppedError(f"the training was ended after {done:,} of {planned:,} steps")
+
+
+def keep_or_refuse(
+    trainer: "CompletionTrainer | LabelTrainer",
+    snapshot: BaseSnapshot,
+    settings: Settings,
+    folder: Path,
+    loss: float,
+    recorder: TrainingRecorder,
+) -> dict[str, Any]:
+    """Saves what was trained if it is of use (collective).
+
+    Returns:
+        What `ExpertKind.save` adds to the record.
+
+    Raises:
+        TrainingFailedError: with the reason; nothing is saved.
+    """
+    head = settings.head
+    choices = len(head.labels) if head else trainer.model.config.get_text_config().vocab_size
+    curve = [value for _, value in recorder.record["loss_curve"]]
+    weights, changed = snapshot.trained(trainer)
+    # Squares too must be finite: a step of 1e30 may leave a finite loss and weights that nothing can be made of.
+    finite = all(tensor.float().square().sum().isfinite() for tensor in weights.values())
+    reason: str | None = broadcast(verdict(finite, changed, loss, curve, settings.args, choices))
+    kept: dict[str, Any] = {}
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        if reason is None:
+            try:
+                kept = snapshot.save(trainer.model, weights, folder)
+            except InputError as error:  # the other processes must hear of it
+                reason = str(error)
+    reason = broadcast(reason)
+    if reason is not None:
+        raise TrainingFailedError(reason)
+    return kept
+
+
 def publish(folder: Path, record: Mapping[str, Any]) -> None:
-    """Puts what was made in `staging_path(folder)` into its place, together with its `training.json`."""
+    """Renames `staging_path(folder)` into place, together with its `training.json` (collective)."""
     if PartialState().is_main_process:
         partial = staging_path(folder)
         partial.mkdir(parents=True, exist_ok=True)
@@ -212,10 +341,10 @@ def move(folder: Path) -> None:
 
 
 def finished(folder: Path, of: str) -> bool:
-    """Whether `folder` is there and whole, or was when a crash kept it from its place, to which it is then moved.
+    """True if `folder` is complete (collective); one that a crash left in its staging path is renamed into place first.
 
     Args:
-        of: the `fingerprint` that must stand in its `training.json`.
+        of: the `fingerprint` that its `training.json` must have.
     """
     if PartialState().is_main_process and find_incomplete(folder) is not None:
         partial = staging_path(folder)
@@ -225,14 +354,13 @@ def finished(folder: Path, of: str) -> bool:
 
 
 def load_trained(folder: Path) -> Expert:
-    """The expert that was trained into `folder`.
+    """Loads the expert in `folder`.
 
     Raises:
-        InputError: what is there is not what was trained.
+        InputError: its files were modified.
     """
     if file := find_modified(folder):
         raise InputError(
-            f"{folder / file} is not what was trained: its content has changed. Restore it, or delete {folder} to have it "
-            "trained again"
+            f"{folder / file} is not what was trained: it was modified. Restore it, or delete {folder} to train it again"
         )
-    return Delta(folder) if (folder / DELTA_FILE).exists() else Adapter.load(folder)
+    return kind_of(folder).load(folder)

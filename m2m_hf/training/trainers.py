@@ -2,7 +2,6 @@
 
 import copy
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -30,10 +29,10 @@ from trl import SFTConfig, SFTTrainer
 from m2m_hf.console import Bar
 from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import Head
-from m2m_hf.modeling.inspection import is_trained
 from m2m_hf.modeling.processing import inputs_of
 from m2m_hf.storage.files import staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files
+from m2m_hf.training.experts import ExpertKind
 
 
 class Collate:
@@ -92,29 +91,36 @@ class TrainingRecorder(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.record = {
             "steps": state.global_step,
             "epochs": round(state.epoch or 0.0, 4),
             "tokens": int(state.num_input_tokens_seen),
             "seconds": self.seconds,
             "loss_curve": [[entry["step"], float(entry["loss"])] for entry in state.log_history if "loss" in entry],
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": peak_memory(),
         }
 
 
-class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as whole once everything in it is written, with what it takes to go on as if nothing had happened.
+def peak_memory() -> int:
+    """Returns the most bytes allocated on the accelerator; on a CPU, the most memory that the process has had (0 on Windows)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    At the last step there is none: going on from it, the Trainer would make one step too many.
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint as complete when everything in it is written, and adds what resuming exactly needs.
+
+    There is none at the last step: the Trainer would resume from it with one step too many.
 
     Args:
-        of: fingerprint of what is trained; another training does not go on from its checkpoints.
+        of: fingerprint of what is trained; another training does not resume from its checkpoints.
         recorder: of the same training.
-        losses: gives what is to be known of the losses of all steps so far; every process must call it.
+        losses: gives the losses of all steps so far (collective).
     """
 
     def __init__(self, of: str, recorder: TrainingRecorder, losses: Callable[[], dict[str, Any]]) -> None:
@@ -131,10 +137,7 @@ class Checkpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # every process writes the state of its random numbers
         if PartialState().is_main_process:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            for old in (
-                folder / COMPLETE,
-                staging_path(folder / COMPLETE),
-            ):  # of a checkpoint that was killed, or passed over, here
+            for old in (folder / COMPLETE, staging_path(folder / COMPLETE)):  # of a checkpoint that was killed here
                 old.unlink(missing_ok=True)
             sync(folder)
             known = {
@@ -172,30 +175,26 @@ class Settings:
     Args:
         args: the Trainer's.
         processing: the tokenizer, or the image processor.
-        lora: the shape of the adapter; None to train all parameters.
+        expert: the kind of expert, with its own settings.
         head: of a classifier; None for a causal LM.
         limit: tokens that a classifier's text is cut to.
-        among: of a classifier's datasets the labels that a row may have.
-        parameters: of those that are trained in full, a pattern of their names (None: all).
-        delta_dtype: that these are kept in.
+        among: dataset of a classifier -> the labels that its rows may have.
     """
 
     args: SFTConfig
     processing: Any
-    lora: LoraConfig | None
+    expert: ExpertKind
     head: Head | None = None
     limit: int = 0
     among: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    parameters: str | None = None
-    delta_dtype: str = "float32"
 
 
 class BookkeepingTrainer(Trainer):
-    """What both trainers add to transformers': checkpoints that hold an adapter alone, and a sum of all losses.
+    """What both trainers add to transformers': checkpoints of the adapter alone, and a sum of all losses.
 
-    The Trainer forgets the losses before a checkpoint, and leaves out those that are not finite; what is logged here is the
-    same whether or not training was interrupted. With an adapter it would ask the Hub for the base model's vocabulary whenever
-    it writes a checkpoint.
+    The Trainer forgets the losses before a checkpoint, and drops those that are not finite; here the logged losses are the same
+    whether or not training was interrupted. With an adapter, the Trainer would ask the Hub for the base model's vocabulary at
+    every checkpoint.
     """
 
     loss_sum: Any = 0.0
@@ -204,7 +203,7 @@ class BookkeepingTrainer(Trainer):
 
     @property
     def _precision(self) -> torch.dtype:
-        return torch.float32 if self.args.device.type == "mps" else torch.float64  # which Apple's GPUs have not
+        return torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -225,15 +224,15 @@ class BookkeepingTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: nobody reads a checkpoint's."""
+        """Writes none: nobody reads a checkpoint's."""
 
     def summed(self) -> float:
-        """Over all steps so far, the mean over the processes."""
+        """Returns the sum of the losses of all steps so far, averaged over the processes (collective)."""
         total = torch.as_tensor(self.loss_sum, dtype=self._precision, device=self.args.device)
         return float(self.accelerator.gather(total).mean())
 
     def losses(self) -> dict[str, Any]:
-        """What a training that goes on must know of those before; all processes must ask."""
+        """Returns what a resumed training must know of the losses before it (collective)."""
         return {"loss_sum": self.summed(), "logged_step": self.logged_step, "logged_sum": self.logged_sum}
 
 
@@ -253,7 +252,7 @@ class LabelTrainer(BookkeepingTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one batch: the model, without `labels` among its inputs, gives features or logits."""
+        """Computes the loss of one batch. Without `labels` among its inputs, the model gives features or logits."""
         labels, allowed = inputs.pop("labels"), inputs.pop("allowed")
         outputs = model(**inputs)
         scores = self._head.scores(outputs, inputs.get("attention_mask"))
@@ -285,22 +284,18 @@ def arguments(settings: Settings, saved: Path) -> SFTConfig:
 def make_trainer(
     base: PreTrainedModel, rows: Dataset, settings: Settings, args: SFTConfig, callbacks: Sequence[TrainerCallback]
 ) -> "CompletionTrainer | LabelTrainer":
-    """The Trainer that the settings ask for, over the base with an adapter on it or with its parameters free."""
-    common = {
+    """Makes the Trainer that the settings ask for, over the base with an adapter on it or with its parameters free."""
+    set_seed(args.seed)
+    head = settings.head
+    adapter = settings.expert.prepare(base, None if head is None else head.plan)
+    common: dict[str, Any] = {
         "args": args,
         "train_dataset": rows,
         "processing_class": settings.processing,
         "callbacks": list(callbacks),
     }
-    set_seed(args.seed)
-    plan = None if settings.head is None else settings.head.plan
-    if settings.lora is None:
-        base.requires_grad_(False)
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(is_trained(name, plan, settings.parameters))
-    if settings.head is None:
-        adapter = {} if settings.lora is None else {"peft_config": copy.deepcopy(settings.lora)}
-        return CompletionTrainer(model=base, **common, **adapter)
-    collate = Collate(settings.processing, settings.head, settings.among, settings.limit)
-    model = base if settings.lora is None else get_peft_model(base, copy.deepcopy(settings.lora))
-    return LabelTrainer(settings.head, model=model, data_collator=collate, **common)
+    if head is None:
+        return CompletionTrainer(model=base, peft_config=adapter, **common)
+    collate = Collate(settings.processing, head, settings.among, settings.limit)
+    model = base if adapter is None else get_peft_model(base, adapter)
+    return LabelTrainer(head, model=model, data_collator=collate, **common)

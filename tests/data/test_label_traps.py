@@ -213,15 +213,6 @@ def test_a_command_scores_merged_models(intents, tmp_path):
     assert found[frozenset({"noise", "colours"})] == pytest.approx(pair, abs=1e-4)
 
 
-def test_what_a_killed_process_put_aside_is_cleared(intents):
-    assert m2m("search", "--config", intents / "intents.yaml", "--expert", "full") == 0
-    left = intents / "out" / ".base-abc"
-    left.mkdir()
-    (left / "base.safetensors").write_bytes(b"x")
-    assert m2m("search", "--config", intents / "intents.yaml", "--expert", "full") == 0
-    assert not left.exists()
-
-
 def test_palettes_are_told_apart_by_their_colours():
     pictures = []
     for colour in ((255, 0, 0), (0, 0, 255)):

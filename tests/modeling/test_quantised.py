@@ -16,6 +16,7 @@ from m2m_hf.modeling.loading import load_base
 from m2m_hf.modeling.lora import lora_config
 from m2m_hf.scoring.forward import completion_logprobs
 from m2m_hf.scoring.packing import Question, Request
+from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
@@ -49,7 +50,9 @@ def train(base, args, folder):
     rows = Dataset.from_list(candidate_rows("alpha"))
     config = lora_config(ModelConfig(lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
     with Terminal(quiet=True).progress("", 3) as bar:
-        train_expert(base, rows, Settings(args, build_tokenizer(), config), folder, [BankProgress(bar, 0, "")])
+        train_expert(
+            base, rows, Settings(args, build_tokenizer(), LoraKind(config)), folder, [BankProgress(bar, 0, "")]
+        )
     return Adapter.load(folder)
 
 

@@ -63,7 +63,7 @@ def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
         args=args,
         train_dataset=one.candidates["gamma"].rows,
         processing_class=one.tokenizer,
-        peft_config=one._lora(one.model_args),
+        peft_config=one._expert(one.model_args).lora,
     )
     fresh.train()
     fresh.model.save_pretrained(tmp_path / "fresh")

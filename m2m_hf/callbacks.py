@@ -1,4 +1,4 @@
-"""Callbacks for training scripts of one's own: targets of ours, and mixtures, scored while any Trainer trains."""
+"""Callbacks for your own training scripts: score targets, or whole mixtures, while any Trainer trains."""
 
 import copy
 import math
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from scipy.stats import kendalltau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -44,7 +43,7 @@ from m2m_hf.storage.files import read_json_or_empty
 
 
 class LiveTargets:
-    """Targets of ours, scored with the model that somebody's Trainer is training; see the callbacks for the arguments.
+    """Targets that are scored with the model a Trainer is training; the callbacks describe the arguments.
 
     Raises:
         InputError: a target that cannot be read, or a scorer that needs more than a model.
@@ -58,7 +57,7 @@ class LiveTargets:
         allow_metric_code: bool,
     ) -> None:
         self.trainer = trainer
-        suffix = next((one for one in SUFFIX.values() if type(self.base).__name__.endswith(one)), None)
+        suffix = next((end for end in SUFFIX.values() if type(self.base).__name__.endswith(end)), None)
         images = suffix == SUFFIX["image_classification"]
         self.processing: Any = trainer.processing_class
         expected = transformers.BaseImageProcessor if images else transformers.PreTrainedTokenizerBase
@@ -68,48 +67,53 @@ class LiveTargets:
                 f"{type(self.processing).__name__}"
             )
         parsed = {
-            check_name(name, "target"): TargetConfig.parse(given, f"targets.{name}", Path.cwd())
-            for name, given in targets.items()
+            check_name(name, "target"): TargetConfig.parse(fields, f"targets.{name}", Path.cwd())
+            for name, fields in targets.items()
         }
-        for name, one in parsed.items():
-            if one.kind in ("command", "lm_eval"):
-                raise InputError(
-                    f"targets.{name}.scorer: {one.kind} needs an adapter on the disk; expected another one"
-                )
-            if suffix is not None and one.kind not in ("classification", "callable"):
-                raise InputError(
-                    f"targets.{name}.scorer: the trainer's model is a {type(self.base).__name__}, which writes no text; expected "
-                    f"classification, got {one.kind}"
-                )
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise InputError("trainer: its model is in pieces (FSDP, DeepSpeed), and cannot be scored while it trains")
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-            raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
-        total = sum(one.weight for one in parsed.values())
-        self.shares = {name: one.weight / total for name, one in parsed.items()}
-        made = self._causal(parsed) if suffix is None else self._classifiers(parsed)
+        self._refuse_unless_scorable(trainer, parsed, suffix)
+        total = sum(target.weight for target in parsed.values())
+        self.shares = {name: target.weight / total for name, target in parsed.items()}
+        loaded = self._causal(parsed) if suffix is None else self._classifiers(parsed)
         self.scorers: dict[str, Scorer] = {
-            name: CallableScorer(one.config.scorer, one.rows, self.processing)
-            if one.config.kind == "callable"
+            name: CallableScorer(target.config.scorer, target.rows, self.processing)
+            if target.config.kind == "callable"
             else make(allow_metric_code=allow_metric_code, where=f"targets.{name}")
-            for name, (one, make) in made.items()
+            for name, (target, make) in loaded.items()
         }
         self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
 
+    def _refuse_unless_scorable(
+        self, trainer: Trainer, targets: Mapping[str, TargetConfig], suffix: str | None
+    ) -> None:
+        for name, target in targets.items():
+            if target.kind in ("command", "lm_eval"):
+                raise InputError(
+                    f"targets.{name}.scorer: {target.kind} needs an adapter on the disk; expected another scorer"
+                )
+            if suffix is not None and target.kind not in ("classification", "callable"):
+                raise InputError(
+                    f"targets.{name}.scorer: the trainer's model is a {type(self.base).__name__}, which writes no text; expected "
+                    f"classification, got {target.kind}"
+                )
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise InputError("trainer: its model is sharded (FSDP, DeepSpeed), and cannot be scored while it trains")
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
+
     def _causal(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
-        """Every target's rows, and what makes its scorer."""
+        """Loads every target's rows; returns them with a function that makes the scorer."""
         length = positions(self.base)
         seed = self.trainer.args.seed
         loaded = load_causal_lm_data(
             {}, targets, self.processing, seed=seed, max_length=None, assistant_only_loss=False
         ).targets
         return {
-            name: (one, partial(make_causal_lm_scorer, one.config, one.rows, self.processing, length))
-            for name, one in loaded.items()
+            name: (target, partial(make_causal_lm_scorer, target.config, target.rows, self.processing, length))
+            for name, target in loaded.items()
         }
 
     def _classifiers(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
-        """The same for a classifier, whose own labels are those that a row may have."""
+        """Like `_causal` for a classifier; its own labels are those that a row may have."""
         config = self.base.config
         plan = plan_own(config, type(self.base), f"trainer: its model, a {type(self.base).__name__},")
         assert plan.own is not None
@@ -128,56 +132,53 @@ class LiveTargets:
             {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
         ).targets
         return {
-            name: (
-                one,
-                partial(ClassificationScorer, one.config, one.rows, processing, lambda: head, length),
-            )
-            for name, one in loaded.items()
+            name: (target, partial(ClassificationScorer, target.config, target.rows, processing, lambda: head, length))
+            for name, target in loaded.items()
         }
 
     @property
     def model(self) -> Any:
-        """What is trained, without what accelerate has put around it."""
+        """The model that is trained, without the wrappers of accelerate."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     @property
     def base(self) -> Any:
-        """The model that an adapter is trained on, or the model itself."""
+        """The model below the adapter, or the model itself."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def scores(self, stack: GatedStack, mixtures: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-        """Of every mixture: target -> score. One that cannot be scored now is not a number, and why is a warning."""
-        found: list[dict[str, float]] = [{} for _ in mixtures]
+        """Scores every mixture: target -> score. A score that fails is NaN, and a warning gives the reason."""
+        scores: list[dict[str, float]] = [{} for _ in mixtures]
         for name, scorer in self.scorers.items():
-            # As many together as fill a batch, or scorers would have to hold the answers of all of them.
+            # As many at once as fill a batch, or scorers would hold the answers of all of them.
             together = scorer.at_once(stack, self._tokens, scorer.examples)
             for start in range(0, len(mixtures), together):
                 group = mixtures[start : start + together]
                 for place, score in enumerate(scorer.score(stack, group, self._tokens), start=start):
                     if isinstance(score, Failure):
                         warnings.warn(f"targets.{name}: {score.reason}", RuntimeWarning, stacklevel=3)
-                    found[place][name] = math.nan if isinstance(score, Failure) else score.value
-        return found
+                    scores[place][name] = math.nan if isinstance(score, Failure) else score.value
+        return scores
 
     def mean(self, scores: Mapping[str, float]) -> float:
-        """Over the targets, by their weights."""
+        """Returns the mean over the targets, by their weights."""
         return sum(share * scores[name] for name, share in self.shares.items())
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Puts numbers where the training's own are logged; a Trainer's subclass may do more with its own."""
+        """Logs numbers beside the training's own, without what a Trainer's subclass does with its own."""
         control = self.trainer.control
-        own = control.should_log  # which is taken back by whatever is logged, and then the loss would not be
+        should_log = control.should_log  # logging resets it, and the loss would not be logged then
         Trainer.log(self.trainer, dict(values))
-        control.should_log = own
+        control.should_log = should_log
 
 
 class TargetScoreCallback(TrainerCallback):
-    """Scores targets of ours during a training of yours, TRL's or transformers' own, whenever it evaluates.
+    """Scores targets during your own training, with TRL's or transformers' Trainer, whenever it evaluates.
 
-    The scores are logged, and stand among the metrics of that evaluation as `eval_<target>`, higher is better. So
+    The scores are logged, and join the metrics of that evaluation as `eval_<target>`; higher is better. So
     `metric_for_best_model="eval_<target>"` with `greater_is_better=True` and `load_best_model_at_end` keeps the best checkpoint,
-    and an `EarlyStoppingCallback` that is added after this one stops by it. A run without evaluation is scored at the end of
-    every epoch. The training is left as it would be without it: same random numbers, same weights.
+    and an `EarlyStoppingCallback` added after this one uses it. A run without evaluation is scored at the end of every epoch.
+    The training does not change: same random numbers, same weights.
 
     ```python
     quiz = {"data": {"path": "json", "data_files": "quiz.jsonl"}, "scorer": "choice"}
@@ -185,13 +186,13 @@ class TargetScoreCallback(TrainerCallback):
     ```
 
     Args:
-        trainer: whose model and tokenizer, or image processor, are scored with. It trains a causal LM or a classifier
-            (`...ForSequenceClassification`, `...ForImageClassification`).
-        targets: name -> what stands under `targets:` in a configuration (scorers `choice`, `classification`, `loss`,
+        trainer: trains a causal LM, or a classifier (`...ForSequenceClassification`, `...ForImageClassification`), and has its
+            tokenizer or image processor.
+        targets: name -> a target as under `targets:` in a configuration (scorers `choice`, `classification`, `loss`,
             `generation`, and Python functions; with a classifier `classification` of rows text/label or image/label, whose
             labels are the names in the model's `id2label`). Relative paths are relative to the working directory.
         tokens_per_batch: tokens in one forward pass (default: 1024 on a CPU, else 16384).
-        allow_metric_code: load metrics of one's own, which runs the code in them.
+        allow_metric_code: load your own metrics, which runs their code.
 
     Raises:
         InputError: a target that cannot be read, or a scorer that needs more than a model.
@@ -207,9 +208,9 @@ class TargetScoreCallback(TrainerCallback):
         self._targets = LiveTargets(trainer, targets, tokens_per_batch, allow_metric_code)
 
     def scores(self) -> dict[str, float]:
-        """`eval_<target>` -> score of the model as it is now; with several targets their weighted mean too, as `eval_targets`.
+        """Returns `eval_<target>` -> score of the model as it is now, and with several targets their mean as `eval_targets`.
 
-        One that cannot be scored now is not a number, and why is a warning: the training goes on.
+        A score that fails is NaN, and a warning gives the reason; the training goes on.
         """
         model = self._targets.base
         with undisturbed(model):
@@ -218,13 +219,13 @@ class TargetScoreCallback(TrainerCallback):
                 (scores,) = self._targets.scores(stack, [{}])
             finally:
                 stack.detach()
-        found = {f"eval_{name}": value for name, value in scores.items()}
-        return found | ({"eval_targets": self._targets.mean(scores)} if len(scores) > 1 else {})
+        values = {f"eval_{name}": value for name, value in scores.items()}
+        return values | ({"eval_targets": self._targets.mean(scores)} if len(scores) > 1 else {})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        found = self.scores()
-        kwargs["metrics"].update(found)
-        self._targets.log(found)
+        scores = self.scores()
+        kwargs["metrics"].update(scores)
+        self._targets.log(scores)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -234,14 +235,13 @@ class TargetScoreCallback(TrainerCallback):
 
 
 class MergeProbeCallback(TrainerCallback):
-    """Ranks mixtures while an adapter is trained, and says when their ranking has stopped moving.
+    """Ranks mixtures while an adapter is trained, and tells when their ranking is stable.
 
-    Every `every` steps the adapter as it is now is averaged with those of other candidates as they were at the same share of
-    their own training (their last checkpoint up to there, or the finished adapter where there are none), and the mixtures
-    are scored on targets of ours. Their order is compared with the one before, by Kendall's τ-b. Once it has been at least
-    `agreement` for `patience` times, with the same best mixture, it is said from which step on: adapters that are all trained
-    that far would have led to the same choice. Logged are `probe_best` (the best mixture's score) and `probe_kendall`. The
-    training is left as it would be without it.
+    Every `every` steps it averages the adapter as it is now with those of other candidates at the same share of their own
+    training (their last checkpoint up to there, or the finished adapter if there are none), and scores the mixtures on targets.
+    It compares each ranking with the one before, by Kendall's τ-b. The ranking is stable once τ-b has been at least `agreement`
+    for `patience` times, with the same best mixture: adapters that are all trained that far lead to the same choice. Logged are
+    `probe_best` (the best mixture's score) and `probe_kendall`. The training does not change.
 
     ```python
     for name, rows in candidates.items():
@@ -250,21 +250,21 @@ class MergeProbeCallback(TrainerCallback):
         probe = MergeProbeCallback(trainer, name, others, {"quiz": quiz}, every=20)
         trainer.add_callback(probe)
         trainer.train()
-    print(probe.settled)  # the share of the training after which nothing changed any more; None if it was still moving
+    print(probe.settled)  # the share of the training after which the ranking was stable; None if it never was
     ```
 
     Args:
         trainer: trains a LoRA adapter, on the same base and with the same settings as the others.
         name: of the candidate that it is trained on.
-        others: name -> an adapter folder, or the `output_dir` of its training. What is not there yet is left out.
+        others: name -> an adapter folder, or the `output_dir` of its training. A folder that does not exist yet is left out.
         targets, tokens_per_batch, allow_metric_code: see `TargetScoreCallback`.
         every: steps between two probes.
         patience: probes in a row that must agree with the ones before.
-        agreement: τ-b from which on two rankings are taken for the same, up to 1.
-        stop: end the training then. All adapters of a bank must be trained equally far, so end all of them there.
+        agreement: the least τ-b of two rankings that agree, up to 1.
+        stop: end the training when the ranking is stable. All adapters of a bank must be trained equally far, so end all there.
 
     Raises:
-        InputError: a model that trains no LoRA adapter that can be averaged, or in pieces; or see `TargetScoreCallback`.
+        InputError: no LoRA adapter that can be averaged is trained, or a sharded one; or see `TargetScoreCallback`.
     """
 
     def __init__(
@@ -302,26 +302,22 @@ class MergeProbeCallback(TrainerCallback):
         self._every, self._patience, self._agreement, self._stop = every, patience, agreement, stop
         self.ranking: list[tuple[Mixture, float]] = []
         self.settled: float | None = None
-        self._since: tuple[int, int] = (0, 0)  # the step of the first of how many rankings that agree
+        self._agreeing: tuple[int, int] = (0, 0)  # the step of the first ranking, and how many agreed with it in a row
 
     def probe(self, share: float) -> list[tuple[Mixture, float]]:
-        """The mixtures of the adapters at this share of their training and their scores, best first."""
+        """Returns the mixtures of the adapters at this share of their training with their scores, best first."""
         model = self._targets.model
-        adapters = {}
-        for name, folder in self._others.items():
-            if (found := adapter_at(folder, share)) is not None:
-                adapters[name] = Adapter.load(found)
-        state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
-        tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
-        adapters[self._name] = Adapter(model.active_peft_config, tensors)
+        paths = {name: adapter_at(folder, share) for name, folder in self._others.items()}
+        adapters = {name: Adapter.load(path) for name, path in paths.items() if path is not None}
+        adapters[self._name] = live_adapter(model)
         mixtures = few_mixtures(tuple(adapters))
         with undisturbed(model), model.disable_adapter():
             stack = GatedStack(self._targets.base, adapters)
             try:
-                scores = self._targets.scores(stack, [one.weights for one in mixtures])
+                scores = self._targets.scores(stack, [mixture.weights for mixture in mixtures])
             finally:
                 stack.detach()
-        ranking = [(mixture, self._targets.mean(one)) for mixture, one in zip(mixtures, scores, strict=True)]
+        ranking = [(mixture, self._targets.mean(values)) for mixture, values in zip(mixtures, scores, strict=True)]
         return sorted(ranking, key=lambda pair: (math.isnan(pair[1]), -pair[1], len(pair[0]), pair[0].items))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -330,42 +326,49 @@ class MergeProbeCallback(TrainerCallback):
         before, self.ranking = dict(self.ranking), self.probe(state.global_step / state.max_steps)
         now = dict(self.ranking)
         values = {"probe_best": self.ranking[0][1]}
-        agreed = 0.0
+        tau = 0.0
         if before.keys() == now.keys() and len(now) > 1:
-            agreed = float(kendalltau([before[one] for one in now], list(now.values())).statistic)
-            values["probe_kendall"] = agreed
+            tau = float(kendalltau([before[mixture] for mixture in now], list(now.values())).statistic)
+            values["probe_kendall"] = tau
         self._targets.log(values)
         same_best = bool(before) and max(before, key=before.__getitem__) == self.ranking[0][0]
-        first, times = self._since
-        moved = not (agreed >= self._agreement and same_best)
-        self._since = (state.global_step, 0) if moved else (first, times + 1)
-        if moved:
+        agrees = tau >= self._agreement and same_best
+        first, times = self._agreeing
+        self._agreeing = (first, times + 1) if agrees else (state.global_step, 0)
+        if not agrees:
             self.settled = None
-        elif self._since[1] == self._patience:
+        elif self._agreeing[1] == self._patience:
             self.settled = first / state.max_steps
             Terminal(quiet=not state.is_world_process_zero).say(
-                f"the ranking of {len(now)} mixtures has stood still since step {first:,} of {state.max_steps:,}, the best one "
+                f"the ranking of {len(now)} mixtures has been stable since step {first:,} of {state.max_steps:,}, the best one "
                 f"{self.ranking[0][0]}: adapters that are all trained that far lead to the same choice"
             )
         if self.settled is not None and self._stop:
             control.should_training_stop = True
 
 
+def live_adapter(model: PeftModel) -> Adapter:
+    """Copies the adapter that is trained, on the CPU like those that are loaded, so that a stack can join them."""
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+    return Adapter(model.active_peft_config, tensors)
+
+
 def few_mixtures(names: tuple[str, ...]) -> list[Mixture]:
-    """All subsets of up to six candidates; of more the singles, the pairs, all together and all but one."""
+    """Returns all subsets of up to six candidates; of more, the singles, the pairs, all together and all but one."""
     space = SearchSpace(tuple(sorted(names)))
     if len(names) <= 6:
         return list(space.subsets())
     sizes = (1, 2, len(names) - 1, len(names))
-    return [Mixture.subset(some) for size in sizes for some in combinations(space.names, size)]
+    return [Mixture.subset(members) for size in sizes for members in combinations(space.names, size)]
 
 
 def adapter_at(folder: Path, share: float) -> Path | None:
-    """Where the adapter is that a training in `folder` had at a share of its steps; None where there is none yet."""
+    """Returns the folder of the adapter that a training in `folder` had at a share of its steps; None if there is none yet."""
     checkpoints = [Path(path) for path in sort_checkpoints(str(folder))] if folder.is_dir() else []
     for path in reversed(checkpoints):
-        told = read_json_or_empty(path / TRAINER_STATE_NAME)
-        step, steps = told.get("global_step"), told.get("max_steps")
+        state = read_json_or_empty(path / TRAINER_STATE_NAME)
+        step, steps = state.get("global_step"), state.get("max_steps")
         if isinstance(step, int) and isinstance(steps, int) and step <= share * steps * (1 + 1e-9):
             return path
     return folder if not checkpoints and (folder / "adapter_config.json").exists() else None
@@ -373,15 +376,13 @@ def adapter_at(folder: Path, share: float) -> Path | None:
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Leaves mode, random numbers, and what gradients go through as they were."""
+    """Restores mode, random numbers, and `requires_grad` at the end."""
     training = {module: module.training for module in model.modules()}
-    learning = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     cache = getattr(model.config, "use_cache", None)
     states = random.getstate(), np.random.get_state()
     for layer in model.modules():
-        if isinstance(
-            layer, Linear4bit
-        ):  # or inference would repack it, and no gradient pass through it (models.load_base)
+        if type(layer).__name__ == "Linear4bit":  # inference would repack it, and no gradient pass through it then
             layer.support_avx512bf16_for_cpu = False
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
@@ -390,8 +391,8 @@ def undisturbed(model: Any) -> Iterator[None]:
         finally:
             for module, mode in training.items():
                 module.training = mode
-            for parameter, learns in learning.items():
-                parameter.requires_grad_(learns)
+            for parameter, value in requires_grad.items():
+                parameter.requires_grad_(value)
             if hasattr(model.config, "use_cache"):
                 model.config.use_cache = cache
             random.setstate(states[0])

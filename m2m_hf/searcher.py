@@ -263,7 +263,7 @@ class MergeToMixSearcher(Ingredients):
         known = len(journal.trials)
         # A curve is told from its beginning, so that of a search that goes on is a run of its own.
         run = f"search-from-{known}" if known else "search"
-        tracker = Tracker(self.args, run, speaks=self.state.is_main_process)
+        tracker = Tracker(self.args, run, enabled=self.state.is_main_process)
 
         with tracker, self.terminal.progress("scoring mixtures", int(total)) as bar:
 
@@ -599,7 +599,7 @@ class MergeToMixSearcher(Ingredients):
                 "total_seconds": round(max(seconds, record["seconds"]), 3),
             },
         )
-        with Tracker(self.args, "scores", speaks=self.state.is_main_process) as tracker:
+        with Tracker(self.args, "scores", enabled=self.state.is_main_process) as tracker:
             for step, who in enumerate(("base", "final")):
                 values = {
                     ("eval_" if part == "validation" else "test_") + target: one["score"]

@@ -5,8 +5,8 @@ m2m adapters --config recipes/intents.yaml --expert full --learning_rate 2e-5 --
 python recipes/benchmark_full.py --config runs/intents-full/config.yaml
 ```
 
-Writes the weights of all subsets of a finished bank's experts into the base model, one after another. Prints the time of a mixture
-by its size, and the most memory that the process had.
+Writes the weights of all subsets of a finished bank's experts into the base model, one after another. Prints the time that a
+mixture takes, by its size, and the most memory that the process had.
 """
 
 import sys

@@ -42,6 +42,8 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -206,6 +208,17 @@ def clip(tmp_path_factory) -> Path:
     tokenizer.backend_tokenizer.post_processor = ends  # where CLIP takes what a text means
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def resnet(tmp_path) -> Path:
+    """A pico ResNet, whose normalisation keeps running statistics and counts batches."""
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(RGB)), "label2id": {name: place for place, name in enumerate(RGB)}}
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**shape, **names)).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "resnet")
+    return tmp_path / "resnet"
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError, MergeProbeCallback, TargetScoreCallback
+from m2m_hf.callbacks import live_adapter
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
@@ -198,6 +199,20 @@ def test_what_cannot_be_probed_is_refused(tokenizer, tmp_path, targets, bank):
     )
     with pytest.raises(InputError, match="trains a LoRA adapter"):
         MergeProbeCallback(full, "alpha", bank, targets, every=2)
+
+
+def test_the_live_adapter_is_copied_to_the_cpu_where_loaded_ones_are(tokenizer, tmp_path, monkeypatch):
+    class OnAccelerator:
+        def detach(self):
+            return self
+
+        def to(self, device, copy):
+            assert copy
+            return torch.ones(1, device=device)
+
+    state = {"weight": OnAccelerator()}
+    monkeypatch.setattr("m2m_hf.callbacks.get_peft_model_state_dict", lambda *args, **kwargs: state)
+    assert live_adapter(trainer(tokenizer, tmp_path).model).tensors["weight"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("logging", [{"logging_strategy": "epoch"}, {"logging_steps": 2}])

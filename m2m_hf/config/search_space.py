@@ -57,7 +57,7 @@ def merge_label(method: str, parameters: Mapping[str, Any], seed: int) -> str:
     if method == "average":
         return "merged"
     shown = {**MERGE_PARAMETERS[method], **parameters} | ({"seed": seed} if method == "dare" else {})
-    return f"{method}({', '.join(f'{key}={value:g}' for key, value in shown.items() if value is not None)})"
+    return f"{method}({', '.join(f'{key}={value:g}' for key, value in shown.items())})"
 
 
 def objective_name(config: MergeToMixConfig, seed: int) -> str:

@@ -297,7 +297,13 @@ class Ingredients:
                 more["limit"] = self._length.limit
                 more["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
         return uniform_facts(
-            args, self._expert(model_args), processing, self._base_fingerprint, model_args.dtype, self._data.format, more
+            args,
+            self._expert(model_args),
+            processing,
+            self._base_fingerprint,
+            model_args.dtype,
+            self._data.format,
+            more,
         )
 
     @cached_property

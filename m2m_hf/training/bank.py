@@ -266,7 +266,8 @@ class Bank:
                     shutil.rmtree(self.folder / name)
             PartialState().wait_for_everyone()
             reasons = dict.fromkeys(record["failed"] for record in records)
-            raise InputError(f"not one adapter could be trained: {'; '.join(reasons)}")
+            noun = experts_noun({"uniform": next(iter(self.facts.values()))}).removesuffix("s")
+            raise InputError(f"not one {noun} could be trained: {'; '.join(reasons)}")
 
     def _steps(self, name: str, settings: Settings) -> int:
         return planned_steps(settings.args, self.candidates[name].trained_rows, self.candidates[name].tokens)

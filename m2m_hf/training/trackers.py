@@ -1,4 +1,4 @@
-"""What `report_to` names: every training, the search and the scores are runs of one group, told by the Trainer's integrations."""
+"""The trackers that `report_to` names: every training, the search and the scores are runs of one group."""
 
 import contextlib
 import copy
@@ -23,14 +23,14 @@ from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.storage.files import fingerprint
 
-LONGEST = 80  # characters of a run's name, of which TensorBoard's folder is made
+MAX_NAME = 80  # characters of a run's name, which is also TensorBoard's folder
 
 
 def check_trackers(args: SFTConfig) -> None:
-    """Tries what `report_to` names.
+    """Makes every tracker that `report_to` names once.
 
     Raises:
-        InputError: one that is not known, or not installed.
+        InputError: one is unknown, or not installed.
     """
     try:
         with captured_output():
@@ -41,13 +41,13 @@ def check_trackers(args: SFTConfig) -> None:
 
 
 def tracker_group(args: SFTConfig) -> str:
-    """The name of the group: `run_name`; or that of the run folder, with what tells it from others of that name."""
+    """Returns the name of the group: `run_name`, or the run folder's name with a few digits of its path's fingerprint."""
     out = Path(args.output_dir).absolute()
     return args.run_name or f"{out.name}-{fingerprint(str(out))[:4]}"
 
 
 class CapturedOutput(io.StringIO):
-    """Takes what is printed meanwhile, but for progress bars, which rich draws on the file that this attribute names."""
+    """Captures standard output. Progress bars still show: rich draws them on `rich_proxied_file`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,57 +56,55 @@ class CapturedOutput(io.StringIO):
 
 @contextlib.contextmanager
 def captured_output() -> Iterator[None]:
-    """What is printed meanwhile goes where libraries log."""
-    said = CapturedOutput()
+    """Logs what is printed inside, as libraries log."""
+    output = CapturedOutput()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             yield
     finally:
-        for line in said.getvalue().splitlines():
+        for line in output.getvalue().splitlines():
             logging.getLogger(__name__).info(line)
 
 
 class Tracker(TrainerCallback):
-    """One run in the trackers that `report_to` names: a callback of a training, or told by hand what else is to be seen.
+    """One run in the trackers that `report_to` names. It is a callback of a training; `log` takes any other numbers.
 
-    All runs of a run folder are one group. A run is called `<group>/<run>`; Weights & Biases and trackio also know the group as
-    such; TensorBoard's files are in `OUT/tensorboard/<run>`, or in `<group>/<run>` below TENSORBOARD_LOGGING_DIR. A run that was
-    interrupted goes on where the tracker can do so.
+    All runs of a run folder are one group. A run is called `<group>/<run>`; Weights & Biases and trackio also know the group.
+    TensorBoard's files are in `OUT/tensorboard/<run>`, or in `<group>/<run>` below TENSORBOARD_LOGGING_DIR. A run that was
+    interrupted is resumed if the tracker can do so.
 
     Args:
-        args: what is trained with; its `output_dir` is the run folder.
+        args: the Trainer's; their `output_dir` is the run folder.
         run: the name in the group, such as `adapters/gsm8k`.
-        of: recognises what is tracked: another training of the same name is another run.
-        speaks: whether this process is the one that tells the trackers.
+        of: fingerprint of what is tracked: another training of the same name is another run.
+        enabled: False on processes other than the main one.
     """
 
-    def __init__(self, args: SFTConfig, run: str, of: str = "", speaks: bool = True) -> None:
-        out, run = Path(args.output_dir).absolute(), run[:LONGEST]
-        asked = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    def __init__(self, args: SFTConfig, run: str, of: str = "", enabled: bool = True) -> None:
+        out, run = Path(args.output_dir).absolute(), run[:MAX_NAME]
+        boards = os.environ.get("TENSORBOARD_LOGGING_DIR")
         self._group = tracker_group(args)
         self._args = copy.deepcopy(args)
         self._args.run_name = f"{self._group}/{run}"
         if self._args.trackio_static_space_id is None:
-            self._args.trackio_static_space_id = False  # or every run would be made a Space of its own when it ends
-        self._board = Path(asked).expanduser() / self._group / run if asked else out / "tensorboard" / run
+            self._args.trackio_static_space_id = False  # None would make a Space of every run that ends
+        self._board = Path(boards).expanduser() / self._group / run if boards else out / "tensorboard" / run
         self._id = fingerprint([str(out), run, of])
         self._begun = False
         with captured_output():
-            kinds = get_reporting_integration_callbacks(args.report_to) if speaks else []
+            kinds = get_reporting_integration_callbacks(args.report_to) if enabled else []
             self._callbacks: list[Any] = [kind() for kind in kinds]
 
-    def _each(self, tell: Callable[[Any], None]) -> None:
-        """Tells every tracker something. One that fails is told nothing more: the run is worth more than what is told of it."""
+    def _each(self, call: Callable[[Any], None]) -> None:
+        """Calls every tracker. One that fails is dropped, and the run goes on."""
         for callback in list(self._callbacks):
             try:
                 with captured_output():
-                    tell(callback)
+                    call(callback)
             except Exception as error:  # whatever a tracker, or the network behind it, raises
                 self._callbacks.remove(callback)
                 name = type(callback).__name__.removesuffix("Callback")
-                Terminal().say(
-                    f"report_to: {name} failed and is told no more of {self._args.run_name}: {error}", "yellow"
-                )
+                Terminal().say(f"report_to: {name} failed and gets no more of {self._args.run_name}: {error}", "yellow")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,9 +114,9 @@ class Tracker(TrainerCallback):
         def begin(callback: Any) -> None:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(self._board)
-            if isinstance(callback, WandbCallback):  # which takes the run that is there
+            if isinstance(callback, WandbCallback):  # it would log to a run that is open
                 if callback._wandb.run is not None:
-                    raise RuntimeError("another run is open in this process, which is left as it is")
+                    raise RuntimeError("another run is open in this process, and is left as it is")
                 callback._wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "huggingface"),
                     name=self._args.run_name,
@@ -128,7 +126,7 @@ class Tracker(TrainerCallback):
                     settings={"silent": True, "console": "off"},
                 )
             callback.on_train_begin(self._args, state, control, **kwargs)
-            if isinstance(callback, TrackioCallback):  # which has no word for it
+            if isinstance(callback, TrackioCallback):  # it has no argument for the group
                 callback._trackio.config["_Group"] = self._group
 
         self._each(begin)
@@ -151,7 +149,7 @@ class Tracker(TrainerCallback):
         def end(callback: Any) -> None:
             callback.on_train_end(self._args, state, control, **kwargs)
             if isinstance(callback, WandbCallback):
-                callback._wandb.finish()  # or the next run would be this one
+                callback._wandb.finish()  # or the next run would continue this one
 
         self._each(end)
 
@@ -163,7 +161,7 @@ class Tracker(TrainerCallback):
             self.on_train_end(self._args, TrainerState(), TrainerControl())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Tells the trackers numbers that belong to a step; `eval_` and `test_` before a name put it under such a heading."""
+        """Logs the numbers of a step; the prefixes `eval_` and `test_` put a name under that heading."""
         state = TrainerState(global_step=step)
         if not self._begun:
             self.on_train_begin(self._args, state, TrainerControl(), model=None)

@@ -15,7 +15,6 @@ from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.data.rows import image_digest
-from m2m_hf.merging.full_experts import floats
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.training.trainers import Collate
 
@@ -106,25 +105,6 @@ def test_what_a_dtype_cannot_hold_is_no_expert(intents, capsys):
     flags = ("--expert", "full", "--delta_dtype", "float16", "--learning_rate", "1e-9")
     assert m2m("adapters", "--config", intents / "intents.yaml", *flags) == 2
     assert "delta_dtype: float16 keeps nothing of what was learned" in capsys.readouterr().err
-
-
-def test_a_stack_that_was_interrupted_gives_the_base_back(intents, monkeypatch):
-    one = MergeToMixSearcher(*parse(intents / "intents.yaml", ("--expert", "full")), Terminal(quiet=True))
-    one.train_adapters()
-    before = {name: tensor.clone() for name, tensor in floats(one.base).items()}
-    stack = one._open_stack(one.merge_method)
-    real, calls = type(stack)._write, iter(range(100))
-
-    def stops(self, *args, **more):
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return real(self, *args, **more)
-
-    monkeypatch.setattr(type(stack), "_write", stops)
-    with pytest.raises(KeyboardInterrupt):
-        stack.set({"colours": 0.5, "noise": 0.5})
-    stack.detach()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in floats(one.base).items())
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,6 @@ def adapters(tmp_path_factory):
     return get
 
 
-def deltas(model, before, stack: DenseStack, weights) -> dict[str, torch.Tensor]:
-    """Name of a weight -> what merging changed in it."""
-    stack.set(weights)
-    return {name: value.detach() - before[name] for name, value in model.named_parameters() if name in before}
-
-
 def task_vectors(family: str, of: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(name -> the whole delta of that adapter as one vector, module -> shape), from the factors."""
     vectors, shapes = {}, {}
@@ -89,30 +83,6 @@ def test_ties_is_that_of_the_paper(family, adapters):
         expected = 1.5 * torch.where(agree, stacked, 0.0).sum(0) / agree.sum(0).clamp(min=1)
         found = merged_vector(family, of, MergeMethod("ties", scaling=1.5, density=0.3), weights)
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_svd_of_full_rank_is_the_average(family, adapters):
-    of = adapters(family)
-    model = build_model(family)
-    stack = DenseStack(model, of, MergeMethod("svd", rank=12))
-    ours = completion_logprobs(stack, [THIRDS], QUESTIONS, 64)[0]
-    stack.detach()
-    gated = GatedStack(model, of)
-    exact = completion_logprobs(gated, [THIRDS], QUESTIONS, 64)[0]
-    assert [one for (one,) in ours] == pytest.approx([one for (one,) in exact], abs=2e-4)
-
-
-def test_svd_truncates_to_the_best_approximation(adapters):
-    of = adapters("llama")
-    module, (a, _, scale) = next(iter(of["a"].parts().items()))
-    whole = sum(THIRDS[name] * scale * (of[name].parts()[module][1] @ of[name].parts()[module][0]) for name in of)
-    u, s, v = torch.linalg.svd(whole, full_matrices=False)
-    expected = (u[:, :3] * s[:3]) @ v[:3]
-    found = DenseStack(build_model("llama"), of, MergeMethod("svd", rank=3))._merged(
-        f"{module}.weight", THIRDS, a.device
-    )
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_dare_keeps_the_expectation_and_an_adapters_mask(adapters):
@@ -166,10 +136,9 @@ def test_labels_tell_methods_apart():
     assert MergeMethod.of("task_arithmetic", {}, seed=7).label == "task_arithmetic(scaling=0.4)"
     assert MergeMethod.of("ties", {"density": 0.5}, seed=7).label == "ties(scaling=1, density=0.5)"
     assert MergeMethod.of("dare", {}, seed=7).label == "dare(density=0.5, seed=7)"
-    assert MergeMethod.of("svd", {}, seed=7).label == "svd()"
 
 
-@pytest.mark.parametrize("name", ["ties", "dare", "svd", "linear"])
+@pytest.mark.parametrize("name", ["ties", "dare", "linear"])
 def test_the_base_model_is_given_back_bit_for_bit(name, adapters):
     model = build_model("llama").to(torch.bfloat16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -194,7 +163,7 @@ def test_embeddings_are_merged_too_unless_they_are_the_output_head(tmp_path):
         for seed, name in enumerate("ab")
     }
     model = build_model("llama")
-    stack = DenseStack(model, of, MergeMethod("svd", rank=8))
+    stack = DenseStack(model, of, MergeMethod("dare", density=1.0))
     ours = completion_logprobs(stack, [HALF], QUESTIONS, 64)[0]
     stack.detach()
     gated = GatedStack(model, of)
@@ -203,7 +172,7 @@ def test_embeddings_are_merged_too_unless_they_are_the_output_head(tmp_path):
     assert [one for (one,) in ours] == pytest.approx([one for (one,) in exact], abs=2e-4)
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(InputError, match="another layer shares"):
-        DenseStack(model, of, MergeMethod("svd", rank=8))
+        DenseStack(model, of, MergeMethod("dare", density=1.0))
 
 
 def test_linear_refuses_adapters_of_different_rank(adapters, tmp_path):

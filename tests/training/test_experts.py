@@ -1,0 +1,149 @@
+"""What the two kinds of experts have in common, and what each refuses; full fine-tunes equal TRL's own."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from pico import RGB, changed, images, m2m, searcher
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LevitConfig,
+    LevitForImageClassification,
+    ViTImageProcessorPil,
+)
+from trl import SFTConfig, SFTTrainer
+
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.full_experts import FullExpert
+from m2m_hf.training.experts import KINDS, expert_kind, kind_of
+
+FLAGS = {"lora": (), "full": ("--expert", "full", "--learning_rate", "1e-3")}
+
+
+@pytest.fixture
+def levit(tmp_path):
+    """A pico LeViT: linear layers, each followed by normalisation that keeps statistics."""
+    torch.manual_seed(0)
+    labels = {"id2label": dict(enumerate(RGB)), "label2id": {name: number for number, name in enumerate(RGB)}}
+    shape = {"image_size": 16, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1]}
+    more = {"key_dim": [4, 4, 4], "attention_ratio": [2, 2, 2], "mlp_ratio": [2, 2, 2]}
+    LevitForImageClassification(LevitConfig(**shape, **more, **labels)).save_pretrained(tmp_path / "levit")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "levit")
+    return tmp_path / "levit"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_gives_the_base_back_with_its_statistics(pictures_of, levit, kind):
+    run = images(pictures_of(levit, "all-linear"), *FLAGS[kind])
+    before = {name: tensor.clone() for name, tensor in run.base.state_dict().items()}
+    assert {tensor.dtype for tensor in before.values()} >= {torch.int64, torch.float32}
+    run.train_adapters()
+    after = run.base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    folder = run.bank.folder / "warm"
+    assert kind_of(folder) is expert_kind(kind)
+    assert isinstance(run.bank.load()["warm"], {"lora": Adapter, "full": FullExpert}[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_base(intents, monkeypatch, kind):
+    run = searcher(intents, *FLAGS[kind])
+    before = {name: tensor.clone() for name, tensor in run.base.state_dict().items()}
+
+    def fails(self, head, **kwargs):
+        raise ValueError("not today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m2m_hf.training.trainers.LabelTrainer.__init__", fails)
+        with pytest.raises(ValueError, match="not today"):
+            run.train_adapters()
+    after = run.base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    run.train_adapters()
+
+
+def test_changed_statistics_alone_are_nothing_learned(pictures_of, resnet, capsys):
+    folder = pictures_of(resnet, "all-linear")
+    flags = ("--per_device_train_batch_size", "3", "--expert", "full", "--learning_rate", "0")
+    assert m2m("adapters", "--config", folder / "images.yaml", *flags) == 2
+    assert "it learned nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--trained_parameters", "layer"), ("--delta_dtype", "bfloat16"), ()])
+def test_what_an_expert_depends_on_is_among_its_facts(intents, flags):
+    other = FLAGS["full"] if flags else FLAGS["lora"]
+    assert searcher(intents, *FLAGS["full"]).facts != searcher(intents, *other, *flags).facts
+
+
+@pytest.mark.parametrize("where", ["final", "candidate"])
+def test_full_experts_refuse_the_shape_of_an_adapter(intents, capsys, where):
+    config = changed(intents)
+    if where == "final":
+        changed(intents, final={"lora_r": 64})
+    else:
+        config["candidates"]["noise"]["training"] = {"lora_r": 64}
+        changed(intents, candidates=config["candidates"], allow_mixed_training=True)
+    assert m2m("adapters", "--config", intents / "intents.yaml", "--expert", "full") == 2
+    assert "lora_r: belongs to expert: lora" in capsys.readouterr().err
+
+
+def test_full_experts_refuse_a_quantised_base(project, capsys):
+    assert m2m("adapters", "--config", project / "run.yaml", "--expert", "full", "--load_in_4bit", "true") == 2
+    assert "expert: full trains the base's own weights" in capsys.readouterr().err
+
+
+def test_a_full_fine_tune_of_a_language_model_is_that_of_trl(project, capsys):
+    assert m2m("select", "--config", project / "run.yaml", *FLAGS["full"]) == 0
+    out = project / "out"
+    assert "3 experts" in capsys.readouterr().out
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["use_peft"] is False
+    assert not [key for key in recipe if key.startswith("lora_")]
+    model = AutoModelForCausalLM.from_pretrained(out / "final")
+    args = SFTConfig(**{key: value for key, value in recipe.items() if key in SFTConfig.__dataclass_fields__})
+    rows = load_dataset("json", data_files=recipe["datasets"][0]["data_files"], split="train")
+    trainer = SFTTrainer(recipe["model_name_or_path"], args=args, train_dataset=rows)
+    trainer.train()
+    theirs = trainer.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-8), name
+    assert m2m("select", "--config", project / "run.yaml", *FLAGS["full"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert m2m("status", out) == 0
+    assert "experts: 3 of 3" in capsys.readouterr().out
+
+
+def test_the_final_model_keeps_a_tokenizer_with_a_folder_of_its_own(project, pico, tmp_path):
+    shutil.copytree(pico, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    changed(project, "run", model_name_or_path=str(tmp_path / "model"), save_steps=1)
+    assert m2m("select", "--config", project / "run.yaml", *FLAGS["full"]) == 0
+    inside = "additional_chat_templates/tool_use.jinja"
+    final = json.loads((project / "out" / "final" / "training.json").read_text())
+    assert final["files"][inside]["bytes"] == (project / "out" / "final" / inside).stat().st_size
+    assert m2m("status", project / "out") == 0
+    (project / "out" / "final" / inside).write_text("{{ other }}")
+    assert m2m("status", project / "out") != 0
+
+
+def test_a_command_gets_the_model_that_any_method_has_merged(intents, tmp_path):
+    script = tmp_path / "score.py"
+    script.write_text(
+        "import json, sys\nfrom safetensors.numpy import load_file\n"
+        "weights = load_file(sys.argv[1] + '/model.safetensors')\n"
+        "print(json.dumps({'score': float(weights['encoder.layer.0.attention.self.query.weight'].astype(float).sum())}))\n"
+    )
+    target = {"scorer": "command", "command": [sys.executable, str(script), "{model}"]}
+    changed(intents, expert="full", learning_rate=1e-3, merge_method="ties", targets={"t": target})
+    assert m2m("search", "--config", intents / "intents.yaml") == 0
+    changed(intents, expert="lora", targets={"t": target | {"command": [sys.executable, str(script), "{adapter}"]}})
+    assert m2m("search", "--config", intents / "intents.yaml", "--output_dir", intents / "other") == 2

@@ -20,7 +20,7 @@ LAYERS = (  # each imports from those before it alone; `m2m_hf/<name>/` or `m2m_
 LIGHT = (
     "errors", "console", "core", "storage", "search", "analysis/selection_bias", "analysis/fidelity", "reporting/plots",
     "reporting/page", "reporting/status", "config/run_config", "config/candidates", "config/targets", "config/checks",
-    "config/yaml_files", "config/trainer_configs", "cli",
+    "config/yaml_files", "cli",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate"}
 

@@ -38,6 +38,14 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
+@pytest.fixture
+def mark(tmp_path):
+    """The file that hostile input would create."""
+    path = tmp_path / "exploded"
+    yield path
+    assert not path.exists()
+
+
 def change(project, edit) -> Path:
     path = project / "run.yaml"
     given = yaml.safe_load(path.read_text())
@@ -114,9 +122,8 @@ def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(finished):
 
 
 @pytest.mark.parametrize("harmless", [True, False])
-def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, capsys, harmless):
+def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, capsys, harmless, mark):
     """Not even what would do no harm: files of that kind are not looked at."""
-    mark = tmp_path / "exploded"
     model = tmp_path / "model"
     shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
 
@@ -135,18 +142,15 @@ def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, caps
     pickled(adapter, "adapter_model")
     with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
         Adapter.load(adapter)
-    assert not mark.exists()
 
 
-def test_nothing_is_unpickled_from_data(project, tmp_path, capsys):
-    mark = tmp_path / "exploded"
+def test_nothing_is_unpickled_from_data(project, mark, capsys):
     (project / "data.pkl").write_bytes(pickle.dumps(Bomb(mark)))
     path = change(project, lambda given: given["candidates"].update(beta={"path": "pandas", "data_files": "data.pkl"}))
     assert "candidates.beta" in refused(path, capsys)
-    assert not mark.exists()
 
 
-def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
+def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path, mark):
     flags = ("--max_steps", "4", "--save_steps", "2")
     one = MergeToMixSearcher(*parse(project / "run.yaml", flags), Terminal(quiet=True))
 
@@ -161,7 +165,6 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(Stop())
-    mark = tmp_path / "exploded"
     checkpoint = tmp_path / "run.checkpoints" / "checkpoint-2"
     known = json.loads((checkpoint / COMPLETE).read_text())
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -171,12 +174,10 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path):
         (checkpoint / COMPLETE).write_text(json.dumps(known | {"files": describe_files(checkpoint)}))
         with pytest.raises(InputError, match="it holds more than numbers"):
             train()
-        assert not mark.exists()
         (checkpoint / name).write_bytes(kept)
 
 
-def test_yaml_is_safely_loaded(project, tmp_path, capsys):
-    mark = tmp_path / "exploded"
+def test_yaml_is_safely_loaded(project, mark, capsys):
     path = project / "run.yaml"
     path.write_text(path.read_text() + f"final: !!python/object/apply:os.system ['touch {mark}']\n")
     assert "expected YAML" in refused(path, capsys)
@@ -185,23 +186,14 @@ def test_yaml_is_safely_loaded(project, tmp_path, capsys):
     (out / "config.yaml").write_text(f"x: !!python/object/apply:os.system ['touch {mark}']\n...\n")
     for command in ("status", "sft"):
         assert main([command, str(out)]) == 2
-    assert not mark.exists()
 
 
 def test_templates_are_filled_and_not_run():
     row = {"prompt": "{prompt.__class__} {0}", "completion": "x"}
     assert fill("a {prompt} b {{c}}", row, "here") == "a {prompt.__class__} {0} b {c}"
-    for template in (
-        "{prompt.__class__}",
-        "{prompt[0]}",
-        "{prompt!r}",
-        "{prompt:>99999999999}",
-        "{}",
-        "{0}",
-        "{nothing}",
-    ):
+    for field in ("prompt.__class__", "prompt[0]", "prompt!r", "prompt:>99999999999", "", "0", "nothing"):
         with pytest.raises(InputError, match="cannot be filled"):
-            fill(template, row, "here")
+            fill(f"{{{field}}}", row, "here")
 
 
 def test_a_chat_template_cannot_reach_out(project, tmp_path, capsys):
@@ -216,19 +208,16 @@ def test_a_chat_template_cannot_reach_out(project, tmp_path, capsys):
     assert not Path("x").exists()
 
 
-def test_a_metric_is_run_only_when_asked_for(project, tmp_path, capsys):
-    mark = tmp_path / "exploded"
+def test_a_metric_is_run_only_when_asked_for(project, tmp_path, capsys, mark):
     metric = tmp_path / "mine" / "mine.py"
     metric.parent.mkdir()
     metric.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
     path = change(project, lambda given: given["targets"]["colours"].update(metric=str(metric.parent)))
     assert "allow_metric_code" in refused(path, capsys)
-    assert not mark.exists()
 
 
 @pytest.mark.parametrize("kind", ["evil", "llama"])
-def test_remote_code_stays_off(project, tmp_path, capsys, kind):
-    mark = tmp_path / "exploded"
+def test_remote_code_stays_off(project, tmp_path, capsys, kind, mark):
     model = tmp_path / "model"
     shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
     (model / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Evil: pass\n")
@@ -241,25 +230,21 @@ def test_remote_code_stays_off(project, tmp_path, capsys, kind):
     path = change(project, lambda given: given.update(model_name_or_path=str(model)))
     code = main(["search", "--config", str(path)])
     assert code == (2 if kind == "evil" else 0)
-    assert not mark.exists()
     capsys.readouterr()
     change(project, lambda given: given.update(trust_remote_code=True))
     assert "trust_remote_code: models that bring their own code are never loaded" in refused(path, capsys)
 
 
-def test_a_dataset_cannot_bring_a_script(project, tmp_path, capsys):
-    mark = tmp_path / "exploded"
+def test_a_dataset_cannot_bring_a_script(project, mark, capsys):
     folder = project / "mydata"
     folder.mkdir()
     (folder / "mydata.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
     for path in ("mydata", "mydata/mydata.py"):
         run = change(project, lambda given, path=path: given["candidates"].update(beta={"path": path}))
         assert "candidates.beta" in refused(run, capsys)
-    assert not mark.exists()
 
 
-def test_a_command_sees_no_shell(project, tmp_path):
-    mark = tmp_path / "exploded"
+def test_a_command_sees_no_shell(project, tmp_path, mark):
     script = tmp_path / "score.py"
     script.write_text("import json, sys; open(sys.argv[1], 'w').write(json.dumps({'score': len(sys.argv)}))")
     command = [sys.executable, str(script), "{output}", f"; touch {mark}", f"$(touch {mark})", f"`touch {mark}`"]
@@ -267,7 +252,6 @@ def test_a_command_sees_no_shell(project, tmp_path):
     path = change(project, lambda given: given.update(targets={"mine": target}, train_final=False))
     assert main(["search", "--config", str(path)]) == 0
     assert json.loads((project / "out" / "summary.json").read_text())["best"]["score"] == 5
-    assert not mark.exists()
 
 
 SECRET = "hf_" + "abcdEFGH1234" * 3
@@ -318,20 +302,16 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path, forks):
     [
         ({"hub_token": SECRET}, "hub_token: a token must not stand in a file"),
         ({"token": SECRET}, "unknown key 'token'"),
-        (
-            {"candidates": {"a": {"path": "json", "data_files": "https://me:pass@host/x.jsonl"}}},
-            "credentials must not stand",
-        ),
-        (
-            {"candidates": {"a": {"path": "json", "data_files": f"https://host/x.jsonl?t={SECRET}"}}},
-            "credentials must not stand",
-        ),
         *(
-            (
-                {"candidates": {"a": {"path": "json", "data_files": f"https://host/x.jsonl?{query}"}}},
-                "credentials must not stand",
+            ({"candidates": {"a": {"path": "json", "data_files": f"https://{place}"}}}, "credentials must not stand")
+            for place in (
+                "me:pass@host/x.jsonl",
+                f"host/x.jsonl?t={SECRET}",
+                "host/x.jsonl?v=1&X-Amz-Signature=me:pass",
+                "host/x.jsonl?sig=me:pass",
+                "host/x.jsonl?access_token=me:pass",
+                "host/x.jsonl?ApiKey=me:pass",
             )
-            for query in ("v=1&X-Amz-Signature=me:pass", "sig=me:pass", "access_token=me:pass", "ApiKey=me:pass")
         ),
         ({"learning_rate": SECRET}, "***"),
         ({"run_name": SECRET}, "run_name: a token or password stands in it"),
@@ -359,7 +339,7 @@ def test_rows_are_data(project):
         "$(touch x)",
         "../../etc/passwd",
         "\u202eevil",
-        "%s %n {0}",
+        "%s {0}",
         "__import__('os')",
     ]
     rows = [row | {"prompt": f"{odd[n % len(odd)]} {row['prompt']}"} for n, row in enumerate(candidate_rows("beta"))]
@@ -385,16 +365,13 @@ def test_nothing_steers_the_terminal(capsys):
     "task",
     ['"include": evil.yaml', "doc_to_text: !%66unction evil.f", "doc_to_text: '{{ cycler.__init__.__globals__ }}'"],
 )
-def test_a_harness_task_of_ones_own_is_run_only_when_asked_for(project, tmp_path, capsys, task):
-    mark = tmp_path / "exploded"
+def test_a_harness_task_of_ones_own_is_run_only_when_asked_for(project, mark, capsys, task):
     (project / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef f(doc): return ''\n")
     (project / "task.yaml").write_text(f"task: mine\n{task}\n")
     path = change(project, lambda given: given.update(targets={"mine": {"scorer": "lm_eval", "task": "task.yaml"}}))
     assert "allow_metric_code: true if you trust it" in refused(path, capsys)
-    assert not mark.exists()
     for name in ("task.txt", "task"):  # the harness would take them too
         (project / "task.yaml").rename(project / name)
         path = change(project, lambda given, name=name: given["targets"]["mine"].update(task=str(project / name)))
         assert "the harness has no task" in refused(path, capsys)
         (project / name).rename(project / "task.yaml")
-    assert not mark.exists()

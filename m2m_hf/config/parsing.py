@@ -44,7 +44,11 @@ TRL_TYPES = typing.get_type_hints(SFTConfig) | typing.get_type_hints(ModelConfig
 CommandLine = dataclasses.make_dataclass(  # the fields of MergeToMixConfig that TrlParser reads
     "CommandLine",
     [
-        (item.name, OUR_TYPES[item.name], dataclasses.field(default=item.default, metadata=item.metadata))
+        (
+            item.name,
+            OUR_TYPES[item.name],
+            dataclasses.field(default=item.default, metadata={"help": item.metadata["help"]}),
+        )
         for item in dataclasses.fields(MergeToMixConfig)
         if item.name not in (*YAML_ONLY, "folder")
     ],

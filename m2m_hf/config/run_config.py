@@ -33,11 +33,21 @@ CONTINUOUS = ("auto", "random", "bayes", "gradient")
 MAX_EXHAUSTIVE = 16
 
 
-def option(help: str, default: Any = None) -> Any:
-    """A field with its text for `--help`; `default` may be a factory, such as `dict`."""
+SOURCES = checks.Rule(
+    "org/name, org/name@revision, a folder, or {candidate: any of these}",
+    lambda value: checks.is_text(value) or (checks.is_text_mapping(value) and value and all(value.values())),
+)
+
+
+def filled(example: str) -> checks.Rule:
+    return checks.Rule(f"at least one, such as {example}", lambda value: checks.is_mapping(value) and len(value) > 0)
+
+
+def option(rule: checks.Rule, help: str, default: Any = None) -> Any:
+    """A field with its rule and its text for `--help`; `default` may be a factory, such as `dict`."""
     if callable(default):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default, metadata={"rule": rule, "help": help})
+    return field(default=default, metadata={"rule": rule, "help": help})
 
 
 @dataclass
@@ -49,102 +59,143 @@ class MergeToMixConfig:
     """
 
     candidates: dict[str, Any] = option(
+        filled("my_data: {path: json, data_files: my_data.jsonl}"),
         "YAML only: name -> what load_dataset takes, plus max_examples, columns, where, split_by, required, excluded, cost, "
         "license, labels.",
         dict,
     )
     targets: dict[str, Any] = option(
-        "YAML only: name -> scorer, data, test_data, metric, weight, min_delta; see below.", dict
+        filled("my_task: {scorer: choice, data: {path: json, data_files: validation.jsonl}}"),
+        "YAML only: name -> scorer, data, test_data, metric, weight, min_delta; see below.",
+        dict,
     )
     task: str = option(
+        checks.one_of("causal_lm", "sequence_classification", "image_classification"),
         "causal_lm (TRL's SFTTrainer), sequence_classification (text and label) or image_classification (image and label): "
         "transformers' Trainer, with one frozen head for all, the model's own or made of the labels' names.",
         "causal_lm",
     )
     expert: str = option(
+        checks.one_of("lora", "full"),
         "What is trained for every candidate: lora (an adapter) or full (all parameters; kept as what they changed).",
         "lora",
     )
     trained_parameters: str | None = option(
-        "expert: full: a regular expression; only parameters with such a name are trained and kept (default: all)."
+        checks.Rule("a regular expression", checks.is_text),
+        "expert: full: a regular expression; only parameters with such a name are trained and kept (default: all).",
     )
     delta_dtype: str = option(
-        "expert: full: what is kept in: float32 loses nothing; bfloat16 or float16 take half the disk.", "float32"
+        checks.one_of("float32", "bfloat16", "float16"),
+        "expert: full: what is kept in: float32 loses nothing; bfloat16 or float16 take half the disk.",
+        "float32",
     )
     labels: list[str] | dict[str, str] | None = option(
+        checks.LABELS,
         "YAML only; classification: the label space, a list or {label: words}. Every row is then a choice among all of it "
-        "(default: the model's own classifier's, else among the labels of the row's own dataset)."
+        "(default: the model's own classifier's, else among the labels of the row's own dataset).",
     )
     label_template: str = option(
-        "Classification: the text that is embedded for a label, such as 'a photo of a {label}'.", "{label}"
+        checks.Rule("a text with {label} in it", lambda value: isinstance(value, str) and "{label}" in value),
+        "Classification: the text that is embedded for a label, such as 'a photo of a {label}'.",
+        "{label}",
     )
     strategy: str = option(
+        checks.one_of("exhaustive", "auto", "random", "greedy", "beam", "annealing", "surrogate", "bayes", "gradient"),
         "How mixtures are proposed: exhaustive (all 2^N-1 subsets), random, greedy, beam, surrogate, bayes, gradient, or "
         "auto, which chooses and says why.",
         "exhaustive",
     )
     objective: str = option(
+        checks.one_of("merged", "ensemble"),
         "What scores a mixture: merged (the adapters' exact average) or ensemble (their probabilities' average).",
         "merged",
     )
     weights: str = option(
-        "equal (mixtures are subsets) or continuous (any weights; they become shares of the data).", "equal"
+        checks.one_of("equal", "continuous"),
+        "equal (mixtures are subsets) or continuous (any weights; they become shares of the data).",
+        "equal",
     )
     race: bool | None = option(
-        "Stop scoring mixtures that can no longer win (default: with every strategy but exhaustive)."
+        checks.BOOLEAN, "Stop scoring mixtures that can no longer win (default: with every strategy but exhaustive)."
     )
     adapters: str | dict[str, str] | None = option(
+        SOURCES,
         "Take missing adapters from org/name or org/name@revision, as m2m push wrote them, or from a folder; of the same data "
-        "and settings only. In the YAML also {candidate: org/name or a folder}, adapters that were trained without m2m."
+        "and settings only. In the YAML also {candidate: org/name or a folder}, adapters that were trained without m2m.",
     )
     experts: str | dict[str, str] | None = option(
+        SOURCES,
         "The same with expert: full: org/name or a folder with the experts of another run, or in the YAML {candidate: "
-        "org/name or a folder} of finished fine-tunes of the base model."
+        "org/name or a folder} of finished fine-tunes of the base model.",
     )
-    max_trials: int | None = option("At most so many mixtures, the base, singles and all together included.")
-    max_example_evaluations: int | None = option("At most so many examples scored, over all mixtures.")
-    max_seconds: float | None = option("At most so many seconds of scoring mixtures.")
-    min_datasets: int = option("Fewest candidates in a mixture.", 1)
-    max_datasets: int | None = option("Most candidates in a mixture.")
+    max_trials: int | None = option(
+        checks.integer(1), "At most so many mixtures, the base, singles and all together included."
+    )
+    max_example_evaluations: int | None = option(
+        checks.integer(1), "At most so many examples scored, over all mixtures."
+    )
+    max_seconds: float | None = option(checks.number(0), "At most so many seconds of scoring mixtures.")
+    min_datasets: int = option(checks.integer(1), "Fewest candidates in a mixture.", 1)
+    max_datasets: int | None = option(checks.integer(1), "Most candidates in a mixture.")
     max_cost: float | None = option(
-        "Most that the candidates of a mixture may cost together; a candidate costs its tokens, or its cost."
+        checks.number(0),
+        "Most that the candidates of a mixture may cost together; a candidate costs its tokens, or its cost.",
     )
-    licenses: list[str] | None = option("Only candidates with one of these as their license may be in a mixture.")
+    licenses: list[str] | None = option(
+        checks.Rule("a list of names", checks.is_texts),
+        "Only candidates with one of these as their license may be in a mixture.",
+    )
     merge_method: str = option(
+        checks.one_of(*MERGE_PARAMETERS),
         "How adapters are merged: average (the method's own), or to compare with: task_arithmetic, ties, dare, linear.",
         "average",
     )
     merge_parameters: dict[str, Any] = option(
-        "YAML only: scaling (task_arithmetic 0.4, ties 1), density (ties 0.2, dare 0.5).", dict
+        checks.Rule("names and numbers", checks.is_mapping),
+        "YAML only: scaling (task_arithmetic 0.4, ties 1), density (ties 0.2, dare 0.5).",
+        dict,
     )
     one_standard_error: bool = option(
-        "Take mixtures within one standard error of the best as tied, and choose the smallest.", False
+        checks.BOOLEAN, "Take mixtures within one standard error of the best as tied, and choose the smallest.", False
     )
     tokens_per_batch: int | None = option(
-        "Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."
+        checks.integer(1), "Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."
     )
-    allow_overlap: bool = option("Go on although rows of a target also stand in a candidate.", False)
-    allow_metric_code: bool = option("Load metrics and harness tasks of your own, which runs the code in them.", False)
+    allow_overlap: bool = option(checks.BOOLEAN, "Go on although rows of a target also stand in a candidate.", False)
+    allow_metric_code: bool = option(
+        checks.BOOLEAN, "Load metrics and harness tasks of your own, which runs the code in them.", False
+    )
     allow_mixed_training: bool = option(
+        checks.BOOLEAN,
         "Let candidates have training: of their own. Their adapters then no longer stand for one model trained on all of "
         "them; recipes/ablate_uniformity.py measures what that costs.",
         False,
     )
     verify_top_k: int = option(
-        "Really fine-tune this many of the top mixtures, and the baselines, and choose by their scores.", 0
+        checks.integer(0),
+        "Really fine-tune this many of the top mixtures, and the baselines, and choose by their scores.",
+        0,
     )
     fidelity_mixtures: int | None = option(
-        "m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."
+        checks.integer(4), "m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."
     )
-    train_final: bool = option("Fine-tune on the chosen mixture at the end, and score it.", True)
-    final: dict[str, Any] = option("YAML only: fields of SFTConfig or ModelConfig for the final fine-tune alone.", dict)
-    folder: str | None = option("What relative data paths are relative to (default: where the YAML is).")
+    train_final: bool = option(checks.BOOLEAN, "Fine-tune on the chosen mixture at the end, and score it.", True)
+    final: dict[str, Any] = option(
+        checks.Rule("fields of SFTConfig or ModelConfig", checks.is_mapping),
+        "YAML only: fields of SFTConfig or ModelConfig for the final fine-tune alone.",
+        dict,
+    )
+    folder: str | None = option(
+        checks.Rule("a folder", lambda value: isinstance(value, (str, PathLike))),
+        "What relative data paths are relative to (default: where the YAML is).",
+    )
 
     def __post_init__(self) -> None:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
+        rules = {item.name: item.metadata["rule"] for item in fields(self)}
         optional = {item.name for item in fields(self) if item.default is None}
         checks.check_fields(
-            {key: value for key, value in values.items() if value is not None or key not in optional}, RULES
+            {key: value for key, value in values.items() if value is not None or key not in optional}, rules
         )
         folder = Path(self.folder or ".").absolute()
         self.adapters, self.experts = resolve_sources(self.adapters, folder), resolve_sources(self.experts, folder)
@@ -187,57 +238,6 @@ def resolve_sources(sources: str | dict[str, str] | None, folder: Path) -> str |
     if isinstance(sources, Mapping):
         return {name: checks.resolve_existing(source, folder) for name, source in sorted(sources.items())}
     return None if sources is None else checks.resolve_existing(sources, folder)
-
-
-SOURCES = checks.Rule(
-    "org/name, org/name@revision, a folder, or {candidate: any of these}",
-    lambda value: checks.is_text(value) or (checks.is_text_mapping(value) and value and all(value.values())),
-)
-RULES: dict[str, checks.Rule] = {
-    "candidates": checks.Rule(
-        "at least one, such as my_data: {path: json, data_files: my_data.jsonl}",
-        lambda value: checks.is_mapping(value) and len(value) > 0,
-    ),
-    "targets": checks.Rule(
-        "at least one, such as my_task: {scorer: choice, data: {path: json, data_files: validation.jsonl}}",
-        lambda value: checks.is_mapping(value) and len(value) > 0,
-    ),
-    "task": checks.one_of("causal_lm", "sequence_classification", "image_classification"),
-    "expert": checks.one_of("lora", "full"),
-    "trained_parameters": checks.Rule("a regular expression", checks.is_text),
-    "delta_dtype": checks.one_of("float32", "bfloat16", "float16"),
-    "labels": checks.LABELS,
-    "label_template": checks.Rule(
-        "a text with {label} in it", lambda value: isinstance(value, str) and "{label}" in value
-    ),
-    "strategy": checks.one_of(
-        "exhaustive", "auto", "random", "greedy", "beam", "annealing", "surrogate", "bayes", "gradient"
-    ),
-    "objective": checks.one_of("merged", "ensemble"),
-    "weights": checks.one_of("equal", "continuous"),
-    "race": checks.BOOLEAN,
-    "adapters": SOURCES,
-    "experts": SOURCES,
-    "max_trials": checks.integer(1),
-    "max_example_evaluations": checks.integer(1),
-    "max_seconds": checks.number(0),
-    "min_datasets": checks.integer(1),
-    "max_datasets": checks.integer(1),
-    "max_cost": checks.number(0),
-    "licenses": checks.Rule("a list of names", checks.is_texts),
-    "merge_method": checks.one_of(*MERGE_PARAMETERS),
-    "merge_parameters": checks.Rule("names and numbers", checks.is_mapping),
-    "one_standard_error": checks.BOOLEAN,
-    "tokens_per_batch": checks.integer(1),
-    "allow_overlap": checks.BOOLEAN,
-    "allow_metric_code": checks.BOOLEAN,
-    "allow_mixed_training": checks.BOOLEAN,
-    "verify_top_k": checks.integer(0),
-    "fidelity_mixtures": checks.integer(4),
-    "train_final": checks.BOOLEAN,
-    "final": checks.Rule("fields of SFTConfig or ModelConfig", checks.is_mapping),
-    "folder": checks.Rule("a folder", lambda value: isinstance(value, (str, PathLike))),
-}
 
 
 def check_merge_parameters(method: str, parameters: Any, where: str) -> None:

@@ -43,19 +43,27 @@ def test_four_questions(project, model, monkeypatch, capsys):
     assert list(config.parsed_candidates) == ["alpha", "beta"]
 
 
-def test_nobody_to_ask(project, model, capsys):
-    assert m2m("init", "--model", model) == 2
-    assert "--data and --target: nothing given" in capsys.readouterr().err
-    flags = ("--model", model, "--data", "alpha.jsonl", "--target", "validation.jsonl")
-    assert m2m("init", *flags, "--scorer", "magic") == 2
-    assert "--scorer: expected choice, classification, loss, generation, got 'magic'" in capsys.readouterr().err
-    assert m2m("init", *flags, "--from", "none.yaml") == 2
-    assert "--from none.yaml: cannot be read" in capsys.readouterr().err
+FLAGS = ("--data", "alpha.jsonl", "--target", "validation.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--data and --target: nothing given"),
+        ((*FLAGS, "--scorer", "magic"), "--scorer: expected choice, classification, loss, generation, got 'magic'"),
+        ((*FLAGS, "--from", "none.yaml"), "--from none.yaml: cannot be read"),
+        ((*FLAGS, "--from", "odd.yaml"), "expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA"),
+        ((*FLAGS, "--from", "info.yaml"), "dataset: 'missing' is not in"),
+        (("--target", "v.jsonl", "--data", "a.jsonl", "sub/a.jsonl"), "called 'a'; name them: a_2=sub/a.jsonl"),
+    ],
+)
+def test_missing_and_wrong_answers_are_refused(project, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(project)
     (project / "odd.yaml").write_text("a: 1")
-    assert m2m("init", *flags, "--from", "odd.yaml") == 2
-    assert (
-        "expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA-Factory" in capsys.readouterr().err
-    )
+    (project / "info.yaml").write_text("{model_name_or_path: x, dataset: missing, dataset_dir: .}")
+    (project / "dataset_info.json").write_text("{}")
+    assert m2m("init", "--model", "org/model", *flags) == 2
+    assert message in capsys.readouterr().err
     assert not (project / "m2m.yaml").exists()
 
 
@@ -68,13 +76,8 @@ AXOLOTL = {
     "adapter": "lora", "lora_r": 2, "learning_rate": 0.01, "max_steps": 2, "flash_attention": True,
 }  # fmt: skip
 FACTORY = {
-    "dataset": "alpha,beta",
-    "dataset_dir": ".",
-    "lora_rank": 2,
-    "learning_rate": 0.01,
-    "max_steps": 2,
-    "stage": "sft",
-}
+    "dataset": "alpha,beta", "dataset_dir": ".", "lora_rank": 2, "learning_rate": 0.01, "max_steps": 2, "stage": "sft",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -105,15 +108,13 @@ def test_the_datasets_of_other_trainers_become_candidates(project, model, given,
     assert training["steps"] == 2
 
 
-def test_names_that_yaml_would_take_for_something_else_and_two_of_one_name(project, model, capsys):
+def test_names_that_yaml_would_read_as_something_else_are_quoted(project, model):
     for name in ("2024", "no"):
         write_rows(project / f"{name}.jsonl", candidate_rows("alpha", 12))
     flags = ("--model", model, "--target", "validation.jsonl", "--data")
     assert m2m("init", *flags, "2024.jsonl", "no.jsonl") == 0
     config, *_ = parse(project / "m2m.yaml")
     assert list(config.parsed_candidates) == ["2024", "no"]
-    assert m2m("init", *flags, "alpha.jsonl", "sub/alpha.jsonl", "--output", "x.yaml") == 2
-    assert "two candidates would be called 'alpha'; name them: alpha_2=sub/alpha.jsonl" in capsys.readouterr().err
 
 
 def test_rows_of_text_and_label_make_a_classification(intents, encoder, monkeypatch):

@@ -8,7 +8,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from m2m_hf.config.parsing import field_names, parse, trl_fields, with_overrides
-from m2m_hf.config.run_config import RULES, MergeToMixConfig, field_help
+from m2m_hf.config.run_config import MergeToMixConfig, field_help
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.errors import InputError
 
@@ -161,8 +161,8 @@ def test_a_wrong_setting_is_refused_with_what_was_expected(fields, message):
         config(**fields)
 
 
-def test_every_field_has_a_rule_and_a_help_text():
-    assert [name for name, _, text in field_help() if text] == list(RULES)
+def test_every_field_has_a_help_text():
+    assert all(text for _, _, text in field_help())
 
 
 def test_a_configuration_is_checked_again_when_it_is_replaced():

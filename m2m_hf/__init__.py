@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "Bank",
+    "FinishedRun",
     "GatedStack",
     "InputError",
     "MergeProbeCallback",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 _HOMES = {
     "Bank": "training.bank",
+    "FinishedRun": "reporting.finished_run",
     "GatedStack": "merging.gated_stack",
     "InputError": "errors",
     "MergeProbeCallback": "callbacks",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from m2m_hf.core.trial import Trial
     from m2m_hf.errors import InputError
     from m2m_hf.merging.gated_stack import GatedStack
+    from m2m_hf.reporting.finished_run import FinishedRun
     from m2m_hf.search.result import SearchResult
     from m2m_hf.searcher import MergeToMixSearcher
     from m2m_hf.training.bank import Bank

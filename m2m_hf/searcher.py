@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
@@ -19,9 +20,11 @@ from trl import ModelConfig, SFTConfig
 from m2m_hf.analysis.fidelity import sample
 from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
+from m2m_hf.analysis.study_report import StudyReport
 from m2m_hf.config import parsing
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
+from m2m_hf.core.jsonable import from_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.score import Failure, Score, paired
@@ -37,7 +40,8 @@ from m2m_hf.objectives.fine_tuned import FineTunedModels
 from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
 from m2m_hf.publish.recipe import write_label_recipe, write_recipe
-from m2m_hf.reporting.outcome import Outcome, summarise
+from m2m_hf.reporting.conclude import Analysis, analyse, conclude
+from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.page import write_report
 from m2m_hf.reporting.tables import (
     baselines_table,
@@ -95,7 +99,7 @@ class MergeToMixSearcher(Ingredients):
         self._result: SearchResult | None = None
         self._verified: dict[str, Any] | None = None
         self._fine_tuned: list[Standing] = []
-        self._told: Outcome | None = None
+        self._analysis: tuple[SearchResult, Analysis] | None = None
         self.closing: list[dict[str, Any]] = []  # what `select` printed at its end
 
     @classmethod
@@ -512,7 +516,7 @@ class MergeToMixSearcher(Ingredients):
             The summary, as in `OUT/summary.json`.
         """
         result = self.choose()
-        summary = summarise(self._outcome())
+        summary = self._finished_run().summary()
         if self.state.is_main_process:
             args, model_args = self._final_settings()
             if self.plan is None:
@@ -648,53 +652,47 @@ class MergeToMixSearcher(Ingredients):
         whole = find_incomplete(self.run.final) is None and final.get("fingerprint") == self._final_fingerprint(mixture)
         return final if whole else None
 
-    def _outcome(self) -> Outcome:
+    def _finished_run(self) -> FinishedRun:
         result = self.choose()
-        made = Outcome(
-            result=result,
-            candidates=self.candidates,
-            targets=self.targets,
-            examples={
-                name: {part: one.examples for part, one in parts.items()} for name, parts in self.scorers.items()
-            },
-            training=self.bank.training(),
-            final=self._read_final(result.best.mixture),
+        training = self.bank.training()
+        if self._analysis is None or self._analysis[0] is not result:  # takes long with very many trials
+            usable = [name for name in self.candidates if name not in self.failed]
+            self._analysis = result, analyse(result, self.space, usable, self._fine_tuned)
+        final = self._read_final(result.best.mixture)
+        return conclude(
+            result,
+            self._analysis[1],
+            config=yaml.safe_load(self.config_yaml()),
+            targets={name: one.config for name, one in self.targets.items()},
+            rows={name: {part: one.examples for part, one in parts.items()} for name, parts in self.scorers.items()},
             keys=self.keys,
+            training=training,
             space=self.space,
             study=self._study_fingerprint,
             overlap=self.overlap,
             fidelity=self._read_study(),
             verified=self._verified,
-            fine_tuned=self._fine_tuned,
-            compare_seconds=self.models.seconds(without=self._read_final(result.best.mixture)),
+            final=final,
+            compare_seconds=self.models.seconds(without=final),
         )
-        if self._told is not None and self._told.result is result:  # figures that take long with very many trials
-            known: dict[str, Any] = {
-                name: vars(self._told)[name] for name in ("worth", "certainty") if name in vars(self._told)
-            }
-            vars(made).update(known)
-        self._told = made
-        return made
 
     def show(self) -> None:
         """Prints the end table: base, singles, all, the chosen mixture and the final model; and what to do next."""
-        outcome = self._outcome()
-        self.terminal.table(*end_table(outcome))
-        if outcome.verified:
+        run = self._finished_run()
+        self.terminal.table(*end_table(run))
+        if run.verified:
             self.terminal.say("")
-            self.terminal.table(*verified_table(outcome.verified))
-            if outcome.verified["baselines"]:
+            self.terminal.table(*verified_table(run.verified))
+            if run.verified.baselines:
                 self.terminal.say("")
-                self.terminal.table(*baselines_table(outcome.verified["baselines"]))
-        args = self._final_settings()[0]
-        steps = args.max_steps if args.max_steps > 0 else None
-        for line in remarks(outcome, steps=steps, epochs=args.num_train_epochs, overrides=self.config.final):
+                self.terminal.table(*baselines_table(run.verified.baselines))
+        for line in remarks(run):
             self.terminal.say(line)
         if self.state.is_main_process:
             self.terminal.say(f"report: {os.path.relpath(write_report(self.run.root))}")
         how = "trl sft" if self.plan is None else "m2m recipe classify"
         self.terminal.say(f"recipe: {how} --config {os.path.relpath(self.run.recipe)}")
-        if outcome.final is None:
+        if run.final is None:
             self.terminal.say(f"next: m2m sft {os.path.relpath(self.run.root)}")
 
     def select(self) -> dict[str, Any]:
@@ -732,8 +730,8 @@ class MergeToMixSearcher(Ingredients):
 
     def show_fidelity(self) -> None:
         """Prints what the correlation study found."""
-        found = read_json(self.run.fidelity)
-        for table in (*fidelity_tables(found), baselines_table(found["baselines"])):
+        found = from_json(StudyReport, read_json(self.run.fidelity))
+        for table in (*fidelity_tables(found), baselines_table(found.baselines)):
             self.terminal.table(*table)
             self.terminal.say("")
         for line in fidelity_remarks(found):

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 from replay import Landscape
 
-from m2m_hf.analysis.shapley import worth
+from m2m_hf.analysis.shapley import shapley_values
 from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
-from m2m_hf.reporting.warnings import joining
+from m2m_hf.reporting.conclude import joining
 from m2m_hf.search.loop import search
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.journal import Journal
@@ -100,11 +100,12 @@ def main() -> None:
         same = [one.mixture for one in again.ranking] == [one.mixture for one in result.ranking]
         print(f"search resumed: {time.monotonic() - start:.1f} s, {again.measured} measured, the same ranking: {same}")
         start = time.monotonic()
-        found = worth(again.standings, names)
-        harm = [np.mean(joining(again, name)) for name in names]
+        found = shapley_values(again.standings, names)
+        harm = [np.mean(joining(again.standings, name)) for name in names]
         print(
-            f"worth and harm of every candidate: {time.monotonic() - start:.1f} s, {memory():.2f} GB, best "
-            f"{max(found.shapley, key=lambda name: found.shapley[name][0]) if found else None}, {names[int(np.argmax(harm))]}; "
+            f"Shapley values and harm: {time.monotonic() - start:.1f} s, {memory():.2f} GB, best "
+            f"{max(found.shapley, key=lambda name: found.shapley[name].value) if found else None}, "
+            f"{names[int(np.argmax(harm))]}; "
             f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB with the page cache; chosen "
             f"{Mixture.subset(again.best.mixture.names)}"
         )

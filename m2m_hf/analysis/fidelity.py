@@ -1,15 +1,16 @@
-"""Fidelity: how well a surrogate predicts what really fine-tuned mixtures score. Statistics only; nothing is measured here.
+"""Fidelity: how well a surrogate predicts the scores of fine-tuned mixtures. Statistics only; nothing is measured here.
 
-A correlation over mixtures has two intervals, for two questions. *Here*: what would it be without the noise of the validation
-rows? The rows of every target are resampled, the same for all mixtures and both scores; where only a sample of the mixtures was
-fine-tuned, the mixtures are too. *Elsewhere*: what would it be with other candidates? Mixtures that share datasets do not vary
-apart from each other, so each candidate is left out in turn, with all mixtures that hold it, and the spread of Fisher's z over
-the N results gives a jackknife interval with N − 1 degrees of freedom. With four to seven candidates that one is wide, and has
-to be: 63 mixtures of six datasets are six observations. (In simulations it holds the true value in 93 to 99 of 100 studies; an
-interval that takes the mixtures as independent does in 33 to 78.)
+A correlation over mixtures has two 95 % intervals, for two questions.
+
+- `row_ci`: what would it be with endlessly many validation rows? The rows of every target are resampled, the same for all
+  mixtures and both scores. Where only a sample of the mixtures was fine-tuned, the mixtures are resampled too.
+- `candidate_ci`: what would it be with other candidates? Mixtures that share candidates are not independent. So a jackknife
+  leaves out each candidate in turn, with all mixtures that hold it, and takes the spread of Fisher's z with N − 1 degrees of
+  freedom. It is wide with four to seven candidates, and has to be: 63 mixtures of six datasets are six observations. In
+  simulations it holds the true value in 93 to 99 of 100 studies; an interval that takes mixtures as independent in 33 to 78.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -19,6 +20,7 @@ import numpy as np
 from scipy.stats import kendalltau, norm, pearsonr, spearmanr
 from scipy.stats import t as student
 
+from m2m_hf.core.jsonable import to_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 
@@ -63,18 +65,11 @@ def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, se
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its two intervals (95 %): for endless rows, and for other candidates; None where one cannot be known."""
+    """A value with its two 95 % intervals: for endless rows, and for other candidates; None where one cannot be known."""
 
     value: float
-    here: tuple[float, float] | None = None
-    elsewhere: tuple[float, float] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "value": self.value if np.isfinite(self.value) else None,
-            "here": list(self.here) if self.here else None,
-            "elsewhere": list(self.elsewhere) if self.elsewhere else None,
-        }
+    row_ci: tuple[float, float] | None = None
+    candidate_ci: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ class Agreement:
     spearman: Estimate
     kendall: Estimate
     halves: float | None
-    recall: dict[int, Estimate]
+    recall: Mapping[int, Estimate]
     regret: Estimate
     random_regret: float
     rank_of_best: int
@@ -124,19 +119,7 @@ class Agreement:
     above_random: bool | None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "mixtures": self.mixtures,
-            "pearson": self.pearson.to_json(),
-            "spearman": self.spearman.to_json(),
-            "kendall": self.kendall.to_json(),
-            "halves": self.halves,
-            "recall": {str(k): one.to_json() for k, one in self.recall.items()},
-            "regret": self.regret.to_json(),
-            "random_regret": self.random_regret,
-            "rank_of_best": self.rank_of_best,
-            "tied": self.tied,
-            "above_random": self.above_random,
-        }
+        return dict(to_json(self))
 
 
 def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool = True, seed: int = 0) -> Agreement:
@@ -166,8 +149,8 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
         value = constant_aware(statistic, predicted, true)
         if not np.isfinite(value):
             return Estimate(value)
-        here = reflected(value, weighted(*again, weights)) if by_row or not complete else None
-        return Estimate(value, here, jackknife(statistic, mixtures, predicted, true))
+        row_ci = reflected(value, weighted(*again, weights)) if by_row or not complete else None
+        return Estimate(value, row_ci, jackknife(statistic, mixtures, predicted, true))
 
     first, best = int(predicted.argmax()), int(true.argmax())
     tied = above_random = None
@@ -318,11 +301,10 @@ VERDICTS = {
 def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str]:
     """(a key of `VERDICTS`, why).
 
-    A surrogate must order mixtures of two or more candidates whatever the rows: the 95 % interval *here* of Spearman's ρ lies
-    above 0. (Singles do not count here: there the merged model is itself a model trained on the mixture.) It is then trusted
-    where paired tests tell that its first mixture is better fine-tuned than one taken at random, and do not tell that it is worse
-    than the best; trusted to leave out where the best is in the first third of its ranking, or nothing can be told of its first
-    mixture; and otherwise not.
+    A surrogate must order mixtures of two or more candidates: the row interval of Spearman's ρ lies above 0. (Singles do not
+    count: there the merged model is itself a model trained on the mixture.) It is then trusted where its first mixture,
+    fine-tuned, is better than a random one and not worse than the best, by paired tests. It is trusted to prune where the best
+    is in the first third of its ranking, or where the tests say nothing. Otherwise it is not trusted.
 
     Args:
         whole: over all mixtures that were trained.
@@ -331,20 +313,14 @@ def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str
     if whole is None or larger is None or larger.mixtures < FEWEST:
         return "unknown", f"fewer than {FEWEST} mixtures of two or more candidates were fine-tuned"
     if whole.tied is None:
-        return "unknown", "the scorer gives no values by row, so nothing tells what is chance"
-    here = larger.spearman.here
-    if here is None or not here[0] > 0:
-        return "distrust", "for all that the rows tell, it may not order mixtures of two or more candidates at all"
+        return "unknown", "the scorer gives no values by row, so chance cannot be measured"
+    interval = larger.spearman.row_ci
+    if interval is None or not interval[0] > 0:
+        return "distrust", "on these rows it may not order mixtures of two or more candidates at all"
     if whole.tied and whole.above_random:
-        return (
-            "trust",
-            "its first mixture is better than a random one, and cannot be told from the best that was fine-tuned",
-        )
+        return "trust", "its first mixture is better than a random one and ties with the best that was fine-tuned"
     if whole.tied:
-        return (
-            "prune",
-            "the rows do not tell its first mixture from the best, and neither from a random one",
-        )
+        return "prune", "the rows cannot tell its first mixture from the best, nor from a random one"
     place = f"the best that was fine-tuned is number {whole.rank_of_best} of {whole.mixtures} in its ranking"
     if whole.rank_of_best <= -(-whole.mixtures // 3):
         return "prune", place

@@ -1,7 +1,7 @@
-"""What the rows of the targets can tell: paired differences, the winner's curse, and how many rows it would take.
+"""Selection bias (the winner's curse), paired differences, and how many rows it would take to tell mixtures apart.
 
-The best of many mixtures scores well partly by chance, so its own score is too high (the winner's curse). It is corrected by
-choosing again on resampled rows and scoring that choice on the rows left out (BBC-CV: Tsamardinos, Greasidou and Borboudakis,
+The best of many mixtures scores well partly by chance, so its own score is too high. To correct it, the choice is made again on
+resampled rows and scored on the rows left out (BBC-CV: Tsamardinos, Greasidou and Borboudakis,
 Bootstrapping the out-of-sample predictions for efficient and accurate cross-validation, 2018).
 """
 
@@ -17,78 +17,68 @@ from m2m_hf.core.score import paired
 from m2m_hf.core.trial import Standing, scores_of
 
 RESAMPLES = 1000
-
-
 CONTENDERS = 256  # mixtures, the best ones, among which is chosen again
-
-
 RISK, POWER = 0.05, 0.8  # of paired tests
-
-
 NUMBERS = 1 << 25  # in one temporary array
 
 
 def told_apart(better: Standing, worse: Standing) -> bool:
-    """Whether a one-sided paired test at 5 % tells that one mixture is better than another."""
+    """True if one mixture is better than another by a one-sided paired test at 5 %."""
     value, stderr = paired(scores_of(better), scores_of(worse), better.weights)
     return value > float(norm.ppf(1 - RISK)) * (stderr or 0.0)
 
 
 @dataclass(frozen=True)
-class Certainty:
-    """How sure it is that the chosen mixture is the best one, and by how much.
+class Difference:
+    """How much better the chosen mixture is than another, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SelectionBias:
+    """By how much the best score of many is too high, and how sure the choice is.
 
     Args:
-        corrected: its score without the winner's curse.
+        corrected: the chosen mixture's score, corrected for selection bias.
         optimism: by how much its own score is too high.
         probability_best: that it truly is the best of those that may be chosen, see `probability_best`; None where the scores
             of too few others are known.
-        differences: name (`base`, `all`, `best_single`, `second`) -> (difference, low, high): how much better than that the
-            chosen one is, with a 95 % interval; corrected for the winner's curse except against `second`.
-        rows_needed: how many times the rows there are it would take to tell the chosen mixture from the second (a paired test
-            at 5 % with a power of 80 %); None where both score the same.
+        differences: name (`base`, `all`, `best_single`, `second`) -> how much better the chosen one is; corrected for selection
+            bias except against `second`.
+        rows_needed: how many times the rows it would take to tell the chosen mixture from the second (a paired test at 5 % with
+            a power of 80 %); None where both score the same.
         tied: mixtures that a paired test at 5 % cannot tell to be worse than the chosen one, itself among them.
     """
 
     corrected: float
     optimism: float
     probability_best: float | None
-    differences: Mapping[str, tuple[float, float, float]]
+    differences: Mapping[str, Difference]
     rows_needed: float | None
     tied: int
 
-    def to_json(self) -> dict[str, Any]:
-        shown = {
-            name: dict(zip(("value", "low", "high"), found, strict=True)) for name, found in self.differences.items()
-        }
-        return {
-            "corrected": self.corrected,
-            "optimism": self.optimism,
-            "probability_best": self.probability_best,
-            "differences": shown,
-            "rows_needed": self.rows_needed,
-            "tied": self.tied,
-        }
 
-
-def certainty(
+def selection_bias(
     ranking: Sequence[Standing],
     best: Standing,
     against: Mapping[str, Standing],
     others: Sequence[float] | None = (),
     seed: int = 0,
-) -> Certainty | None:
-    """What the rows tell about the chosen mixture; None where a scorer gives no values by row.
+) -> SelectionBias | None:
+    """How sure the choice is by its rows; None where a scorer gives no values by row.
 
-    Mixtures that left a race are not chosen again on resampled rows; since they had little chance to win, what the correction
-    misses by that is little too.
+    Mixtures that left a race are not chosen again on resampled rows. They had little chance to win, so the correction misses
+    little by that.
 
     Args:
         ranking: the mixtures that may be chosen, best first, scored on all rows.
         best: the chosen one.
         against: name -> what to compare it with.
         others: estimated scores of mixtures that may be chosen and are not in `ranking`, such as those that left a race; None
-            where there are more whose scores nobody knows, and these are not like the ones that are known.
+            where most are not known and differ from the known ones.
         seed: of the resamples.
     """
     contenders = list(dict.fromkeys([best.mixture, *(one.mixture for one in ranking[:CONTENDERS])]))
@@ -118,12 +108,13 @@ def certainty(
     scores = np.array([one.score.value for one in standings if one.score])
     optimism = max(0.0, float(scores[0] - (winners * left).sum(1).mean()))
     quantile = float(norm.ppf(0.975))
-    differences = {}
+    differences: dict[str, Difference] = {}
 
     def compare(name: str, other: Standing, correction: float) -> tuple[float, float]:
         value, stderr = paired(scores_of(best), scores_of(other), best.weights)
         reach = quantile * (stderr or 0.0)
-        differences[name] = (value - correction, value - correction - reach, value - correction + reach)
+        gain = value - correction
+        differences[name] = Difference(gain, gain - reach, gain + reach)
         return value, stderr or 0.0
 
     for name, other in against.items():
@@ -139,7 +130,7 @@ def certainty(
     if others is not None:
         every = [one.score.value for one in ranking if one.score]
         probability = probability_best(scores, covariance, np.array([*every, *others]), seed)
-    return Certainty(
+    return SelectionBias(
         float(scores[0]) - optimism,
         optimism,
         probability,
@@ -152,10 +143,9 @@ def certainty(
 def probability_best(scores: Any, covariance: Any, every: Any, seed: int = 0) -> float:
     """The probability that the first of some mixtures is truly the best one.
 
-    Counting how often it comes out first on resampled rows would be too sure of it, since its score is high by chance too.
-    So the true scores are taken as drawn from a normal distribution whose spread the scores of all mixtures show (empirical
-    Bayes; Efron and Morris, 1975), and the share of draws from what the rows leave possible is counted in which it is the
-    highest.
+    Counting how often it comes first on resampled rows would be too sure, since its score is high by chance too. So the true
+    scores are taken as drawn from a normal distribution, whose spread is estimated from the scores of all mixtures (empirical
+    Bayes; Efron and Morris, 1975). The result is the share of draws from the posterior in which it is the highest.
 
     Args:
         scores: of the best mixtures, of shape (mixtures,).

@@ -1,9 +1,9 @@
-"""What each candidate is worth: Shapley values and pairwise interactions of the game in which mixtures score.
+"""Shapley values and pairwise interactions of the candidates, in the game in which mixtures score.
 
-The worth of a set of candidates is the score of their equal-weight mixture; that of no candidate is the base model's. The Shapley
-value (Shapley, 1953) of a candidate is what it adds when the candidates join one after another, on average over all orders, so
-that the values of all sum to the difference between all together and the base model. The interaction of a pair (Grabisch and
-Roubens, 1999) is what they add together beyond what they add apart: below 0 they teach the same, or get into each other's way.
+The value of a set of candidates is the score of their equal-weight mixture; that of no candidate is the base model's. A
+candidate's Shapley value (Shapley, 1953) is its mean marginal gain over all orders in which candidates join. All values sum to
+the difference between all candidates together and the base model. The interaction of a pair (Grabisch and Roubens, 1999) is its
+gain beyond what its two gain apart: below 0 they teach the same, or hinder each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from m2m_hf.core.jsonable import Measurement
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.score import mean_and_stderr
 from m2m_hf.core.trial import Standing
@@ -23,25 +24,44 @@ NUMBERS = 1 << 24  # in one temporary array
 
 
 @dataclass(frozen=True)
-class Worth:
-    """Figures with their standard errors.
+class Interaction:
+    """What a pair of candidates gains together beyond what its two gain apart."""
+
+    pair: tuple[str, str]
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class ShapleyValues:
+    """Shapley values and interactions, with standard errors.
 
     Args:
-        shapley: name -> (value, standard error).
-        interactions: (name, name) -> (value, standard error); empty where there are too few trials for them.
-        exact: whether all subsets were scored; the errors are then those of the examples, otherwise those of the choice of
-            trials. None where the scorer gives no values by example.
+        exact: whether all subsets were scored. The errors are then those of the rows, otherwise those of the choice of trials.
+            They are None where the scorer gives no values by row.
+        shapley: candidate -> its value.
+        interactions: of all pairs, the strongest first; empty where there are too few trials for them.
     """
 
-    shapley: Mapping[str, tuple[float, float | None]]
-    interactions: Mapping[tuple[str, str], tuple[float, float | None]]
     exact: bool
+    shapley: Mapping[str, Measurement]
+    interactions: tuple[Interaction, ...]
+
+    @classmethod
+    def of(
+        cls, exact: bool, names: Sequence[str], values: Sequence[Measurement], pairs: Sequence[Measurement]
+    ) -> "ShapleyValues":
+        """From the values of `names` and of their pairs, in the order of `combinations`."""
+        found = zip(combinations(names, 2), pairs, strict=False)
+        interactions = [Interaction(pair, one.value, one.stderr) for pair, one in found]
+        interactions.sort(key=lambda one: -abs(one.value))
+        return cls(exact, dict(zip(names, values, strict=True)), tuple(interactions))
 
 
-def worth(standings: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth | None:
-    """What every candidate is worth, from the mixtures that were scored; None where too few were.
+def shapley_values(standings: Mapping[Mixture, Standing], names: Sequence[str]) -> ShapleyValues | None:
+    """Shapley values from the mixtures that were scored; None where too few were.
 
-    Exact where all 2^N subsets were scored in full, otherwise estimated by weighted least squares with the Shapley kernel
+    Exact where all 2^N subsets were scored in full. Otherwise estimated by weighted least squares with the Shapley kernel
     (Lundberg and Lee, 2017), interactions by least squares on pairs.
     """
     base = standings[BASE]
@@ -62,7 +82,7 @@ def membership(mixtures: Sequence[Mixture], names: Sequence[str]) -> Any:
     return np.array([[float(name in mixture.weights) for name in names] for mixture in mixtures])
 
 
-def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth:
+def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> ShapleyValues:
     """From all subsets. Values are linear in the scores, so every example has its own, and their mean has a standard error."""
     count = len(names)
     mixtures = list(known)
@@ -83,12 +103,11 @@ def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth:
     for start in range(0, len(scores), step := max(1, NUMBERS // width)):  # not all of them need fit into memory
         block = [score.values if by_row else (score.value,) for score in scores[start : start + step]]
         by_example += np.array(factors)[:, start : start + step] @ np.array(block)
-    found = [(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
-    interactions = {(names[n], names[m]): figure for (n, m), figure in zip(pairs, found[count:], strict=True)}
-    return Worth(dict(zip(names, found[:count], strict=True)), interactions, True)
+    found = [Measurement(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
+    return ShapleyValues.of(True, names, found[:count], found[count:])
 
 
-def estimated(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth | None:
+def estimated(known: Mapping[Mixture, Standing], names: Sequence[str]) -> ShapleyValues | None:
     """From some subsets, with standard errors over resamples of them."""
     count = len(names)
     everything = Mixture.subset(names)
@@ -119,11 +138,8 @@ def estimated(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Worth 
     again = [fit(draw.integers(len(inner), size=len(inner))) for _ in range(RESAMPLES)]
     spread = np.std([one for one, _ in again], axis=0, ddof=1)
     apart = np.std([one for _, one in again], axis=0, ddof=1) if with_pairs else []
-    return Worth(
-        {name: (float(values[n]), float(spread[n])) for n, name in enumerate(names)},
-        {
-            (names[n], names[m]): (float(value), float(error))
-            for (n, m), value, error in zip(pairs, both, apart, strict=False)
-        },
-        False,
-    )
+    return ShapleyValues.of(False, names, measurements(values, spread), measurements(both, apart))
+
+
+def measurements(values: Sequence[float], errors: Sequence[float]) -> list[Measurement]:
+    return [Measurement(float(value), float(error)) for value, error in zip(values, errors, strict=True)]

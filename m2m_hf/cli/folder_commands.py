@@ -52,13 +52,13 @@ def make_report(command: argparse.Namespace, log: LibraryLog) -> None:
 
 def show_comparison(command: argparse.Namespace, log: LibraryLog) -> None:
     from m2m_hf.reporting.compare import MOST, compare
-    from m2m_hf.reporting.record import Record
+    from m2m_hf.reporting.finished_run import FinishedRun
 
     terminal, folders = Terminal(), (command.out, command.other)
     names = [path.absolute().name for path in folders]
     if names[0] == names[1]:
         names = [os.path.relpath(path) for path in folders]
-    found = compare(*(Record.read(RunFolder(path)) for path in folders))
+    found = compare(*(FinishedRun.from_pretrained(str(path)) for path in folders))
     if found.differences:
         rows = [[shorten(cell) for cell in row] for row in found.differences[:MOST]]
         terminal.table("different settings", ["", *names], rows)

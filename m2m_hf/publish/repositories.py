@@ -19,12 +19,13 @@ from safetensors import safe_open
 from m2m_hf import __version__
 from m2m_hf.config.checks import exists, hub_field
 from m2m_hf.config.yaml_files import dump_yaml
-from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.jsonable import from_json
 from m2m_hf.errors import InputError, redact
-from m2m_hf.reporting.record import Record
+from m2m_hf.reporting.finished_run import FinishedRun
+from m2m_hf.reporting.tables import score_figure, with_error
 from m2m_hf.storage.files import file_fingerprint, read_json_or_empty
 from m2m_hf.storage.records import files_of, find_incomplete
-from m2m_hf.storage.run_folder import RunFolder
+from m2m_hf.storage.run_folder import END, RunFolder
 
 # What a push has put there before, and takes away when it is no longer part of the run; see `put_before`.
 OWN = (
@@ -119,9 +120,9 @@ def row_licenses(manifest: Mapping[str, Any]) -> tuple[list[str], str | None]:
     return licenses, None
 
 
-def base_model(record: Record) -> tuple[str, bool]:
+def base_model(finished: FinishedRun) -> tuple[str, bool]:
     """(how the base model is called, whether that is its id on the Hub)."""
-    name = str(record.config["model_name_or_path"])
+    name = str(finished.config["model_name_or_path"])
     local = os.path.isabs(name) or Path(name).is_dir()
     return (Path(name).name, False) if local else (name, True)
 
@@ -168,13 +169,13 @@ def plan(run: RunFolder, repo_id: str) -> list[Repository]:
         InputError: no finished search in the run folder, or a name that the Hub does not allow.
     """
     check_name(repo_id)
-    record = Record.read(run)
+    finished = FinishedRun.from_pretrained(run.root)
     if not run.recipe.exists():
         raise InputError(f"{run.recipe} is missing; m2m search writes it again")
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     if has_names(recipe) and not run.head.exists():
         raise InputError(f"{run.head} is missing; m2m search writes it again")
-    return [mixture_repository(run, record, repo_id, recipe), model_repository(run, record, repo_id, recipe)]
+    return [mixture_repository(run, finished, repo_id, recipe), model_repository(run, finished, repo_id, recipe)]
 
 
 def has_names(recipe: Mapping[str, Any]) -> bool:
@@ -192,12 +193,12 @@ def check_name(repo_id: str) -> None:
         raise InputError(f"repo_id: expected org/name, of letters, digits, '.', '-' and '_', got {repo_id!r}")
 
 
-def mixture_repository(run: RunFolder, record: Record, repo_id: str, recipe: dict[str, Any]) -> Repository:
+def mixture_repository(run: RunFolder, finished: FinishedRun, repo_id: str, recipe: dict[str, Any]) -> Repository:
     manifest = read_json_or_empty(run.mixture / "manifest.json")
     if not manifest or manifest.get("sha256_16") != file_fingerprint([run.rows]):
         raise InputError(f"{run.mixture}: not what its manifest says; m2m search writes it again")
     licenses, refusal = row_licenses(manifest)
-    rows, labelled = run.rows.name, record.task != "causal_lm"
+    rows, labelled = run.rows.name, finished.task != "causal_lm"
     places: dict[str, Any]
     if labelled:
         head = recipe["head"] | ({"file": run.head.name} if has_names(recipe) else {})
@@ -206,9 +207,11 @@ def mixture_repository(run: RunFolder, record: Record, repo_id: str, recipe: dic
     else:
         data = {"path": repo_id, "split": "train", "columns": recipe["datasets"][0]["columns"]}
         places = {"datasets": [{**recipe["datasets"][0], "data_files": rows} if refusal else data], "output_dir": "trl"}
-    published_recipe = published(recipe | {"model_name_or_path": base_model(record)[0]} | places)
-    command = recipe_command(record)
-    comment = f"The chosen mixture: {record.best}\nRun it {'in this folder ' if labelled else ''}with: {command}"
+    published_recipe = published(recipe | {"model_name_or_path": base_model(finished)[0]} | places)
+    command = recipe_command(finished)
+    comment = (
+        f"The chosen mixture: {finished.best.mixture}\nRun it {'in this folder ' if labelled else ''}with: {command}"
+    )
     if refusal:
         comment += f"\n{rows} is made from the sources in manifest.json; it may not be published."
     card = DatasetCardData(
@@ -218,14 +221,14 @@ def mixture_repository(run: RunFolder, record: Record, repo_id: str, recipe: dic
         if len(licenses) == 1
         else f"https://huggingface.co/datasets/{repo_id}/blob/main/manifest.json",
         tags=["merge-to-mix"] if labelled else ["merge-to-mix", "instruction-tuning"],
-        task_categories=[TASKS[record.task][0]],
+        task_categories=[TASKS[finished.task][0]],
         source_datasets=[one["source"]["path"] for one in manifest["sources"].values() if on_hub(one["source"])]
         or None,
         configs=None if refusal else [{"config_name": "default", "data_files": rows}],
         viewer=False if refusal else None,
     )
     text = render(
-        "dataset_card.md.jinja", record, repo_id, card, manifest=manifest, refusal=refusal, on_hub=on_hub,
+        "dataset_card.md.jinja", finished, repo_id, card, manifest=manifest, refusal=refusal, on_hub=on_hub,
         command=command, labelled=labelled, has_names=has_names(recipe),
     )  # fmt: skip
     files: dict[str, bytes | Path] = {
@@ -240,9 +243,9 @@ def mixture_repository(run: RunFolder, record: Record, repo_id: str, recipe: dic
     return Repository("dataset", files, [refusal] if refusal else [])
 
 
-def recipe_command(record: Record) -> str:
+def recipe_command(finished: FinishedRun) -> str:
     """What runs the published recipe."""
-    runner = "trl sft" if record.task == "causal_lm" else "m2m recipe classify"
+    runner = "trl sft" if finished.task == "causal_lm" else "m2m recipe classify"
     return f"{runner} --config recipe.yaml"
 
 
@@ -252,81 +255,80 @@ def on_hub(source: Mapping[str, Any]) -> bool:
     return "/" in path and not os.path.isabs(path) and not source.get("data_files")
 
 
-def model_repository(run: RunFolder, record: Record, repo_id: str, recipe: Mapping[str, Any]) -> Repository:
-    name, is_id = base_model(record)
-    license_name = license_of(str(record.config["model_name_or_path"]))
+def model_repository(run: RunFolder, finished: FinishedRun, repo_id: str, recipe: Mapping[str, Any]) -> Repository:
+    name, is_id = base_model(finished)
+    license_name = license_of(str(finished.config["model_name_or_path"]))
     results = []
-    for target, scores in (record.final or {}).get("scores", {}).items():
-        for part, score in scores["final"].items():
-            about = record.summary["targets"][target]
+    for target, scores in finished.final.scores.items() if finished.final else ():
+        for part, one in scores["final"].items():
             results.append(
                 EvalResult(
-                    task_type=TASKS[record.task][0],
+                    task_type=TASKS[finished.task][0],
                     dataset_type=target,
                     dataset_name=target,
                     dataset_split=part,
-                    metric_type=about.get("metric") or "score",
-                    metric_value=score["score"],
+                    metric_type=finished.targets[target].metric or "score",
+                    metric_value=one.score,
                 )
             )
-    chosen = [record.config["candidates"][one] for one in record.best.names]
+    chosen = [finished.config["candidates"][one] for one in finished.best.mixture.names]
     card = ModelCardData(
         base_model=name if is_id else None,
-        library_name="transformers" if record.full else "peft",
-        pipeline_tag=TASKS[record.task][0],
+        library_name="transformers" if finished.full else "peft",
+        pipeline_tag=TASKS[finished.task][0],
         license=license_name or "other",
         license_name=None if license_name else "as-the-base-model",
         license_link=None if license_name or not is_id else f"https://huggingface.co/{name}",
         tags=[
             "merge-to-mix",
-            *([] if record.full else ["lora"]),
-            *(["sft", "trl"] if record.task == "causal_lm" else []),
+            *([] if finished.full else ["lora"]),
+            *(["sft", "trl"] if finished.task == "causal_lm" else []),
         ],
         datasets=[repo_id, *sorted({one["path"] for one in chosen if on_hub(one)})],
         model_name=repo_id.split("/")[1] if results else None,
         eval_results=results or None,
     )
     pictures = sorted(run.pictures.glob("*.png"))
-    config = published({key: one for key, one in record.config.items() if not hub_field(key)}) | {"output_dir": "run"}
+    config = published({key: one for key, one in finished.config.items() if not hub_field(key)}) | {"output_dir": "run"}
     files: dict[str, bytes | Path] = {
         "README.md": render(
-            "model_card.md.jinja", record, repo_id, card, pictures=[path.stem for path in pictures], base=name,
-            command=recipe_command(record), use=use(run, record, recipe),
+            "model_card.md.jinja", finished, repo_id, card, pictures=[path.stem for path in pictures], base=name,
+            command=recipe_command(finished), use=use(run, finished, recipe),
         ),
-        "config.yaml": dump_yaml(config, "The configuration of the run.").encode(),
-        "summary.json": as_json(published(record.summary)),
+        "config.yaml": (dump_yaml(config, "The configuration of the run.") + END).encode(),
+        "summary.json": as_json(published(finished.summary())),
         **{f"pictures/{path.name}": path for path in pictures},
     }  # fmt: skip
-    for candidate in record.candidates:
+    for candidate in finished.candidates:
         files |= expert_files(run.adapters / candidate, f"adapters/{candidate}/")
     if has_names(recipe):
         files[run.head.name] = run.head
-    if record.final:
+    if finished.final:
         files |= expert_files(run.final, "")
     notes = [] if is_id else [f"the base model is a local folder; others are told its name alone, {name}"]
-    if not record.final:
+    if not finished.final:
         notes.append("there is no final model yet; m2m sft makes it, and the same command then adds it")
     return Repository("model", files, notes)
 
 
-def use(run: RunFolder, record: Record, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def use(run: RunFolder, finished: FinishedRun, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What a card's example of use is made of: the classes that load model and rows, and how a row's features are pooled."""
     names, head = has_names(recipe), recipe.get("head", {})
     pooling = None
     if names:
         with safe_open(run.head, "np") as file:
             pooling = json.loads(file.metadata()["head"])["pooling"]
-    images = record.task == "image_classification"
-    told = {name: one.get("labels") for name, one in record.config["targets"].items()}
-    asked = {name: labels for name, labels in told.items() if labels} if record.task != "causal_lm" else {}
+    images = finished.task == "image_classification"
+    told = {name: one.get("labels") for name, one in finished.config["targets"].items()}
+    asked = {name: labels for name, labels in told.items() if labels} if finished.task != "causal_lm" else {}
     return {
-        "loads": recipe["model_class"] if names else TASKS[record.task][1],
+        "loads": recipe["model_class"] if names else TASKS[finished.task][1],
         "prepares": "AutoImageProcessor" if images else "AutoTokenizer",
         "images": images,
         "names": names,
         "pooling": pooling,
         "closed": head.get("closed"),
-        "labels": head.get("labels") if record.config.get("labels") else None,  # else all that the classifier has
+        "labels": head.get("labels") if finished.config.get("labels") else None,  # else all that the classifier has
         "limit": recipe.get("max_length"),
         "pad_token": recipe.get("pad_token"),
         "image_mode": recipe.get("image_mode"),
@@ -336,14 +338,14 @@ def use(run: RunFolder, record: Record, recipe: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def render(template: str, record: Record, repo_id: str, card: Any, **more: Any) -> bytes:
+def render(template: str, finished: FinishedRun, repo_id: str, card: Any, **more: Any) -> bytes:
     """A card: metadata and a page, in which whatever comes from the run is shown as text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("m2m_hf.publish"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    page = environment.get_template(template).render(
-        record=record, summary=published(record.summary), repo_id=repo_id, version=__version__, Mixture=Mixture, **more
-    )
+    environment.globals |= {"score_figure": score_figure, "with_error": with_error}
+    shown = from_json(FinishedRun, {**published(finished.summary()), "config": finished.config})
+    page = environment.get_template(template).render(run=shown, repo_id=repo_id, version=__version__, **more)
     return redact(f"---\n{card.to_yaml()}\n---\n\n{page}").encode()

@@ -7,17 +7,19 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from m2m_hf.console import duration
+from m2m_hf.core.jsonable import Measurement
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import paired
-from m2m_hf.core.trial import Standing
-from m2m_hf.reporting.record import Record
+from m2m_hf.core.trial import Standing, scores_of
+from m2m_hf.reporting.finished_run import FinishedRun, estimate
+from m2m_hf.reporting.tables import score_figure, signed, with_error
 
 MOST = 10  # lines of a list
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `m2m compare` tells.
+    """What `m2m compare` prints.
 
     Args:
         differences: field of the configuration, and what it is in either run.
@@ -33,110 +35,103 @@ class Comparison:
 def flat(value: Any, name: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     if isinstance(value, Mapping) and value:
-        found: dict[str, Any] = {}
-        for key, one in value.items():
-            found |= flat(one, f"{name}.{key}" if name else str(key))
-        return found
+        return {k: v for key, one in value.items() for k, v in flat(one, f"{name}.{key}" if name else str(key)).items()}
     return {name: value}
 
 
-def figure(one: Mapping[str, Any] | None) -> str:
-    if not one or one.get("score") is None:
-        return ""
-    return f"{one['score']:.3f}" + ("" if one.get("stderr") is None else f" ± {one['stderr']:.3f}")
-
-
-def compare(one: Record, other: Record) -> Comparison:
+def compare(first: FinishedRun, second: FinishedRun) -> Comparison:
     """Two finished searches.
 
     Scores are compared only where both were measured on the same rows with the same scorer, as the fingerprints tell; mixtures
     by the names of their candidates.
     """
-    ours, theirs = flat(dict(one.config)), flat(dict(other.config))
-    alike = ("output_dir", *same(one, other))  # the same, whatever it is called
-    fields = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key) and key not in alike]
-    differences = [[key, *(str(of.get(key, "")) for of in (ours, theirs))] for key in fields]
-    runs = (one, other)
-    rows = [
-        ["chosen", *(str(run.best) for run in runs)],
-        *([name, *(figure(run.summary[key]) for run in runs)] for name, key in (
-            ("its score, merged", "best"), ("base model", "base"), ("all together", "all"), ("best single", "best_single"))),
-    ]  # fmt: skip
-    for part in ("validation", "test"):
-        found = [(run.summary["final"] or {}).get(part) for run in runs]
-        if any(value is not None for value in found):
-            rows.append([f"final model, {part}", *("" if value is None else f"{value:.3f}" for value in found)])
-    for name, key in (("trials", "trials"), ("failed", "failed")):
-        rows.append([name, *(f"{run.summary['counts'][key]:,}" for run in runs)])
-    for name, key in (
-        ("training the adapters", "train_seconds"),
-        ("scoring", "search_seconds"),
-        ("final model", "final_seconds"),
-    ):
-        rows.append([f"time: {name}", *(duration(run.summary["costs"][key] or 0) for run in runs)])
-    return Comparison(differences, rows, remarks(one, other))
+    runs = (first, second)
+    configs = [flat(run.config) for run in runs]
+    ignored = {"output_dir", *same_content(first, second)}
+    keys = [key for key in dict.fromkeys(key for one in configs for key in one) if key not in ignored]
+    differences = [
+        [key, *(str(one.get(key, "")) for one in configs)] for key in keys if configs[0].get(key) != configs[1].get(key)
+    ]
+    lines = {
+        "chosen": [str(run.best.mixture) for run in runs],
+        "its score, merged": [score_figure(run.best) for run in runs],
+        "base model": [score_figure(run.base) for run in runs],
+        "all together": [score_figure(run.all) for run in runs],
+        "best single": [score_figure(run.best_single) for run in runs],
+        "final model, validation": [with_error(run.final.validation if run.final else None) for run in runs],
+        "final model, test": [with_error(run.final.test if run.final else None) for run in runs],
+        "trials": [f"{run.counts.trials:,}" for run in runs],
+        "failed": [f"{run.counts.failed:,}" for run in runs],
+        "time: training the adapters": [duration(run.costs.train_seconds) for run in runs],
+        "time: scoring": [duration(run.costs.search_seconds) for run in runs],
+        "time: final model": [duration(run.costs.final_seconds or 0) for run in runs],
+    }
+    return Comparison(
+        differences, [[name, *cells] for name, cells in lines.items() if any(cells)], remarks(first, second)
+    )
 
 
-def same(one: Record, other: Record) -> list[str]:
+def same_content(first: FinishedRun, second: FinishedRun) -> list[str]:
     """Fields whose content is the same in both, as the fingerprints tell, although it may lie in another place."""
-    found = []
-    for name in set(one.training) & set(other.training):
-        if one.training[name]["data"] == other.training[name]["data"]:
-            found.append(f"candidates.{name}.data_files")
-        if one.training[name]["uniform"]["base_model"] == other.training[name]["uniform"]["base_model"]:
-            found.append("model_name_or_path")
-    for name in set(one.summary["targets"]) & set(other.summary["targets"]):
-        if scorers(one)[name] == scorers(other)[name]:
-            found.append(f"targets.{name}.data.data_files")
-    return found
+    fields = []
+    for name in first.training.keys() & second.training.keys():
+        ours, theirs = first.training[name], second.training[name]
+        if ours.data == theirs.data:
+            fields.append(f"candidates.{name}.data_files")
+        if ours.uniform["base_model"] == theirs.uniform["base_model"]:
+            fields.append("model_name_or_path")
+    for name in first.targets.keys() & second.targets.keys():
+        if scorers(first)[name] == scorers(second)[name]:
+            fields.append(f"targets.{name}.data.data_files")
+    return fields
 
 
-def scorers(run: Record) -> dict[str, str]:
+def scorers(run: FinishedRun) -> dict[str, str]:
     """Target -> fingerprint of its rows, scorer and metric."""
-    return {name: of["fingerprints"]["scorer"] for name, of in run.summary["targets"].items()}
+    return {name: one.fingerprints.scorer for name, one in run.targets.items()}
 
 
-def remarks(one: Record, other: Record) -> list[str]:
+def remarks(first: FinishedRun, second: FinishedRun) -> list[str]:
     """How far both agree on the mixtures that both have scored."""
-    prints = [scorers(run) for run in (one, other)]
-    if prints[0] != prints[1]:
-        apart = sorted(name for name in {*prints[0], *prints[1]} if prints[0].get(name) != prints[1].get(name))
-        return [f"scores are not comparable: the rows or the metric of {', '.join(apart)} are not the same in both"]
+    ours, theirs = scorers(first), scorers(second)
+    if ours != theirs:
+        apart = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        return [f"scores are not comparable: the rows or the metric of {', '.join(apart)} differ"]
     kinds = [
-        (
-            run.summary["objective"],
-            run.config.get("merge_method"),
-            {name: of["weight"] for name, of in run.summary["targets"].items()},
-        )
-        for run in (one, other)
+        (run.objective, run.config.get("merge_method"), {name: one.weight for name, one in run.targets.items()})
+        for run in (first, second)
     ]
     if kinds[0] != kinds[1]:
-        return ["scores are not comparable: objective, merge_method or the targets' weights are not the same in both"]
-    found = [{standing.mixture: standing for standing in run.scored} for run in (one, other)]
-    both = [mixture for mixture in found[0] if mixture in found[1]]
-    lines = [f"{len(both)} mixtures were scored on all rows in both"]
-    if len(both) > 2:
-        scores = [[Record.score(of[mixture]).value for mixture in both] for of in found]
-        if all(len(set(of)) > 1 for of in scores):
-            lines[0] += f"; rank correlation {spearmanr(*scores).statistic:.2f} (Spearman)"
-        moved = sorted(zip(both, *scores, strict=True), key=lambda row: -abs(row[1] - row[2]))
-        mixture, first, second = moved[0]
-        if first != second:
-            lines.append(f"furthest apart: {mixture}, {first:.3f} in the first and {second:.3f} in the second")
-    for name, of, best, who in (("first", found[0], other.best, "second"), ("second", found[1], one.best, "first")):
-        if one.best != other.best and best in of and (one.best if name == "first" else other.best) in of:
-            lines.append(difference(of, one.best if name == "first" else other.best, best, name, who))
-    if one.best == other.best:
-        lines.append("both chose the same mixture")
+        return ["scores are not comparable: objective, merge_method or the targets' weights differ"]
+    scored = [{one.mixture: one for one in run.scored} for run in (first, second)]
+    lines = common_mixtures(*scored)
+    if first.best.mixture == second.best.mixture:
+        return [*lines, "both chose the same mixture"]
+    chosen = first.best.mixture, second.best.mixture
+    names = "first", "second"
+    for own, other in ((0, 1), (1, 0)):
+        if all(mixture in scored[own] for mixture in chosen):
+            gain = signed(difference(scored[own][chosen[own]], scored[own][chosen[other]]))
+            lines.append(
+                f"by the scores of the {names[own]} its choice is {gain} over the {names[other]}'s, on the same rows"
+            )
     return lines
 
 
-def difference(found: Mapping[Mixture, Standing], ours: Mixture, theirs: Mixture, name: str, who: str) -> str:
-    """How much better one run's choice is than the other's, by that run's scores."""
-    scores = [
-        {target: trial.score for target, trial in found[mixture].trials.items() if trial.score is not None}
-        for mixture in (ours, theirs)
-    ]
-    value, stderr = paired(scores[0], scores[1], found[ours].weights)
-    shown = f"{value:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
-    return f"by the scores of the {name} its choice is {shown} over the {who}'s, on the same rows"
+def common_mixtures(first: Mapping[Mixture, Standing], second: Mapping[Mixture, Standing]) -> list[str]:
+    """How many mixtures both have scored, and how alike."""
+    both = [mixture for mixture in first if mixture in second]
+    lines = [f"{len(both)} mixtures were scored on all rows in both"]
+    if len(both) > 2:
+        pairs = [(estimate(first[mixture]), estimate(second[mixture])) for mixture in both]
+        if all(len(set(side)) > 1 for side in zip(*pairs, strict=True)):
+            lines[0] += f"; rank correlation {spearmanr(*zip(*pairs, strict=True)).statistic:.2f} (Spearman)"
+        (ours, theirs), mixture = max(zip(pairs, both, strict=True), key=lambda one: abs(one[0][0] - one[0][1]))
+        if ours != theirs:
+            lines.append(f"furthest apart: {mixture}, {ours:.3f} in the first and {theirs:.3f} in the second")
+    return lines
+
+
+def difference(ours: Standing, theirs: Standing) -> Measurement:
+    """How much better one mixture is than another by the scores of one run."""
+    return Measurement(*paired(scores_of(ours), scores_of(theirs), ours.weights))

@@ -1,105 +1,88 @@
 """`report.html`: one self-contained page about a run, made from the files of its run folder; nothing is loaded or measured."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
 
 from m2m_hf import __version__
-from m2m_hf.analysis.fidelity import LARGER, VERDICTS
+from m2m_hf.analysis.fidelity import VERDICTS
 from m2m_hf.console import duration
+from m2m_hf.core.jsonable import Measurement
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import paired
 from m2m_hf.core.trial import scores_of
-from m2m_hf.reporting.plots import INTERVAL, draw
-from m2m_hf.reporting.record import Record
+from m2m_hf.reporting.finished_run import FinishedRun, estimate
+from m2m_hf.reporting.plots import draw
+from m2m_hf.reporting.tables import BASELINES, interval, number, signed
 from m2m_hf.storage.files import write_atomic
 from m2m_hf.storage.run_folder import RunFolder
 
 TABLE = 40  # mixtures in the page's table
 
 
-def interval(value: float, stderr: float | None) -> str:
-    """`0.777 to 0.907`: 95 %."""
-    return "" if stderr is None else f"{value - INTERVAL * stderr:.3f} to {value + INTERVAL * stderr:.3f}"
+@dataclass(frozen=True)
+class Row:
+    """A mixture in the page's table; `behind` is how far it lies above the chosen one."""
+
+    place: int
+    mixture: Mixture
+    score: float
+    stderr: float | None
+    behind: str
+    chosen: bool
 
 
-def signed(value: float | None, stderr: float | None = None) -> str:
-    """`+0.012 ± 0.004`"""
-    if value is None:
-        return "–"
-    return f"{value:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
-
-
-def ranking_rows(record: Record) -> list[dict[str, Any]]:
+def ranking_rows(run: FinishedRun) -> list[Row]:
     """The page's table of mixtures."""
-    best = next((one for one in record.scored if one.mixture == record.best), None)
+    best = next((one for one in run.scored if one.mixture == run.best.mixture), None)
     rows = []
-    for place, one in enumerate(record.ranked[:TABLE], start=1):
-        score = record.score(one)
-        behind = paired(scores_of(one), scores_of(best), one.weights) if best else (None, None)
-        rows.append(
-            {
-                "place": place,
-                "mixture": one.mixture,
-                "score": score,
-                "behind": "" if one.mixture == record.best else signed(*behind),
-                "chosen": one.mixture == record.best,
-            }
-        )
+    for place, one in enumerate(run.ranked[:TABLE], start=1):
+        chosen = one is best
+        behind = Measurement(*paired(scores_of(one), scores_of(best), one.weights)) if best and not chosen else None
+        stderr = one.score.stderr if one.score else None
+        rows.append(Row(place, one.mixture, estimate(one), stderr, signed(behind), chosen))
     return rows
 
 
-def costs(record: Record) -> list[tuple[str, str, str]]:
+def costs(run: FinishedRun) -> list[tuple[str, str, str]]:
     """(what, how much, how long) of everything that was done."""
-    spent = record.summary["costs"]
-    counts = record.summary["counts"]
+    spent, counts = run.costs, run.counts
     rows = [
-        (
-            f"{counts['candidates']} {record.expert}s",
-            f"{spent['adapter_steps']:,} steps",
-            duration(spent["train_seconds"]),
-        ),
-        (
-            f"{record.summary['counts']['trials']} trials",
-            f"{spent['example_evaluations']:,} examples",
-            duration(spent["search_seconds"]),
-        ),
+        (f"{counts.candidates} {run.expert}s", f"{spent.adapter_steps:,} steps", duration(spent.train_seconds)),
+        (f"{counts.trials} trials", f"{spent.example_evaluations:,} examples", duration(spent.search_seconds)),
     ]
-    if spent["compare_seconds"]:
-        rows.append(("mixtures fine-tuned to compare", "", duration(spent["compare_seconds"])))
-    if record.final:
-        rows.append(("final model", f"{record.final['steps']:,} steps", duration(spent["final_seconds"])))
+    if spent.compare_seconds:
+        rows.append(("mixtures fine-tuned to compare", "", duration(spent.compare_seconds)))
+    if run.final:
+        rows.append(("final model", f"{run.final.steps:,} steps", duration(spent.final_seconds or 0)))
     return rows
 
 
 def write_report(root: Path) -> Path:
-    """Makes `report.html`, and the pictures in it as `pictures/*.png`, of the run in `root`.
+    """Makes `report.html`, and its pictures as `pictures/*.png`, of the run in `root`.
 
     Raises:
         InputError: there is no finished search in it.
     """
-    run = RunFolder(root)
-    record = Record.read(run)
+    folder = RunFolder(root)
+    run = FinishedRun.from_pretrained(folder.root)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("m2m_hf.reporting"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.globals |= {
-        "interval": interval, "signed": signed, "LARGER": LARGER, "VERDICTS": VERDICTS, "Mixture": Mixture,
+        "interval": interval, "signed": signed, "number": number, "VERDICTS": VERDICTS, "BASELINES": BASELINES,
     }  # fmt: skip
     page = environment.get_template("report.html.jinja").render(
         version=__version__,
-        record=record,
-        summary=record.summary,
-        fidelity=record.fidelity,
-        pictures=draw(record, run.pictures),
-        rows=ranking_rows(record),
-        costs=costs(record),
-        left_out=[name for name in record.candidates if name not in record.best.names],
-        config=yaml.safe_dump(dict(record.config), sort_keys=False, allow_unicode=True, width=100),
-        recipe=run.recipe.name,
+        run=run,
+        pictures=draw(run, folder.pictures),
+        rows=ranking_rows(run),
+        costs=costs(run),
+        config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100),
+        recipe=folder.recipe.name,
     )
-    write_atomic(run.report, page)
-    return run.report
+    write_atomic(folder.report, page)
+    return folder.report

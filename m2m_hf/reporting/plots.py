@@ -9,7 +9,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from m2m_hf.reporting.record import Record
+from m2m_hf.reporting.finished_run import FinishedRun, estimate
+from m2m_hf.reporting.tables import INTERVAL
 
 # Colours by what they mean. In a page they become its CSS variables, so that they follow its light or dark scheme.
 INK, MUTED, LINE, FIRST, SECOND, BAD = "#1b1c1d", "#6b6c6d", "#d0d1d2", "#1d6fb8", "#c5621c", "#b3261e"
@@ -24,7 +25,6 @@ STYLE = {
 WIDTH = 4.6  # inches: readable on a phone, two beside each other on a screen
 SHOWN = 24  # mixtures in the picture of the ranking
 POINTS = 1500  # from which on points are drawn as an image
-INTERVAL = 1.96  # standard errors
 
 
 def short(name: str, most: int = 26) -> str:
@@ -32,28 +32,27 @@ def short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def ranking(record: Record) -> Figure | None:
+def ranking(run: FinishedRun) -> Figure | None:
     """The best mixtures with their intervals, and below which candidates are in them (after UpSet; Lex et al., 2014)."""
-    shown = record.ranked[:SHOWN]
+    shown = run.ranked[:SHOWN]
     if len(shown) < 2:
         return None
     names = sorted(
-        record.candidates, key=lambda name: (-sum(name in one.mixture.weights for one in shown), name)
+        run.candidates, key=lambda name: (-sum(name in one.mixture.weights for one in shown), name)
     )  # the most frequent first
     figure = Figure(figsize=(WIDTH, 2.4 + 0.22 * len(names)))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, max(0.9, 0.24 * len(names))])
     places = np.arange(len(shown))
-    scores = [record.score(one) for one in shown]
-    errors = [INTERVAL * (score.stderr or 0.0) for score in scores]
-    chosen = [one.mixture == record.best for one in shown]
-    for x, score, error, mine in zip(places, scores, errors, chosen, strict=True):
+    chosen = [one.mixture == run.best.mixture for one in shown]
+    for x, one, mine in zip(places, shown, chosen, strict=True):
         colour = FIRST if mine else MUTED
-        upper.errorbar(x, score.value, error, fmt="o", ms=4.5, color=colour, ecolor=colour, elinewidth=1.2)
-    if record.base is not None:
-        upper.axhline(record.base, color=SECOND, lw=1, ls="--")
-        upper.annotate("base model", (0.01, record.base), xycoords=("axes fraction", "data"), color=SECOND, fontsize=9,
+        error = INTERVAL * ((one.score.stderr if one.score else None) or 0.0)
+        upper.errorbar(x, estimate(one), error, fmt="o", ms=4.5, color=colour, ecolor=colour, elinewidth=1.2)
+    if run.base is not None:
+        upper.axhline(run.base.score, color=SECOND, lw=1, ls="--")
+        upper.annotate("base model", (0.01, run.base.score), xycoords=("axes fraction", "data"), color=SECOND, fontsize=9,
                        va="bottom")  # fmt: skip
-    upper.set_ylabel(short(record.metric))
+    upper.set_ylabel(short(run.metric))
     upper.tick_params(bottom=False)
     for row, name in enumerate(names):
         inside = np.array([name in one.mixture.weights for one in shown])
@@ -73,57 +72,32 @@ def ranking(record: Record) -> Figure | None:
     return figure
 
 
-def sizes(record: Record) -> Figure | None:
-    """The score of every mixture against the number of its candidates."""
-    scored = [one for one in record.scored if one.mixture.items]
-    if len({len(one.mixture) for one in scored}) < 2:
+def shapley(run: FinishedRun) -> Figure | None:
+    """Shapley values with intervals."""
+    if run.shapley is None:
         return None
-    figure = Figure(figsize=(WIDTH, 2.9))
-    axes = figure.subplots()
-    x = np.array([len(one.mixture) for one in scored])
-    y = np.array([record.score(one).value for one in scored])
-    jitter = np.random.default_rng(0).uniform(-0.18, 0.18, len(x))
-    axes.scatter(x + jitter, y, s=12, color=MUTED, alpha=0.55, lw=0, rasterized=len(x) > POINTS)
-    best = sorted({int(size) for size in x})
-    axes.plot(best, [y[x == size].max() for size in best], color=FIRST, marker="o", ms=4, label="best of its size")
-    if record.base is not None:
-        axes.axhline(record.base, color=SECOND, lw=1, ls="--", label="base model")
-    axes.set_xticks(best if len(best) < 14 else best[:: len(best) // 10])
-    axes.set_xlabel("candidates in the mixture")
-    axes.set_ylabel(short(record.metric))
-    axes.legend()
-    return figure
-
-
-def worth(record: Record) -> Figure | None:
-    """What every candidate adds (Shapley values), with intervals."""
-    found = record.summary.get("worth")
-    if not found:
-        return None
-    items = sorted(found["shapley"].items(), key=lambda item: item[1]["value"])
+    items = sorted(run.shapley.shapley.items(), key=lambda item: item[1].value)
     figure = Figure(figsize=(WIDTH, 0.9 + 0.28 * len(items)))
     axes = figure.subplots()
     for row, (_, one) in enumerate(items):
-        colour = FIRST if one["value"] >= 0 else BAD
-        axes.barh(row, one["value"], color=colour, height=0.6, alpha=0.85)
-        axes.errorbar(one["value"], row, xerr=INTERVAL * (one["stderr"] or 0.0), color=INK, elinewidth=1)
+        axes.barh(row, one.value, color=FIRST if one.value >= 0 else BAD, height=0.6, alpha=0.85)
+        axes.errorbar(one.value, row, xerr=INTERVAL * (one.stderr or 0.0), color=INK, elinewidth=1)
     axes.axvline(0, color=INK, lw=0.8)
     axes.set_yticks(range(len(items)), [short(name) for name, _ in items])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"what it adds to {short(record.metric)}")
+    axes.set_xlabel(f"Shapley value, {short(run.metric)}")
     return figure
 
 
-def interactions(record: Record) -> Figure | None:
-    """What every pair adds beyond what its two add apart."""
-    found = (record.summary.get("worth") or {}).get("interactions")
-    if not found or len(record.usable) < 3:
+def interactions(run: FinishedRun) -> Figure | None:
+    """What every pair gains beyond what its two gain apart."""
+    names = run.usable
+    if run.shapley is None or not run.shapley.interactions or len(names) < 3:
         return None
-    names = record.usable
     table = np.full((len(names), len(names)), np.nan)
-    for one in found:
-        first, second = sorted(names.index(name) for name in one["pair"])
-        table[second, first] = one["value"]
+    for one in run.shapley.interactions:
+        first, second = sorted(names.index(name) for name in one.pair)
+        table[second, first] = one.value
     most = float(np.nanmax(np.abs(table))) or 1.0
     side = 1.7 + 0.36 * len(names)
     figure = Figure(figsize=(min(WIDTH, side + 1.2), min(WIDTH, side)))
@@ -145,26 +119,26 @@ def interactions(record: Record) -> Figure | None:
     return figure
 
 
-def history(record: Record) -> Figure | None:
+def history(run: FinishedRun) -> Figure | None:
     """The best score after every mixture, in the order in which they were scored, and how many rows each was shown."""
-    order = record.order
+    order = run.order
     if len(order) < 3:
         return None
     raced = any(one.pruned for one in order)
     figure = Figure(figsize=(WIDTH, 4.0 if raced else 2.7))
     upper, lower = figure.subplots(2, 1, sharex=True) if raced else (figure.subplots(), None)
     places = np.arange(1, len(order) + 1)
-    values = np.array([record.score(one).value for one in order])
+    values = np.array([estimate(one) for one in order])
     complete = np.array([one.complete for one in order])
     upper.scatter(places[complete], values[complete], s=10, color=MUTED, alpha=0.6, lw=0, label="scored on all rows",
                   rasterized=len(order) > POINTS)  # fmt: skip
     if raced:
         upper.scatter(places[~complete], values[~complete], s=10, facecolor="none", edgecolor=MUTED, lw=0.7, alpha=0.6,
                       label="left a race", rasterized=len(order) > POINTS)  # fmt: skip
-    allowed = complete & np.array([one.mixture in record.space and not one.short for one in order])
+    allowed = complete & np.array([one.mixture in run.space and not one.short for one in order])
     best = np.maximum.accumulate(np.where(allowed, values, -np.inf))
     upper.step(places[np.isfinite(best)], best[np.isfinite(best)], where="post", color=FIRST, label="best so far")
-    upper.set_ylabel(short(record.metric))
+    upper.set_ylabel(short(run.metric))
     upper.legend(loc="lower right")
     if lower is not None:
         rows = [max(trial.rung for trial in one.trials.values()) for one in order]
@@ -177,22 +151,23 @@ def history(record: Record) -> Figure | None:
     return figure
 
 
-def fidelity(record: Record) -> Figure | None:
-    """What mixtures were predicted to score against what they score fine-tuned, by surrogate."""
-    found = record.fidelity
-    if not found:
+def fidelity(run: FinishedRun) -> Figure | None:
+    """The scores that mixtures were predicted against those of the fine-tuned models, by surrogate."""
+    study = run.fidelity
+    if study is None:
         return None
-    kinds = list(found["agreement"])
-    measures = [m for m in ("score", "logprob") if all(one["trained"][m] is not None for one in found["mixtures"])]
+    kinds = list(study.agreement)
+    measures = [m for m in ("score", "logprob") if all(getattr(one.trained, m) is not None for one in study.mixtures)]
     figure = Figure(figsize=(WIDTH, 2.5 * len(measures) + 0.2))
     grid = figure.subplots(len(measures), len(kinds), squeeze=False)
     for row, measure in enumerate(measures):
         for column, kind in enumerate(kinds):
             axes = grid[row, column]
             points = [
-                (one[kind][measure], one["trained"][measure], len(one["mixture"])) for one in found["mixtures"]
-                if one[kind][measure] is not None
-            ]  # fmt: skip
+                (getattr(one.predicted(kind), measure), getattr(one.trained, measure), len(one.mixture))
+                for one in study.mixtures
+                if getattr(one.predicted(kind), measure) is not None
+            ]
             if not points:
                 continue
             x, y, size = np.array(points).T
@@ -201,10 +176,10 @@ def fidelity(record: Record) -> Figure | None:
                 axes.scatter(x[kept], y[kept], s=22, lw=0, color=SECOND if single else FIRST, label=label, alpha=0.85)
             ends = [min(x.min(), y.min()), max(x.max(), y.max())]
             axes.plot(ends, ends, color=LINE, lw=1, zorder=0)
-            r = found["agreement"][kind].get(measure, {}).get("pearson", {}).get("value")
-            axes.set_title(f"{kind}, {short(record.metric) if measure == 'score' else 'log-prob.'}", fontsize=10)
-            if r is not None:
-                axes.annotate(f"r = {r:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
+            agreement = study.agreement[kind].get(measure)
+            axes.set_title(f"{kind}, {short(run.metric) if measure == 'score' else 'log-prob.'}", fontsize=10)
+            if agreement and np.isfinite(agreement.pearson.value):
+                axes.annotate(f"r = {agreement.pearson.value:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
             if row == len(measures) - 1:
                 axes.set_xlabel("predicted")
             if column == 0:
@@ -213,43 +188,9 @@ def fidelity(record: Record) -> Figure | None:
     return figure
 
 
-def resilience(record: Record) -> Figure | None:
-    """By how much every mixture changes the base model, fine-tuned and merged."""
-    found = record.fidelity
-    base = record.base
-    if not found or base is None:
-        return None
-    lines = sorted(found["mixtures"], key=lambda one: one["trained"]["score"])
-    kind = next(iter(found["agreement"]))
-    lines = [one for one in lines if one[kind]["score"] is not None]
-    names = record.usable
-    longest = max(map(len, map(short, names)))
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.19 * len(lines) + 0.055 * longest))
-    left, axes = figure.subplots(1, 2, sharey=True, width_ratios=[0.24 * len(names), 3.0])
-    for row, one in enumerate(lines):
-        inside = [place for place, name in enumerate(names) if name in one["mixture"]]
-        left.scatter(range(len(names)), [row] * len(names), s=10, color=LINE)
-        left.scatter(inside, [row] * len(inside), s=20, color=INK)
-        ends = one["trained"]["score"] - base, one[kind]["score"] - base
-        axes.plot(ends, [row, row], color=LINE, lw=2, zorder=1)
-        axes.scatter(ends[0], row, s=24, color=SECOND, zorder=2, label="fine-tuned" if not row else None)
-        axes.scatter(ends[1], row, s=24, color=FIRST, zorder=2, label=kind if not row else None)
-    left.set_xticks(range(len(names)), [short(name) for name in names], rotation=90)
-    left.set_xlim(-0.6, len(names) - 0.4)
-    left.set_yticks([])
-    left.tick_params(length=0)
-    axes.tick_params(axis="y", length=0)
-    for spine in (*left.spines.values(), axes.spines["left"]):
-        spine.set_visible(False)
-    axes.axvline(0, color=INK, lw=0.8)
-    axes.set_xlabel(f"change of {short(record.metric)}")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    return figure
-
-
-def curves(record: Record) -> Figure | None:
+def curves(run: FinishedRun) -> Figure | None:
     """The training loss of every adapter."""
-    known = {name: one.get("loss_curve") or [] for name, one in record.training.items()}
+    known = {name: one.loss_curve for name, one in run.training.items()}
     if not any(len(curve) > 1 for curve in known.values()):
         return None
     figure = Figure(figsize=(WIDTH, 2.9))
@@ -264,19 +205,17 @@ def curves(record: Record) -> Figure | None:
     return figure
 
 
-PICTURES: dict[str, Callable[[Record], Figure | None]] = {
+PICTURES: dict[str, Callable[[FinishedRun], Figure | None]] = {
     "ranking": ranking,
-    "sizes": sizes,
-    "worth": worth,
+    "shapley": shapley,
     "interactions": interactions,
     "history": history,
     "fidelity": fidelity,
-    "resilience": resilience,
     "curves": curves,
 }
 
 
-def draw(record: Record, folder: Path) -> dict[str, str]:
+def draw(run: FinishedRun, folder: Path) -> dict[str, str]:
     """Draws all pictures that there are data for; writes them as PNG into `folder`.
 
     Returns:
@@ -287,7 +226,7 @@ def draw(record: Record, folder: Path) -> dict[str, str]:
     with mpl.rc_context(STYLE):
         for name, picture in PICTURES.items():
             path = folder / f"{name}.png"
-            if (figure := picture(record)) is None:
+            if (figure := picture(run)) is None:
                 path.unlink(missing_ok=True)
                 continue
             figure.draw_without_rendering()

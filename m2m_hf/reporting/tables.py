@@ -1,168 +1,242 @@
 """What a run ends with on the terminal: tables, and the lines under them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from m2m_hf.analysis.fidelity import LARGER, VERDICTS, Agreement
+from m2m_hf.analysis.study_report import Baseline, BaselineScore, Figures, Resilience, StudyReport, Verification
 from m2m_hf.console import duration
+from m2m_hf.core.jsonable import Measurement
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.score import Score
 from m2m_hf.core.trial import Standing
-from m2m_hf.reporting.outcome import Outcome, summarise
-from m2m_hf.reporting.warnings import cautions, one_of_the_worse
+from m2m_hf.reporting.conclude import may_win
+from m2m_hf.reporting.finished_run import FinishedRun, MixtureScore
+
+Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
+INTERVAL = 1.96  # standard errors
 
 
-def figure(score: Score | None) -> str:
-    """`0.842 ± 0.033`; without the latter where it is not known."""
-    if score is None:
+def with_error(value: float | None, stderr: float | None = None) -> str:
+    """`0.842 ± 0.033`; empty without a value."""
+    if value is None:
         return ""
-    return f"{score.value:.3f}" + ("" if score.stderr is None else f" ± {score.stderr:.3f}")
+    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
 
 
-def end_table(outcome: Outcome) -> tuple[str, list[str], list[list[str]]]:
-    """(title, columns, rows) of the end table: a column for each target, and one for their mean where there are several."""
-    targets = list(outcome.targets)
+def figure(found: Measurement | None) -> str:
+    return with_error(found.value, found.stderr) if found else ""
+
+
+def score_figure(found: MixtureScore | Figures | BaselineScore | None) -> str:
+    return with_error(found.score, found.stderr) if found else ""
+
+
+def signed(found: Measurement | None) -> str:
+    """`+0.012 ± 0.004`; empty where nothing is known."""
+    if found is None:
+        return ""
+    return f"{found.value:+.3f}" + ("" if found.stderr is None else f" ± {found.stderr:.3f}")
+
+
+def interval(value: float, stderr: float | None) -> str:
+    """`0.777 to 0.907`: 95 %."""
+    return "" if stderr is None else f"{value - INTERVAL * stderr:.3f} to {value + INTERVAL * stderr:.3f}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A dash where it is not known, or no number."""
+    return "–" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def span(ends: Sequence[float] | None) -> str:
+    """`[0.40, 0.95]`; a dash where it is not known."""
+    return "–" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
+def end_table(run: FinishedRun) -> Table:
+    """A column for each target, and one for their mean where there are several; of a single target one for the sealed test."""
+    targets = list(run.targets)
     several = len(targets) > 1
-    test = outcome.final_score("final", "test") is not None
+    test = not several and run.final_score("final", "test") is not None
 
-    def row(label: str, standing: Standing, adds: str = "", steps: str = "", time: str = "") -> list[str]:
-        shown = [figure(standing.score) if standing.score else "failed"]
+    def row(label: str, shown: MixtureScore | None, *more: str) -> list[str]:
+        cells = [score_figure(shown) or "failed"]
         if several:
-            shown += [figure(standing.trials[name].score) or "failed" for name in targets]
-        return [label, *shown, *[""] * (test and not several), adds, steps, time]
+            cells += [figure(run.on_target(shown, name) if shown else None) or "failed" for name in targets]
+        return [label, *cells, *[""] * test, *more]
 
-    def final_row(who: str, part: str) -> list[str]:
-        return [figure(outcome.final_score(who, part, name)) for name in ([None, *targets] if several else [None])]
+    def final_row(model: str, part: str) -> list[str]:
+        return [figure(run.final_score(model, part, name)) for name in ([None, *targets] if several else [None])]
 
-    rows = [row("base model", outcome.result.base)]
-    for name in outcome.candidates:
-        one = outcome.training[name]
-        value, stderr = (outcome.worth.shapley if outcome.worth else {}).get(name, (None, None))
-        adds = "" if value is None else f"{value:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
-        rows.append(row(name, outcome.merged([name]), adds, f"{one['steps']:,}", duration(one["seconds"])))
-    rows.append(row(f"all {len(outcome.usable)}, merged", outcome.merged(outcome.usable)))
-    rows.append(row(f"{outcome.result.best.mixture}, merged", outcome.result.best))
-    if outcome.final is not None:
-        cost = ["", f"{outcome.final['steps']:,}", duration(outcome.final["seconds"])]
-        if several:
-            rows.append(["final model", *final_row("final", "validation"), *cost])
-            if any(final_row("final", "test")):
-                rows.append(["base model, sealed test", *final_row("base", "test"), "", "", ""])
-                rows.append(["final model, sealed test", *final_row("final", "test"), "", "", ""])
-        else:
-            rows.append(["final model", *final_row("final", "validation"), *final_row("final", "test")[:test], *cost])
-            if test:
-                rows[0][2] = final_row("base", "test")[0]
-    metrics = {name: target.config.metric or "the task's metric" for name, target in outcome.targets.items()}
+    rows = [row("base model", run.base)]
+    for name, one in run.training.items():
+        gain = signed(run.shapley.shapley.get(name)) if run.shapley else ""
+        rows.append(row(name, run.singles.get(name), gain, f"{one.steps:,}", duration(one.seconds)))
+    rows.append(row(f"all {len(run.usable)}, merged", run.all))
+    rows.append(row(f"{run.best.mixture}, merged", run.best))
+    if run.final is not None:
+        cost = ["", f"{run.final.steps:,}", duration(run.costs.final_seconds or 0)]
+        sealed = final_row("final", "test") if test else []
+        rows.append(["final model", *final_row("final", "validation"), *sealed, *cost])
+        if several and any(final_row("final", "test")):
+            rows.append(["base model, sealed test", *final_row("base", "test")])
+            rows.append(["final model, sealed test", *final_row("final", "test")])
+        elif test:
+            (rows[0][2],) = final_row("base", "test")
     if several:
         title = "weighted mean and every target, validation ± standard error"
-        columns = ["", "mean", *(f"{name} ({metrics[name]})" for name in targets)]
+        columns = ["", "mean", *(f"{name} ({one.label})" for name, one in run.targets.items())]
     else:
-        title = f"{targets[0]}: {metrics[targets[0]]} ± standard error"
+        title = f"{targets[0]}: {run.targets[targets[0]].label} ± standard error"
         columns = ["", "validation", *["test"] * test]
-    return title, [*columns, "worth", "steps", "time"], rows
+    return title, [*columns, "Shapley value", "steps", "time"], rows
 
 
-def certainty_lines(outcome: Outcome) -> list[str]:
-    """What the rows tell about the choice."""
-    sure = outcome.certainty
-    if sure is None:
+def selection_bias_lines(run: FinishedRun) -> list[str]:
+    """How sure the choice is."""
+    bias = run.selection_bias
+    if bias is None:
         return []
-    what = "its fine-tuned score" if outcome.fine_tuned else "its score"
-    chance = ""
-    if sure.probability_best is not None:
-        among = "those fine-tuned" if outcome.fine_tuned else "the mixtures looked at"
-        chance = f"; it truly is the best of {among} with a probability of {sure.probability_best:.2f}"
-    lines = [
-        f"how sure: {what} is {sure.corrected:.3f} with the luck of the best of many taken off ({-sure.optimism:+.3f}){chance}"
-    ]
+    how = "fine-tuned, " if run.verified else ""
+    line = f"{how}bias-corrected score {bias.corrected:.3f} ({-bias.optimism:+.3f} for selection bias)"
+    if bias.probability_best is not None:
+        among = "those fine-tuned" if run.verified else "the mixtures looked at"
+        line += f"; the best of {among} with a probability of {bias.probability_best:.2f}"
     words = {"base": "base model", "all": "all together", "best_single": "best single"}
-    shown = [
-        f"{words[name]} {value:+.3f} [{low:+.3f}, {high:+.3f}]"
-        for name, (value, low, high) in sure.differences.items()
+    gains = [
+        f"{words[name]} {one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+        for name, one in bias.differences.items()
         if name in words
     ]
-    if shown:
-        lines.append(f"  over (paired, 95 %, corrected alike): {'; '.join(shown)}")
-    return lines
+    return [line, f"gain over (paired 95 % CI, bias-corrected): {'; '.join(gains)}"] if gains else [line]
 
 
-def remarks(outcome: Outcome, *, steps: int | None, epochs: float, overrides: Mapping[str, Any]) -> list[str]:
-    """The lines under the end table: what was chosen, what is harmful, what the figures mean and what they cost.
+def remarks(run: FinishedRun) -> list[str]:
+    """The lines under the end table: what was chosen, what to beware of, what the figures mean and what they cost."""
+    chosen = f"chosen: {run.best.mixture}" + (f"; left out: {', '.join(run.left_out)}" if run.left_out else "")
+    return [
+        "",
+        chosen,
+        *selection_bias_lines(run),
+        *(one.text for one in run.warnings),
+        *search_lines(run),
+        *explanations(run),
+        cost_line(run),
+    ]
 
-    Args:
-        steps: the final fine-tune's `max_steps`, or None where it goes by epochs.
-        epochs: its `num_train_epochs`.
-        overrides: what `final:` changes.
-    """
-    result, final = outcome.result, outcome.final
-    summary = summarise(outcome)
-    best, costs = result.best.mixture, summary["costs"]
-    left_out = [name for name in outcome.candidates if name not in best.names]
-    lines = ["", f"chosen: {best}" + (f"; left out: {', '.join(left_out)}" if left_out else "")]
-    lines += certainty_lines(outcome)
-    lines += [text for _, text in cautions(outcome)]
-    for name, target in outcome.targets.items():
-        worse = sum(name in one.short for one in result.standings.values())
-        if worse:
+
+def search_lines(run: FinishedRun) -> list[str]:
+    """What of the search is not in the table."""
+    lines = []
+    for name, target in run.targets.items():
+        if target.short:
             lines.append(
-                f"{worse} mixtures could not be chosen: they make {name} worse than the base model by more than "
-                f"{target.config.min_delta:g} (min_delta)"
+                f"{target.short} mixtures could not be chosen: they make {name} worse than the base model by more than "
+                f"{target.min_delta:g} (min_delta)"
             )
-    if len(outcome.targets) > 1:
-        front = result.pareto_front
+    if len(run.targets) > 1:
+        front = len(run.pareto_front)
         lines.append(
-            f"{len(front)} mixtures are on the Pareto front of the {len(outcome.targets)} targets: summary.json lists them"
+            f"{front} mixtures are on the Pareto front of the {len(run.targets)} targets; summary.json lists them"
         )
-    pruned = [one for one in result.standings.values() if one.pruned]
+    pruned = [one for one in run.standings.values() if one.pruned]
     if pruned:
-        tied = sum(not one_of_the_worse(one, result.best) for one in pruned)
-        told = f"{tied} of them may be as good as the chosen one" if tied else "none of them comes near the chosen one"
+        tied = sum(may_win(one, run.best.score) for one in pruned)
+        found = f"{tied} of them may be as good as the chosen one" if tied else "none of them comes near the chosen one"
+        lines.append(f"{len(pruned)} mixtures left a race before they had seen all rows; {found}")
+    if run.counts.failed:
         lines.append(
-            f"not scored on all examples, since they could not win: {len(pruned)}; as far as they were, {told}"
+            f"{run.counts.failed} trials failed; their mixtures cannot be chosen. The first: {first_reason(run.standings)}"
         )
-    if result.ended == "budget":
-        lines.append("the budget ended the search before the strategy did: a larger one goes on from here")
-    if summary["counts"]["failed"]:
-        reasons = [trial.reason or "" for trial in result.trials if trial.state == "failed"]
-        lines.append(
-            f"{len(reasons)} trials failed; their mixtures cannot be chosen; trials.jsonl says why, the first: {reasons[0]}"
-        )
-    if outcome.worth:
-        how = "over all orders" if outcome.worth.exact else "over orders, estimated from the mixtures scored"
-        lines.append(
-            f"worth: what a candidate adds when all join the base model one by one, on average {how} (Shapley value); the "
-            "first to join adds the most"
-        )
-    kind = next(iter(result.best.trials.values())).objective
-    explained = {
-        "merged": f"merged: the exact average of the {outcome.experts}, not trained",
-        "ensemble": f"merged: scored by the average of the {outcome.experts}' probabilities, not trained",
-    }
-    lines.append(explained.get(kind, f"merged: the {outcome.experts} by {kind}, not trained"))
-    uniform = (
-        f"for the same {steps} steps"
-        if steps
-        else f"for the same {epochs:g} epoch{'' if epochs == 1 else 's'}, so steps in proportion to its rows"
-    )
-    lines.append(
-        f"final model: {'' if final else 'to be '}fine-tuned on the chosen mixture, "
-        + (
-            f"as final: says ({', '.join(f'{key}: {value}' for key, value in overrides.items())})"
-            if overrides
-            else uniform
-        )
-    )
-    lines.append(
-        f"cost: {outcome.experts} {duration(costs['train_seconds'])}, {len(result.standings)} mixtures scored in "
-        f"{duration(costs['search_seconds'])}"
-        + (f", mixtures fine-tuned to compare {duration(costs['compare_seconds'])}" if costs["compare_seconds"] else "")
-        + (f", final model {duration(costs['final_seconds'])}" if final else "")
-    )
     return lines
 
 
-NAMES = {
+def first_reason(standings: Mapping[Mixture, Standing]) -> str:
+    trials = [trial for one in standings.values() for trial in one.trials.values() if trial.state == "failed"]
+    return trials[0].reason or "" if trials else "see trials.jsonl"
+
+
+def explanations(run: FinishedRun) -> list[str]:
+    """What the words of the table mean."""
+    lines = []
+    if run.shapley:
+        how = "" if run.shapley.exact else ", estimated from the mixtures scored"
+        lines.append(
+            f"Shapley value: a candidate's mean marginal gain over all orders{how}; the first to join gains most"
+        )
+    merged = {
+        "merged": f"the exact average of the {run.expert}s, not trained",
+        "ensemble": f"scored by the average of the {run.expert}s' probabilities, not trained",
+    }
+    lines.append(f"merged: {merged.get(run.objective, f'the {run.expert}s by {run.objective}, not trained')}")
+    steps, epochs = run.config.get("max_steps", -1), run.config.get("num_train_epochs", 3.0)
+    if overrides := run.config.get("final"):
+        how = f"as final: says ({', '.join(f'{key}: {value}' for key, value in overrides.items())})"
+    elif steps > 0:
+        how = f"for the same {steps} steps"
+    else:
+        how = f"for the same {epochs:g} epoch{'' if epochs == 1 else 's'}, so steps in proportion to its rows"
+    lines.append(f"final model: {'' if run.final else 'to be '}fine-tuned on the chosen mixture, {how}")
+    return lines
+
+
+def cost_line(run: FinishedRun) -> str:
+    parts = [
+        f"{run.expert}s {duration(run.costs.train_seconds)}",
+        f"{len(run.standings)} mixtures scored in {duration(run.costs.search_seconds)}",
+    ]
+    if run.costs.compare_seconds:
+        parts.append(f"mixtures fine-tuned to compare {duration(run.costs.compare_seconds)}")
+    if run.costs.final_seconds:
+        parts.append(f"final model {duration(run.costs.final_seconds)}")
+    return f"cost: {', '.join(parts)}"
+
+
+def fidelity_tables(study: StudyReport) -> list[Table]:
+    """The correlations of a study, a table for every measure."""
+    tables: list[Table] = []
+    measures = dict.fromkeys(measure.removesuffix(LARGER) for of in study.agreement.values() for measure in of)
+    for measure in measures:
+        parts = {
+            name + (", 2 or more" if suffix else ""): of[measure + suffix]
+            for name, of in study.agreement.items()
+            for suffix in ("", LARGER)
+            if measure + suffix in of
+        }
+        several = list(parts.values())
+        rows = [["mixtures", *(str(one.mixtures) for one in several)]]
+        for key in ("pearson", "spearman", "kendall"):
+            estimates = [getattr(one, key) for one in several]
+            rows.append([key.title(), *(number(one.value) for one in estimates)])
+            rows.append(["  95 % CI over rows", *(span(one.row_ci) for one in estimates)])
+            rows.append(["  95 % CI over candidates", *(span(one.candidate_ci) for one in estimates)])
+        rows.append(["Pearson across halves of the rows", *(number(one.halves) for one in several)])
+        for k in (1, 3, 5):
+            if all(k in one.recall for one in several):
+                rows.append([f"share of the best {k} found", *(number(one.recall[k].value) for one in several)])
+        rows.append(["regret of its choice", *(number(one.regret.value, 3) for one in several)])
+        rows.append(["  of a random choice", *(number(one.random_regret, 3) for one in several)])
+        tables.append((f"{measure}: predicted against fine-tuned", ["", *parts], rows))
+    return tables
+
+
+def comparison_tables(title: str, found: Mapping[str, Mapping[str, Agreement]]) -> list[Table]:
+    """By measure, of surrogates: the correlations over mixtures of two or more, and the regret over all."""
+    columns = ["", "Pearson", "CI over rows", "Spearman", "CI over rows", "regret", "of random"]
+    tables: list[Table] = []
+    for measure in ("score", "logprob"):
+        if not all(measure in of for of in found.values()):
+            continue
+        rows = []
+        for name, of in found.items():
+            larger = of.get(measure + LARGER)
+            estimates = (larger.pearson, larger.spearman) if larger else ()
+            cells = [cell for one in estimates for cell in (number(one.value), span(one.row_ci))] or ["–"] * 4
+            rows.append([name, *cells, number(of[measure].regret.value, 3), number(of[measure].random_regret, 3)])
+        tables.append((f"{measure}: {title}", columns, rows))
+    return tables
+
+
+BASELINES = {
     "base": "base model",
     "chosen": "chosen",
     "all": "all candidates",
@@ -173,115 +247,54 @@ NAMES = {
 }
 
 
-def span(ends: Sequence[float] | None) -> str:
-    """`[0.40, 0.95]`; a dash where it cannot be known."""
-    return "–" if ends is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-Table = tuple[str, list[str], list[list[str]]]
-
-
-def fidelity_tables(found: Mapping[str, Any]) -> list[Table]:
-    """(title, columns, rows) of what `fidelity.json` holds: the correlations, a table for every measure."""
-    tables = []
-    measures = dict.fromkeys(measure.removesuffix(LARGER) for of in found["agreement"].values() for measure in of)
-    for measure in measures:
-        columns, parts = [""], []
-        for name, of in found["agreement"].items():
-            for suffix in ("", LARGER):
-                if measure + suffix in of:
-                    columns.append(name + (", 2 or more" if suffix else ""))
-                    parts.append(of[measure + suffix])
-        rows = [["mixtures", *(str(one["mixtures"]) for one in parts)]]
-        for key in ("pearson", "spearman", "kendall"):
-            rows.append([key.title(), *(number(one[key]["value"]) for one in parts)])
-            rows.append(["  with endless rows", *(span(one[key]["here"]) for one in parts)])
-            rows.append(["  with other candidates", *(span(one[key]["elsewhere"]) for one in parts)])
-        rows.append(["Pearson across halves of the rows", *(number(one["halves"]) for one in parts)])
-        for k in ("1", "3", "5"):
-            if all(k in one["recall"] for one in parts):
-                rows.append([f"share of the best {k} found", *(number(one["recall"][k]["value"]) for one in parts)])
-        rows.append(["regret of its choice", *(number(one["regret"]["value"], 3) for one in parts)])
-        rows.append(["  of a random choice", *(number(one["random_regret"], 3) for one in parts)])
-        tables.append((f"{measure}: predicted against fine-tuned, 95 % intervals", columns, rows))
-    return tables
-
-
-def comparison_tables(title: str, found: Mapping[str, Mapping[str, Agreement]]) -> list[Table]:
-    """(title, columns, rows) by measure: of surrogates the correlations over mixtures of two or more, and regret over all."""
-    columns = ["", "Pearson", "with endless rows", "Spearman", "with endless rows", "regret", "of random"]
-    tables = []
-    for measure in ("score", "logprob"):
-        if not all(measure in of for of in found.values()):
-            continue
-        rows = []
-        for name, of in found.items():
-            cells = [name]
-            for figure in (
-                (of[measure + LARGER].pearson, of[measure + LARGER].spearman) if measure + LARGER in of else ()
-            ):
-                cells += [number(figure.to_json()["value"]), span(figure.here)]
-            cells += ["–"] * (5 - len(cells))
-            rows.append([*cells, number(of[measure].regret.value, 3), number(of[measure].random_regret, 3)])
-        tables.append((f"{measure}: {title}", columns, rows))
-    return tables
-
-
-def baselines_table(found: Mapping[str, Any]) -> Table:
-    """(title, columns, rows) of what ways of choosing come to: `baselines` of `fidelity.json` or `verified.json`."""
+def baselines_table(baselines: Mapping[str, Baseline]) -> Table:
+    """What ways of choosing come to."""
     rows = []
-    for name, one in found.items():
-        label = NAMES.get(name, name.replace("_", " "))
-        label += f" ({' + '.join(one['mixture'])})" if name not in ("base", "all", "stratified") else ""
+    for name, one in baselines.items():
+        label = BASELINES.get(name, name.replace("_", " "))
+        label += f" ({' + '.join(one.mixture.names)})" if name not in ("base", "all", "stratified") else ""
         cells = []
-        for part in ("validation", "test"):
-            of = one[part]
-            cells.append(figure(Score(of["score"], of["stderr"])) if of else "")
-            behind = of and name != "chosen" and of["over_chosen"]
-            cells.append(figure(Score(behind["value"], behind["stderr"])) if behind else "")
-        rows.append([label, f"{one['rows']:,}", f"{one['steps']:,}", *cells])
+        for part in (one.validation, one.test):
+            cells += [score_figure(part), signed(part.over_chosen) if part and name != "chosen" else ""]
+        rows.append([label, f"{one.rows:,}", f"{one.steps:,}", *cells])
     columns = ["", "rows", "steps", "validation", "over chosen", "sealed test", "over chosen"]
     return "ways of choosing, all fine-tuned alike ± standard error (of the paired difference)", columns, rows
 
 
-def fidelity_remarks(found: Mapping[str, Any]) -> list[str]:
+def fidelity_remarks(study: StudyReport) -> list[str]:
     """The lines under the tables: the verdicts, and what else was seen."""
-    lines = []
-    for name, one in found["verdict"].items():
-        lines.append(f"{name}: {VERDICTS[one['verdict']]}, since {one['why']}")
-    if found["training_noise"] is not None:
+    lines = [f"{name}: {VERDICTS[one.verdict]}, since {one.why}" for name, one in study.verdict.items()]
+    if study.training_noise is not None:
         lines.append(
-            f"chance in training: two trainings on the same rows in another order differ by {found['training_noise']:.3f} "
-            "(root mean square over the singles)"
+            f"training noise: two trainings on the same rows in another order differ by {study.training_noise:.3f} (root mean "
+            "square over the singles)"
         )
-    for name, measures in found["resilience"].items():
-        for measure, one in measures.items():
-            if one["hurt"]:
-                line = (
-                    f"mixtures that hurt, by {measure}: {one['hurt']} of {one['mixtures']}; {name} is below the base model too "
-                    f"for {one['noticed']} of them"
-                )
-                if one["shielded"]:
-                    shielded = figure(Score(one["shielded"]["value"], one["shielded"]["stderr"]))
-                    line += (
-                        f"; picked and measured on different rows, fine-tuned {one['trained']:+.3f}, {name} "
-                        f"{one['surrogate']:+.3f}, which is higher by {shielded}"
-                    )
-                lines.append(line)
-    for one in found["failed"]:
-        lines.append(f"left out: {Mixture.of(one['mixture'])} could not be fine-tuned and scored: {one['reason']}")
-    return lines
+    for name, measures in study.resilience.items():
+        lines += [resilience_line(name, measure, one) for measure, one in measures.items() if one.hurt]
+    return lines + [f"left out: {one.mixture} could not be fine-tuned and scored: {one.reason}" for one in study.failed]
 
 
-def verified_table(found: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    """(title, columns, rows) of what was fine-tuned before choosing, best first."""
-    rows = []
-    for one in sorted(found["mixtures"], key=lambda one: -one["trained"]["score"]):
-        cells = [one[key] and Score(one[key]["score"], one[key]["stderr"]) for key in ("trained", "merged")]
-        shown = [figure(score) if score.value is not None else "failed" for score in cells]
-        rows.append([str(Mixture.of(one["mixture"])), *shown, f"{one['steps']:,}"])
+def resilience_line(name: str, measure: str, one: Resilience) -> str:
+    line = (
+        f"mixtures that hurt, by {measure}: {one.hurt} of {one.mixtures}; {name} is below the base model too for {one.noticed} "
+        "of them"
+    )
+    if one.shielded:
+        line += (
+            f"; picked and measured on different rows, fine-tuned {one.trained:+.3f}, {name} {one.surrogate:+.3f}, higher by "
+            f"{figure(one.shielded)}"
+        )
+    return line
+
+
+def verified_table(verified: Verification) -> Table:
+    """What was fine-tuned before choosing, best first."""
+    rows = [
+        [
+            str(one.mixture),
+            *(with_error(part.score, part.stderr) or "failed" for part in (one.trained, one.merged)),
+            f"{one.steps:,}",
+        ]
+        for one in sorted(verified.mixtures, key=lambda one: -(one.trained.score or 0.0))
+    ]
     return "fine-tuned before choosing, validation ± standard error", ["", "fine-tuned", "merged", "steps"], rows

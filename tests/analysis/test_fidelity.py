@@ -8,6 +8,7 @@ from scipy import stats
 
 from m2m_hf.analysis import fidelity
 from m2m_hf.analysis.fidelity import Agreement, Estimate, Rows, agreement, jackknife, sample, verdict
+from m2m_hf.core.jsonable import to_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 
@@ -44,7 +45,7 @@ def test_a_perfect_surrogate_and_its_opposite():
     best = agreement(mixtures, [Rows(2 * true + 1, true)])
     for one in (best.pearson, best.spearman, best.kendall):
         assert one.value == pytest.approx(1)
-        assert one.here[0] > 0.9
+        assert one.row_ci[0] > 0.9
     assert best.regret.value == 0
     assert best.rank_of_best == 1
     assert best.tied
@@ -71,17 +72,17 @@ def test_what_does_not_vary_has_no_correlation_and_no_warning():
     mixtures = subsets(4)
     one = agreement(mixtures, [Rows(constant_rows([0.5] * 15), constant_rows(range(15)))])
     assert np.isnan(one.pearson.value)
-    assert one.pearson.to_json() == {"value": None, "here": None, "elsewhere": None}
+    assert to_json(one.pearson) == {"value": None, "row_ci": None, "candidate_ci": None}
     assert verdict(one, one)[0] == "distrust"
 
 
-def test_without_values_by_row_there_is_no_interval_here():
+def test_without_values_by_row_there_is_no_interval_over_rows():
     draw = np.random.default_rng(2)
     one = agreement(subsets(4), [Rows(draw.normal(size=(15, 1)), draw.normal(size=(15, 1)))])
-    assert one.pearson.here is None
+    assert one.pearson.row_ci is None
     assert one.halves is None
     assert one.tied is None
-    assert one.pearson.elsewhere is not None  # candidates can be left out all the same
+    assert one.pearson.candidate_ci is not None  # candidates can be left out all the same
 
 
 def test_noise_of_shared_rows_does_not_help_across_halves():
@@ -103,7 +104,7 @@ def test_intervals_for_endless_rows_hold_the_truth():
         noise = draw.normal(size=(15, 80))
         own = (0.7 * noise + 0.7 * draw.normal(size=(15, 80)) for _ in range(2))
         x, y = (side[:, None] + 3 * rows for side, rows in zip((level, other), own, strict=True))
-        low, high = agreement(mixtures, [Rows(x, y)], seed=seed).pearson.here
+        low, high = agreement(mixtures, [Rows(x, y)], seed=seed).pearson.row_ci
         held += low <= stats.pearsonr(level, other).statistic <= high
     assert held >= 24
 

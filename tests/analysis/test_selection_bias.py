@@ -1,4 +1,4 @@
-"""The winner's curse and what goes with it, on made-up scores of which the truth is known."""
+"""Selection bias and the probability of being the best, on made-up scores of which the truth is known."""
 
 from itertools import combinations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from m2m_hf.analysis.selection_bias import certainty, probability_best, told_apart
+from m2m_hf.analysis.selection_bias import probability_best, selection_bias, told_apart
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.score import Score, paired
 from m2m_hf.core.trial import Standing, Trial
@@ -38,17 +38,17 @@ def study(draw, spread: float, rows: int = 300) -> tuple[np.ndarray, list[Standi
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.03])
-def test_the_luck_of_the_best_of_many_is_taken_off(spread):
+def test_the_score_is_corrected_for_selection_bias(spread):
     raw, corrected, held = [], [], 0
     for seed in range(40):
         true, ranking, base = study(np.random.default_rng(seed), spread)
         best = ranking[0]
         level = true[MIXTURES.index(best.mixture)]
-        sure = certainty(ranking, best, {"base": base}, seed=seed)
+        bias = selection_bias(ranking, best, {"base": base}, seed=seed)
         raw.append(best.score.value - level)
-        corrected.append(sure.corrected - level)
-        _, low, high = sure.differences["base"]
-        held += low <= level - 0.45 <= high
+        corrected.append(bias.corrected - level)
+        gain = bias.differences["base"]
+        held += gain.low <= level - 0.45 <= gain.high
     assert np.mean(raw) > 0.025
     assert abs(np.mean(corrected)) < 0.5 * np.mean(raw)
     assert held >= 34
@@ -59,7 +59,7 @@ def test_the_probability_of_being_the_best_is_that():
     said, happened = [], []
     for seed in range(60):
         true, ranking, base = study(np.random.default_rng(seed), 0.04)
-        said.append(certainty(ranking, ranking[0], {"base": base}, seed=seed).probability_best)
+        said.append(selection_bias(ranking, ranking[0], {"base": base}, seed=seed).probability_best)
         happened.append(true[MIXTURES.index(ranking[0].mixture)] == true.max())
     assert np.mean(said) == pytest.approx(np.mean(happened), abs=0.15)
 
@@ -68,7 +68,7 @@ def test_the_best_of_equals_is_not_said_to_be_the_best():
     said = []
     for seed in range(20):
         _, ranking, base = study(np.random.default_rng(seed), 0.0)
-        said.append(certainty(ranking, ranking[0], {"base": base}, seed=seed).probability_best)
+        said.append(selection_bias(ranking, ranking[0], {"base": base}, seed=seed).probability_best)
     assert np.mean(said) < 0.15
 
 
@@ -89,16 +89,16 @@ def test_a_clear_winner_is_sure_and_equals_are_not():
     draw = np.random.default_rng(0)
     values = draw.normal(size=(3, 400))
     clear = [standing(mixture, row) for mixture, row in zip(MIXTURES, values + np.array([[3], [0], [0]]), strict=False)]
-    sure = certainty(clear, clear[0], {})
-    assert sure.probability_best > 0.99
-    assert sure.tied == 1
-    assert sure.rows_needed < 1
-    assert sure.optimism < 0.1
+    bias = selection_bias(clear, clear[0], {})
+    assert bias.probability_best > 0.99
+    assert bias.tied == 1
+    assert bias.rows_needed < 1
+    assert bias.optimism < 0.1
     same = [standing(mixture, values[0]) for mixture in MIXTURES[:4]]
-    sure = certainty(same, same[0], {})
-    assert sure.probability_best == pytest.approx(0.25)
-    assert sure.tied == 4
-    assert sure.rows_needed is None
+    bias = selection_bias(same, same[0], {})
+    assert bias.probability_best == pytest.approx(0.25)
+    assert bias.tied == 4
+    assert bias.rows_needed is None
     assert probability_best(np.array([0.3]), np.zeros((1, 1)), np.array([0.3])) == 1.0
 
 
@@ -107,9 +107,9 @@ def test_so_many_rows_tell_them_apart():
     draw = np.random.default_rng(1)
     pair = [standing(MIXTURES[n], draw.normal(size=500) + shift) for n, shift in enumerate((0.1, 0.0))]
     pair.sort(key=lambda one: -one.score.value)
-    sure = certainty(pair, pair[0], {})
+    bias = selection_bias(pair, pair[0], {})
     difference, stderr = paired(*({"t0": one.trials["t0"].score} for one in pair), {"t0": 1.0})
-    rows = round(500 * sure.rows_needed)
+    rows = round(500 * bias.rows_needed)
     told = 0
     for _ in range(400):
         values = difference + stderr * 500**0.5 * draw.normal(size=rows)
@@ -131,5 +131,5 @@ def test_without_values_by_row_nothing_is_said():
     number = Standing(
         MIXTURES[0], {"t": Trial("k", MIXTURES[0], "merged", "t", 0, "complete", Score(0.5), 0.0)}, {"t": 1.0}
     )
-    assert certainty([number], number, {}) is None
+    assert selection_bias([number], number, {}) is None
     assert paired({"t": Score(0.5)}, {"t": Score(0.25)}, {"t": 1.0}) == (0.25, None)

@@ -20,7 +20,7 @@ from m2m_hf.core.score import Score
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import fine_tuned
-from m2m_hf.reporting.record import Record
+from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.scoring.causal_lm import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.journal import Journal
@@ -71,8 +71,8 @@ def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
     assert printed.err == ""
     for word in (
         "Pearson",
-        "with endless rows",
-        "with other candidates",
+        "95 % CI over rows",
+        "95 % CI over candidates",
         "sealed test",
         "equally many rows",
         "merged: ",
@@ -324,7 +324,7 @@ def test_commands_and_their_sealed_tests_are_studied_too(project):
     one = searcher(project)
     found = one.fidelity()
     assert found["verdict"]["merged"]["verdict"] == "unknown"
-    assert found["agreement"]["merged"]["score"]["pearson"]["here"] is None
+    assert found["agreement"]["merged"]["score"]["pearson"]["row_ci"] is None
     with pytest.raises(InputError, match="no adapter to hand"):
         one.surrogate([Mixture.subset(["alpha"])], method=MergeMethod("ties"))
 
@@ -335,8 +335,8 @@ def test_constraints_hold_in_the_report_and_the_study(studied):
     one = searcher(project)
     one.select()
     one.fidelity()
-    record = Record.read(one.run)
-    assert {len(standing.mixture) for standing in record.ranked} == {2, 3}
+    run = FinishedRun.from_pretrained(project / "out")
+    assert {len(standing.mixture) for standing in run.ranked} == {2, 3}
     found = json.loads((project / "out" / "fidelity.json").read_text())
     assert found["all_mixtures"]
     assert len(found["baselines"]["oracle"]["mixture"]) >= 2

@@ -37,4 +37,4 @@ def test_scores_on_other_rows_are_not_compared(finished, capsys):
     assert m2m("search", "--config", run, "--output_dir", finished / "two") == 0
     capsys.readouterr()
     assert m2m("compare", finished / "out", finished / "two") == 0
-    assert "scores are not comparable: the rows or the metric of colours are not the same" in capsys.readouterr().out
+    assert "scores are not comparable: the rows or the metric of colours differ" in capsys.readouterr().out

@@ -10,8 +10,7 @@ import yaml
 from pico import choice_rows, m2m, write_rows
 
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.reporting.record import Record
-from m2m_hf.storage.run_folder import RunFolder
+from m2m_hf.reporting.finished_run import FinishedRun, estimate
 
 VOID = {"meta", "br", "img", "link", "use", "path", "rect", "line", "circle", "image"}
 HOSTILE = '$\\frac{$<b>&<script>alert("x")</script><img src=x onerror=alert(1)> {{ 771*997 }}'
@@ -100,16 +99,16 @@ def test_the_page_says_what_the_summary_says(out):
     for one in summary["warnings"]:
         assert " ".join(one["text"].split()) in text
     for word in (
-        "worth",
+        "Shapley values",
         "Can the scores be trusted here?",
         "Against other ways of choosing",
         "configuration",
         "sealed test",
     ):
         assert word in text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 8
+    assert sum(tag == "svg" for tag, _ in page.tags) == 6
     names = {path.stem for path in (out / "pictures").glob("*.png")}
-    assert names == {"ranking", "sizes", "worth", "interactions", "history", "fidelity", "resilience", "curves"}
+    assert names == {"ranking", "shapley", "interactions", "history", "fidelity", "curves"}
 
 
 def test_it_is_one_file_that_asks_for_nothing(out):
@@ -158,8 +157,8 @@ def test_hostile_names_are_shown_as_text(out):
 
 
 def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):
-    record = Record.read(RunFolder(out))
-    assert len(record.order) == 7
+    run = FinishedRun.from_pretrained(out)
+    assert len(run.order) == 7
     line = json.loads((out / "trials.jsonl").read_text().splitlines()[0])
     del line["crc32"]  # as of a line made by hand
     foreign = {
@@ -172,19 +171,19 @@ def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):
     }
     with open(out / "trials.jsonl", "a") as file:
         file.write(json.dumps(foreign) + "\n")
-    again = Record.read(RunFolder(out))
-    assert [one.mixture for one in again.ranked] == [one.mixture for one in record.ranked]
-    assert all(record.score(one).value < 9 for one in again.order)
+    again = FinishedRun.from_pretrained(out)
+    assert [one.mixture for one in again.ranked] == [one.mixture for one in run.ranked]
+    assert all(estimate(one) < 9 for one in again.order)
     summary = json.loads((out / "summary.json").read_text())
-    assert [{"mixture": one.mixture.weights, "score": one.score.value} for one in record.ranked] == [
+    assert [{"mixture": one.mixture.weights, "score": one.score.value} for one in run.ranked] == [
         {key: one[key] for key in ("mixture", "score")} for one in summary["top"]
     ]
 
 
 def test_a_changed_adapter_makes_its_old_lines_foreign(out):
     change(out / "adapters" / "beta" / "training.json", lambda record: record.update(fingerprint="f" * 16))
-    record = Record.read(RunFolder(out))
-    assert {one.mixture for one in record.order} == {
+    run = FinishedRun.from_pretrained(out)
+    assert {one.mixture for one in run.order} == {
         Mixture.subset(names) for names in (["alpha"], ["gamma"], ["alpha", "gamma"])
     }
     assert m2m("report", out) == 0
@@ -206,4 +205,4 @@ def test_what_was_not_done_is_left_out(file, out):
     text = (out / "report.html").read_text()
     Page(text)
     assert ("Can the scores be trusted here?" in text) == (file != "fidelity.json")
-    assert not (out / "pictures" / "worth.png").exists()
+    assert not (out / "pictures" / "shapley.png").exists()

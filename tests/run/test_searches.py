@@ -184,4 +184,4 @@ def test_worth_is_in_the_table_and_the_summary(project, capsys):
     whole = summary(project)["all"]["score"] - summary(project)["base"]["score"]
     assert sum(one["value"] for one in found["shapley"].values()) == pytest.approx(whole)
     assert len(found["interactions"]) == 3
-    assert "worth" in capsys.readouterr().out
+    assert "Shapley value" in capsys.readouterr().out

@@ -1,0 +1,326 @@
+"""What a search concludes: its `FinishedRun`, and what a user should know before believing it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from m2m_hf.analysis.fidelity import VERDICTS
+from m2m_hf.analysis.selection_bias import SelectionBias, selection_bias
+from m2m_hf.analysis.shapley import ShapleyValues, shapley_values
+from m2m_hf.analysis.study_report import StudyReport, Verification
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.core.jsonable import from_json
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing
+from m2m_hf.reporting.finished_run import (
+    Costs,
+    Counts,
+    FinalModel,
+    FinishedRun,
+    FinishedTarget,
+    RunWarning,
+    TargetKeys,
+    Training,
+    mixture_score,
+    mixture_scores,
+)
+from m2m_hf.search.result import SearchResult, score_of
+from m2m_hf.storage.keys import Keys
+
+SIGNIFICANT = 1.645  # standard errors, of one-sided tests at 5 %
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What takes long to compute of a search with very many trials."""
+
+    best_single: Standing | None
+    shapley: ShapleyValues | None
+    selection_bias: SelectionBias | None
+
+
+def analyse(
+    result: SearchResult, space: SearchSpace, usable: Sequence[str], fine_tuned: Sequence[Standing] = ()
+) -> Analysis:
+    """Shapley values and selection bias of a search.
+
+    Of a verified choice only the bias among the fine-tuned mixtures is known, not that of coming among these.
+
+    Args:
+        space: the mixtures that may be chosen.
+        usable: the candidates that have an expert.
+        fine_tuned: how the mixtures stand that were fine-tuned before choosing, best first.
+    """
+    singles = [one for name in usable if (one := result.standings[Mixture.subset([name])]).score]
+    best_single = max(singles, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
+    trained = {one.mixture: one for one in fine_tuned}
+    against = {"base": result.base}
+    references = {"all": result.standings[Mixture.subset(usable)], "best_single": best_single}
+    for name, reference in references.items():
+        if reference is not None and (not trained or reference.mixture in trained):
+            against[name] = trained.get(reference.mixture, reference)
+    bias = selection_bias(
+        fine_tuned or result.ranking,
+        trained.get(result.best.mixture, result.best),
+        {name: one for name, one in against.items() if one.complete},
+        () if fine_tuned else others(result, space),
+    )
+    return Analysis(best_single, shapley_values(result.standings, usable), bias)
+
+
+def others(result: SearchResult, space: SearchSpace) -> list[float] | None:
+    """Estimated scores of mixtures that might have been chosen and left a race; None where most are not known at all."""
+    standings = [one for one in result.standings.values() if one.mixture in space]
+    if objective_of(result.best) == "ensemble" and not space.at_most(len(standings)):
+        return None  # only the best thousand were kept
+    return [one.estimate for one in standings if one.pruned and one.estimate is not None]
+
+
+def objective_of(standing: Standing) -> str:
+    return next(iter(standing.trials.values())).objective
+
+
+def conclude(
+    result: SearchResult,
+    analysis: Analysis,
+    *,
+    config: Mapping[str, Any],
+    targets: Mapping[str, TargetConfig],
+    rows: Mapping[str, Mapping[str, int]],
+    keys: Mapping[str, Keys],
+    training: Mapping[str, Mapping[str, Any]],
+    space: SearchSpace,
+    study: str,
+    overlap: Mapping[tuple[str, str], int],
+    fidelity: Mapping[str, Any] | None = None,
+    verified: Mapping[str, Any] | None = None,
+    final: Mapping[str, Any] | None = None,
+    compare_seconds: float = 0.0,
+) -> FinishedRun:
+    """A search as a finished run, from which `summary.json` is written.
+
+    Args:
+        result: the search.
+        analysis: of it, see `analyse`.
+        config: `config.yaml`.
+        rows: target -> part (`validation`, `test`) -> rows.
+        keys: of every target, by which a reader of the journal knows the lines of this run.
+        training: candidate -> `training.json` of its expert.
+        space: the mixtures that may be chosen.
+        study: fingerprint that a correlation study of this run has.
+        overlap: (candidate, target) -> rows of the target that the candidate contains.
+        fidelity: `fidelity.json` of this very run.
+        verified: what is in the summary of mixtures that were fine-tuned before choosing.
+        final: `final/training.json`, or None while there is no final model of the chosen mixture.
+        compare_seconds: time spent fine-tuning mixtures to compare.
+    """
+    experts = {name: from_json(Training, record) for name, record in training.items()}
+    usable = [name for name, one in experts.items() if one.failed is None]
+    best = mixture_score(result.best)
+    assert best is not None
+    singles = [result.standings[Mixture.subset([name])] for name in experts]
+    run = FinishedRun(
+        objective=objective_of(result.best),
+        candidates=tuple(experts),
+        space=space,
+        study=study,
+        best=best,
+        base=mixture_score(result.base),
+        all=mixture_score(result.standings[Mixture.subset(usable)]),
+        best_single=mixture_score(analysis.best_single),
+        singles={one.mixture.names[0]: one for one in mixture_scores(singles)},
+        top=mixture_scores(result.ranking[:10]),
+        selection_bias=analysis.selection_bias,
+        shapley=analysis.shapley,
+        warnings=(),
+        verified=from_json(Verification, verified) if verified else None,
+        pareto_front=mixture_scores(result.pareto_front),
+        targets={
+            name: FinishedTarget(
+                one.metric,
+                one.kind,
+                one.weight,
+                one.min_delta,
+                sum(name in standing.short for standing in result.standings.values()),
+                rows[name].get("validation", 0),
+                rows[name].get("test", 0),
+                TargetKeys(keys[name].base, keys[name].scorer),
+            )
+            for name, one in targets.items()
+        },
+        final=None,
+        counts=Counts(
+            len(experts),
+            len(result.trials),
+            sum(trial.state == "pruned" for trial in result.trials),
+            sum(trial.state == "failed" for trial in result.trials),
+        ),
+        costs=Costs(
+            round(sum(one.seconds for one in experts.values()), 3),
+            round(result.seconds, 3),
+            final["total_seconds"] if final else None,
+            round(compare_seconds, 3),
+            result.evaluations,
+            sum(one.steps for one in experts.values()),
+        ),
+        config=config,
+        training=experts,
+        fidelity=from_json(StudyReport, fidelity) if fidelity else None,
+        standings=result.standings,
+    )
+    if final:
+        made = from_json(FinalModel, {"validation": None, "test": None, **final})
+        run = replace(run, final=made)
+        means = [run.final_score("final", part) for part in ("validation", "test")]
+        validation, test = (one.value if one else None for one in means)
+        run = replace(run, final=replace(made, validation=validation, test=test))
+    return replace(run, warnings=tuple(find_warnings(run, overlap, result.ended)))
+
+
+def may_win(pruned: Standing, best: float) -> bool:
+    """True unless a mixture that left a race lies below the best by more than chance on the rows that it was shown."""
+    if pruned.estimate is None or pruned.score is None:
+        return False
+    return pruned.estimate >= best - SIGNIFICANT * (pruned.score.stderr or 0.0)
+
+
+def joining(standings: Mapping[Mixture, Standing], name: str) -> list[float]:
+    """By how much the score changes when `name` joins a mixture, for every mixture that was scored with and without it."""
+    changes = []
+    for mixture, standing in standings.items():
+        if mixture.items and name not in mixture.names:
+            joined = standings.get(Mixture.subset([*mixture.names, name]))
+            if joined is not None and joined.complete and standing.complete:
+                changes.append(score_of(joined).value - score_of(standing).value)
+    return changes
+
+
+def find_warnings(run: FinishedRun, overlap: Mapping[tuple[str, str], int], ended: str) -> Iterator[RunWarning]:
+    """Everything that a user should know before believing the result, the gravest first.
+
+    Args:
+        overlap: (candidate, target) -> rows of the target that the candidate contains.
+        ended: by what the search ended, the `strategy` or the `budget`.
+    """
+    yield from against_base(run)
+    yield from about_candidates(run)
+    for (name, target), rows in overlap.items():
+        if rows:
+            text = f"overlap: {name} contains {rows} rows of {target}, which inflates its score"
+            yield RunWarning("overlap", text)
+    if worse := averages_badly(run.standings):
+        yield RunWarning(
+            "averages_badly",
+            f"the {run.expert}s average badly: {worse[0]} of {worse[1]} mixtures score below the mean of their parts, as after "
+            "training for too long or at too high a learning rate; merged scores then say little about trained mixtures",
+        )
+    yield from about_rows(run)
+    yield from about_fine_tuning(run)
+    if ended == "budget":
+        yield RunWarning(
+            "budget", "the budget ended the search before the strategy did; with a larger one it continues"
+        )
+
+
+def against_base(run: FinishedRun) -> Iterator[RunWarning]:
+    """Whether the chosen mixture is better than the base model."""
+    if run.base is not None and run.choice.value <= run.base.score:
+        best = run.choice.value if run.verified else run.top[0].score
+        text = "the chosen mixture does not score above the base model"
+        if best <= run.base.score:
+            how = "fine-tuned, " if run.verified else ""
+            text = f"negative transfer: {how}no mixture that may be chosen scores above the base model"
+        yield RunWarning("negative_transfer", text)
+        return
+    gain = run.selection_bias.differences.get("base") if run.selection_bias else None
+    if gain is not None and gain.low <= 0:
+        shown = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        text = f"the rows cannot tell the chosen mixture from the base model: {shown}, bias-corrected"
+        yield RunWarning("not_above_base", text)
+
+
+def about_candidates(run: FinishedRun) -> Iterator[RunWarning]:
+    """Candidates that lower scores, that have no expert, or whose expert was trained elsewhere."""
+    for name in run.candidates:
+        changes = joining(run.standings, name)
+        lowered = sum(change < 0 for change in changes)
+        if len(changes) > 2 and lowered > len(changes) / 2 and sum(changes) < 0:
+            yield RunWarning(
+                "harmful",
+                f"harmful: {name} lowers {lowered} of the {len(changes)} mixtures that it joins, by "
+                f"{-sum(changes) / len(changes):.3f} on average",
+            )
+    for name, one in run.training.items():
+        if one.failed is not None:
+            text = f"{name} is in no mixture: the training of its {run.expert} failed: {one.failed}"
+            yield RunWarning("no_adapter", text)
+    if taken := [name for name, one in run.training.items() if one.unknown]:
+        yield RunWarning(
+            "trained_elsewhere",
+            f"how the {run.expert}s of {', '.join(taken)} were trained is not known: averages are fair only if all were trained "
+            "alike, from this base model and on these rows",
+        )
+
+
+def about_rows(run: FinishedRun) -> Iterator[RunWarning]:
+    """Whether there are rows enough to tell mixtures apart."""
+    bias = run.selection_bias
+    if bias and bias.tied > 1:
+        more = ""
+        if bias.rows_needed is not None and bias.rows_needed > 1:
+            rows = sum(one.validation_rows for one in run.targets.values())
+            needed = rounded(rows * bias.rows_needed)
+            more = f"; to tell it from the second best would take about {needed} rows, not {rows:,}"
+        text = f"the rows cannot tell {bias.tied} mixtures apart, the chosen one among them{more}"
+        yield RunWarning("few_rows", text)
+    elif run.choice.stderr is None:
+        text = "the scorer gives no standard error, so chance differences cannot be told from real ones"
+        yield RunWarning("no_stderr", text)
+
+
+def about_fine_tuning(run: FinishedRun) -> Iterator[RunWarning]:
+    """What fine-tuned mixtures say against the search."""
+    kind = "ensemble" if run.objective == "ensemble" else "merged"
+    judged = run.fidelity.verdict.get(kind) if run.fidelity else None
+    if judged and judged.verdict in ("distrust", "prune"):
+        text = f"fidelity of {kind} scores here: {VERDICTS[judged.verdict]}, since {judged.why}"
+        yield RunWarning("fidelity", text)
+    if run.verified is None:
+        return
+    if run.verified.by_search != run.best.mixture:
+        text = f"fine-tuned, {run.best.mixture} scores higher than {run.verified.by_search}, the choice of the search"
+        yield RunWarning("overruled", text)
+    stratified = (run.verified.baselines or {}).get("stratified")
+    over = stratified.validation.over_chosen if stratified and stratified.validation else None
+    if over and over.value > SIGNIFICANT * (over.stderr or 0.0):
+        text = f"fine-tuned on equally many rows of every candidate it scores {over.value:.3f} higher than the chosen mixture"
+        yield RunWarning("stratified", text)
+    for one in run.verified.failed:
+        yield RunWarning("failed", f"{one.mixture} could not be fine-tuned and scored: {one.reason}")
+
+
+def rounded(value: float) -> str:
+    """A number of rows to two significant digits."""
+    digits = len(str(int(value))) - 2
+    return f"{round(value, -max(digits, 0)):,.0f}"
+
+
+def averages_badly(standings: Mapping[Mixture, Standing]) -> tuple[int, int] | None:
+    """(mixtures worse than their parts are on average, mixtures of two or more), where that holds for three quarters of them.
+
+    Compared by the log-probability of the right answers where there is one, which moves where a metric does not. Losses are
+    nearly convex along the line between models that share most of their training, so averages of good adapters do better than
+    the parts on average (Wortsman et al., Model soups, 2022).
+    """
+    worse = several = 0
+    for mixture, standing in standings.items():
+        parts = [one for name in mixture.names if (one := standings.get(Mixture.subset([name])))]
+        known = [one for one in (standing, *parts) if one.complete]
+        if len(mixture) < 2 or len(known) <= len(mixture):
+            continue
+        likely = all(trial.score and trial.score.logprobs for one in known for trial in one.trials.values())
+        whole, *values = [one.mean_logprob if likely else score_of(one).value for one in known]
+        several += 1
+        worse += whole < sum(w * v for w, v in zip(mixture.weights.values(), values, strict=True))
+    return (worse, several) if several > 2 and worse >= 0.75 * several else None

@@ -1,0 +1,384 @@
+"""`FinishedRun`: one finished run, typed and read-only. Table, page, cards, `m2m compare` and `m2m status` are made from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from m2m_hf.analysis.selection_bias import SelectionBias
+from m2m_hf.analysis.shapley import ShapleyValues
+from m2m_hf.analysis.study_report import StudyReport, Verification
+from m2m_hf.config.checks import check_name
+from m2m_hf.core.jsonable import OPTIONAL, Measurement, from_json, to_json
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.objective import TargetInfo, race_order
+from m2m_hf.core.score import Score, mean_over_targets
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Reference, Standing, Trial
+from m2m_hf.errors import InputError
+from m2m_hf.storage.files import read_json, read_json_or_empty
+from m2m_hf.storage.journal import Journal
+from m2m_hf.storage.keys import Keys
+from m2m_hf.storage.run_folder import RunFolder, read_config
+
+
+@dataclass(frozen=True)
+class MixtureScore:
+    """A mixture and its score, the mean over the targets; with `targets` by target, where there are several."""
+
+    mixture: Mixture
+    score: float
+    stderr: float | None
+    targets: Mapping[str, float] | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class RunWarning:
+    """What a user should know before believing the result."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TargetKeys:
+    """Fingerprints by which a reader of the journal knows the lines of this run: of the base model and of the scorer."""
+
+    base: str
+    scorer: str
+
+
+@dataclass(frozen=True)
+class FinishedTarget:
+    """A target. `short` counts the mixtures that fall below the base model by more than `min_delta`."""
+
+    metric: str
+    scorer: str
+    weight: float
+    min_delta: float | None
+    short: int
+    validation_rows: int
+    test_rows: int
+    fingerprints: TargetKeys
+
+    @property
+    def label(self) -> str:
+        """The metric's name."""
+        return self.metric or "the task's metric"
+
+
+@dataclass(frozen=True)
+class FinalScore:
+    """A score of the final or the base model; `over_base` is the gain on the same rows."""
+
+    score: float
+    stderr: float | None
+    over_base: Measurement | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class FinalModel:
+    """The model fine-tuned on the chosen mixture; `scores`: target -> `base`, `final` -> `validation`, `test`."""
+
+    validation: float | None
+    test: float | None
+    scores: Mapping[str, Mapping[str, Mapping[str, FinalScore]]]
+    steps: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the search."""
+
+    candidates: int
+    trials: int
+    pruned: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was spent."""
+
+    train_seconds: float
+    search_seconds: float
+    final_seconds: float | None
+    compare_seconds: float
+    example_evaluations: int
+    adapter_steps: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """`adapters/<candidate>/training.json`: how a candidate's expert was trained, or why that failed."""
+
+    fingerprint: str
+    data: str
+    steps: int
+    seconds: float
+    uniform: Mapping[str, Any]
+    failed: str | None = None
+    unknown: tuple[str, ...] = ()
+    loss_curve: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, as its files tell it; nothing is loaded or measured.
+
+    ```python
+    from m2m_hf import FinishedRun
+
+    run = FinishedRun.from_pretrained("runs/science")  # or "org/name", as m2m push wrote it
+    print(run.best.mixture, run.best.score)
+    print({name: one.value for name, one in run.shapley.shapley.items()} if run.shapley else "too few mixtures")
+    print([one.text for one in run.warnings])
+    ```
+
+    The first fields are `summary.json`; the last ones are read from the other files.
+
+    Args:
+        objective: what scored the mixtures.
+        space: the mixtures that may be chosen.
+        study: fingerprint that a correlation study of this run has.
+        best: the chosen mixture.
+        base: the base model.
+        all: all candidates together.
+        best_single: the best candidate alone.
+        singles: every candidate alone, of those with a score.
+        top: the best ten that may be chosen.
+        selection_bias: how sure the choice is; None where the scorer gives no values by row.
+        shapley: what every candidate gains; None where too few mixtures were scored.
+        verified: what was fine-tuned before choosing, where anything was.
+        final: the final model, where there is one.
+        config: `config.yaml`.
+        training: candidate -> how its expert was trained.
+        fidelity: the correlation study of this very run, where there is one.
+        standings: mixture -> how it stands, in the order of the journal; empty where there is no journal, as on the Hub.
+    """
+
+    objective: str
+    candidates: tuple[str, ...]
+    space: SearchSpace
+    study: str
+    best: MixtureScore
+    base: MixtureScore | None
+    all: MixtureScore | None
+    best_single: MixtureScore | None
+    singles: Mapping[str, MixtureScore]
+    top: tuple[MixtureScore, ...]
+    selection_bias: SelectionBias | None = field(metadata={"name": "certainty"})
+    shapley: ShapleyValues | None = field(metadata={"name": "worth"})
+    warnings: tuple[RunWarning, ...]
+    verified: Verification | None
+    pareto_front: tuple[MixtureScore, ...]
+    targets: Mapping[str, FinishedTarget]
+    final: FinalModel | None
+    counts: Counts
+    costs: Costs
+    config: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Training] = field(default_factory=dict)
+    fidelity: StudyReport | None = None
+    standings: Mapping[Mixture, Standing] = field(default_factory=dict)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo_id: str | Path, revision: str | None = None) -> "FinishedRun":
+        """Reads a run folder, or a model repository of the Hub that `m2m push` made.
+
+        Args:
+            folder_or_repo_id: a folder, or `org/name`.
+            revision: of the repository.
+
+        Raises:
+            InputError: there is no finished search in it, or a file is damaged.
+        """
+        folder = Path(folder_or_repo_id).expanduser()
+        published = isinstance(folder_or_repo_id, str) and is_repo_id(folder_or_repo_id) and not folder.is_dir()
+        run = RunFolder(download(str(folder_or_repo_id), revision) if published else folder)
+        for path in (run.config, run.summary):
+            if not path.exists():
+                raise InputError(
+                    f"{folder_or_repo_id} holds no finished search: it has no {path.name}; expected the output_dir of m2m search "
+                    "or m2m select, or org/name as m2m push wrote it"
+                )
+        if not published:  # the Hub's cache is made of links
+            run.refuse_links()
+        config, summary, study = read_config(run.config), read_json(run.summary), read_json_or_empty(run.fidelity)
+        try:
+            for name in summary["candidates"]:
+                check_name(name, "candidate")
+            training = {name: read_json(run.adapters / name / "training.json") for name in summary["candidates"]}
+            made = from_json(cls, {**summary, "training": training, "config": config})
+            own = from_json(StudyReport, study) if study.get("fingerprint") == made.study else None
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{run.summary}: written by an incompatible version, or damaged ({error}); m2m search --config writes it again"
+            ) from error
+        standings = read_standings(Journal(run.trials), made.targets, made.objective, made.training)
+        return replace(made, fidelity=own, standings=standings)
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`; its keys are a contract (ARCHITECTURE.md)."""
+        shown: dict[str, Any] = to_json({key: value for key, value in vars(self).items() if key in SUMMARY})
+        return {SUMMARY[key]: value for key, value in shown.items()}
+
+    @property
+    def usable(self) -> list[str]:
+        """The candidates that have an expert: all but those whose training failed."""
+        return [name for name in self.candidates if self.training[name].failed is None]
+
+    @property
+    def left_out(self) -> list[str]:
+        return [name for name in self.candidates if name not in self.best.mixture.names]
+
+    @property
+    def task(self) -> str:
+        """What the model is trained to do."""
+        return str(self.config.get("task", "causal_lm"))
+
+    @property
+    def full(self) -> bool:
+        """Whether all parameters are trained, and not adapters."""
+        return bool(self.config.get("expert") == "full")
+
+    @property
+    def expert(self) -> str:
+        """What people call a candidate's expert."""
+        return "expert" if self.full else "adapter"
+
+    @property
+    def metric(self) -> str:
+        """What is plotted: the only target's metric, or the mean of several."""
+        metrics = [one.metric or "score" for one in self.targets.values()]
+        return metrics[0] if len(metrics) == 1 else "weighted mean"
+
+    @property
+    def choice(self) -> Measurement:
+        """The score by which the mixture was chosen: that of its fine-tuned model where the choice was verified."""
+        for one in self.verified.mixtures if self.verified else ():
+            if one.mixture == self.best.mixture and one.trained.score is not None:
+                return Measurement(one.trained.score, one.trained.stderr)
+        return Measurement(self.best.score, self.best.stderr)
+
+    def final_score(self, model: str, part: str, target: str | None = None) -> Measurement | None:
+        """The score of the `final` or the `base` model on `validation` or `test`: one target's, or the mean of all.
+
+        None where there is no final model, or a target has no such part.
+        """
+        if self.final is None:
+            return None
+        found = {}
+        for name in [target] if target else self.targets:
+            score = self.final.scores.get(name, {}).get(model, {}).get(part)
+            if score is None:
+                return None
+            found[name] = Score(score.score, score.stderr)
+        if len(found) == 1:
+            (only,) = found.values()
+            return Measurement(only.value, only.stderr)
+        return Measurement(*mean_over_targets(found, {name: self.targets[name].weight for name in found}))
+
+    def on_target(self, shown: MixtureScore, target: str) -> Measurement | None:
+        """A mixture's score on one target; without a standard error where there is no journal."""
+        trials = self.standings[shown.mixture].trials if shown.mixture in self.standings else {}
+        if target in trials:
+            score = trials[target].score
+            return Measurement(score.value, score.stderr) if score else None
+        return Measurement(shown.targets[target]) if shown.targets and target in shown.targets else None
+
+    @cached_property
+    def order(self) -> list[Standing]:
+        """The mixtures with a score, in the order in which they were scored; without the base model."""
+        return [one for one in self.standings.values() if one.mixture.items and one.score is not None]
+
+    @cached_property
+    def scored(self) -> list[Standing]:
+        """The mixtures that were scored on all rows."""
+        return [one for one in self.order if one.complete]
+
+    @cached_property
+    def ranked(self) -> list[Standing]:
+        """Those that may be chosen, best first, the chosen one before its equals."""
+        allowed = [one for one in self.scored if one.mixture in self.space and not one.short]
+        return sorted(allowed, key=lambda one: (-estimate(one), one.mixture != self.best.mixture, len(one.mixture)))
+
+
+OTHER_FILES = ("config", "training", "fidelity", "standings")
+SUMMARY: dict[str, str] = {
+    item.name: str(item.metadata.get("name", item.name))
+    for item in FinishedRun.__dataclass_fields__.values()
+    if item.name not in OTHER_FILES
+}
+
+
+def estimate(standing: Standing) -> float:
+    """The score on all rows of a mixture that has one, estimated where it left a race."""
+    assert standing.estimate is not None
+    return standing.estimate
+
+
+def is_repo_id(text: str) -> bool:
+    parts = text.split("/")
+    return len(parts) == 2 and all(parts) and not text.startswith((".", "~"))
+
+
+def download(repo_id: str, revision: str | None) -> Path:
+    """The files of a published run that tell about it, without weights.
+
+    Raises:
+        InputError: the Hub does not show it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    patterns = ["summary.json", "config.yaml", "adapters/*/training.json"]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{repo_id!r} is neither a run folder nor a repository that the Hub shows ({text})") from error
+
+
+def read_standings(
+    journal: Journal, targets: Mapping[str, FinishedTarget], objective: str, training: Mapping[str, Training]
+) -> dict[Mixture, Standing]:
+    """How mixtures stand by the lines of a journal that belong to a run: those whose key is what the run gives them now."""
+    experts = {name: one.fingerprint for name, one in training.items()}
+    keys = {
+        name: Keys(one.fingerprints.base, one.fingerprints.scorer, one.validation_rows, experts)
+        for name, one in targets.items()
+    }
+    found: dict[Mixture, dict[str, Trial]] = {}
+    for trial in journal.trials.values():
+        if trial.objective == objective and trial.target in keys and keys[trial.target].own(trial):
+            trials = found.setdefault(trial.mixture, {})
+            if trial.target not in trials or trials[trial.target].rung <= trial.rung:
+                trials[trial.target] = trial
+    infos = [
+        TargetInfo(
+            name, one.examples, targets[name].weight, targets[name].min_delta, race_order(one.scorer, one.examples)
+        )
+        for name, one in keys.items()
+    ]
+    whole = {mixture: trials for mixture, trials in found.items() if len(trials) == len(targets)}
+    usable = [name for name, one in training.items() if one.failed is None]
+    reference = Reference(infos, whole.get(BASE, {}), whole.get(Mixture.subset(usable), {}))
+    return {mixture: reference.standing(mixture, trials) for mixture, trials in whole.items()}
+
+
+def mixture_score(standing: Standing | None) -> MixtureScore | None:
+    """A standing as `summary.json` shows it; None where it has no score."""
+    if standing is None or standing.score is None:
+        return None
+    targets = {name: trial.score.value for name, trial in standing.trials.items() if trial.score}
+    score = standing.score
+    return MixtureScore(standing.mixture, score.value, score.stderr, targets if len(targets) > 1 else None)
+
+
+def mixture_scores(standings: Sequence[Standing]) -> tuple[MixtureScore, ...]:
+    return tuple(shown for one in standings if (shown := mixture_score(one)))

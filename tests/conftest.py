@@ -14,6 +14,8 @@ from pico import (
     SHAPE,
     build_model,
     build_tokenizer,
+    changed,
+    choice_rows,
     copy_project,
     intent_rows,
     project_folder,
@@ -50,6 +52,8 @@ from transformers import (
 )
 
 from m2m_hf.cli.main import main
+from m2m_hf.data.causal_lm import target_row
+from m2m_hf.data.rows import TargetRow
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +119,19 @@ def encoder(tmp_path_factory) -> Path:
 def intents(tmp_path, encoder) -> Path:
     """See `write_intents`."""
     return write_intents(tmp_path, encoder)
+
+
+@pytest.fixture
+def copied(intents, encoder, tmp_path) -> Path:
+    """The encoder in a folder of its own, which the run `intents` uses."""
+    shutil.copytree(encoder, tmp_path / "model")
+    changed(intents, model_name_or_path=str(tmp_path / "model"))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def questions() -> list[TargetRow]:
+    return [target_row(row, "text", "choice", "row") for row in choice_rows(9)]
 
 
 @pytest.fixture

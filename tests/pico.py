@@ -275,6 +275,12 @@ def images(project: Path, *flags: str) -> MergeToMixSearcher:
     return MergeToMixSearcher(*parse(project / "images.yaml", flags), Terminal(quiet=True))
 
 
+def pooled(folder: Path, pooling: str) -> None:
+    """Has a sentence encoder pool its tokens so."""
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+
+
 def trial_of(out: Path, names: set[str]) -> dict:
     lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     (found,) = [one for one in lines if set(one["names"]) == names and one["objective"] == "merged"]

@@ -14,7 +14,7 @@ from m2m_hf.storage.files import file_fingerprint, staging_path, sync, write_ato
 
 
 def mixture_dataset(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> Dataset:
-    """So many rows of each candidate, drawn and shuffled with `seed`, none twice; the same counts and seed give the same rows."""
+    """Name -> count rows of each candidate, drawn without replacement and shuffled, both with `seed`."""
     draw = random.Random(seed)
     parts = []
     for name, count in sorted(counts.items()):
@@ -29,9 +29,8 @@ def mixture_dataset(counts: Mapping[str, int], candidates: Mapping[str, Candidat
 def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candidate], seed: int) -> Path:
     """Writes the mixture's rows, shuffled with `seed`, as `train.jsonl` (of images `train.parquet`) with its `manifest.json`.
 
-    Of equal weights it is the union of the candidates. Otherwise rows are drawn from each in proportion to its weight, none
-    twice, as many as the candidates have. The same mixture and seed give the same bytes. What is there already with the same
-    content is left as it is.
+    With equal weights it is the union of the candidates. Otherwise rows are drawn from each in proportion to its weight, without
+    replacement, as many as the candidates allow. The same mixture and seed give the same bytes.
     """
     counts = row_counts(mixture, {name: len(candidates[name].rows) for name in mixture.names})
     rows = mixture_dataset(counts, candidates, seed)
@@ -39,7 +38,7 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
         train = folder / "train.parquet"
         folder.mkdir(parents=True, exist_ok=True)
         partial = staging_path(train)
-        # With the images themselves: of files there would be their places on this machine alone.
+        # Embeds the images themselves; of image files, rows hold only their paths on this machine.
         whole = rows.flatten_indices().with_format("arrow").map(embed_table_storage, batched=True, batch_size=256)
         whole.with_format(None).to_parquet(partial)
         partial.rename(train)

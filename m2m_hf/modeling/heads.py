@@ -64,10 +64,7 @@ class HeadPlan:
 
 
 def plan_head(config: transformers.PretrainedConfig, model: str, revision: str | None, task: str) -> HeadPlan:
-    """What the head of a base model will be.
-
-    Args:
-        config: the model's.
+    """What the head of a base model with this configuration will be.
 
     Raises:
         InputError: a model that has neither a classifier of its own nor a way to embed names.
@@ -170,8 +167,7 @@ class Head:
     def save(self, path: Path, of: str) -> None:
         """Writes vectors and what else is needed to classify without this package.
 
-        Args:
-            of: fingerprint of what they were made from.
+        `of` is the fingerprint of what they were made from.
         """
         assert self.vectors is not None
         about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling, "of": of}
@@ -208,11 +204,8 @@ def head_of_names(
     """The head made of names. Each is embedded by itself, so that a label's row does not depend on the other labels.
 
     Args:
-        words: label -> the words that stand for it.
-        template: a text with `{label}` in it, which the words replace.
+        words: label -> the words that replace `{label}` in `template`.
         model: the base model; of two towers both.
-        tokenizer: the model's.
-        closed: see `Head`.
     """
     model.eval()
     rows = []

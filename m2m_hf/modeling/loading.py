@@ -25,14 +25,14 @@ from m2m_hf.modeling.heads import Head, HeadPlan, head_of_names, plan_head
 from m2m_hf.storage.files import file_fingerprint
 
 
-def load_config(model_args: ModelConfig) -> Any:
-    """The base model's configuration.
+def load_config(model_args: ModelConfig, auto_class: Any = transformers.AutoConfig) -> Any:
+    """The base model's configuration, or what another `auto_class` of transformers loads, such as its tokenizer.
 
     Raises:
         InputError: no such model.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(
+        return auto_class.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.errors import InputError
-from m2m_hf.modeling.loading import not_found
+from m2m_hf.modeling.loading import load_config
 
 PATCHES = 256  # assumed of an image where the model has none; sets how many images are scored at once
 
@@ -30,12 +30,7 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
     Raises:
         InputError: no such model or tokenizer, or an unknown token.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise not_found(model_args, error) from error
+    tokenizer: Any = load_config(model_args, transformers.AutoTokenizer)
     if not generates:
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token
         if tokenizer.pad_token not in tokenizer.get_vocab():

@@ -47,11 +47,7 @@ def make_causal_lm_scorer(
 class CompletionScorer(LogprobScorer):
     """Base of the scorers of a causal LM's completions.
 
-    Args:
-        config: the target's.
-        rows: the questions.
-        tokenizer: encodes them.
-        max_length: positions that the model has. A longer question loses the beginning of its prompt, and counts as truncated.
+    A question longer than `max_length`, the model's positions, loses the beginning of its prompt, and counts as truncated.
 
     Raises:
         InputError: a completion that alone has more tokens than that.

@@ -24,13 +24,9 @@ class ClassificationScorer(AnswerScorer):
     """Classification by a model with a frozen head: the softmax over a target's labels.
 
     Args:
-        config: the target's.
         rows: texts or images, with the labels as choices.
         processing: the tokenizer, or the image processor.
-        head: gives the run's head.
-        length: counts tokens, and knows their limit.
-        allow_metric_code: whether a metric that is not shipped may be loaded.
-        where: the target, for messages.
+        head: gives the run's head, which may not be there yet.
 
     Raises:
         InputError: a metric that cannot be loaded, or compares texts.

@@ -94,11 +94,7 @@ class CallableScorer(ExternalScorer):
     """A Python function `(model, tokenizer, rows) -> number, numbers of the rows, or Score`; higher is better.
 
     The model is the base with the mixture's gates set, in evaluation mode; the function must leave it as it was. The journal
-    identifies the function by its code and what that refers to.
-
-    Args:
-        function: the user's.
-        rows: the target's rows as they were loaded; empty where it has no data.
+    identifies the function by its code and what that refers to. The rows are as they were loaded; a target without data has none.
     """
 
     def __init__(self, function: Any, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -227,14 +223,9 @@ def tail(path: Path) -> str:
 
 
 class HarnessScorer(ExternalScorer):
-    """A task of EleutherAI's lm-evaluation-harness, run in this process on the gated model.
+    """A task of EleutherAI's lm-evaluation-harness (its name, or the path of its YAML), run in this process on the gated model.
 
     A metric for which lower is better is negated. Of a group of tasks, all samples count alike.
-
-    Args:
-        config: the target's.
-        task: name of a task, or path of its YAML.
-        where: the target, for messages.
 
     Raises:
         InputError: the harness is not installed, has no such task or metric, or would run code that is not allowed.

@@ -53,14 +53,7 @@ class ScoredPositions:
 
 
 class Pass:
-    """Asks every mixture every item: batches, gates by row, shares of the processes, results in order.
-
-    Args:
-        stack: holds the mixtures' weights.
-        mixtures: the weights of each.
-        count: number of items.
-        tokens_per_batch: budget of one forward pass.
-    """
+    """Asks every mixture `count` items: batches, gates by row, shares of the processes, results in order."""
 
     def __init__(self, stack: Stack, mixtures: Sequence[Weights], count: int, tokens_per_batch: int) -> None:
         self.stack, self.mixtures, self.count = stack, mixtures, count

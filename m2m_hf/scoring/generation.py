@@ -24,15 +24,10 @@ DECODING = 4096  # tokens in a batch at least: every step adds one token to a ro
 class GenerationScorer(Scorer):
     """The model answers freely, greedily by default, and a metric compares with the reference answers.
 
-    Args:
-        config: the target's; `generation` holds fields of transformers' `GenerationConfig`.
-        rows: prompts, each with its reference answer.
-        tokenizer: encodes and decodes.
-        max_length: positions that the model has. A prompt that leaves no room for the answer loses its beginning.
-        metric: compares texts.
+    A prompt that leaves no room for the answer within `max_length`, the model's positions, loses its beginning.
 
     Raises:
-        InputError: settings that `GenerationConfig` does not know or refuses.
+        InputError: settings that transformers' `GenerationConfig` does not know or refuses.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Scorers: a model in, a score of one target out, with the values of all examples wherever there are any.
+"""Scorers: a model in, a score of one target out, with the values of all examples where there are any.
 
 A scorer prepares its target's rows once. To score is then to run forward passes over the gated stack (`forward.py`) and to reduce
 their results. `causal_lm.py`, `generation.py` and `classification.py` hold the scorers; those that run something else (a command,

@@ -1,12 +1,13 @@
 """4-bit and 8-bit base models on the CPU: training, exact averages on them, and training again after scoring."""
 
+import ast
 import json
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from pico import build_adapter, build_tokenizer, candidate_rows, m2m
+from pico import ROOT, build_adapter, build_tokenizer, candidate_rows, m2m
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.console import Terminal
@@ -124,6 +125,13 @@ def test_a_run_on_a_4bit_base_with_a_paged_optimiser(project, capsys):
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit"])
 def test_8bit_base_and_other_optimisers_of_bitsandbytes(project, optim):
     assert m2m("search", "--config", project / "run.yaml", "--load_in_8bit", "true", "--optim", optim) == 0
+
+
+def test_nothing_but_quantising_needs_bitsandbytes():
+    """Machines without it must still import every module."""
+    for path in (ROOT / "m2m_hf").rglob("*.py"):
+        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not [node for node in imports if "bitsandbytes" in ast.unparse(node)], path
 
 
 def test_only_one_kind_of_quantisation(project, capsys):

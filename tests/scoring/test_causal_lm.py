@@ -1,33 +1,31 @@
-"""Scorers against direct computations."""
+"""Scores of completions against direct computations."""
 
 import math
 
-import evaluate
 import pytest
 import torch
-from pico import build_adapter, build_model, build_stack, choice_rows, config, questions_of_many_shapes
+from pico import (
+    build_adapter,
+    build_model,
+    build_stack,
+    config,
+    questions_of_many_shapes,
+)
 
-from m2m_hf.core.score import Failure, Score, mean_and_stderr
-from m2m_hf.data.causal_lm import target_row
+from m2m_hf import InputError
+from m2m_hf.core.score import Failure, Score
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.data.tokens import encode
-from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.forward import ScoredPositions, completion_logprobs
-from m2m_hf.scoring.metrics.metric import SHIPPED_FILE, Metric, bootstrap
 from m2m_hf.scoring.packing import Question, Request, batches
 from m2m_hf.scoring.scorers import Scorer
 
 
 def score_of(scorer: Scorer, model, budget: int = 100) -> Score | Failure:
     return scorer.score(GatedStack(model, {}), [{}], budget)[0]
-
-
-@pytest.fixture
-def questions() -> list[TargetRow]:
-    return [target_row(row, "text", "choice", "row") for row in choice_rows(9)]
 
 
 def direct(model, tokenizer, row: TargetRow) -> list[float]:
@@ -128,19 +126,6 @@ def test_a_completion_longer_than_the_model_is_refused(tokenizer):
         make_causal_lm_scorer(config("choice", "accuracy"), [row], tokenizer, 64)
 
 
-def test_shipped_accuracy_is_an_evaluate_module():
-    module = evaluate.load(str(SHIPPED_FILE), config_name="accuracy")
-    assert isinstance(module, evaluate.Metric)
-    result = module.compute(predictions=[0, 1, 2], references=[0, 2, 2])
-    assert result == {"accuracy": pytest.approx(2 / 3), "per_example": [1.0, 0.0, 1.0]}
-
-
-def test_mean_and_stderr():
-    assert mean_and_stderr((1.0,)) == (1.0, 0.0)
-    mean, stderr = mean_and_stderr((0.0, 1.0, 1.0, 0.0))
-    assert (mean, stderr) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))
-
-
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
 
 
@@ -234,140 +219,6 @@ def test_how_many_mixtures_share_a_pass_follows_from_the_token_budget(tmp_path, 
     assert not with_head.takes_rows  # the head sees scored positions, not rows
     assert scorer.at_once(with_head, 3 * scorer.tokens, 9) == 1
     assert scorer.score(with_head, [MIXTURES[2]], 100)[0].value != scorer.score(with_head, [{}], 100)[0].value
-
-
-def generated(model, tokenizer, row: TargetRow, new: int) -> str:
-    """One prompt, greedily, token by token, without a cache."""
-    ids = tokenizer(row.prompt)["input_ids"]
-    start = len(ids)
-    for _ in range(new):
-        with torch.no_grad():
-            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids[start:], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("budget", [1, 60, 10_000])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generation_is_greedy_and_independent_of_batches_and_company(tmp_path, tokenizer, family, budget):
-    stack = build_stack(tmp_path, family)
-    rows = questions_of_many_shapes(tokenizer)
-    truth = {}
-    for index, weights in enumerate(MIXTURES):
-        stack.set(weights)
-        truth[index] = [generated(stack.model, tokenizer, row, 6) for row in rows]
-    # The references are right for some rows of some mixtures and wrong for others.
-    rows = [TargetRow(row.prompt, (truth[n % 4][n],), 0) for n, row in enumerate(rows)]
-    options = {"generation": {"max_new_tokens": 6}}
-    scorer = make_causal_lm_scorer(config("generation", "exact_match", **options), rows, tokenizer, 128)
-    for index, score in enumerate(scorer.score(stack, MIXTURES, budget)):
-        hits = [truth[index][n].split() == truth[n % 4][n].split() for n in range(len(rows))]
-        assert list(score.values) == [float(hit) for hit in hits]
-        assert scorer.score(stack, [MIXTURES[index]], budget)[0] == score
-
-
-def test_generation_stops_at_a_string(tokenizer):
-    model = build_model("llama")
-    row = TargetRow("question: red? answer:", ("x",), 0)
-    whole = generated(model, tokenizer, row, 12)
-    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
-    row = TargetRow(row.prompt, (whole.split(stop)[0],), 0)
-    options = {"generation": {"max_new_tokens": 12, "stop_strings": [stop]}}
-    scorer = make_causal_lm_scorer(config("generation", "exact_match", **options), [row], tokenizer, 128)
-    assert score_of(scorer, model).value == 1.0
-
-
-def test_sampling_does_not_depend_on_the_batches(tokenizer):
-    model = build_model("llama")
-    rows = [TargetRow(f"question: {n}", ("x",), 0) for n in range(4)]
-    options = {"generation": {"max_new_tokens": 5, "do_sample": True}}
-    scorer = make_causal_lm_scorer(config("generation", "token_f1", **options), rows, tokenizer, 128)
-    assert scorer.at_once(GatedStack(model, {}), 100_000, 4) == 1
-    seen = []
-    scorer.metric = lambda predictions, references: seen.append(predictions) or (0.0, None, (0.0,) * 4)
-    score_of(scorer, model, 1)
-    score_of(scorer, model, 10_000)
-    assert seen[0] == seen[1]
-    assert len(set(seen[0])) > 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_tokens": 5}, "no field 'max_tokens'"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1"),
-        ({"max_new_tokens": 500}, "do not fit into the model's 128 positions"),
-        ({"temperature": 0.5}, "generation: "),
-    ],
-)
-def test_generation_settings_are_checked(tokenizer, options, message):
-    with pytest.raises(InputError, match=message):
-        make_causal_lm_scorer(
-            config("generation", "exact_match", generation=options), [TargetRow("a", ("b",), 0)], tokenizer, 128
-        )
-
-
-def test_shipped_text_metrics():
-    def values(name: str, *pairs: tuple[str, str]) -> tuple[float, ...]:
-        value, _, each = Metric(name, None, False, "t")([a for a, _ in pairs], [b for _, b in pairs])
-        assert value == pytest.approx(sum(each) / len(each))
-        return each
-
-    pairs = [(" a  b\n", "a b"), ("A b", "a b"), ("", ""), ("a", "")]
-    assert values("exact_match", *pairs) == (1, 0, 1, 0)
-    pairs = [
-        ("so 1,234.0 it is", "#### 1234"),
-        ("12", "the answer is -12"),
-        ("none", "3"),
-        ("3 then 4.", "4"),
-        ("5", "none"),
-    ]
-    assert values("numeric_match", *pairs) == (1, 0, 0, 1, 0)
-    pairs = [("The cat sat.", "a cat sat down"), ("", ""), ("dog", "cat"), ("x x y", "x y y")]
-    assert values("token_f1", *pairs) == (pytest.approx(0.8), 1, 0, pytest.approx(2 / 3))
-
-
-CORPUS = '''
-import datasets
-import evaluate
-class Spread(evaluate.Metric):
-    """How many different predictions there are, over how many there are."""
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
-    def _compute(self, predictions, references):
-        return {"spread": len(set(predictions)) / len(predictions), "other": 1.0}
-'''
-
-
-def test_a_metric_of_ones_own_runs_only_when_allowed(tmp_path):
-    module = tmp_path / "spread" / "spread.py"
-    module.parent.mkdir()
-    module.write_text(CORPUS)
-    with pytest.raises(InputError, match="allow_metric_code: true"):
-        Metric(str(module.parent), None, False, "targets.t")
-    metric = Metric(str(module.parent), None, True, "targets.t")
-    value, stderr, each = metric(["a", "b", "b", "c"], ["x"] * 4)
-    assert (value, each) == (0.75, ())
-    assert 0 < stderr < 0.5  # a bootstrap's, since a corpus metric has no values of its own for the examples
-    assert metric(["a", "b", "b", "c"], ["x"] * 4)[1] == stderr
-    assert Metric(str(module), "other", True, "t")(["a", "b"], ["x", "y"])[0] == 1.0
-    with pytest.raises(InputError, match="say which of them is the score with metric_key"):
-        Metric(str(module), "nothing", True, "t")(["a", "b"], ["x", "y"])
-    with pytest.raises(InputError, match="cannot be loaded"):
-        Metric(str(tmp_path / "nowhere"), None, True, "t")
-
-
-def test_bootstrap_agrees_with_the_formula_for_a_mean():
-    values = [float(n % 7 == 0) for n in range(200)]
-    estimate = bootstrap(len(values), lambda chosen: sum(values[i] for i in chosen) / len(chosen))
-    assert estimate == pytest.approx(mean_and_stderr(values)[1], rel=0.15)
-
-
-def test_a_metric_that_does_not_fit_its_scorer_is_refused(tokenizer, questions):
-    with pytest.raises(InputError, match="compares texts, and scorer choice gives indices"):
-        make_causal_lm_scorer(config("choice", "exact_match"), questions, tokenizer, 128)
 
 
 class SmallMemory:

@@ -1,0 +1,179 @@
+"""Data for causal LMs: one format for all rows, sizes, overlap, a mixture as rows, and messages about bad rows."""
+
+import json
+
+import pytest
+from datasets import Dataset, concatenate_datasets
+from pico import (
+    build_model,
+    candidate_rows,
+    choice_rows,
+)
+from trl import SFTConfig, SFTTrainer
+
+from m2m_hf import InputError
+from m2m_hf.config.candidates import CandidateConfig, DataConfig
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.data.causal_lm import load_causal_lm_data, normalise, split_row, target_row
+from m2m_hf.data.mixture_rows import write_mixture
+from m2m_hf.data.rows import overlap
+from m2m_hf.data.tokens import encode
+
+MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "cold"}]
+
+
+def load(candidates: dict, tokenizer, target: list | None = None, **options):
+    """`load_causal_lm_data` over rows in memory."""
+    target_config = TargetConfig("choice", "accuracy", DataConfig(rows=Dataset.from_list(target or choice_rows())))
+    return load_causal_lm_data(
+        {name: CandidateConfig(DataConfig(rows=Dataset.from_list(rows))) for name, rows in candidates.items()},
+        {"t": target_config},
+        tokenizer,
+        **{"seed": 0, "max_length": 64, "assistant_only_loss": False} | options,
+    )
+
+
+def test_unions_are_safe_whatever_columns_the_sources_have(tokenizer):
+    plain = [row | {"id": i, "extra": None} for i, row in enumerate(candidate_rows("alpha"))]
+    chat = [{"messages": [m | {"name": "x"} for m in MESSAGES], "source": "web"}]
+    data = load({"plain": plain, "chat": chat}, tokenizer)
+    assert data.format == "chat"
+    union = concatenate_datasets([data.candidates["plain"].rows, data.candidates["chat"].rows])
+    assert union[0] == {
+        "prompt": [{"role": "user", "content": plain[0]["prompt"]}],
+        "completion": [{"role": "assistant", "content": plain[0]["completion"].strip()}],
+    }
+    assert union[-1] == {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}
+    assert data.targets["t"].rows[0].choices[0] == [{"role": "assistant", "content": "red"}]
+
+
+def test_whole_conversations_with_assistant_only_loss(tokenizer):
+    rows = [{"messages": MESSAGES + MESSAGES}]
+    candidates = load({"a": rows}, tokenizer, assistant_only_loss=True).candidates
+    assert candidates["a"].rows.to_list() == rows
+    with pytest.raises(InputError, match="needs a messages column"):
+        load({"a": rows, "b": candidate_rows("b")}, tokenizer, assistant_only_loss=True)
+
+
+@pytest.mark.parametrize("row", [candidate_rows("alpha")[0], {"messages": MESSAGES + MESSAGES}], ids=["text", "chat"])
+def test_what_is_scored_is_what_trl_trains_on(tokenizer, row, tmp_path):
+    data_format = "chat" if "messages" in row else "text"
+    prompt, completion = split_row(row, data_format, "row")
+    rows = normalise(Dataset.from_list([row]), data_format, "c")
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = SFTTrainer(build_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
+    theirs = trainer.train_dataset[0]
+    ids, start = encode(tokenizer, prompt, completion)
+    eos = [tokenizer.eos_token_id] if data_format == "text" else []
+    assert theirs["input_ids"] == ids + eos
+    assert theirs["labels"] == [-100] * start + (ids + eos)[start:]
+
+
+def test_sizes_tokens_and_truncation(tokenizer):
+    rows = [
+        {"prompt": "red", "completion": " one"},
+        {"prompt": "red " * 30, "completion": " one"},
+        {"prompt": "red", "completion": " one" * 40},
+    ]
+    candidates = load({"a": rows}, tokenizer, max_length=20).candidates
+    lengths = [len(encode(tokenizer, row["prompt"], row["completion"])[0]) + 1 for row in rows]
+    one = candidates["a"]
+    assert (one.longest, one.truncated, one.dropped) == (max(lengths), 2, 1)
+    assert one.tokens == lengths[0] + 20
+    with pytest.raises(InputError, match="no completion fits into max_length 20"):
+        load({"a": rows[1:2]}, tokenizer, max_length=20)
+
+
+def test_overlap_counts_the_same_question(tokenizer):
+    rows = [{"prompt": "Question:  RED 1?", "completion": " a"}, {"prompt": "other", "completion": " b"}]
+    data = load({"a": rows}, tokenizer, [{"prompt": "question: red 1?", "choices": ["x", "y"], "answer": 0}])
+    assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
+
+
+def test_empty_prompts_do_not_overlap_unless_their_completions_do(tokenizer):
+    data = load(
+        {"a": [{"prompt": "", "completion": "one"}]},
+        tokenizer,
+        [{"prompt": "", "choices": ["one", "y"], "answer": 0}, {"prompt": "", "choices": ["z", "y"], "answer": 0}],
+    )
+    assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
+
+
+def test_messages_that_the_template_does_not_take(tokenizer):
+    from copy import deepcopy
+
+    strict = deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system turns, please') }}"
+    with pytest.raises(InputError, match=r"candidates\.a, row 1: .*no system turns, please"):
+        load({"a": [{"messages": MESSAGES}]}, strict)
+
+
+def test_messages_need_a_chat_template(tokenizer):
+    from copy import deepcopy
+
+    bare = deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        load({"a": [{"messages": MESSAGES}]}, bare)
+
+
+def test_a_completion_that_adds_no_token(tokenizer):
+    with pytest.raises(InputError, match="adds no token"):
+        encode(tokenizer, "red", "")
+
+
+def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
+    candidates = load({name: candidate_rows(name) for name in ("a", "b", "c")}, tokenizer).candidates
+    mixture = Mixture.subset(["a", "c"])
+    first = write_mixture(tmp_path / "1", mixture, candidates, seed=3)
+    second = write_mixture(tmp_path / "2", mixture, dict(reversed(candidates.items())), seed=3)
+    assert first.read_bytes() == second.read_bytes()
+    rows = [json.loads(line) for line in first.read_text().splitlines()]
+    union = candidate_rows("a") + candidate_rows("c")
+    assert sorted(rows, key=str) == sorted(union, key=str)
+    assert rows != union
+    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
+    assert manifest["rows"] == 24
+    assert manifest["sources"]["a"]["weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "x"}], "columns 'prompt' and 'completion' missing; it has text"),
+        ([{"prompt": "x"}], "columns: {prompt: completion}"),
+        ([{"prompt": "x", "completion": ""}], r"row 1\.completion: expected text, got ''"),
+        (
+            [{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}],
+            r"row 2\.prompt: expected text, got None",
+        ),
+        ([{"messages": MESSAGES[:1]}], "expected the last turn to be the assistant's"),
+        ([{"messages": [{"role": "user"}]}], "messages of {role, content}"),
+        ([{"messages": MESSAGES[1:]}], "expected a turn before the assistant's"),
+    ],
+)
+def test_bad_candidate_rows(tokenizer, rows, message):
+    with pytest.raises(InputError, match=message):
+        load({"a": rows}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": [" red"]}, "at least two texts"),
+        ({"choices": [" red", ""]}, "none empty"),
+        ({"answer": 3}, "0 to 2"),
+        ({"answer": "purple"}, "or its text, got 'purple'"),
+        ({"answer": True}, "got True"),
+        ({"choices": [" red", " red", " blue"], "answer": 0}, "occurs twice"),
+        ({"prompt": 5}, "expected text, got 5"),
+    ],
+)
+def test_bad_target_rows(change, message):
+    with pytest.raises(InputError, match=message):
+        target_row(choice_rows(1)[0] | change, "text", "choice", "row 1")
+
+
+def test_an_answer_may_be_given_as_its_text():
+    assert target_row(choice_rows(1)[0] | {"answer": " green"}, "text", "choice", "row").answer == 1

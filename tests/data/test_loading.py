@@ -1,0 +1,188 @@
+"""Reading rows: every kind of source, columns, JSON, and candidates split by a column."""
+
+import json
+import re
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from pico import (
+    build_adapter,
+    candidate_rows,
+    changed,
+    choice_rows,
+    intent_rows,
+    m2m,
+    searcher,
+    write_rows,
+)
+
+from m2m_hf import InputError
+from m2m_hf.config.candidates import DataConfig
+from m2m_hf.data.causal_lm import normalise
+from m2m_hf.data.loading import load_rows, parse_json
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "save_to_disk", "save_to_disk_dict"])
+def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind):
+    rows = candidate_rows("alpha")
+    dataset = Dataset.from_list(rows)
+    if kind == "json":
+        config = DataConfig(path="json", data_files=(str(write_rows(tmp_path / "a.jsonl", rows)),))
+    elif kind == "csv":
+        dataset.to_csv(tmp_path / "a.csv")
+        config = DataConfig(path="csv", data_files=(str(tmp_path / "a.csv"),))
+    elif kind == "parquet":
+        dataset.to_parquet(tmp_path / "a.parquet")
+        config = DataConfig(path="parquet", data_files=(str(tmp_path / "a.parquet"),))
+    elif kind == "save_to_disk":
+        dataset.save_to_disk(tmp_path / "a")
+        config = DataConfig(path=str(tmp_path / "a"))
+    else:
+        DatasetDict({"train": dataset}).save_to_disk(tmp_path / "a")
+        config = DataConfig(path=str(tmp_path / "a"))
+    assert normalise(load_rows(config, "c", 0), "text", "c").to_list() == rows
+
+
+def test_max_examples_is_drawn_with_the_seed():
+    rows = Dataset.from_list(candidate_rows("alpha", 50))
+    drawn = [load_rows(DataConfig(rows=rows, max_examples=10), "c", seed).to_list() for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 10
+    assert drawn[0] != rows.to_list()[:10]
+
+
+def test_columns_are_renamed():
+    rows = Dataset.from_list([{"question": "q", "answer": "a"}])
+    config = DataConfig(rows=rows, columns={"question": "prompt", "answer": "completion"})
+    assert load_rows(config, "c", 0).to_list() == [{"prompt": "q", "completion": "a"}]
+    with pytest.raises(InputError, match="no column 'nothing'"):
+        load_rows(DataConfig(rows=rows, columns={"nothing": "prompt"}), "c", 0)
+
+
+def test_nothing_there(tmp_path):
+    for config in (
+        DataConfig(path="json", data_files=(str(tmp_path / "none.jsonl"),)),
+        DataConfig(path="nobody/nothing"),
+        DataConfig(path="json", data_files=(str(write_rows(tmp_path / "a.jsonl", choice_rows())),), split="validation"),
+    ):
+        with pytest.raises(InputError, match=r"candidates\.a"):
+            load_rows(config, "candidates.a", 0)
+
+
+def test_not_json(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"\nnonsense\n')
+    with pytest.raises(InputError, match=r"candidates\.a: .*bad\.jsonl, line 1 is not JSON"):
+        load_rows(DataConfig(path="json", data_files=(str(tmp_path / "bad.jsonl"),)), "candidates.a", 0)
+
+
+def test_empty():
+    rows = Dataset.from_list(candidate_rows("alpha")).select([])
+    with pytest.raises(InputError, match="has no rows"):
+        load_rows(DataConfig(rows=rows), "candidates.a", 0)
+
+
+@pytest.mark.parametrize("path", ["json", "csv", "text", "parquet"])
+def test_without_files_a_builder_would_read_the_working_directory(tmp_path, path):
+    with pytest.raises(InputError, match=r"here\.data_files is missing: give the file or files"):
+        DataConfig.parse({"path": path}, "here", tmp_path)
+
+
+def test_folders_with_very_many_files_are_not_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr("m2m_hf.data.loading.MAX_FILES", 5)
+    for number in range(6):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(InputError, match="holds more than 5 files"):
+        load_rows(DataConfig(path=str(tmp_path)), "here", 0)
+
+
+@pytest.fixture
+def public_set(project):
+    """One dataset with a `source` column, as public instruction sets have them, in place of the three candidates."""
+    rows = [
+        {"source": source, "question": row["prompt"], "completion": row["completion"]}
+        for source in ("flan/v2", "code alpaca", None)
+        for row in candidate_rows(f"{source}", 8)
+    ]
+    write_rows(project / "public.jsonl", rows[::-1])
+    text = (project / "run.yaml").read_text()
+    start, end = text.index("  alpha:"), text.index("targets:")
+    one = "  public: {path: json, data_files: public.jsonl, split_by: source, columns: {question: prompt}, license: mit}\n"
+    (project / "run.yaml").write_text(text[:start] + one + text[end:])
+    return project
+
+
+def test_every_value_of_a_column_is_a_candidate(public_set, capsys):
+    run = public_set / "run.yaml"
+    assert m2m("search", "--config", run) == 0
+    names = ["public-code_alpaca", "public-flan_v2", "public-none"]
+    assert sorted(path.name for path in (public_set / "out" / "adapters").iterdir()) == names
+    rows = [json.loads(line) for line in (public_set / "out" / "mixture" / "train.jsonl").read_text().splitlines()]
+    manifest = json.loads((public_set / "out" / "mixture" / "manifest.json").read_text())["sources"]
+    assert len(rows) == 8 * len(manifest)
+    for name, one in manifest.items():
+        value = {"public-code_alpaca": "code alpaca", "public-flan_v2": "flan/v2", "public-none": None}[name]
+        assert one["source"]["where"] == {"source": value}
+        assert one["source"]["license"] == "mit"
+        assert sum(row["prompt"].startswith(f"question: {value} ") for row in rows) == 8
+    capsys.readouterr()
+    # The resolved configuration names the parts, and gives the same run; so does the first one.
+    for config in (public_set / "out" / "config.yaml", run):
+        assert m2m("search", "--config", config) == 0
+        printed = capsys.readouterr().out
+        assert "steps, " not in printed  # nothing is trained
+        assert "scored " not in printed.split("cost:")[0]
+    assert m2m("status", public_set / "out") == 0
+
+
+def test_parts_may_have_adapters_of_others_and_are_read_once(public_set, monkeypatch):
+    build_adapter(
+        "llama", public_set / "theirs", 0, r=4, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]
+    )
+    with (public_set / "run.yaml").open("a") as file:
+        file.write("adapters: {public-none: theirs}\n")
+    lines = []
+    monkeypatch.setattr(
+        "m2m_hf.data.loading.parse_json", lambda content, place: lines.append(place) or parse_json(content, place)
+    )
+    assert m2m("search", "--config", public_set / "run.yaml") == 0
+    assert sum("public.jsonl" in place for place in lines) == 24
+    assert "unknown" in json.loads((public_set / "out" / "adapters" / "public-none" / "training.json").read_text())
+    text = (public_set / "run.yaml").read_text()
+    (public_set / "run.yaml").write_text(text.replace("{public-none:", "{public-nine:"))
+    assert m2m("search", "--config", public_set / "run.yaml") == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("split_by: source", "split_by: sauce", "no column 'sauce'; it has source, question, completion"),
+        ("split_by: source", "where: {source: nothing}", "no row has 'nothing' in 'source'"),
+        ("split_by: source", "split_by: parts", "expected a column of texts or numbers"),
+        ("split_by: source", "split_by: question, max_examples: 1", "18 candidates|exhaustive search scores"),
+        ("split_by: source", "split_by: close", "both called public-a_b"),
+    ],
+)
+def test_what_cannot_be_split_is_said(public_set, capsys, old, new, words):
+    rows = [json.loads(line) for line in (public_set / "public.jsonl").read_text().splitlines()]
+    if "parts" in new or "close" in new:
+        rows = [row | {"parts": [1], "close": "a b" if number % 2 else "a/b"} for number, row in enumerate(rows)]
+    write_rows(public_set / "public.jsonl", rows)
+    run = public_set / "run.yaml"
+    run.write_text(run.read_text().replace(old, new))
+    assert m2m("search", "--config", run) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (public_set / "out").exists()
+
+
+def test_parts_are_called_by_the_names_of_a_class_column(intents):
+    rows = [
+        row | {"shop": number % 3 - 1} for number, row in enumerate(intent_rows(["red", "blue", "green", "one"], 12))
+    ]
+    kinds = {"text": Value("string"), "label": Value("string"), "shop": ClassLabel(names=["web", "books"])}
+    Dataset.from_list(rows, features=Features(kinds)).to_parquet(intents / "colours.parquet")
+    given = changed(intents)
+    given["candidates"] = {"all": {"path": "parquet", "data_files": "colours.parquet", "split_by": "shop"}}
+    changed(intents, **given)
+    one = searcher(intents)
+    assert list(one.candidates) == ["all-books", "all-none", "all-web"]
+    assert len(one.candidates["all-web"].rows) == 4

@@ -342,12 +342,14 @@ def test_the_head_is_there_when_a_command_scores(intents, tmp_path):
     assert trial_of(intents / "out", {"noise"})["score"] == 7
 
 
-@pytest.mark.parametrize(("expert", "wrong"), [("lora", "{model}"), ("full", "{adapter}")])
-def test_a_command_is_given_what_there_is(intents, capsys, expert, wrong):
+@pytest.mark.parametrize(
+    ("expert", "right", "wrong"), [("lora", "{adapter}", "{model}"), ("full", "{model}", "{adapter}")]
+)
+def test_a_command_is_given_what_there_is(intents, capsys, expert, right, wrong):
     target = {"scorer": "command", "command": ["score", wrong]}
     changed(intents, expert=expert, targets={"t": target})
     assert m2m("adapters", "--config", intents / "intents.yaml") == 2
-    assert f"with expert: {expert} it is given" in capsys.readouterr().err
+    assert f"with expert: {expert} give {right}, not {wrong}" in capsys.readouterr().err
 
 
 def test_a_command_scores_merged_models(intents, tmp_path):

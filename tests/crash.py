@@ -1,5 +1,5 @@
-"""The crash harness: runs of a pico model are killed, and files of finished ones cut short; every one must end as if nothing
-had happened, without doing again what was done.
+"""The crash harness: kills runs of a pico model and truncates files of finished ones. Every run must still end with the same
+result, without repeating finished work.
 
     python tests/crash.py --kills 60 --files all
 
@@ -37,19 +37,11 @@ from m2m_hf.training.trainers import CompletionTrainer
 
 TIMES = {"seconds", "peak_memory_bytes", "total_seconds", "costs", "place", "stored"}
 APART = (".lock", ".unchanged.json", "log.txt", "report.html", "trials.jsonl", "trials.values")
-WRITES = (
-    "fsync",
-    "replace",
-    "rename",
-    "truncate",
-    "rmdir",
-    "unlink",
-    "open",
-)  # of module os: what ends a write passes here
+WRITES = "fsync replace rename truncate rmdir unlink open".split()  # functions of module os that end a write
 
 
 def build(root: Path) -> Path:
-    """A project whose runs pass all stages: adapters with checkpoints, search, fine-tuned mixtures, final model, report."""
+    """A project whose runs have all stages: adapters with checkpoints, search, fine-tuned mixtures, final model, report."""
     root.mkdir(parents=True)
     pico = root / "pico"
     build_model("llama").save_pretrained(pico)
@@ -62,7 +54,7 @@ def build(root: Path) -> Path:
 
 
 def fork(work: Callable[[], int], log: Path) -> int:
-    """The process id of a fork that does some work and then ends with the exit code that it gives."""
+    """Does some work in a fork, whose exit code is the work's; the process id."""
     process = os.fork()
     if process:
         return process
@@ -85,12 +77,12 @@ def fork(work: Callable[[], int], log: Path) -> int:
         os._exit(code)
 
 
-def count_steps(told: Path) -> None:
-    """Has every step of every training leave a line."""
+def count_steps(path: Path) -> None:
+    """Writes a line for every training step."""
     real = CompletionTrainer.training_step
 
     def step(self, *arguments, **options):
-        with open(told, "a") as file:
+        with open(path, "a") as file:
             file.write(f"{self.args.output_dir} {self.state.global_step}\n")
         return real(self, *arguments, **options)
 
@@ -105,22 +97,17 @@ def select(run: Path, out: Path) -> int:
     return main(["select", "--config", str(run), "--output_dir", str(out)])
 
 
-def die_at(write: int, after: bool) -> None:
-    """Has this process killed at a certain one of its writes, before or after it."""
-    left = write
+def watch_writes(before: Callable[[], None], after: Callable[[], None] = lambda: None) -> None:
+    """Calls functions before and after each write of this process."""
 
     def watched(real: Callable) -> Callable:
         def call(*arguments, **options):
-            nonlocal left
             if real.__name__ == "open" and not arguments[1] & (os.O_WRONLY | os.O_RDWR):
                 return real(*arguments, **options)
-            left -= 1
-            if left == 0 and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            found = real(*arguments, **options)
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return found
+            before()
+            result = real(*arguments, **options)
+            after()
+            return result
 
         return call
 
@@ -128,19 +115,36 @@ def die_at(write: int, after: bool) -> None:
         setattr(os, name, watched(getattr(os, name)))
 
 
+def die_at(write: int, after: bool) -> None:
+    """Kills this process at its write of this number, before or after it."""
+    left = write
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def check() -> None:
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    watch_writes(count, check)
+
+
 def timeless(value):
-    """Without times, and without what depends on what else was written."""
+    """Removes times, and places that depend on what else was written."""
     if isinstance(value, dict):
         return {key: timeless(one) for key, one in value.items() if key not in TIMES and key != "training.json"}
     return [timeless(one) for one in value] if isinstance(value, list) else value
 
 
 def content(out: Path) -> dict[str, object]:
-    """All that a run folder holds and that must not depend on what happened on the way."""
+    """Everything in a run folder that interruptions must not change."""
     found: dict[str, object] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        # Probabilities of the ensemble are made again where they are needed, which is not where the journal has the scores.
+        # Probabilities of the ensemble are computed again only if scores are missing from the journal.
         if path.is_dir() or path.parent.name == "ensemble" or path.name in APART:
             continue
         text = path.read_bytes().replace(str(out).encode(), b"OUT")
@@ -152,7 +156,7 @@ def content(out: Path) -> dict[str, object]:
 
 
 def done(out: Path) -> dict[str, tuple[int, int]]:
-    """What is finished: folder -> its identity on the disk."""
+    """Finished folder -> its identity on the disk."""
     folders = [*out.glob("adapters/[!.]*"), *out.glob("trained/[!.]*"), out / "final"]
     return {
         str(folder): (folder.stat().st_ino, (folder / "training.json").stat().st_mtime_ns)
@@ -176,7 +180,7 @@ def check(out: Path, reference: dict[str, object], what: str) -> None:
 def kill_runs(
     run: Path, root: Path, reference: dict[str, object], kills: int, length: float, writes: int
 ) -> dict[str, int]:
-    """Kills runs until so many kills are done, starting each again until it ends well."""
+    """Kills runs until the number of kills is reached; starts each again until it succeeds."""
     draw = random.Random(0)
     counts = {"kills": 0, "runs": 0, "starts": 0}
     while counts["kills"] < kills:
@@ -231,7 +235,7 @@ def kill_runs(
 
 
 def cut_files(run: Path, root: Path, whole: Path, reference: dict[str, object], most: int | None) -> int:
-    """Cuts every file of a finished run short, one at a time, and starts again."""
+    """Truncates every file of a finished run, one at a time, and starts again."""
     draw = random.Random(1)
     names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.name != ".lock"]
     chosen = names if most is None else draw.sample(names, min(most, len(names)))
@@ -251,7 +255,7 @@ def cut_files(run: Path, root: Path, whole: Path, reference: dict[str, object], 
 
 
 def run_all(kills: int, files: int | None) -> str:
-    """Everything; what was done, in words."""
+    """Runs everything; the result in words."""
     start = time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="m2m-crash-"))
     run = root / "project" / "run.yaml"
@@ -259,20 +263,10 @@ def run_all(kills: int, files: int | None) -> str:
     counter = root / "writes"
 
     def counted() -> int:
-        made = 0
-
-        def watched(real: Callable) -> Callable:
-            def call(*arguments, **options):
-                nonlocal made
-                made += real.__name__ != "open" or bool(arguments[1] & (os.O_WRONLY | os.O_RDWR))
-                return real(*arguments, **options)
-
-            return call
-
-        for name in WRITES:
-            setattr(os, name, watched(getattr(os, name)))
+        made: list[None] = []
+        watch_writes(lambda: made.append(None))
         code = select(run, root / "whole")
-        counter.write_text(str(made))
+        counter.write_text(str(len(made)))
         return code
 
     begun = time.monotonic()
@@ -292,6 +286,6 @@ def run_all(kills: int, files: int | None) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--files", default="all", help="how many files to cut short, or all")
+    parser.add_argument("--files", default="all", help="how many files to truncate, or all")
     given = parser.parse_args()
     print(run_all(given.kills, None if given.files == "all" else int(given.files)))

@@ -1,7 +1,6 @@
-"""Python processes that are forks of one that has everything imported: importing takes longer than most commands.
+"""Python processes forked from one that has imported all libraries: importing takes longer than most commands.
 
-`python tests/forks.py` reads lines of JSON, each of which says what to run, runs it in a fork of itself, and answers each with
-the exit code.
+`python tests/forks.py` reads commands as lines of JSON, runs each in a fork of itself, and answers with the exit code.
 """
 
 import atexit
@@ -20,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-IMPORTS = (  # nothing of our own: that is imported by whoever needs it
+IMPORTS = (  # none of our own modules: each command imports them
     "accelerate.commands.launch",
     "bitsandbytes",
     "datasets",
@@ -43,23 +42,23 @@ IMPORTS = (  # nothing of our own: that is imported by whoever needs it
 
 
 class Forks:
-    """Runs Python with the modules of `IMPORTS` imported already, under environment variables that are set before that.
+    """Runs Python commands in processes that have imported `IMPORTS`.
 
-    Every command is a process of its own: nothing that one does to a module, a signal or a variable is seen by the next.
+    Every command is a process of its own: what one does to modules, signals or variables, the next does not see.
 
     Args:
-        environment: on top of this process's own.
+        environment: variables added to this process's, before the imports.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
-        # What libraries say when they are imported, and why it ended, should it end.
-        self.told = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        # What libraries print on import, and the reason if the process ends.
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.told,
+            stderr=self.output,
             text=True,
         )
 
@@ -70,32 +69,27 @@ class Forks:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
-        self.told.close()
+        self.output.close()
 
     def run(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-        """What `python ARGUMENTS` does: a script, `-m` and a module or `-c` and code, and what they are given."""
+        """Does what `python ARGUMENTS` does: a script, `-m` and a module, or `-c` and code, with arguments."""
         command = list(map(str, arguments))
         with tempfile.TemporaryDirectory(prefix="m2m-forks-") as folder:
-            spoken = [Path(folder) / name for name in ("stdout", "stderr")]
-            given = {
-                "arguments": command,
-                "environment": environment,
-                "folder": os.getcwd(),
-                "spoken": list(map(str, spoken)),
-            }
-            self.process.stdin.write(json.dumps(given) + "\n")
+            outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+            places = {"folder": os.getcwd(), "outputs": list(map(str, outputs))}
+            self.process.stdin.write(json.dumps({"arguments": command, "environment": environment, **places}) + "\n")
             self.process.stdin.flush()
             code = self.process.stdout.readline()
             if not code:
-                self.told.seek(0)
-                raise RuntimeError(f"the process that forks has ended: {self.told.read()}")
+                self.output.seek(0)
+                raise RuntimeError(f"the process that forks has ended: {self.output.read()}")
             return subprocess.CompletedProcess(
-                command, int(code), *(path.read_text(errors="replace") for path in spoken)
+                command, int(code), *(path.read_text(errors="replace") for path in outputs)
             )
 
 
 def serve() -> dict | None:
-    """Answers until there is nothing more to read. In every fork it returns what that is to do."""
+    """Answers until the input ends. Returns the command in each fork, None in the server."""
     for line in sys.stdin:
         process = os.fork()
         if not process:
@@ -105,9 +99,9 @@ def serve() -> dict | None:
 
 
 def become(given: dict) -> NoReturn:
-    """Does in a fork what it is to do."""
+    """Runs a command in a fork."""
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for target, handle in enumerate((nothing, *(os.open(path, os.O_WRONLY | os.O_CREAT) for path in given["spoken"]))):
+    for target, handle in enumerate((nothing, *(os.open(path, os.O_WRONLY | os.O_CREAT) for path in given["outputs"]))):
         os.dup2(handle, target)
         os.close(handle)
     os.environ.update(given["environment"])
@@ -116,7 +110,7 @@ def become(given: dict) -> NoReturn:
 
 
 def end(arguments: Sequence[str], *last: Callable[[], None]) -> NoReturn:
-    """Runs Python and ends this process as that would end, but for taking everything imported apart, which takes seconds."""
+    """Runs Python and ends this process as Python would, without the seconds of dismantling all modules."""
     code: object = 1
     try:
         python(arguments)
@@ -156,7 +150,7 @@ def python(arguments: Sequence[str]) -> None:
 
 
 class Launched:
-    """A fork in place of the process that a launcher would start, with what a launcher asks of a `Popen`."""
+    """A fork in place of the process that a launcher starts, with the methods of `Popen` that it calls."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
         self.args, self.returncode = arguments, None
@@ -186,7 +180,7 @@ class Launched:
 
 
 def launch() -> None:
-    """`accelerate launch`, whose processes are forks of it too."""
+    """`accelerate launch`, whose processes are forks too."""
     from accelerate.commands.launch import main
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
@@ -202,6 +196,6 @@ if __name__ == "__main__":
     sys.path.pop(0)
     for name in IMPORTS:
         importlib.import_module(name)
-    gc.freeze()  # or every fork would copy what it looks at
-    if (told := serve()) is not None:
-        become(told)
+    gc.freeze()  # or collections in the forks would copy all memory
+    if (command := serve()) is not None:
+        become(command)

@@ -1,4 +1,4 @@
-"""Forks end as processes started anew do, and leave nothing behind (`forks.py`)."""
+"""Forks end as new processes do, and leave nothing behind (`forks.py`)."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_a_fork_ends_as_a_process_does(forks, code, expected, out, err):
     assert (done.returncode, done.stdout, done.stderr) == (expected, out, err)
 
 
-def test_what_one_does_no_other_sees(forks, tmp_path, monkeypatch):
+def test_a_fork_does_not_see_what_another_changed(forks, tmp_path, monkeypatch):
     done = forks.run("-c", "import json, os; json.mine = 1; os.environ['MINE'] = 'x'; raise ValueError('odd')")
     assert done.returncode == 1
     assert done.stderr.endswith("ValueError: odd\n")
@@ -31,7 +31,7 @@ def test_what_one_does_no_other_sees(forks, tmp_path, monkeypatch):
     assert forks.run("-c", code).stdout == f"False False {tmp_path} {{'torch'}}\n"
 
 
-def test_a_script_or_a_module_is_run_as_python_would(forks, tmp_path, monkeypatch):
+def test_scripts_and_modules_run_as_python_runs_them(forks, tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("VALUE = 5\n")
     code = "import sys\nfrom beside import VALUE\nif __name__ == '__main__': print(VALUE, sys.argv)\n"
     (tmp_path / "script.py").write_text(code)

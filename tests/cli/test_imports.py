@@ -72,3 +72,20 @@ def test_select_with_nothing_to_do_imports_nothing_heavy_and_prints_the_same(lig
     capsys.readouterr()
     assert light(*arguments).split("colours: accuracy")[-1] == slow
     assert "nothing to do: out is complete" in slow
+
+
+def test_every_module_imports_without_bitsandbytes_and_resource(forks):
+    """As on Windows, and on machines without a GPU."""
+    code = """
+import importlib, pkgutil, sys
+blocked = {name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"}
+sys.modules |= dict.fromkeys({*blocked, "bitsandbytes", "resource"})
+import m2m_hf
+names = [module.name for module in pkgutil.walk_packages(m2m_hf.__path__, "m2m_hf.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+    done = forks.run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 60

@@ -27,8 +27,8 @@ exit $code
 """
 
 
-def test_two_machines_are_as_one(project, tmp_path, forks):
-    """The Slurm recipe, with two launchers on loopback for its two machines, and one launcher of as many processes."""
+def test_two_machines_give_the_result_of_one(project, tmp_path, forks):
+    """The Slurm recipe with a launcher for each of two machines, on loopback, against one launcher of two processes."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
@@ -55,7 +55,7 @@ def test_two_machines_are_as_one(project, tmp_path, forks):
     assert lines[0] == lines[1]
 
 
-def test_a_machine_with_a_folder_or_rows_of_its_own_is_refused(project, monkeypatch):
+def test_a_machine_with_another_folder_or_other_rows_is_refused(project, monkeypatch):
     here = Ingredients(*parse(project / "run.yaml"))
     here.prepare()
     monkeypatch.setattr("m2m_hf.run.ingredients.has_content", lambda path, content: has_content(path, content, 0))
@@ -79,41 +79,24 @@ def test_a_machine_with_a_folder_or_rows_of_its_own_is_refused(project, monkeypa
     here._check_machines()
 
 
-def test_what_accelerate_is_told(monkeypatch, tmp_path):
+def test_the_command_of_accelerate(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    given = [
-        "select",
-        "--accelerate_config",
-        "multi_gpu",
-        "--config",
-        "x.yaml",
-        "--machine_rank=1",
-        "--num_machines",
-        "2",
-    ]
-    command = relaunched([*given, "--seed", "1"])
-    assert command[1:5] == [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "accelerate_configs/multi_gpu.yaml"),
-    ]
+    flags = ["--accelerate_config", "multi_gpu", "--config", "x.yaml", "--machine_rank=1", "--num_machines", "2"]
+    command = relaunched(["select", *flags, "--seed", "1"])
+    config = ROOT / "accelerate_configs/multi_gpu.yaml"
+    assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     assert command[5:] == [
         "--machine_rank", "1", "--num_machines", "2", "--num_processes", "8",
         "--module", "m2m_hf.cli.main", "select", "--config", "x.yaml", "--seed", "1",
     ]  # fmt: skip
-    told = relaunched(["search", "--accelerate_config=cpu_2proc", "--config", "x.yaml"])
-    assert told[5:] == ["--main_process_port", "0", "--module", "m2m_hf.cli.main", "search", "--config", "x.yaml"]
-    own = tmp_path / "mine.yaml"  # says all itself
+    command = relaunched(["search", "--accelerate_config=cpu_2proc", "--config", "x.yaml"])
+    assert command[5:] == ["--main_process_port", "0", "--module", "m2m_hf.cli.main", "search", "--config", "x.yaml"]
+    own = tmp_path / "mine.yaml"  # complete by itself
     own.write_text("num_machines: 2\nnum_processes: 16\nmain_process_port: 29500\n")
-    assert relaunched(["search", f"--accelerate_config={own}"])[4:] == [
-        str(own),
-        "--module",
-        "m2m_hf.cli.main",
-        "search",
-    ]
-    told = relaunched(["search", "--accelerate_config=multi_gpu", "--num_processes", "3"])
-    assert told[5:9] == ["--num_processes", "3", "--main_process_port", "0"]
+    command = relaunched(["search", f"--accelerate_config={own}"])
+    assert command[4:] == [str(own), "--module", "m2m_hf.cli.main", "search"]
+    command = relaunched(["search", "--accelerate_config=multi_gpu", "--num_processes", "3"])
+    assert command[5:9] == ["--num_processes", "3", "--main_process_port", "0"]
 
 
 @pytest.mark.parametrize(
@@ -123,18 +106,19 @@ def test_what_accelerate_is_told(monkeypatch, tmp_path):
         (["--accelerate_config", "cpu", "--num_processes"], "--num_processes: expected a value"),
     ],
 )
-def test_what_cannot_be_launched_is_said(project, capsys, flags, words):
+def test_an_unknown_configuration_or_a_missing_value_is_refused(project, capsys, flags, words):
     assert main(["select", "--config", str(project / "run.yaml"), *flags]) == 2
     assert words in capsys.readouterr().err
     assert not (project / "out").exists()
 
 
-def test_recipes_by_name(capsys, tmp_path):
+def test_recipes_are_listed_and_found_by_name(capsys, tmp_path):
     assert main(["recipe"]) == 0
     printed = capsys.readouterr().out
     for name in ("demo", "demo/data", "gpu_check", "slurm"):
         assert f"  {name} " in printed
     assert "#!" not in printed
+    assert "support" not in printed
     assert main(["recipe", "demo"]) == 0
     given = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
     shown = yaml.safe_load(capsys.readouterr().out)  # for the folder in which it is put
@@ -142,21 +126,14 @@ def test_recipes_by_name(capsys, tmp_path):
     assert shown["candidates"].keys() == given["candidates"].keys()
     assert main(["recipe", "demos"]) == 2
     assert "demos: expected one of ablate_uniformity," in capsys.readouterr().err
-    assert set(names("accelerate_configs", ".yaml")) == {
-        "cpu",
-        "cpu_2proc",
-        "fsdp2",
-        "multi_gpu",
-        "single_gpu",
-        "zero3",
-    }
+    assert set(names("accelerate_configs", ".yaml")) == {*"cpu cpu_2proc fsdp2 multi_gpu single_gpu zero3".split()}
     own = tmp_path / "mine.yaml"
     own.write_text("num_processes: 2\n")
     assert find("accelerate_configs", str(own), ".yaml") == own
     assert find("accelerate_configs", "zero3.yaml", ".yaml").name == "zero3.yaml"
 
 
-def test_a_recipe_that_is_a_script_is_run(tmp_path):
+def test_a_recipe_that_is_a_script_runs(tmp_path):
     command = [sys.executable, "-m", "m2m_hf.cli.main", "recipe", "demo/data", str(tmp_path / "data")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

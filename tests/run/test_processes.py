@@ -1,4 +1,4 @@
-"""Runs of several processes on the CPU, over gloo, through accelerate: the same result, and nothing lost when one dies."""
+"""Runs of several processes on the CPU, over gloo, through accelerate: the same result as one, and nothing lost when one dies."""
 
 import json
 import os

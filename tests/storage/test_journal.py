@@ -1,7 +1,8 @@
-"""The journal and the run folder: nothing lost, nothing doubled, nothing believed that is damaged."""
+"""The journal and the run folder: nothing lost, nothing doubled, damage found."""
 
 import json
 import multiprocessing
+import os
 import resource
 import signal
 
@@ -13,6 +14,7 @@ from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
+from m2m_hf.storage.digests import Digests
 from m2m_hf.storage.files import fingerprint, read_json, write_atomic
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.run_folder import RunFolder
@@ -23,7 +25,7 @@ def trial(key: str, names: tuple = ("a",), value: float = 0.5, state: str = "com
     return Trial(key, Mixture.subset(names), "merged", "t", 2, state, score, 1.25, None if score else "nan")
 
 
-def test_what_is_appended_is_read_back(tmp_path):
+def test_appended_trials_are_read_back(tmp_path):
     journal = Journal(tmp_path / "trials.jsonl")
     trials = [trial("1"), trial("2", ("a", "b", "c")), trial("3", ()), trial("4", state="failed")]
     for one in trials:
@@ -65,7 +67,7 @@ def long_trial(key: str, rows: int = 2000) -> Trial:
     return Trial(key, Mixture.subset("a"), "merged", "t", rows, "complete", Score.of(values, [-v for v in values]), 1.0)
 
 
-def test_long_lists_stand_beside_the_journal_and_are_read_back(tmp_path):
+def test_long_lists_are_stored_beside_the_journal(tmp_path):
     path = tmp_path / "trials.jsonl"
     journal, reader = Journal(path), Journal(path)
     trials = [long_trial("1"), trial("2"), long_trial("3", 700)]
@@ -85,7 +87,7 @@ def test_long_lists_stand_beside_the_journal_and_are_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 8 * 2000, 8 * 4000 + 3, 8 * 5000 + 1])
-def test_trials_whose_values_were_lost_are_measured_again(tmp_path, left):
+def test_trials_without_their_values_are_measured_again(tmp_path, left):
     path = tmp_path / "trials.jsonl"
     journal = Journal(path)
     for key in ("1", "2"):
@@ -114,7 +116,7 @@ def test_trials_whose_values_were_lost_are_measured_again(tmp_path, left):
         {"stored": {"values": {"place": -1, "count": 1}, "logprobs": {"place": 0, "count": "y"}, "mean_logprob": 0}},
     ],
 )  # fmt: skip
-def test_a_line_with_something_else_in_it_is_named(tmp_path, change):
+def test_a_line_with_an_invalid_value_is_named(tmp_path, change):
     path = tmp_path / "trials.jsonl"
     Journal(path).append(trial("1"))
     line = json.loads(path.read_text())
@@ -124,7 +126,7 @@ def test_a_line_with_something_else_in_it_is_named(tmp_path, change):
         Journal(path)
 
 
-def test_a_score_that_is_not_the_one_written_is_noticed(tmp_path):
+def test_an_altered_score_is_noticed(tmp_path):
     path = tmp_path / "trials.jsonl"
     journal = Journal(path)
     for key in "12":
@@ -141,7 +143,7 @@ def test_a_score_that_is_not_the_one_written_is_noticed(tmp_path):
 
 
 def test_trials_measured_together_are_written_together_or_not_at_all(tmp_path):
-    """A disk that is full for a moment leaves nothing half written, also for who goes on in the same process."""
+    """A disk that is full for a moment leaves no partial line, and the same process can go on."""
     path = tmp_path / "trials.jsonl"
     journal = Journal(path)
     journal.append(trial("1"))
@@ -168,11 +170,11 @@ def test_a_reader_does_not_write(tmp_path):
     assert not (tmp_path / "trials.jsonl").exists()
 
 
-def test_fingerprint_sees_content_not_order():
+def test_a_fingerprint_depends_on_content_not_on_order():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
 
 
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+def test_a_failed_atomic_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     write_atomic(path, "{}")
     with pytest.raises(UnicodeEncodeError):
@@ -201,6 +203,26 @@ def test_a_second_process_is_refused(tmp_path):
     assert "another process is at work" in answer.get(timeout=60)
     process.join()
     RunFolder(tmp_path).lock()  # in the same process it is not another's
+
+
+def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr("m2m_hf.storage.digests.file_fingerprint", lambda paths: computed.append(paths) or "digest")
+    path = tmp_path / "weights"
+    path.write_text("a")
+    digests = Digests(tmp_path)
+    assert digests.of(path) == "digest"
+    digests.save()
+    assert Digests(tmp_path).of(path) == "digest"
+    assert len(computed) == 1
+    Digests(tmp_path, full=True).of(path)
+    before = path.stat()
+    path.write_text("b")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    Digests(tmp_path).of(path)
+    (tmp_path / ".digests.json").write_text('{"weights": [1, 2, 3, 4], "x": 5}')
+    Digests(tmp_path).of(path)
+    assert len(computed) == 4
 
 
 def test_mixtures():

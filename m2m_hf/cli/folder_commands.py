@@ -13,8 +13,7 @@ from m2m_hf.storage.run_folder import RunFolder
 
 
 def init(command: argparse.Namespace, log: LibraryLog) -> None:
-    from m2m_hf.cli.init import init, parse_sources
-    from m2m_hf.config.trainer_configs import Draft, parse_source, read_trainer_config
+    from m2m_hf.cli.init import Draft, init, parse_source, parse_sources, read_trainer_config
 
     def ask(text: str, default: str) -> str:
         try:

@@ -26,13 +26,14 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
 from m2m_hf.core.jsonable import from_json
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.objective import Objective
+from m2m_hf.core.objective import Differentiable, Objective
 from m2m_hf.core.score import Failure, Score, paired
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.errors import InputError
 from m2m_hf.merging.methods import MergeMethod
+from m2m_hf.modeling.devices import StopTogether, shared_clock
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import MAX_SUBSETS, EnsembleObjective
@@ -54,7 +55,8 @@ from m2m_hf.reporting.tables import (
 from m2m_hf.run.ingredients import Ingredients
 from m2m_hf.run.plan import plan, told_apart
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.search.loop import search
+from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl
+from m2m_hf.search.loop import planned_mixtures, planned_proposals, search
 from m2m_hf.search.model_based import FEW, STRATEGIES, choose_strategy
 from m2m_hf.search.result import Budget, SearchResult, default_budget, score_of
 from m2m_hf.search.strategies import SearchProblem, Strategy, exhaustive, listed
@@ -64,7 +66,20 @@ from m2m_hf.training.bank import LAUNCH
 from m2m_hf.training.experts import expert_kind
 from m2m_hf.training.fine_tune import publish
 from m2m_hf.training.imported_experts import check_sources, make_importer
-from m2m_hf.training.trackers import Tracker
+from m2m_hf.training.trackers import SearchTracker, Tracker
+
+
+class TargetMemory(SearchCallback):
+    """Writes down what the targets are as soon as a mixture is scored on them."""
+
+    def __init__(self, remember: Callable[[], None]) -> None:
+        self._remember = remember
+        self._done = False
+
+    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
+        if not self._done:
+            self._remember()
+            self._done = True
 
 
 class MergeToMixSearcher(Ingredients):
@@ -234,8 +249,12 @@ class MergeToMixSearcher(Ingredients):
         self.state.wait_for_everyone()
         return found
 
-    def search(self) -> SearchResult:
-        """Scores mixtures and chooses one; trains missing adapters first. What the journal knows is not scored again."""
+    def search(self, callbacks: Sequence[SearchCallback] = ()) -> SearchResult:
+        """Scores mixtures and chooses one; trains missing adapters first. What the journal knows is not scored again.
+
+        Args:
+            callbacks: are told of every scored trial and mixture, and may stop the search.
+        """
         self.train_adapters()
         candidates, config = self.candidates, self.config
         self.prepare()
@@ -253,38 +272,22 @@ class MergeToMixSearcher(Ingredients):
         race = strategy is not exhaustive if config.race is None else config.race
         if race and config.objective == "merged":
             why = {
-                "a target has no value for every example by itself": not all(one.order for one in objectives),
+                "a target has no value for every example by itself": not all(one.target.order for one in objectives),
                 "a target's min_delta needs scores of all examples": any(
-                    one.min_delta is not None for one in objectives
+                    one.target.min_delta is not None for one in objectives
                 ),
                 "one_standard_error needs scores of all examples": config.one_standard_error,
             }
             for reason in (text for text, holds in why.items() if holds):
                 self.terminal.say(f"no racing: {reason}", "yellow")
-        total = 2 + len(candidates) + min(self._proposals(space, strategy), budget.max_trials)
-        done = told = 0
-        curve: list[tuple[float, float]] = []
+        total = planned_mixtures(strategy, space, len(candidates), budget)
         known = len(journal.trials)
-        # A curve is told from its beginning, so that of a search that goes on is a run of its own.
+        # A search that goes on is a run of its own, which shows the curve from its beginning.
         run = f"search-from-{known}" if known else "search"
-        tracker = Tracker(self.args, run, enabled=self.state.is_main_process)
-
-        with tracker, self.terminal.progress("scoring mixtures", int(total)) as bar:
-
-            def on_standing(standing: Standing, best: Standing | None) -> None:
-                nonlocal done, told
-                if not done:
-                    self.remember_targets()
-                done += 1
-                if best is not None:
-                    bar.update(min(done, int(total)), f"best so far {score_of(best).value:.4f} {best.mixture}")
-                if standing.score is not None and best is not None:
-                    curve.append((standing.score.value, score_of(best).value))
-                if len(journal.trials) > known:  # a search that measures nothing has been told of before
-                    for step in range(told, len(curve)):
-                        tracker.log(step + 1, dict(zip(("eval_score", "eval_best_score"), curve[step], strict=True)))
-                    told = len(curve)
-
+        with (
+            Tracker(self.args, run, enabled=self.state.is_main_process) as tracker,
+            self.terminal.progress("scoring mixtures", total) as bar,
+        ):
             self._result = search(
                 strategy,
                 space,
@@ -292,13 +295,19 @@ class MergeToMixSearcher(Ingredients):
                 journal,
                 names=tuple(candidates),
                 costs=space.costs,
+                failed=self.failed,
                 one_standard_error=config.one_standard_error,
                 race=race,
                 budget=budget,
                 seed=self.args.seed,
-                write=self.state.is_main_process,
-                broadcast=self._broadcast,
-                on_standing=on_standing,
+                callbacks=[
+                    TargetMemory(self.remember_targets),
+                    ProgressCallback(bar),
+                    SearchTracker(tracker),
+                    *callbacks,
+                    StopTogether(),
+                ],
+                clock=shared_clock,
             )
         if self._stack is not None and self._stack.shrink > 1:
             less = max(1, self._tokens_per_batch // self._stack.shrink)
@@ -325,18 +334,10 @@ class MergeToMixSearcher(Ingredients):
                 )
                 return listed(ensemble.best_subsets(space))
         if chosen == "auto":
-            likelihoods = all(one.differentiable for one in objectives)
+            likelihoods = all(isinstance(one, Differentiable) for one in objectives)
             chosen, why = choose_strategy(space, likelihoods, self.config.max_trials or 0)
             self.terminal.say(f"strategy: {chosen}, since {why}")
         return STRATEGIES[chosen]
-
-    @staticmethod
-    def _proposals(space: SearchSpace, strategy: Callable[[SearchProblem], Strategy]) -> int:
-        """About how many mixtures a strategy will propose."""
-        if strategy is exhaustive:
-            known = [*(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)]
-            return sum(mixture not in known for mixture in space.subsets())
-        return default_budget(len(space.names))
 
     def choose(self) -> SearchResult:
         """The search, and what `verify_top_k` makes of it."""
@@ -635,7 +636,7 @@ class MergeToMixSearcher(Ingredients):
     ) -> Score | Failure:
         """A model's score on validation or sealed test rows; the latter are looked at once."""
         if part == "test":
-            return objective.sealed(counts, scorer, self.state.is_main_process, self._broadcast)
+            return objective.sealed(counts, scorer)
         return objective.score(counts)
 
     def _put_old_final_aside(self) -> None:
@@ -718,7 +719,7 @@ class MergeToMixSearcher(Ingredients):
         self.check()
         space, config, known = self.space, self.config, 2 + len(self.candidates)
         few = config.strategy == "exhaustive" or (config.strategy == "auto" and space.at_most(FEW))
-        proposed = self._proposals(space, exhaustive) if few else default_budget(len(space.names))
+        proposed = planned_proposals(exhaustive, space) if few else default_budget(len(space.names))
         if config.objective == "ensemble":
             proposed, known = 0, 1 + len(self.candidates)  # passes; the rest is arithmetic
         made = plan(self, int(min(known + proposed, config.max_trials or math.inf)))

@@ -7,53 +7,70 @@ Nothing is trained or scored by a model; the journal is real, on the disk, in a 
 
 import sys
 
-sys.path[0] += "/support"  # not this folder, whose select.py would hide the standard library's
+del sys.path[0]  # this folder, whose select.py would hide the standard library's
 
 import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from replay import Landscape
 
 from m2m_hf.analysis.shapley import shapley_values
 from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.score import Score
+from m2m_hf.core.objective import Objective, TargetInfo
+from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.reporting.conclude import joining
+from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.search.loop import search
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.journal import Journal
 
 
-class LongValidation(Landscape):
-    """A made-up target with very many rows: whether each is right, and the log-probability of its right answer."""
+class LongValidation(Objective):
+    """A made-up target with very many rows: each is right or wrong, and has the log-probability of its right answer."""
 
-    order: tuple[int, ...] = ()
+    name = "made up"
 
     def __init__(self, names: list[str], rows: int) -> None:
-        super().__init__(lambda mixture: 0.0)
+        super().__init__(TargetInfo("long", rows))
         draw = np.random.default_rng(0)
-        self.examples = rows
         self._hard = draw.normal(size=rows)
         self._effects = {name: draw.normal(scale=0.2) for name in names}
 
-    def __call__(self, mixtures, rows=None):  # type: ignore[no-untyped-def]
-        found = []
+    def key(self, mixture: Mixture, rung: int | None = None) -> str:
+        return str(mixture.items)
+
+    def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
+        scores: list[Score | Failure] = []
         for mixture in mixtures:
             draw = np.random.default_rng(abs(hash(mixture.items)) % 2**32)
             level = sum(weight * self._effects[name] for name, weight in mixture.items) - self._hard
-            logprobs = -np.logaddexp(0, -(level + 0.3 * draw.normal(size=self.examples)))
-            found.append(Score.of(LazyArray.of(logprobs > np.log(0.5)), LazyArray.of(logprobs)))
-        return found
+            logprobs = -np.logaddexp(0, -(level + 0.3 * draw.normal(size=self.target.examples)))
+            scores.append(Score.of(LazyArray.of(logprobs > np.log(0.5)), LazyArray.of(logprobs)))
+        return scores
+
+
+class Pace(SearchCallback):
+    """Notes when every mixture was settled, and prints the pace now and then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
+        self.times.append(time.monotonic())
+        if len(self.times) % 2000 == 0:
+            pace = (self.times[-1] - self.times[-1001]) / 1000
+            print(f"{len(self.times):,} trials, {1000 * pace:.1f} ms each, {memory():.2f} GB", flush=True)
 
 
 def memory() -> float:
-    """GB that this process has had in memory at most and that were not the page cache's."""
+    """GB of memory that this process uses, without the page cache."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["RssAnon"].split()[0]) / 1e6
 
@@ -64,29 +81,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     given = parser.parse_args()
     names = [f"c{number:02}" for number in range(int(np.ceil(np.log2(given.trials))))]
-    times: list[float] = []
-
-    def tick(standing: Standing, best: Standing | None) -> None:
-        times.append(time.monotonic())
-        if len(times) % 2000 == 0:
-            pace = (times[-1] - times[-1001]) / 1000
-            print(f"{len(times):,} trials, {1000 * pace:.1f} ms each, {memory():.2f} GB", flush=True)
-
+    pace = Pace()
     with tempfile.TemporaryDirectory(prefix="m2m-long-") as folder:
         path = Path(folder) / "trials.jsonl"
         objective = LongValidation(names, given.rows)
         start = time.monotonic()
         result = search(
             exhaustive, SearchSpace(tuple(names)), [objective], Journal(path), names=names, costs=dict.fromkeys(names, 1.0),
-            on_standing=tick,
+            callbacks=[pace],
         )  # fmt: skip
-        paces = np.diff(times)
-        part = len(paces) // 10
+        paces = np.diff(pace.times)
         size = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e9
+        first, last = (1000 * part.mean() for part in (paces[: len(paces) // 10], paces[-(len(paces) // 10) :]))
         print(
-            f"{len(times):,} trials of {given.rows:,} rows: {time.monotonic() - start:.0f} s, {1000 * paces[:part].mean():.1f} "
-            f"ms each over the first tenth, {1000 * paces[-part:].mean():.1f} ms over the last; {size:.1f} GB on the disk, "
-            f"{memory():.2f} GB in memory"
+            f"{len(pace.times):,} trials of {given.rows:,} rows: {time.monotonic() - start:.0f} s, {first:.1f} ms each over the "
+            f"first tenth, {last:.1f} ms over the last; {size:.1f} GB on the disk, {memory():.2f} GB in memory"
         )
         start = time.monotonic()
         journal = Journal(path)

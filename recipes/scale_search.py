@@ -32,45 +32,51 @@ from typing import Any
 from replay import Landscape, Replay, larger_landscape, tells_apart
 
 from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.objective import Objective
 from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
+from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.search.loop import search
 from m2m_hf.search.model_based import STRATEGIES, choose_strategy
 from m2m_hf.search.result import Budget
-from m2m_hf.search.strategies import SearchProblem, exhaustive
+from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.journal import Journal
 
 Curve = list[tuple[float, float]]
 
 
+class CurveCallback(SearchCallback):
+    """Keeps, for every settled mixture, the rows scored so far and the best score so far."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.curve: Curve = []
+        self._objective = objective
+
+    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
+        if best is not None and best.score is not None:
+            self.curve.append((getattr(self._objective, "spent", 0), best.score.value))
+
+
 def replay(
-    objective: Replay, names: tuple[str, ...], strategy: str, race: bool, seed: int, budget: Budget
+    objective: Objective, names: tuple[str, ...], strategy: str, race: bool, seed: int, budget: Budget
 ) -> tuple[Standing, float, Curve]:
     """(the chosen mixture, examples scored, [examples scored, best score so far]) of one search."""
-    space = SearchSpace(names)
-    curve: Curve = []
-    objective.spent = 0
-
-    def on_standing(standing: Standing, best: Standing | None) -> None:
-        if best is not None and best.score is not None:
-            curve.append((objective.spent, best.score.value))
-
+    watch = CurveCallback(objective)
     with tempfile.TemporaryDirectory() as folder:
         result = search(
             STRATEGIES[strategy],
-            space,
+            SearchSpace(names),
             [objective],
-            Journal(Path(folder) / "trials.jsonl"),
+            Journal(Path(folder) / "trials.jsonl", write=False),
             names=names,
             costs=dict.fromkeys(names, 1.0),
             race=race,
             budget=budget,
             seed=seed,
-            write=False,
-            on_standing=on_standing,
+            callbacks=[watch],
         )
-    return result.best, result.evaluations, curve
+    return result.best, result.evaluations, watch.curve
 
 
 def recorded(given: argparse.Namespace, terminal: Terminal) -> tuple[dict[str, Any], dict[str, list[Curve]], Replay]:
@@ -83,11 +89,11 @@ def recorded(given: argparse.Namespace, terminal: Terminal) -> tuple[dict[str, A
         )
     scores = {mixture: score for mixture, score in objective.table.items() if mixture.items}
     best = max(scores, key=lambda mixture: (scores[mixture].value, -len(mixture)))
-    full = len(objective.table) * objective.examples
+    full = len(objective.table) * objective.target.examples
     values = sorted((score.value for score in scores.values()), reverse=True)
     tied = sum(not tells_apart(scores[best], score) for score in scores.values())
     terminal.say(
-        f"{len(names)} candidates, {objective.examples} examples; base {objective.table[BASE].value:.4f}, median "
+        f"{len(names)} candidates, {objective.target.examples} examples; base {objective.table[BASE].value:.4f}, median "
         f"{statistics.median(values):.4f}, best {values[0]:.4f} ({best}); {tied} mixtures cannot be told from the best\n"
     )
     auto, why = choose_strategy(SearchSpace(names), True)
@@ -131,7 +137,7 @@ def simulated(given: argparse.Namespace, table: Mapping[Mixture, Score], termina
         gaps: dict[str, list[float]] = {}
         seconds: dict[str, list[float]] = {}
         for seed in range(given.landscapes):
-            value = larger_landscape(table, SearchProblem(SearchSpace(names)), count, seed)
+            value = larger_landscape(table, SearchSpace(names), count, seed)
             many = tuple(f"c{number:03}" for number in range(count))
             found = {}
             for strategy in STRATEGIES:
@@ -161,6 +167,11 @@ def simulated(given: argparse.Namespace, table: Mapping[Mixture, Score], termina
 
 def loop_cost(terminal: Terminal) -> dict[str, float]:
     """Part 3."""
+
+    class Moments(SearchCallback):
+        def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
+            moments.append(time.monotonic())
+
     names = tuple(f"c{number:02}" for number in range(15))
     objective = Landscape(lambda mixture: -float(len(mixture)))
     moments: list[float] = []
@@ -174,7 +185,7 @@ def loop_cost(terminal: Terminal) -> dict[str, float]:
             Journal(path),
             names=names,
             costs=dict.fromkeys(names, 1.0),
-            on_standing=lambda standing, best: moments.append(time.monotonic()),
+            callbacks=[Moments()],
         )
         total = time.monotonic() - start
         start = time.monotonic()
@@ -233,7 +244,7 @@ def main() -> None:
         given.output.mkdir(parents=True, exist_ok=True)
         everything = {"recorded": figures, "simulated": landscapes, "loop": loop}
         (given.output / "figures.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
-        full = len(objective.table) * objective.examples
+        full = len(objective.table) * objective.target.examples
         draw(curves, full, objective.table[BASE].value, given.output / "search.png")
 
 

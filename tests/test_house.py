@@ -14,8 +14,8 @@ import m2m_hf
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # each imports from those before it alone; `m2m_hf/<name>/` or `m2m_hf/<name>.py`
-    "errors", "console", "core", "config", "storage", "merging", "modeling", "data", "scoring", "training", "objectives",
-    "search", "analysis", "reporting", "publish", "run", "callbacks", "searcher", "cli",
+    "errors", "console", "core", "config", "storage", "search", "merging", "modeling", "data", "scoring", "training",
+    "objectives", "analysis", "reporting", "publish", "run", "callbacks", "searcher", "cli",
 )  # fmt: skip
 LIGHT = (
     "errors", "console", "core", "storage", "search", "analysis/selection_bias", "analysis/fidelity", "reporting/plots",

@@ -1,7 +1,8 @@
-"""The correlation study: fine-tunes mixtures, and holds the surrogates and other ways of choosing against what they score."""
+"""The correlation study: fine-tunes mixtures and compares their scores with the surrogates and with other ways of choosing."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from random import Random
 from typing import Any
@@ -12,13 +13,14 @@ from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.score import Failure, Score, mean_over_targets, paired
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.core.trial import Standing, scores_of
+from m2m_hf.core.trial import Reference, Standing, Trial, scores_of
 from m2m_hf.errors import InputError
 from m2m_hf.objectives.fine_tuned import Counts, FineTunedModels
 from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.search.loop import Search, trial_of
-from m2m_hf.search.result import Budget, SearchResult, score_of
+from m2m_hf.search.callbacks import ProgressCallback
+from m2m_hf.search.measure import SearchState
+from m2m_hf.search.result import SearchResult, score_of
 from m2m_hf.storage.journal import Journal
 from m2m_hf.training.fine_tune import TrainingFailedError
 
@@ -27,7 +29,7 @@ RANDOM = 3  # mixtures drawn at random to compare with
 
 @dataclass(frozen=True)
 class Choice:
-    """A mixture that some way of choosing comes to.
+    """What some way of choosing comes to.
 
     Args:
         mixture: with equal weights.
@@ -39,18 +41,17 @@ class Choice:
 
 
 class Study:
-    """Trains mixtures once each and compares.
+    """Fine-tunes mixtures, once each, and compares.
 
     Args:
         space: of the search.
         surrogates: name (`merged`, `ensemble`) -> its objectives, one for every target.
         trained: the trained objectives, one for every target.
-        journal: where trials are remembered.
-        write: whether this process writes it.
-        broadcast: gives every process what the main one has.
+        journal: remembers trials.
         progress: `Terminal.progress`.
-        uniform: whether merged singles are adapters that were trained as everything else: the average of a bank without mixed
-            training.
+        failed: candidate -> why it has no adapter.
+        clock: see `search`.
+        uniform: a merged single is an adapter that was trained like all other models, so that it shows the training noise.
     """
 
     def __init__(
@@ -60,60 +61,66 @@ class Study:
         trained: Sequence[TrainedObjective],
         journal: Journal,
         *,
-        write: bool,
-        broadcast: Callable[[Any], Any],
         progress: Callable[[str, int], Any],
+        failed: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
         uniform: bool = True,
     ) -> None:
-        self.uniform = uniform
         self.space = space
         self.surrogates = surrogates
         self.trained = trained
         self.models: FineTunedModels = trained[0].models
+        self.uniform = uniform
+        self.worked = False  # True once anything was trained
         self._journal = journal
-        self._write = write
-        self._broadcast = broadcast
         self._progress = progress
-        self.worked = False  # whether anything was trained
+        self._failed = failed
+        self._clock = clock
 
-    def standings(self, objectives: Sequence[Objective], mixtures: Sequence[Mixture], title: str) -> list[Standing]:
-        """How mixtures stand by some objectives; what the journal does not hold is measured."""
+    def standings(
+        self, objectives: Sequence[Objective], mixtures: Sequence[Mixture], title: str, base: Standing | None = None
+    ) -> list[Standing]:
+        """How mixtures stand by some objectives; measures what the journal does not hold.
+
+        Args:
+            base: the base model's standing, if `min_delta` counts.
+        """
         with self._progress(title, len(mixtures)) as bar:
-            state = Search(
-                objectives, self.space, self._journal, self._write, lambda *_: bar.advance(), False, Budget(),
-                self._broadcast, list,
+            state = SearchState(
+                self.space, objectives, self._journal, callbacks=[ProgressCallback(bar)], failed=self._failed,
+                clock=self._clock, base=base.trials if base else None,
             )  # fmt: skip
-            state.fixed(mixtures)
+            state.score_in_full(list(dict.fromkeys(mixtures)))
         return [state.standings[mixture] for mixture in mixtures]
 
     def fine_tune(self, choices: Sequence[Choice]) -> None:
-        """Trains the models that are missing; one that diverges is a failed trial of the journal."""
+        """Trains the models that are missing; one that diverges becomes a failed trial of the journal."""
         missing = {self.models.folder(one.counts): one for one in choices if not self.models.is_trained(one.counts)}
-        for folder, one in list(missing.items()):
-            trials = [self._journal.get(objective.keys.trained(one.counts)) for objective in self.trained]
-            if any(trial and trial.state == "failed" for trial in trials):
-                del missing[folder]
-        if not missing:
+        todo = [choice for choice in missing.values() if not self._is_known_to_fail(choice)]
+        if not todo:
             return
         self.worked = True
-        steps = [self.models.steps(one.counts) for one in missing.values()]
+        steps = [self.models.steps(choice.counts) for choice in todo]
         with self._progress("fine-tuning mixtures", sum(steps)) as bar:
             starts = accumulate(steps, initial=0)
-            for number, (one, before) in enumerate(zip(missing.values(), starts, strict=False), start=1):
+            for number, (choice, before) in enumerate(zip(todo, starts, strict=False), start=1):
+                note = f"{number} of {len(todo)}: {' + '.join(choice.counts)}"
                 try:
-                    self.models.train(one.counts, bar, before, f"{number} of {len(missing)}: {' + '.join(one.counts)}")
+                    self.models.train(choice.counts, bar, before, note)
                 except TrainingFailedError as error:
                     for objective in self.trained:
-                        key = objective.keys.trained(one.counts)
-                        failed = Failure(str(error))
-                        trial = trial_of(objective, one.mixture, failed, 0.0, objective.examples, key, "trained")
-                        self._journal.append(trial, write=self._write)
+                        self._remember(objective, choice, Failure(str(error)))
 
-    def counts(self, mixture: Mixture) -> dict[str, int]:
-        return self.models.counts(mixture)
+    def _is_known_to_fail(self, choice: Choice) -> bool:
+        trials = [self._journal.get(objective.keys.trained(choice.counts)) for objective in self.trained]
+        return any(trial is not None and trial.state == "failed" for trial in trials)
+
+    def _remember(self, objective: TrainedObjective, choice: Choice, result: Score | Failure) -> Trial:
+        key = objective.keys.trained(choice.counts)
+        return self._journal.append(Trial.of(result, choice.mixture, objective.name, objective.target, key))
 
     def choice(self, mixture: Mixture) -> Choice:
-        return Choice(mixture, self.counts(mixture))
+        return Choice(mixture, self.models.counts(mixture))
 
     def choices(
         self, result: SearchResult, objectives: Sequence[Objective], similar: Sequence[str], random: int, seed: int
@@ -121,163 +128,158 @@ class Study:
         """What this and other ways of choosing come to, by name.
 
         Args:
-            result: the search; its standings come to hold what had to be scored.
+            result: the search. What else must be scored is added to its standings.
             objectives: the search's.
-            similar: the candidates, those most similar to the targets first; empty where that cannot be told.
-            random: mixtures to draw at random.
-            seed: of these.
+            similar: the candidates, those most similar to the targets first; empty if that is not known.
+            random: how many mixtures to draw at random.
+            seed: of these draws.
         """
         names = self.space.names
         choices = {"chosen": self.choice(result.best.mixture), "all": self.choice(Mixture.subset(names))}
         singles = [Mixture.subset([name]) for name in names]
-        if singles := [one for one in singles if result.standings[one].score]:
+        if singles := [mixture for mixture in singles if result.standings[mixture].score]:
             choices["best_single"] = self.choice(best_of(singles, result.standings))
-        steps = [Mixture.subset(similar[:size]) for size in range(1, len(similar) + 1)]
-        steps = [one for one in steps if one in self.space]
-        unknown = [one for one in steps if one not in result.standings or not result.standings[one].complete]
-        more = self.standings(objectives, unknown, "scoring mixtures") if unknown else []
-        result.standings.update(zip(unknown, more, strict=True))
-        if steps := [one for one in steps if result.standings[one].score]:
-            choices["similarity"] = self.choice(best_of(steps, result.standings))
+        prefixes = [Mixture.subset(similar[:size]) for size in range(1, len(similar) + 1)]
+        prefixes = [mixture for mixture in prefixes if mixture in self.space]
+        standings = result.standings
+        if unknown := [one for one in prefixes if one not in standings or not standings[one].complete]:
+            standings.update(zip(unknown, self.standings(objectives, unknown, "scoring mixtures"), strict=True))
+        if prefixes := [mixture for mixture in prefixes if standings[mixture].score]:
+            choices["similarity"] = self.choice(best_of(prefixes, standings))
         rows = {name: len(self.models.candidates[name].rows) for name in names}
         choices["stratified"] = Choice(Mixture.subset(rows), dict.fromkeys(sorted(rows), min(rows.values())))
+        drawn = [self.choice(mixture) for mixture in self._draw(random, seed)]
+        return choices | {f"random_{number}": choice for number, choice in enumerate(drawn, start=1)}
+
+    def _draw(self, count: int, seed: int) -> list[Mixture]:
+        """Up to `count` different mixtures, drawn at random."""
         draw = Random(seed)
-        drawn: list[Mixture] = []
-        for _ in range(100 * random):
+        mixtures: dict[Mixture, None] = {}
+        for _ in range(100 * count):
             mixture = self.space.draw(draw)
-            if len(drawn) < random and mixture not in drawn:
-                drawn.append(mixture)
-        return choices | {f"random_{number}": self.choice(one) for number, one in enumerate(drawn, start=1)}
+            if len(mixtures) < count:
+                mixtures.setdefault(mixture)
+        return list(mixtures)
 
     def trained_standing(self, choice: Choice) -> Standing:
-        """How a model stands that was trained on rows which are not its mixture's usual ones."""
+        """How the model of a choice stands, also if it is trained on other rows than its mixture usually is."""
         trials = {}
         for objective in self.trained:
-            key = objective.keys.trained(choice.counts)
-            trial = self._journal.get(key)
-            if trial is None:
-                found = objective.score(choice.counts)
-                trial = trial_of(objective, choice.mixture, found, 0.0, objective.examples, key, "trained")
-                trial = self._journal.append(trial, write=self._write)
-            trials[objective.target] = trial
-        return Standing(choice.mixture, trials, {one.target: one.weight for one in self.trained})
+            trial = self._journal.get(objective.keys.trained(choice.counts))
+            trials[objective.target.name] = trial or self._remember(objective, choice, objective.score(choice.counts))
+        return Reference([one.target for one in self.trained]).standing(choice.mixture, trials)
 
     def trained_standings(self, mixtures: Sequence[Mixture], base: Standing) -> list[Standing]:
-        """How models fine-tuned on mixtures stand, trained now where they are missing.
-
-        `short` names the targets on which they fall short of the base model's `min_delta`.
-        """
+        """How models fine-tuned on mixtures stand, `min_delta` included; trains what is missing."""
         self.fine_tune([self.choice(mixture) for mixture in mixtures])
-        reference = scores_of(base)
-        least = {
-            one.target: reference[one.target].value - one.min_delta for one in self.trained if one.min_delta is not None
-        }
-        found = []
-        for standing in self.standings(self.trained, mixtures, "scoring what was fine-tuned"):
-            scores = scores_of(standing)
-            short = tuple(name for name, value in least.items() if name in scores and scores[name].value < value)
-            found.append(replace(standing, short=short))
-        return found
+        return self.standings(self.trained, mixtures, "scoring what was fine-tuned", base)
 
     def run(self, mixtures: Sequence[Mixture], base: Standing) -> dict[str, Any]:
-        """Fine-tunes and scores `mixtures`, and compares; the part of `fidelity.json` that is about the surrogates.
-
-        Args:
-            base: how the base model stands.
+        """Fine-tunes and scores mixtures and compares: the part of `fidelity.json` about the surrogates.
 
         Mixtures whose training diverges, or that have no score, are left out and named.
 
+        Args:
+            base: the base model's standing.
+
         Raises:
-            InputError: not one could be fine-tuned and scored.
+            InputError: not a single mixture could be fine-tuned and scored.
         """
-        asked, true, failed = mixtures, self.trained_standings(mixtures, base), []
-        for standing in true:
-            if standing.score is None:
-                reason = next(trial.reason for trial in standing.trials.values() if trial.score is None)
-                failed.append({"mixture": standing.mixture.weights, "reason": reason})
-        true = [one for one in true if one.score is not None]
-        mixtures = [one.mixture for one in true]
+        asked, failed, true = mixtures, [], []
+        for standing in self.trained_standings(mixtures, base):
+            if standing.score is not None:
+                true.append(standing)
+                continue
+            reason = next(trial.reason for trial in standing.trials.values() if trial.score is None)
+            failed.append({"mixture": standing.mixture.weights, "reason": reason})
+        mixtures = [standing.mixture for standing in true]
         if not mixtures:
-            raise InputError(f"not one mixture could be fine-tuned and scored: {failed[0]['reason']}")
-        found = {
+            raise InputError(f"not a single mixture could be fine-tuned and scored: {failed[0]['reason']}")
+        surrogates = {
             name: self.standings(objectives, mixtures, f"scoring mixtures ({name})")
             for name, objectives in self.surrogates.items()
         }
-        shown = []
+        lines = []
         for number, mixture in enumerate(mixtures):
-            counts = self.counts(mixture)
-            line: dict[str, Any] = {
+            counts = self.models.counts(mixture)
+            lines.append({
                 "mixture": mixture.weights,
                 "rows": sum(counts.values()),
                 "steps": self.models.steps(counts),
                 "seconds": self.models.record(counts)["seconds"],
                 "trained": figures(true[number]),
-            }
-            line |= {name: figures(standings[number]) for name, standings in found.items()}
-            shown.append(line)
+                **{name: figures(standings[number]) for name, standings in surrogates.items()},
+            })  # fmt: skip
         complete = set(islice(self.space.subsets(), len(asked) + 1)) <= set(asked)
-        compared = {name: compare(mixtures, standings, true, complete) for name, standings in found.items()}
+        agreements = {name: compare(mixtures, standings, true, complete) for name, standings in surrogates.items()}
         return {
             "all_mixtures": complete,
-            "mixtures": shown,
+            "mixtures": lines,
             "failed": failed,
-            "agreement": {name: {key: one.to_json() for key, one in of.items()} for name, of in compared.items()},
+            "agreement": {name: {key: one.to_json() for key, one in of.items()} for name, of in agreements.items()},
             "verdict": {
                 name: dict(zip(("verdict", "why"), verdict(of.get("score"), of.get("score" + LARGER)), strict=True))
-                for name, of in compared.items()
+                for name, of in agreements.items()
             },
-            "training_noise": training_noise(found["merged"], true) if self.uniform else None,
-            "resilience": {name: resilience(base, standings, true) for name, standings in found.items()},
+            "training_noise": training_noise(surrogates["merged"], true) if self.uniform else None,
+            "resilience": {name: resilience(base, standings, true) for name, standings in surrogates.items()},
         }
 
     def baselines(
         self, choices: Mapping[str, Choice], base: Standing, scorers: Mapping[str, Scorer]
     ) -> dict[str, dict[str, Any]]:
-        """What every way of choosing comes to, trained and scored alike; the base model's scores beside them.
+        """What every way of choosing comes to, trained and scored alike, and the base model's scores.
 
-        The sealed test sets are scored here, once for every model, when everything is chosen.
+        Scores the sealed test sets, once for every model, since everything is chosen by now.
 
         Args:
-            choices: by name, that of the method under `chosen`.
-            base: how the base model stands.
-            scorers: target -> scorer of its test rows, where it has any.
+            choices: by name; `chosen` is that of the method.
+            base: the base model's standing.
+            scorers: target -> scorer of its test rows, of the targets that have any.
         """
         self.fine_tune(list(choices.values()))
-        stand = {name: scores_of(self.trained_standing(choice)) for name, choice in choices.items()}
-        stand["base"] = scores_of(base)
-        weights = {one.target: one.weight for one in self.trained}
-        counts = {name: choice.counts for name, choice in choices.items()} | {"base": {}}
-        tests: dict[str, dict[str, Score]] = {name: {} for name in counts}
-        if scorers:
-            with self._progress("scoring the sealed test set", len(counts) * len(scorers)) as bar:
-                for name, of in counts.items():
-                    for objective in self.trained:
-                        if objective.target in scorers and stand[name]:
-                            scorer = scorers[objective.target]
-                            tests[name][objective.target] = objective.sealed(of, scorer, self._write, self._broadcast)
-                            bar.advance()
-        shown = {}
-        for name, scores in stand.items():
+        validation = {name: scores_of(self.trained_standing(choice)) for name, choice in choices.items()}
+        validation["base"] = scores_of(base)
+        tests = self._test_scores(choices, validation, scorers)
+        baselines = {}
+        for name in validation:
             choice = choices.get(name)
-            line: dict[str, Any] = {
+            baselines[name] = {
                 "mixture": choice.mixture.weights if choice else {},
                 "rows": sum(choice.counts.values()) if choice else 0,
                 "steps": self.models.steps(choice.counts) if choice else 0,
+                "validation": self._against_chosen(validation[name], validation["chosen"]),
+                "test": self._against_chosen(tests[name], tests["chosen"]),
             }
-            for part, ours, reference in (
-                ("validation", scores, stand["chosen"]),
-                ("test", tests[name], tests["chosen"]),
-            ):
-                if not ours or len(ours) < len(weights):
-                    line[part] = None
-                    continue
-                value, stderr = mean_over_targets(ours, weights)
-                over = pair(paired(ours, reference, weights)) if len(reference) == len(weights) else None
-                line[part] = {"score": value, "stderr": stderr, "over_chosen": over}
-            shown[name] = line
-        return shown
+        return baselines
+
+    def _test_scores(
+        self, choices: Mapping[str, Choice], validation: Mapping[str, Any], scorers: Mapping[str, Scorer]
+    ) -> dict[str, dict[str, Score]]:
+        """Name of a choice -> target -> score on sealed test rows, of the choices that have validation scores."""
+        tests: dict[str, dict[str, Score]] = {name: {} for name in validation}
+        if not scorers:
+            return tests
+        with self._progress("scoring the sealed test set", len(tests) * len(scorers)) as bar:
+            for name, scores in tests.items():
+                counts = choices[name].counts if name in choices else {}
+                for objective in self.trained:
+                    target = objective.target.name
+                    if target in scorers and validation[name]:
+                        scores[target] = objective.sealed(counts, scorers[target])
+                        bar.advance()
+        return tests
+
+    def _against_chosen(self, scores: Mapping[str, Score], chosen: Mapping[str, Score]) -> dict[str, Any] | None:
+        """A baseline's mean score and its gain over the chosen mixture; None if a target has no score."""
+        weights = {one.target.name: one.target.weight for one in self.trained}
+        if len(scores) < len(weights):
+            return None
+        value, stderr = mean_over_targets(scores, weights)
+        gain = pair(paired(scores, chosen, weights)) if len(chosen) == len(weights) else None
+        return {"score": value, "stderr": stderr, "over_chosen": gain}
 
 
 def best_of(mixtures: Sequence[Mixture], standings: Mapping[Mixture, Standing]) -> Mixture:
-    """The mixture with the highest score; of equal ones that with the likelier right answers, or else the first."""
+    """The mixture with the highest score; of equal ones, the one with the likelier right answers, or else the first."""
     return max(mixtures, key=lambda one: (score_of(standings[one]).value, standings[one].mean_logprob))

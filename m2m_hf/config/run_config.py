@@ -100,7 +100,7 @@ class MergeToMixConfig:
         "{label}",
     )
     strategy: str = option(
-        checks.one_of("exhaustive", "auto", "random", "greedy", "beam", "annealing", "surrogate", "bayes", "gradient"),
+        checks.one_of("exhaustive", "auto", "random", "greedy", "beam", "surrogate", "bayes", "gradient"),
         "How mixtures are proposed: exhaustive (all 2^N-1 subsets), random, greedy, beam, surrogate, bayes, gradient, or "
         "auto, which chooses and says why.",
         "exhaustive",

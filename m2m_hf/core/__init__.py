@@ -1,1 +1,4 @@
-"""Values that a search speaks in: mixtures, scores, trials. Imports nothing else of this package but errors."""
+"""Values without torch: mixtures, the space of them, scores, trials, and the objective that makes one of the other.
+
+Imports nothing of this package but `errors`.
+"""

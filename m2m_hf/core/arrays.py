@@ -9,22 +9,22 @@ TYPE = np.dtype("<f8")
 
 
 class LazyArray(Sequence[float]):
-    """A list of numbers as compact as an array, read from the disk where it lies there; behaves as a tuple of floats does.
+    """A list of numbers that behaves like a tuple of floats, as compact as an array and read from the disk on access.
 
     Args:
-        take: gives the array, of shape (count,).
-        count: how many.
+        load: returns the array, of shape (count,).
+        count: how many numbers there are.
     """
 
-    __slots__ = ("_count", "_take")
+    __slots__ = ("_count", "_load")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, take: Callable[[], Any], count: int) -> None:
-        self._take, self._count = take, count
+    def __init__(self, load: Callable[[], Any], count: int) -> None:
+        self._load, self._count = load, count
 
     @classmethod
     def of(cls, values: Any) -> "LazyArray":
-        """In memory."""
+        """Holds `values` in memory."""
         array = np.array(values, dtype=TYPE)
         return cls(lambda: array, len(array))
 
@@ -38,19 +38,19 @@ class LazyArray(Sequence[float]):
     def __getitem__(self, index: slice) -> tuple[float, ...]: ...
 
     def __getitem__(self, index: int | slice) -> float | tuple[float, ...]:
-        found = self._take()[index]
-        return tuple(found.tolist()) if isinstance(index, slice) else float(found)
+        item = self._load()[index]
+        return tuple(item.tolist()) if isinstance(index, slice) else float(item)
 
     def __iter__(self) -> Iterator[float]:
-        return iter(self._take().tolist())
+        return iter(self._load().tolist())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
-        return len(other) == len(self) and bool(np.array_equal(self._take(), np.asarray(other, dtype=TYPE)))
+        return len(other) == len(self) and bool(np.array_equal(self._load(), np.asarray(other, dtype=TYPE)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.array(self._take(), dtype=dtype or TYPE)
+        return np.array(self._load(), dtype=dtype or TYPE)
 
     def __reduce__(self) -> Any:
         return LazyArray.of, (tuple(self),)

@@ -9,8 +9,8 @@ from math import isclose, isfinite
 class Mixture:
     """Candidate names and their weights: sorted by name, every weight > 0, sum 1.
 
-    A subset is a mixture of equal weights. The mixture without any candidate stands for the base model, which is scored
-    like every other but can never be chosen.
+    A subset is a mixture of equal weights. The empty mixture stands for the base model, which is scored like every other
+    but can never be chosen.
     """
 
     items: tuple[tuple[str, float], ...]
@@ -58,29 +58,11 @@ class Mixture:
 BASE = Mixture(())
 
 
-def gray_code_order(mixtures: Iterable[Mixture]) -> list[Mixture]:
-    """Mixtures in the order of the binary reflected Gray code (Gray, 1953) of who is in them.
-
-    Of all subsets each then differs from the one before by a single candidate; of some of them, by few.
-    """
-    several = list(mixtures)
-    place = {name: number for number, name in enumerate(sorted({name for one in several for name in one.names}))}
-
-    def rank(mixture: Mixture) -> int:
-        code = sum(1 << place[name] for name in mixture.names)
-        number = code
-        while code := code >> 1:
-            number ^= code
-        return number
-
-    return sorted(several, key=lambda mixture: (rank(mixture), mixture.items))
-
-
 def row_counts(mixture: Mixture, rows: Mapping[str, int]) -> dict[str, int]:
-    """How many rows of each candidate make the mixture: all of them where the weights are equal, else in proportion to these.
+    """How many rows of each candidate the mixture takes: all if the weights are equal, otherwise in proportion to them.
 
     Args:
-        rows: name -> rows that the candidate has.
+        rows: name -> rows of the candidate.
     """
     if len(set(mixture.weights.values())) <= 1:
         return {name: rows[name] for name in mixture.names}

@@ -1,10 +1,14 @@
 """`Objective`: a mixture in, a score out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+
+from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score
 
@@ -28,41 +32,84 @@ class TargetInfo:
     order: tuple[int, ...] = ()
 
 
-class Objective(Protocol):
-    """What the search needs of one target: a name, a key for every measurement, and the measurement.
+class Objective(ABC):
+    """Scores mixtures on one target. The search knows a model only through this class.
 
-    `key` covers everything that the score depends on, so that a journal line with this key can stand in for measuring.
-    `at_once` is how many mixtures are best measured together on so many rows; it is asked only when something is to be measured.
-    `weight` and `min_delta` are the target's in the choice: see `TargetConfig`.
-    `failed` tells of candidates without an adapter why they have none: no mixture with one of them is measured.
-    `order` is that in which a race sees the examples, empty where they cannot be scored one by one. `rung` then means the first
-    so many of them; None means all, whose values stand in the examples' own order, which `whole` gives them.
+    A subclass says how to score (`_score`) and names every measurement (`key`).
+
+    Args:
+        target: the target.
+
+    Attributes:
+        name: what trials and tables call the objective.
     """
 
     name: str
-    target: str
-    examples: int
-    weight: float
-    min_delta: float | None
-    failed: Mapping[str, str]
-    order: tuple[int, ...]
 
-    def at_once(self, rows: int) -> int: ...
+    def __init__(self, target: TargetInfo) -> None:
+        self.target = target
 
-    def key(self, mixture: Mixture, rung: int | None = None) -> str: ...
+    @abstractmethod
+    def key(self, mixture: Mixture, rung: int | None = None) -> str:
+        """Fingerprint of everything the score depends on. A journal line with this key replaces a measurement."""
 
-    def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]: ...
+    @abstractmethod
+    def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
+        """Scores mixtures on some rows, or on all of them (None). The values stand in the order of `rows`."""
 
-    def whole(self, score: Score) -> Score: ...
+    def __call__(
+        self, mixtures: Sequence[Mixture], rung: int | None = None, before: Mapping[Mixture, Score] | None = None
+    ) -> list[Score | Failure]:
+        """Scores mixtures on the first `rung` rows of the race's order, or on all rows (None).
 
-    def evaluations(self, mixture: Mixture, rows: int) -> int: ...
+        Args:
+            before: the mixtures' scores on the rung before, whose rows are not scored again.
 
-    @property
-    def differentiable(self) -> bool: ...
+        Returns:
+            Scores over all these rows: on a rung in the race's order, otherwise in the order of the rows.
+        """
+        if rung is None and not before:
+            return self._score(mixtures, None)
+        before = before or {}
+        seen = max((len(score.values) for score in before.values()), default=0)
+        scores = self._score(mixtures, self.target.order[seen:rung])
+        return [
+            self._join(before.get(mixture), score, complete=rung is None) if isinstance(score, Score) else score
+            for mixture, score in zip(mixtures, scores, strict=True)
+        ]
 
-    def gradient(self, mixture: Mixture) -> Score | Failure: ...
+    def _join(self, before: Score | None, new: Score, complete: bool) -> Score:
+        before = before or Score(0.0)
+        values, logprobs = (*before.values, *new.values), (*before.logprobs, *new.logprobs)
+        if not complete:
+            return Score.of(values, logprobs)
+        return self._summarise(Score.of(self._in_row_order(values), self._in_row_order(logprobs)))
 
-    def likelihood(self, score: Score) -> float: ...
+    def _in_row_order(self, values: Sequence[float]) -> Sequence[float]:
+        return LazyArray.of(np.asarray(values)[np.argsort(self.target.order)]) if values else ()
+
+    def _summarise(self, score: Score) -> Score:
+        """The score of all rows from their values, with the standard error that suits the metric."""
+        return Score.of(score.values, score.logprobs)
+
+    def batch_size(self, rows: int) -> int:
+        """How many mixtures are best scored together on so many rows; asked only before something is measured."""
+        return 1
+
+    def evaluations(self, mixture: Mixture, rows: int) -> int:
+        """How many examples are scored to know `rows` of them; counts against the budget."""
+        return rows
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """An objective whose likelihood of the right answers has derivatives by the weights of a mixture."""
+
+    def gradient(self, mixture: Mixture) -> Score | Failure:
+        """The score on all rows, with the derivative of its `likelihood` by each weight."""
+
+    def likelihood(self, score: Score) -> float:
+        """The log-likelihood of the right answers."""
 
 
 def race_order(scorer: str, examples: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a model scores on a target, with the value of every example."""
+"""Scores on a target, with the value of every row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Score:
-    """What an objective says of a mixture on one target. Higher is better, always.
+    """A mixture's score on one target. Higher is always better.
 
     Args:
-        value: the target's metric over all examples.
-        stderr: its standard error over the examples, taken as a random sample (0 for a single example); None where the scorer
-            gives no more than a number.
-        values: one number per example in the order of the target's rows; their mean is `value`. Empty for metrics of a
-            whole corpus.
-        logprobs: per example, the log-probability of the right answer (natural logarithm, at most 0). Empty where the scorer
-            has none.
-        gradient: the derivative of the mean log-probability by the weight of every candidate of the mixture, in the order of
-            its names. Empty where it was not asked for.
+        value: the target's metric over all rows.
+        stderr: its standard error, with the rows taken as a random sample (0 for a single row). None if the scorer gives only a
+            number.
+        values: one number per row, in the order of the target's rows; their mean is `value`. Empty for corpus metrics.
+        logprobs: per row, the log-probability of the right answer (natural logarithm, at most 0). Empty if the scorer has none.
+        gradient: the derivative of the mean log-probability by the weight of every candidate, in the order of the mixture's
+            names. Empty unless it was asked for.
     """
 
     value: float
@@ -32,17 +30,18 @@ class Score:
 
     @classmethod
     def of(cls, values: Sequence[float], logprobs: Sequence[float] = ()) -> "Score":
-        """The mean of the examples' values, with its standard error."""
+        """The mean over the rows, with its standard error."""
         return cls(*mean_and_stderr(values), tuple(values), tuple(logprobs))
 
     @property
     def finite(self) -> bool:
-        """Whether all its numbers are."""
-        return all(np.isfinite(one).all() for one in (self.value, self.stderr or 0.0, self.values, self.logprobs))
+        """True if all its numbers are finite."""
+        parts = self.value, self.stderr or 0.0, self.values, self.logprobs
+        return all(np.isfinite(part).all() for part in parts)
 
     @cached_property
     def mean_logprob(self) -> float:
-        """0 where there are none."""
+        """0 if there are no log-probabilities."""
         return float(np.mean(self.logprobs)) if self.logprobs else 0.0
 
 
@@ -54,24 +53,24 @@ class Failure:
 
 
 def mean_over_targets(scores: Mapping[str, Score], weights: Mapping[str, float]) -> tuple[float, float | None]:
-    """The weighted mean of targets' scores with its standard error, their examples taken as drawn independently.
+    """The weighted mean of scores on several targets and its standard error; the targets' rows count as independent.
 
     Args:
         scores: target -> score.
-        weights: of the targets, not necessarily of sum 1.
+        weights: target -> weight; they need not sum to 1.
     """
     total = sum(weights[target] for target in scores)
-    parts = {target: weights[target] / total for target in scores}
-    value = sum(parts[target] * score.value for target, score in scores.items())
-    errors = [None if score.stderr is None else parts[target] * score.stderr for target, score in scores.items()]
+    shares = {target: weights[target] / total for target in scores}
+    value = sum(shares[target] * score.value for target, score in scores.items())
+    errors = [None if score.stderr is None else shares[target] * score.stderr for target, score in scores.items()]
     return value, None if None in errors else sum(error**2 for error in errors if error is not None) ** 0.5
 
 
 def mean_and_stderr(values: Any) -> tuple[float, float]:
-    """Mean and its standard error s/√n with the n−1 estimate of s (0 where n is 1)."""
+    """The mean and its standard error s/√n, with the n−1 estimate of s (0 if n is 1)."""
     array = np.asarray(values, dtype=float)
     n = len(array)
-    with np.errstate(invalid="ignore"):  # what is not finite is found and named elsewhere
+    with np.errstate(invalid="ignore"):  # scorers report values that are not finite
         return float(array.mean()), float(array.std(ddof=1) / n**0.5) if n > 1 else 0.0
 
 
@@ -82,28 +81,28 @@ def paired(
 
     Args:
         ours: target -> score.
-        theirs: the same of what it is compared with.
-        weights: of the targets.
-        measure: `score`, or `logprob`: the log-probability of the right answers.
+        theirs: target -> score of the mixture to compare with.
+        weights: target -> weight.
+        measure: `score`, or `logprob` for the log-probability of the right answers.
 
     Returns:
-        None as standard error where a target has no values by row.
+        The standard error is None if a target has no values by row.
     """
     total = sum(weights[target] for target in ours)
-    value, variance = 0.0, 0.0
-    known = True
-    for target, one in ours.items():
-        other, share = theirs[target], weights[target] / total
+    difference, variance = 0.0, 0.0
+    has_rows = True
+    for target, our_score in ours.items():
+        their_score, share = theirs[target], weights[target] / total
         if measure == "logprob":
-            mine, yours = one.logprobs, other.logprobs
+            our_rows, their_rows = our_score.logprobs, their_score.logprobs
         else:
-            mine, yours = one.values, other.values
-            value += share * (one.value - other.value)
-        if mine and yours:
-            mean, stderr = mean_and_stderr(np.asarray(mine) - np.asarray(yours))
-            variance += (share * stderr) ** 2
-            if measure == "logprob":
-                value += share * mean
-        else:
-            known = False
-    return value, variance**0.5 if known else None
+            our_rows, their_rows = our_score.values, their_score.values
+            difference += share * (our_score.value - their_score.value)
+        if not our_rows or not their_rows:
+            has_rows = False
+            continue
+        mean, stderr = mean_and_stderr(np.asarray(our_rows) - np.asarray(their_rows))
+        variance += (share * stderr) ** 2
+        if measure == "logprob":
+            difference += share * mean
+    return difference, variance**0.5 if has_rows else None

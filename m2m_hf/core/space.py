@@ -16,15 +16,15 @@ class SearchSpace:
 
     Args:
         names: the candidates that may be in a mixture.
-        required: every mixture contains these.
+        required: candidates that every mixture contains.
         min_datasets: fewest candidates in a mixture.
         max_datasets: most candidates in a mixture (None: all).
-        costs: what each candidate costs, in any unit; absent ones nothing.
+        costs: name -> cost in any unit; 0 for names that are absent.
         max_cost: most that the candidates of a mixture may cost together.
-        continuous: whether mixtures of unequal weights may be proposed too.
+        continuous: allow mixtures of unequal weights too.
 
     Raises:
-        InputError: no mixture meets all of it.
+        InputError: no mixture meets the constraints.
     """
 
     names: tuple[str, ...]
@@ -38,16 +38,16 @@ class SearchSpace:
     def __post_init__(self) -> None:
         absent = sorted(self.required - set(self.names))
         if absent:
-            raise InputError(f"required: {', '.join(absent)} cannot be in a mixture, being excluded")
+            raise InputError(f"required: {', '.join(absent)} is excluded, so it cannot be in a mixture")
         if self.fewest > self.most:
             raise InputError(
-                f"no mixture is possible: at least {self.fewest} candidates are asked for (min_datasets, or those required) "
-                f"and at most {self.most} allowed (max_datasets, or those not excluded)"
+                f"no mixture is possible: min_datasets or required asks for at least {self.fewest} candidates, but "
+                f"max_datasets or excluded allows at most {self.most}"
             )
         cheapest = sorted(set(self.names) - self.required, key=self.cost_of)[: self.fewest - len(self.required)]
         least = sum(map(self.cost_of, [*self.required, *cheapest]))
         if not self.allows_cost(least):
-            raise InputError(f"max_cost: the cheapest mixture allowed costs {least:g}, more than {self.max_cost:g}")
+            raise InputError(f"max_cost: the cheapest mixture costs {least:g}, more than {self.max_cost:g}")
 
     @property
     def fewest(self) -> int:
@@ -61,7 +61,7 @@ class SearchSpace:
         return self.costs.get(name, 0.0)
 
     def allows(self, names: Collection[str]) -> bool:
-        """Whether these candidates may be a mixture."""
+        """True if these candidates may form a mixture."""
         return (
             self.fewest <= len(names) <= self.most
             and self.required <= set(names) <= set(self.names)
@@ -82,72 +82,59 @@ class SearchSpace:
                     yield Mixture.subset(names)
 
     def at_most(self, count: int) -> bool:
-        """Whether there are no more than `count` subsets, costs and required candidates aside."""
+        """True if there are at most `count` subsets, not counting what costs and required candidates rule out."""
         return sum(comb(len(self.names), size) for size in range(self.fewest, self.most + 1)) <= count
 
     def added(self, mixture: Mixture) -> list[Mixture]:
-        """The allowed subsets with one candidate more."""
+        """The allowed subsets that add one candidate."""
         return self._allowed([*mixture.names, name] for name in self.names if name not in mixture.names)
 
     def dropped(self, mixture: Mixture) -> list[Mixture]:
-        """The allowed subsets with one candidate less."""
+        """The allowed subsets that leave one candidate out."""
         return self._allowed([other for other in mixture.names if other != name] for name in mixture.names)
 
     def swapped(self, mixture: Mixture) -> list[Mixture]:
-        """The allowed subsets in which one candidate has taken another's place."""
+        """The allowed subsets that replace one candidate."""
         outside = [name for name in self.names if name not in mixture.names]
         return self._allowed(
             [*(other for other in mixture.names if other != old), new] for old in mixture.names for new in outside
         )
 
-    def _allowed(self, several: Iterable[list[str]]) -> list[Mixture]:
-        return [Mixture.subset(names) for names in several if self.allows(names)]
-
-    def step(self, mixture: Mixture, rng: Random, tries: int = 100) -> Mixture | None:
-        """A random allowed subset that one candidate more, one less or another one makes; None where many tries find none."""
-        inside, outside = list(mixture.names), [name for name in self.names if name not in mixture.names]
-        for _ in range(tries):
-            kind = rng.choice(("add", "drop", "swap"))
-            names = set(inside)
-            if kind != "add":
-                names.discard(rng.choice(inside))
-            if kind != "drop" and outside:
-                names.add(rng.choice(outside))
-            if names != set(inside) and self.allows(names):
-                return Mixture.subset(names)
-        return None
+    def _allowed(self, subsets: Iterable[list[str]]) -> list[Mixture]:
+        return [Mixture.subset(names) for names in subsets if self.allows(names)]
 
     def nearest(self, order: Sequence[str], size: int) -> tuple[str, ...]:
-        """The allowed candidates that come first in `order`: what is required, and others up to `size` as far as `max_cost` goes.
+        """Picks `size` candidates: the required ones, then the first of `order` that `max_cost` allows.
 
         Args:
             order: all names, the most wanted first.
+            size: brought into the range that the space allows.
         """
         size = min(max(size, self.fewest), self.most)
-        taken = sorted(self.required)
-        left = [name for name in order if name not in self.required]
-        for name in list(left):
-            if len(taken) == size:
+        picked = sorted(self.required)
+        optional = [name for name in order if name not in self.required]
+        for name in optional:
+            if len(picked) == size:
                 break
-            others = sorted(self.cost_of(other) for other in left if other != name and other not in taken)
-            rest = others[: max(0, self.fewest - len(taken) - 1)]  # what it takes to be as many as there must be
-            if self.allows_cost(sum(map(self.cost_of, [*taken, name])) + sum(rest)):
-                taken.append(name)
-        return tuple(sorted(taken))
+            others = sorted(self.cost_of(other) for other in optional if other != name and other not in picked)
+            missing = others[: max(0, self.fewest - len(picked) - 1)]  # the cheapest that still make `fewest`
+            if self.allows_cost(sum(map(self.cost_of, [*picked, name])) + sum(missing)):
+                picked.append(name)
+        return tuple(sorted(picked))
 
     def draw(self, rng: Random) -> Mixture:
-        """A random mixture: all sizes alike, then all candidates alike; with `continuous`, its weights uniform on the simplex."""
+        """A random mixture: uniform over the sizes, then over the candidates; `continuous` weights uniform on the simplex."""
         names = self.nearest(rng.sample(self.names, len(self.names)), rng.randint(self.fewest, self.most))
-        return (
-            self.weighted({name: rng.expovariate(1.0) for name in names}) if self.continuous else Mixture.subset(names)
-        )
+        if not self.continuous:
+            return Mixture.subset(names)
+        return self.weighted({name: rng.expovariate(1.0) for name in names})
 
     @staticmethod
     def weighted(values: Mapping[str, float], drop: bool = False) -> Mixture:
-        """The mixture whose weights are in proportion to `values` (≥ 0, not all 0).
+        """The mixture with weights in proportion to `values` (≥ 0, not all 0).
 
         Args:
-            drop: leave out shares below a hundredth, unless all are; otherwise they are raised to it, or to half an equal share.
+            drop: leave out weights below 0.01, unless all are. Otherwise they are raised to 0.01, or to half an equal weight.
         """
         total = sum(values.values())
         shares = {name: value / total for name, value in values.items()}

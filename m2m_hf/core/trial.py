@@ -1,4 +1,4 @@
-"""A mixture that was scored: a trial on one target, a standing on all of them."""
+"""A scored mixture: a trial on one target, a standing on all of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ import numpy as np
 from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import TargetInfo
-from m2m_hf.core.score import Score, mean_over_targets
+from m2m_hf.core.score import Failure, Score, mean_over_targets
 from m2m_hf.errors import InputError
 
 
@@ -22,14 +22,14 @@ class Trial:
     Args:
         key: fingerprint of everything the score depends on; equal keys mean the same measurement.
         mixture: what was scored.
-        objective: `merged` (the adapters' exact parameter average) or another merge method with its parameters, such as
+        objective: `merged` (the exact average of the adapters' parameters) or another merge method with its parameters, such as
             `ties(scaling=1, density=0.2)`; `gradient` (the average with the derivatives by the weights); `ensemble` (the average
             of the adapters' probabilities); `trained` (the model fine-tuned on the mixture).
         target: name of the target.
-        rung: how many of the target's examples were seen.
-        state: `complete`; `pruned` for a rung of a race, where only some examples were seen (the values of a mixture that went
-            further stand in a later trial); or `failed` with a `reason`.
-        score: absent for a failed trial.
+        rung: how many of the target's rows were scored.
+        state: `complete`; `pruned` for a rung of a race, which scored some of the rows (if the mixture went further, a later
+            trial holds the values); or `failed` with a `reason`.
+        score: None for a failed trial.
         seconds: wall time of the measurement.
     """
 
@@ -43,8 +43,37 @@ class Trial:
     seconds: float
     reason: str | None = None
 
+    @classmethod
+    def of(
+        cls,
+        result: Score | Failure,
+        mixture: Mixture,
+        objective: str,
+        target: TargetInfo,
+        key: str,
+        rung: int | None = None,
+        seconds: float = 0.0,
+    ) -> "Trial":
+        """The trial of a measurement on the first `rung` rows (None: all)."""
+        reason = None
+        if isinstance(result, Failure):
+            state, reason = "failed", result.reason.encode("utf-8", "backslashreplace").decode()
+        else:
+            state = "complete" if rung in (None, target.examples) else "pruned"
+        return cls(
+            key=key,
+            mixture=mixture,
+            objective=objective,
+            target=target.name,
+            rung=target.examples if rung is None else rung,
+            state=state,
+            score=None if isinstance(result, Failure) else result,
+            seconds=round(seconds, 3),  # as the journal stores it
+            reason=reason,
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """A flat record whose columns are the same for every trial, so that `load_dataset("json")` reads the journal."""
+        """A flat record. All trials have the same columns, so that `load_dataset("json")` reads the journal."""
         score = self.score
         return {
             "key": self.key,
@@ -68,16 +97,16 @@ class Trial:
         """The inverse of `to_json`.
 
         Raises:
-            InputError: the record is not one that `to_json` wrote.
+            InputError: `to_json` did not write this record.
         """
         try:
-            reason = wrong(record)
-            if reason:
-                raise InputError(f"not a trial: {reason}")
+            if problem := find_problem(record):
+                raise InputError(f"not a trial: {problem}")
             score = None
             if record["state"] != "failed":
-                values, logprobs = (numbers(record[key]) for key in ("values", "logprobs"))
-                score = Score(record["score"], record["stderr"], values, logprobs, tuple(numbers(record["gradient"])))
+                values, logprobs = (parse_numbers(record[key]) for key in ("values", "logprobs"))
+                gradient = tuple(parse_numbers(record["gradient"]))
+                score = Score(record["score"], record["stderr"], values, logprobs, gradient)
             return cls(
                 key=record["key"],
                 mixture=Mixture(tuple(zip(record["names"], record["weights"], strict=True))),
@@ -96,55 +125,56 @@ class Trial:
 STATES = ("complete", "pruned", "failed")
 
 
-def wrong(record: Any) -> str | None:
-    """What a journal line has in it that no trial has; None where it is one."""
+def find_problem(record: Any) -> str | None:
+    """What is wrong with a journal line; None if nothing is."""
     if not isinstance(record, dict):
         return f"expected an object, got {record!r:.80}"
-
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-
     for key in ("key", "objective", "target", "state"):
         if not isinstance(record[key], str):
-            return f"{key} is {record[key]!r:.80}"
+            return f"{key}: expected a string, got {record[key]!r:.80}"
     if record["state"] not in STATES:
-        return f"state is {record['state']!r:.80}; expected {', '.join(STATES)}"
+        return f"state: expected {', '.join(STATES)}, got {record['state']!r:.80}"
     if not isinstance(record["names"], list) or not all(isinstance(name, str) for name in record["names"]):
-        return "names are no list of texts"
-    if not isinstance(record["rung"], int) or record["rung"] < 0 or not number(record["seconds"]):
-        return "rung or seconds are no numbers"
+        return "names: expected a list of strings"
+    if not isinstance(record["rung"], int) or record["rung"] < 0 or not is_number(record["seconds"]):
+        return "rung and seconds: expected numbers"
     if record["state"] == "failed":
-        return None if isinstance(record["reason"], str) else "it failed without a reason"
-    if not number(record["score"]) or not (record["stderr"] is None or number(record["stderr"])):
-        return "score or stderr are no finite numbers"
+        return None if isinstance(record["reason"], str) else "reason: missing from a failed trial"
+    if not is_number(record["score"]) or not (record["stderr"] is None or is_number(record["stderr"])):
+        return "score and stderr: expected finite numbers"
     return None
 
 
-def numbers(given: Any) -> LazyArray:
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def parse_numbers(value: Any) -> LazyArray:
     """A list of finite numbers.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `value` is something else.
     """
-    if isinstance(given, LazyArray):
-        return given
-    array = np.array(given)
-    right = isinstance(given, list) and array.ndim == 1 and (array.dtype.kind in "fiu" or not given)
-    if not right or not np.isfinite(array).all():
-        raise ValueError(f"expected a list of finite numbers, got {given!r:.80}")
+    if isinstance(value, LazyArray):
+        return value
+    array = np.array(value)
+    numeric = isinstance(value, list) and array.ndim == 1 and (array.dtype.kind in "fiu" or not value)
+    if not numeric or not np.isfinite(array).all():
+        raise ValueError(f"expected a list of finite numbers, got {value!r:.80}")
     return LazyArray.of(array)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How one mixture stands on all targets together; what a strategy is sent and what is ranked.
+    """How a mixture does on all targets together: what strategies are sent and what is ranked.
 
     Args:
-        trials: target -> its trial; in a race the last rung that the mixture reached.
+        mixture: the mixture.
+        trials: target -> its trial; in a race, the last rung that the mixture reached.
         weights: target -> its weight.
         short: the targets on which the mixture is worse than the base model by more than their `min_delta`.
-        offset: what to add to the score of a mixture that was pruned, for an estimate of what it would have been on all
-            examples: by how much a mixture that was scored on all of them did better on those than on the ones seen here.
+        offset: add this to the score of a pruned mixture to estimate its score on all rows. It corrects for how hard the rows
+            of the rung are.
     """
 
     mixture: Mixture
@@ -155,36 +185,34 @@ class Standing:
 
     @cached_property
     def score(self) -> Score | None:
-        """The weighted mean of the targets' scores; None where one of them failed.
+        """The weighted mean of the targets' scores; None if one of them failed.
 
-        The standard error takes the targets' examples as drawn independently. Of several targets only value and standard
-        error are given: their examples are not the same ones.
+        With several targets it has a value and a standard error only, since their rows are not the same. The rows count as
+        drawn independently.
         """
-        scores = {target: trial.score for target, trial in self.trials.items() if trial.score}
+        scores = scores_of(self)
         if len(scores) < len(self.trials):
             return None
         return next(iter(scores.values())) if len(scores) == 1 else Score(*mean_over_targets(scores, self.weights))
 
     @property
     def mean_logprob(self) -> float:
-        """Of the right answers, over all targets that have them, by their weights; breaks ties."""
-        return sum(
-            self.weights[target] * trial.score.mean_logprob for target, trial in self.trials.items() if trial.score
-        )
+        """The weighted sum over the targets of the right answers' log-probability; breaks ties."""
+        return sum(self.weights[target] * score.mean_logprob for target, score in scores_of(self).items())
 
     @property
     def pruned(self) -> bool:
-        """Whether a race ended before the mixture had seen all examples."""
+        """True if a race dropped the mixture before all rows were scored."""
         return any(trial.state == "pruned" for trial in self.trials.values())
 
     @property
     def estimate(self) -> float | None:
-        """The score on all examples, as far as it is known; None where a target failed."""
+        """The score on all rows, estimated if the mixture was pruned; None if a target failed."""
         return None if self.score is None else self.score.value + self.offset
 
     @property
     def complete(self) -> bool:
-        """Whether every target has a score over all its examples."""
+        """True if every target has a score over all its rows."""
         return self.score is not None and not self.pruned
 
     @property
@@ -235,5 +263,5 @@ class Reference:
 
 
 def scores_of(standing: Standing) -> dict[str, Score]:
-    """Target -> score; of those that have one."""
+    """Target -> score, of the targets that have one."""
     return {target: trial.score for target, trial in standing.trials.items() if trial.score}

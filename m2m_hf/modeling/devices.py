@@ -1,10 +1,15 @@
 """Processes and memory."""
 
+import time
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
+
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing, Trial
+from m2m_hf.search.callbacks import SearchCallback, SearchControl
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -20,3 +25,21 @@ def is_sharded() -> bool:
 def broadcast(value: Any) -> Any:
     """Broadcasts the main process's value (collective)."""
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
+
+
+def shared_clock() -> float:
+    """The main process's time in seconds (collective)."""
+    return float(broadcast(time.monotonic()))
+
+
+class StopTogether(SearchCallback):
+    """Lets the main process decide for all whether a search stops; the last of the search's callbacks."""
+
+    def on_search_begin(self, space: SearchSpace, planned: int, control: SearchControl) -> None:
+        control.should_stop = broadcast(control.should_stop)
+
+    def on_trial(self, trial: Trial, recalled: bool, control: SearchControl) -> None:
+        control.should_stop = broadcast(control.should_stop)
+
+    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
+        control.should_stop = broadcast(control.should_stop)

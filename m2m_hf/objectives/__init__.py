@@ -1,1 +1,4 @@
-"""A mixture in, a score out: merged, ensemble, trained. Imports scoring and training."""
+"""Objectives: a mixture in, a score out. Merged (averaged parameters), ensemble (averaged probabilities), trained (the truth).
+
+Imports `scoring` and `training`, and what these import.
+"""

@@ -1,11 +1,12 @@
-"""The ensemble objective: a mixture's score from the probabilities that its candidates' adapters give apart.
+"""The ensemble objective: a mixture's score from the probabilities that each of its adapters gives by itself.
 
-Every adapter is scored once, and the probability p_i of every right answer kept; the surrogate for a mixture is Σ w_i p_i. N
-passes over the validation set are then enough for all subsets and all weights, and the best weights are a convex problem
-(Mixture of Data Experts, arXiv 2502.15950; MixMin, arXiv 2502.10510).
+Every adapter is scored once, and the probability p_i of every right answer kept. The surrogate for a mixture is Σ w_i p_i. So N
+passes over the validation set suffice for all subsets and weights, and the best weights are a convex problem (Mixture of Data
+Experts, arXiv 2502.15950; MixMin, arXiv 2502.10510).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,8 @@ from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer
 from m2m_hf.storage.files import readable, sync
 
 BLOCK = 1 << 24  # numbers in one temporary tensor
-
-
-SUBSETS = 1000  # mixtures that `best_subsets` gives
-
-
-MAX_SUBSETS = 22  # candidates of which all subsets are looked at
-
-
+SUBSETS = 1000  # mixtures that `best_subsets` returns
+MAX_SUBSETS = 22  # so many candidates still have all their subsets looked at
 ENSEMBLE_METRICS = ("accuracy", "logprob", "loglikelihood")
 
 
@@ -45,8 +40,8 @@ class Ensemble:
         probabilities: float32, of shape (parts, items, options). For choices an item is a row and an option a choice; otherwise
             an item is a scored token, and its probability the only option.
         answers: the right option of every item.
-        accuracy: whether the score is the share of items whose most probable option is right, and not the log-probability.
-        counts: items of every row, where they are not one.
+        accuracy: score by the share of items whose most probable option is right, instead of the log-probability.
+        counts: items per row, if rows have several.
     """
 
     def __init__(
@@ -80,7 +75,7 @@ class Ensemble:
         return Score.of((guesses == self.answers).double().tolist(), logprobs)
 
     def values(self, weights: torch.Tensor) -> torch.Tensor:
-        """The scores alone, for a block of mixtures: (mixtures,) from weights of shape (mixtures, parts)."""
+        """Only the scores, of shape (mixtures,), from weights of shape (mixtures, parts)."""
         if self.accuracy:
             items, options = self.probabilities.shape[1:]
             mixed = (weights @ self.probabilities.flatten(1)).view(-1, items, options)
@@ -88,10 +83,10 @@ class Ensemble:
         return (weights @ self.right).log_().mean(1)
 
     def best_subsets(self, space: SearchSpace, count: int = SUBSETS) -> list[Mixture]:
-        """The best subsets of the space, best first, after looking at all of them: 2^20 take seconds.
+        """The best subsets of the space, best first, found by looking at all: 2^20 take seconds.
 
         Args:
-            space: of at most about 22 candidates.
+            space: of at most `MAX_SUBSETS` candidates.
         """
         kept: list[tuple[float, tuple[int, ...]]] = []
         place = [self.names.index(name) for name in space.names]
@@ -105,20 +100,20 @@ class Ensemble:
         return [Mixture.subset([space.names[number] for number in members]) for _, members in kept]
 
     def best_weights(self, space: SearchSpace) -> list[Mixture]:
-        """Mixtures under whose weights the right answers are most probable, best first.
+        """The mixtures that make the right answers most probable, best first.
 
-        The optimum over all candidates, and for every size that is allowed that over those which are heaviest in it.
+        These are the optimum over all candidates and, for every allowed size, the optimum over the heaviest of them.
         """
-        free = self._optimum(space.names)
-        order = sorted(free, key=lambda name: (-free[name], name))
-        found = [space.weighted(free, drop=True)]
+        weights = self._optimum(space.names)
+        order = sorted(weights, key=lambda name: (-weights[name], name))
+        optima = [space.weighted(weights, drop=True)]
         for size in range(space.fewest, space.most + 1):
-            found.append(space.weighted(self._optimum(space.nearest(order, size))))
-        allowed = [mixture for mixture in dict.fromkeys(found) if mixture in space]
+            optima.append(space.weighted(self._optimum(space.nearest(order, size))))
+        allowed = [mixture for mixture in dict.fromkeys(optima) if mixture in space]
         return sorted(allowed, key=lambda mixture: (-self.score(mixture).mean_logprob, len(mixture), mixture.items))
 
     def _optimum(self, names: Sequence[str]) -> dict[str, float]:
-        """The best weights of these parts: a concave problem, solved by SLSQP (SciPy)."""
+        """The best weights of these parts; solves the concave problem by SciPy's SLSQP."""
         rows = self.right[[self.names.index(name) for name in names]].double().numpy()
         count = len(rows)
 
@@ -126,7 +121,7 @@ class Ensemble:
             mixed = weights @ rows
             return -float(np.log(mixed).mean()), -(rows / mixed).mean(1)
 
-        found = minimize(
+        solution = minimize(
             loss,
             np.full(count, 1 / count),
             jac=True,
@@ -135,11 +130,11 @@ class Ensemble:
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
             options={"maxiter": 500, "ftol": 1e-10},
         )
-        return dict(zip(names, np.maximum(found.x, 0).tolist(), strict=True))
+        return dict(zip(names, np.maximum(solution.x, 0).tolist(), strict=True))
 
 
 def subset_blocks(space: SearchSpace, size: int) -> Iterator[torch.Tensor]:
-    """All allowed subsets as rows of 0 and 1, in the order of `space.names`, in blocks of up to `size`."""
+    """All allowed subsets as rows of 0 and 1 in the order of `space.names`, in blocks of up to `size` rows."""
     count = len(space.names)
     costs = torch.tensor([space.cost_of(name) for name in space.names], dtype=torch.float64)
     required = torch.tensor([name in space.required for name in space.names])
@@ -154,27 +149,20 @@ def subset_blocks(space: SearchSpace, size: int) -> Iterator[torch.Tensor]:
 
 
 class EnsembleObjective(ScorerObjective):
-    """The second, far cheaper surrogate of a mixture's trained model. What costs a pass is kept on the disk.
+    """The second surrogate, far cheaper than the merged one. Keeps on the disk what costs a forward pass.
 
     Args:
-        merged: the merged objective of the same target, whose stack, keys and budget it shares.
+        merged: the merged objective of the same target; shares its stack and keys.
         scorer: of the target's validation rows.
-        config: the target's.
-        folder: where the probabilities are kept.
+        config: of the target.
+        folder: keeps the probabilities.
     """
 
     name = "ensemble"
     _scorer: LogprobScorer
 
     def __init__(self, merged: MergedObjective, scorer: LogprobScorer, config: TargetConfig, folder: Path) -> None:
-        super().__init__(
-            scorer,
-            merged.keys,
-            target=merged.target,
-            weight=merged.weight,
-            min_delta=merged.min_delta,
-            failed=merged.failed,
-        )
+        super().__init__(scorer, merged.keys, replace(merged.target, order=()))
         self._merged = merged
         self._folder = folder
         self._metric = config.metric
@@ -184,19 +172,19 @@ class EnsembleObjective(ScorerObjective):
         return self.keys.ensemble(mixture)
 
     def evaluations(self, mixture: Mixture, rows: int) -> int:
-        """Examples really scored for a mixture: only the parts themselves cost a pass."""
+        """Only the parts themselves cost a forward pass."""
         return rows if len(mixture) <= 1 else 0
 
     def _part(self, name: str) -> torch.Tensor:
-        """The probabilities under one adapter; without a name, under the base model, which is no part of any mixture."""
+        """The probabilities under one adapter; without a name, under the base model."""
         if name not in self._parts:
             alone = Mixture.subset([name] if name else [])
             path = self._folder / f"{self.key(alone)}.safetensors"
             if not readable(path):
-                found = self._scorer.probabilities(*self._merged.model(alone))
+                probabilities = self._scorer.probabilities(*self._merged.model(alone))
                 if PartialState().is_main_process:
                     self._folder.mkdir(parents=True, exist_ok=True)
-                    save_file({"probabilities": found}, path.with_suffix(".partial"))
+                    save_file({"probabilities": probabilities}, path.with_suffix(".partial"))
                     sync(self._folder)
                     path.with_suffix(".partial").rename(path)
                     sync(self._folder, files=False)
@@ -205,7 +193,7 @@ class EnsembleObjective(ScorerObjective):
         return self._parts[name]
 
     def ensemble(self, names: Sequence[str]) -> Ensemble:
-        """The probabilities of these parts; those that are not known cost a pass each."""
+        """The probabilities of these parts; each unknown one costs a forward pass."""
         scorer = self._scorer
         parts = torch.stack([self._part(name) for name in names])
         if isinstance(scorer, AnswerScorer):
@@ -214,13 +202,11 @@ class EnsembleObjective(ScorerObjective):
         counts = [question.requests[0].scored for question in scorer.questions]
         return Ensemble(names, parts, [0] * parts.shape[1], False, counts)
 
-    def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]:
-        found: list[Score | Failure] = []
-        for mixture in mixtures:
-            names = mixture.names or ("",)
-            ensemble = self.ensemble(names)
-            if not torch.isfinite(ensemble.right).all() or not bool((ensemble.right > 0).any(0).all()):
-                found.append(Failure("a right answer has no probability at all"))
-                continue
-            found.append(self.whole(ensemble.score(mixture if mixture.items else Mixture((("", 1.0),)))))
-        return found
+    def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
+        return [self._score_one(mixture) for mixture in mixtures]
+
+    def _score_one(self, mixture: Mixture) -> Score | Failure:
+        ensemble = self.ensemble(mixture.names or ("",))
+        if not torch.isfinite(ensemble.right).all() or not bool((ensemble.right > 0).any(0).all()):
+            return Failure("a right answer has probability 0")
+        return self._summarise(ensemble.score(mixture if mixture.items else Mixture((("", 1.0),))))

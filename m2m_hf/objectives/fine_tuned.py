@@ -22,18 +22,18 @@ Counts = Mapping[str, int]
 
 
 class FineTunedModels:
-    """Models fine-tuned on mixtures with the arguments that the adapters were trained with, in `OUT/trained/<fingerprint>/`.
+    """Models fine-tuned on mixtures like the adapters, in `OUT/trained/<fingerprint>/`; none is trained twice.
 
-    None is trained twice. They are trained on the very rows, in the very order, of the final fine-tune.
+    They are trained on the rows of the final fine-tune, in the same order.
 
     Args:
         folder: `OUT/trained`.
         candidates: by name.
-        name: gives a model its fingerprint, from the rows of each candidate.
-        base: gives the base model to train.
+        name: returns a model's fingerprint from the rows of each candidate.
+        base: returns the base model to train.
         args: the uniform training arguments.
-        settings: gives them with everything else that training takes.
-        launch: in what this launch differs from the one that trained the adapters.
+        settings: returns everything that training takes.
+        launch: how this launch differs from the one that trained the adapters.
     """
 
     def __init__(
@@ -55,50 +55,44 @@ class FineTunedModels:
         self._settings = settings
 
     def counts(self, mixture: Mixture) -> dict[str, int]:
-        """Rows of each candidate that the mixture trains on."""
+        """How many rows of each candidate the mixture trains on."""
         return row_counts(mixture, {name: len(self.candidates[name].rows) for name in mixture.names})
 
     def folder(self, counts: Counts) -> Path:
         return self.root / self._name(counts)
 
     def is_trained(self, counts: Counts) -> bool:
-        """Whether it was, and all processes must ask; one whose training failed is not trained again either."""
+        """True if the model is trained, or its training failed (collective)."""
         return bool(broadcast(find_incomplete(self.folder(counts)) is None))
 
     def steps(self, counts: Counts) -> int:
-        """Optimizer steps that training takes."""
+        """How many optimizer steps training takes."""
         return mixture_steps(self._args, self.candidates, counts)
 
     def train(self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "", run: str = "") -> Path:
-        """The folder of the model, trained now where it is not there yet.
+        """The folder of the model; trains it if it is missing.
 
         Args:
-            bar: counts optimizer steps, of which `before` are done; with `note` behind it.
-            run: the name in the trackers (default: what the mixture is).
+            bar: counts optimizer steps, of which `before` are done; shows `note` behind them.
+            run: the name in the trackers (default: from the mixture).
 
         Raises:
             TrainingFailedError: see `train_expert`.
-            InputError: the adapters were trained by another number of processes, so that this would be another batch.
+            InputError: the adapters were trained with another number of processes, hence another batch size.
         """
         folder = self.folder(counts)
         if not finished(folder, folder.name):
             if self._launch:
                 raise InputError(
-                    "models to compare must be trained as the adapters were, which were launched otherwise: "
-                    f"{'; '.join(self._launch)}. Start with as many processes"
+                    f"models to compare must be launched as the adapters were, got {'; '.join(self._launch)}: start as many "
+                    "processes"
                 )
-            watching = [] if bar is None else [BankProgress(bar, before, note)]
+            callbacks = [] if bar is None else [BankProgress(bar, before, note)]
             rows = mixture_dataset(counts, self.candidates, self._args.seed)
             run = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
             try:
                 record = train_expert(
-                    self._base(),
-                    rows,
-                    self._settings(),
-                    staging_path(folder),
-                    watching,
-                    folder.name,
-                    run,
+                    self._base(), rows, self._settings(), staging_path(folder), callbacks, folder.name, run
                 )
             except TrainingFailedError as error:
                 record = {"steps": 0, "seconds": 0.0, "failed": f"training on {' + '.join(counts)}: {error}"}
@@ -108,15 +102,16 @@ class FineTunedModels:
         return folder
 
     def record(self, counts: Counts) -> dict[str, Any]:
-        """What the training used: see `TrainingRecorder`."""
-        found: dict[str, Any] = read_json(self.folder(counts) / "training.json")
-        return found
+        """The model's `training.json`: see `TrainingRecorder`."""
+        record: dict[str, Any] = read_json(self.folder(counts) / "training.json")
+        return record
 
     def seconds(self, without: Mapping[str, Any] | None = None) -> float:
-        """Time spent training all models here but the one that the final model, of this `training.json`, is a copy of."""
-        copied = weights_of(without)
-        folders = [path.parent for path in sorted(self.root.glob("[!.]*/training.json"))]
-        records = [
-            read_json_or_empty(folder / "training.json") for folder in folders if find_incomplete(folder) is None
-        ]
-        return float(sum(one.get("seconds", 0.0) for one in records if weights_of(one) != copied))
+        """Seconds spent on training all models here.
+
+        Args:
+            without: leave out the model with the weights of this `training.json`.
+        """
+        paths = sorted(self.root.glob("[!.]*/training.json"))
+        records = [read_json_or_empty(path) for path in paths if find_incomplete(path.parent) is None]
+        return float(sum(one.get("seconds", 0.0) for one in records if weights_of(one) != weights_of(without)))

@@ -1,69 +1,34 @@
-"""What objectives share that score with a target's scorer."""
+"""The base of objectives that score with a target's scorer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.objective import Objective, TargetInfo
 from m2m_hf.core.score import Failure, Score
+from m2m_hf.modeling.devices import broadcast
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.storage.keys import Keys
 
 
-class ScorerObjective:
-    """What objectives share that score with a target's scorer: see `Objective`.
+class ScorerObjective(Objective):
+    """Scores with a target's scorer; with several processes, all get the main one's result.
 
     Args:
         scorer: of the target's validation rows.
         keys: of the target's trials.
-        target: name of the target.
-        weight: the target's, in a search with several.
-        min_delta: by how much at most a mixture may be worse on this target than the base.
-        failed: candidate -> why it has no adapter.
+        target: the target.
     """
 
-    name: str
-    order: tuple[int, ...] = ()
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        keys: Keys,
-        *,
-        target: str,
-        weight: float = 1.0,
-        min_delta: float | None = None,
-        failed: Mapping[str, str] | None = None,
-    ) -> None:
-        self._scorer = scorer
+    def __init__(self, scorer: Scorer, keys: Keys, target: TargetInfo) -> None:
+        super().__init__(target)
         self.keys = keys
-        self.target = target
-        self.examples = scorer.examples
-        self.weight = weight
-        self.min_delta = min_delta
-        self.failed = failed or {}
+        self._scorer = scorer
 
-    def at_once(self, rows: int) -> int:
-        return 1
+    def __call__(
+        self, mixtures: Sequence[Mixture], rung: int | None = None, before: Mapping[Mixture, Score] | None = None
+    ) -> list[Score | Failure]:
+        scores: list[Score | Failure] = broadcast(super().__call__(mixtures, rung, before))
+        return scores
 
-    def whole(self, score: Score) -> Score:
-        """A score of all rows from their values, in the order of the rows, with the scorer's own standard error."""
+    def _summarise(self, score: Score) -> Score:
         return self._scorer.whole(score)
-
-    def evaluations(self, mixture: Mixture, rows: int) -> int:
-        """Examples that are scored to know `rows` of them."""
-        return rows
-
-    @property
-    def differentiable(self) -> bool:
-        return False
-
-    def likelihood(self, score: Score) -> float:
-        """That of the right answers, in the unit in which `gradient` is its derivative."""
-        return self._scorer.likelihood(score)
-
-    def gradient(self, mixture: Mixture) -> Score | Failure:
-        """The score with the derivative by the weights of the mixture.
-
-        Raises:
-            TypeError: it has none.
-        """
-        raise TypeError(f"scores of the objective {self.name} have no derivative by the weights of a mixture")

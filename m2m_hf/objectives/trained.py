@@ -1,16 +1,18 @@
-"""The trained objective: the truth that the surrogates stand in for."""
+"""The trained objective: the truth that the surrogates predict."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.objective import TargetInfo
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack, open_stack
 from m2m_hf.merging.methods import AVERAGE
+from m2m_hf.modeling.devices import broadcast
 from m2m_hf.objectives.fine_tuned import Counts, FineTunedModels
 from m2m_hf.objectives.scored import ScorerObjective
 from m2m_hf.scoring.scorers import Scorer
@@ -20,14 +22,14 @@ from m2m_hf.training.fine_tune import TrainingFailedError, load_trained
 
 
 class TrainedObjective(ScorerObjective):
-    """The score of the model that was fine-tuned on a mixture: what the surrogates predict.
+    """The score of the model that is fine-tuned on a mixture.
 
     Args:
-        models: where they are, or are made.
-        base: gives the base model to score on, free of any other stack.
-        bare: gives it as a stack of the bank's adapters, to score the base model itself.
-        scorer, keys, **common: see `ScorerObjective`.
-        tokens_per_batch: budget of one forward pass.
+        models: trains the models, or finds them.
+        base: returns the base model, without any stack on it.
+        bare: returns the base model with the experts' stack, to score the base model itself.
+        scorer, keys, target: see `ScorerObjective`.
+        tokens_per_batch: limit of one forward pass.
     """
 
     name = "trained"
@@ -39,11 +41,11 @@ class TrainedObjective(ScorerObjective):
         bare: Callable[[], Stack],
         scorer: Scorer,
         keys: Keys,
+        target: TargetInfo,
         *,
         tokens_per_batch: int,
-        **common: Any,
     ) -> None:
-        super().__init__(scorer, keys, **common)
+        super().__init__(scorer, keys, target)
         self.models = models
         self._base = base
         self._bare = bare
@@ -52,13 +54,14 @@ class TrainedObjective(ScorerObjective):
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
         return self.keys.trained(self.models.counts(mixture))
 
-    def __call__(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None = None) -> list[Score | Failure]:
+    def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
         return [self.score(self.models.counts(mixture)) for mixture in mixtures]
 
     def score(self, counts: Counts, scorer: Scorer | None = None) -> Score | Failure:
-        """The score of the model fine-tuned on so many rows of each candidate, on the validation rows or by another scorer.
+        """The score of the model fine-tuned on so many rows of each candidate; without rows, of the base model.
 
-        Without rows it is that of the base model.
+        Args:
+            scorer: by default that of the validation rows.
         """
         scorer = scorer or self._scorer
         if not counts:
@@ -73,26 +76,25 @@ class TrainedObjective(ScorerObjective):
         finally:
             stack.detach()
 
-    def sealed(self, counts: Counts, scorer: Scorer, write: bool, broadcast: Callable[[Any], Any]) -> Score:
-        """The score on sealed test rows; a model looks at them once, what it scored is kept beside it.
+    def sealed(self, counts: Counts, scorer: Scorer) -> Score:
+        """The score on sealed test rows. Every model sees them once; its score is kept beside it.
 
         Args:
+            counts: see `score`.
             scorer: of the test rows.
-            write: whether this process writes.
-            broadcast: gives every process what the main one has.
 
         Raises:
             InputError: there is no score.
         """
         path = self.models.folder(counts) / "test.json"
-        known = broadcast(read_json_or_empty(path))
-        if scorer.fingerprint not in known:
-            score = self.score(counts, scorer)
+        scores = broadcast(read_json_or_empty(path))
+        if scorer.fingerprint not in scores:
+            score = broadcast(self.score(counts, scorer))
             if isinstance(score, Failure):
-                what = " + ".join(counts) or "the base model"
-                raise InputError(f"{what} has no score on the test set of {self.target}: {score.reason}")
-            known[scorer.fingerprint] = asdict(score)
-            if write:
-                write_json(path, known)
-        one = known[scorer.fingerprint]
-        return Score(one["value"], one["stderr"], tuple(one["values"]), tuple(one["logprobs"]))
+                model = " + ".join(counts) or "the base model"
+                raise InputError(f"{model} has no score on the test set of {self.target.name}: {score.reason}")
+            scores[scorer.fingerprint] = asdict(score)
+            if PartialState().is_main_process:
+                write_json(path, scores)
+        known = scores[scorer.fingerprint]
+        return Score(known["value"], known["stderr"], tuple(known["values"]), tuple(known["logprobs"]))

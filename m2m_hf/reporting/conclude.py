@@ -201,7 +201,7 @@ def find_warnings(run: FinishedRun, overlap: Mapping[tuple[str, str], int], ende
 
     Args:
         overlap: (candidate, target) -> rows of the target that the candidate contains.
-        ended: by what the search ended, the `strategy` or the `budget`.
+        ended: what ended the search: the `strategy`, the `budget` or a `callback`.
     """
     yield from against_base(run)
     yield from about_candidates(run)
@@ -220,6 +220,10 @@ def find_warnings(run: FinishedRun, overlap: Mapping[tuple[str, str], int], ende
     if ended == "budget":
         yield RunWarning(
             "budget", "the budget ended the search before the strategy did; with a larger one it continues"
+        )
+    if ended == "callback":
+        yield RunWarning(
+            "callback", "a callback stopped the search before the strategy ended; without it, it continues"
         )
 
 

@@ -22,7 +22,7 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.search_space import search_space
 from m2m_hf.config.yaml_files import dump_yaml, plain
 from m2m_hf.console import Terminal
-from m2m_hf.core.objective import Objective
+from m2m_hf.core.objective import Objective, TargetInfo
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.data.classification import Length, label_words, load_classification_data, words_of
@@ -31,7 +31,7 @@ from m2m_hf.data.rows import Candidate, LoadedData, Target, overlap
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.merging.dense_stack import Stack, open_stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
-from m2m_hf.modeling.devices import is_sharded
+from m2m_hf.modeling.devices import is_sharded, shared_clock
 from m2m_hf.modeling.heads import LONGEST, SCALE, Head, cut, own_head
 from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import (
@@ -46,7 +46,7 @@ from m2m_hf.modeling.loading import (
 from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
 from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from m2m_hf.objectives.fine_tuned import FineTunedModels
-from m2m_hf.objectives.merged import MergedObjective
+from m2m_hf.objectives.merged import GatedObjective, MergedObjective
 from m2m_hf.objectives.trained import TrainedObjective
 from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.classification import ClassificationScorer
@@ -434,28 +434,32 @@ class Ingredients:
 
     def _objectives(self, kind: str, method: MergeMethod | None = None) -> list[Objective]:
         """What scores mixtures, `merged` (as the run merges, or by another method) or `ensemble`; one for every target."""
-        made: list[Objective] = []
+        objectives: list[Objective] = []
         method = (method or self.merge_method) if kind == "merged" else AVERAGE
         for name, target in self.targets.items():
             scorer = self.scorers[name]["validation"]
-            merged = MergedObjective(
+            gated = expert_kind(self.config.expert).gated
+            differentiable = gated and method.name == "average" and isinstance(scorer, LogprobScorer)
+            merged = (GatedObjective if differentiable else MergedObjective)(
                 partial(self._open_stack, method),
                 scorer,
                 self.keys[name],
-                target=name,
+                self._target_info(target),
                 tokens_per_batch=self._tokens_per_batch,
-                weight=target.config.weight,
-                min_delta=target.config.min_delta,
-                failed=self.failed,
                 method=method,
-                gated=expert_kind(self.config.expert).gated,
+                gated=gated,
             )
             if kind == "merged":
-                made.append(merged)
+                objectives.append(merged)
                 continue
             assert isinstance(scorer, LogprobScorer)
-            made.append(EnsembleObjective(merged, scorer, target.config, self.run.root / "ensemble"))
-        return made
+            objectives.append(EnsembleObjective(merged, scorer, target.config, self.run.root / "ensemble"))
+        return objectives
+
+    def _target_info(self, target: Target) -> TargetInfo:
+        """The target as the search sees it."""
+        examples = self.scorers[target.name]["validation"].examples
+        return TargetInfo(target.name, examples, target.config.weight, target.config.min_delta)
 
     @cached_property
     def models(self) -> FineTunedModels:
@@ -480,10 +484,8 @@ class Ingredients:
                 partial(self._open_stack, AVERAGE),
                 self.scorers[name]["validation"],
                 self.keys[name],
-                target=name,
+                self._target_info(target),
                 tokens_per_batch=self._tokens_per_batch,
-                weight=target.config.weight,
-                min_delta=target.config.min_delta,
             )
             for name, target in self.targets.items()
         ]
@@ -491,7 +493,7 @@ class Ingredients:
     @cached_property
     def journal(self) -> Journal:
         """The one that this process reads and writes; all processes must ask for it first at the same place."""
-        found = Journal(self.run.trials)
+        found = Journal(self.run.trials, write=self.state.is_main_process)
         self.state.wait_for_everyone()  # or one would read what another writes already
         return found
 
@@ -507,9 +509,9 @@ class Ingredients:
             surrogates,
             self._trained_objectives(self.models),
             self.journal,
-            write=self.state.is_main_process,
-            broadcast=self._broadcast,
             progress=self.terminal.progress,
+            failed=self.failed,
+            clock=shared_clock,
             uniform=self.merge_method == AVERAGE and not mixed,
         )
 

@@ -1,1 +1,4 @@
-"""Which mixtures are scored and which is chosen; knows nothing of models. Imports core and storage."""
+"""The search: its loop, callbacks, races, strategies and result. It knows objectives, but no models.
+
+Imports `core` and `storage` only.
+"""

@@ -1,8 +1,7 @@
-"""Strategies that learn a model of the score from the trials so far, and propose where it expects an improvement."""
+"""Strategies that fit a model to the scores so far and propose where it expects an improvement; the list of all strategies."""
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -13,38 +12,33 @@ from sklearn.linear_model import BayesianRidge
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.search.strategies import (
-    Known,
     SearchProblem,
     Strategy,
-    annealing,
-    ask,
     beam,
-    best_of,
     climb,
     exhaustive,
-    fresh,
     gradient,
     greedy,
     random_search,
 )
 
-ENUMERABLE = 4096  # up to how many mixtures of the space are all looked at
-PAIRS = 30  # of how many candidates, those that scored best alone, the model has a term for every pair
+ENUMERABLE = 4096  # a space of up to so many mixtures is looked at as a whole
+PAIRS = 30  # the model has a term for every pair of so many candidates, the best single ones
+FEW = 64  # `auto` scores all mixtures if there are at most so many
 
 
 class ScoreModel:
-    """Bayesian ridge regression of the score on the weights of a mixture, their products, which candidates are in it, and 1/|S|.
+    """Bayesian ridge regression of the score on the weights, their products, which candidates are in, and 1/|S|.
 
-    The score of averaged parameters is a smooth function of the weights, and a second-order expansion of it has just these terms:
-    Σ wᵢ gᵢ + Σ wᵢ wⱼ hᵢⱼ. A linear model with a normal prior is also a Gaussian process, so its predictions come with their
-    standard deviation. Terms are standardised; the priors are fitted (MacKay, 1992; scikit-learn's `BayesianRidge`).
+    The score of averaged parameters is a smooth function of the weights, and its second-order expansion has just these terms:
+    Σ wᵢ gᵢ + Σ wᵢ wⱼ hᵢⱼ. A linear model with a normal prior is also a Gaussian process, so its predictions have a standard
+    deviation. Terms are standardised, and the priors fitted (MacKay, 1992; scikit-learn's `BayesianRidge`).
     """
 
     def __init__(self, problem: SearchProblem) -> None:
         self.names = problem.space.names
-        alone = {name: problem.known.get(Mixture.subset([name]), -math.inf) for name in self.names}
-        paired = sorted(range(len(self.names)), key=lambda n: (-alone[self.names[n]], n))[:PAIRS]
-        self._pairs = np.array(list(combinations(sorted(paired), 2)), dtype=int).reshape(-1, 2).T
+        best = sorted(range(len(self.names)), key=lambda n: (-problem.single(self.names[n]), n))[:PAIRS]
+        self._pairs = np.array(list(combinations(sorted(best), 2)), dtype=int).reshape(-1, 2).T
         self.screen = problem.screen
         self._screened: dict[Mixture, float] = {}
         self._model = BayesianRidge()
@@ -64,8 +58,8 @@ class ScoreModel:
             columns.append(np.array([[self._screened[mixture]] for mixture in mixtures]))
         return np.hstack(columns)
 
-    def fit(self, known: Known) -> None:
-        """Learns from all scores that are known; mixtures that failed, or hold what may not be proposed, teach nothing."""
+    def fit(self, known: Mapping[Mixture, float]) -> None:
+        """Fits the finite scores of mixtures that may be proposed."""
         names = set(self.names)
         seen = [mixture for mixture, score in known.items() if math.isfinite(score) and names.issuperset(mixture.names)]
         terms, scores = self.terms(seen), np.array([known[mixture] for mixture in seen])
@@ -75,13 +69,13 @@ class ScoreModel:
         self._model.fit((terms - self._middle) / self._width, (scores - self._offset) / self._unit)
 
     def coefficients(self) -> Any:
-        """Of the terms in their own units, in the order of `terms`."""
+        """The coefficients of the terms in their own units, in the order of `terms`."""
         return self._model.coef_ / self._width * self._unit
 
     def predict(self, mixtures: Sequence[Mixture]) -> tuple[Any, Any]:
         """Expected scores and their standard deviations."""
         mean, deviation = self._model.predict((self.terms(mixtures) - self._middle) / self._width, return_std=True)
-        noise = 1 / self._model.alpha_  # of a single measurement; what is asked for is the score itself
+        noise = 1 / self._model.alpha_  # of a measurement, which is not part of the score
         deviation = np.sqrt(np.maximum(deviation**2 - noise, 1e-12))
         return mean * self._unit + self._offset, deviation * self._unit
 
@@ -92,48 +86,49 @@ def expected_improvement(mean: Any, deviation: Any, best: float) -> Any:
     return (mean - best) * norm.cdf(z) + deviation * norm.pdf(z)
 
 
-def pool(space: SearchSpace, known: Known, draw: random.Random, everything: list[Mixture] | None) -> list[Mixture]:
-    """Mixtures that may be proposed next: all of a small space; of a large one what is near the best, and some at random."""
+def unscored(problem: SearchProblem, everything: list[Mixture] | None) -> list[Mixture]:
+    """What may be proposed next: the rest of a small space; of a large one, mixtures near the best and some random ones."""
+    space, known = problem.space, problem.known
     if everything is not None:
         return [mixture for mixture in everything if mixture not in known]
     inside = sorted((mixture for mixture in known if mixture in space), key=lambda one: (-known[one], one.items))
     near = [move for one in inside[:10] for move in (*space.added(one), *space.dropped(one), *space.swapped(one))]
-    far = [space.draw(draw) for _ in range(10 * len(space.names))]
+    far = [space.draw(problem.random) for _ in range(10 * len(space.names))]
     return [mixture for mixture in dict.fromkeys([*near, *far]) if mixture not in known]
 
 
 def surrogate(problem: SearchProblem) -> Strategy:
     """Bayesian optimisation with `ScoreModel`: fits, proposes the largest expected improvements, fits again.
 
-    Begins with the best by the screen, where there is one, and a few at random. When less than a thousandth of the range of the
-    known scores is to be expected from any proposal, twice, it looks around the best one and ends.
+    Begins with a few random mixtures and, if there is a screen, with the best by it. Ends when it has twice expected less than a
+    thousandth of the range of the scores from any proposal; then it climbs from the best mixture.
     """
-    space, known, draw = problem.space, dict(problem.known), random.Random(problem.seed)
+    space, known = problem.space, problem.known
     everything = list(space.subsets()) if space.at_most(ENUMERABLE) else None
     model = ScoreModel(problem)
     size = max(4, min(len(space.names), problem.budget // 8))
-    first = [mixture for _ in range(size) if (mixture := fresh(space, known, draw)) is not None]
+    first = [mixture for _ in range(size) if (mixture := problem.draw_new()) is not None]
     if problem.screen is not None:
-        candidates = pool(space, known, draw, everything)
-        values = np.asarray(problem.screen(candidates))
-        first = [candidates[n] for n in np.argsort(-values, kind="stable")[: 2 * size]] + first[: size // 2]
+        mixtures = unscored(problem, everything)
+        screened = np.asarray(problem.screen(mixtures))
+        first = [mixtures[n] for n in np.argsort(-screened, kind="stable")[: 2 * size]] + first[: size // 2]
     spent, low = len(dict.fromkeys(first)), 0
-    yield from ask(known, first)
+    yield from problem.ask(first)
     while spent < problem.budget and low < 2:
-        candidates = pool(space, known, draw, everything)
+        mixtures = unscored(problem, everything)
         finite = [score for score in known.values() if math.isfinite(score)]
-        if not candidates or len(finite) < 3:
+        if not mixtures or len(finite) < 3:
             return
         model.fit(known)
         best = max(score for mixture, score in known.items() if mixture in space)
-        gain = expected_improvement(*model.predict(candidates), best)
+        gain = expected_improvement(*model.predict(mixtures), best)
         order = np.argsort(-gain, kind="stable")[: min(size, problem.budget - spent)]
         low = low + 1 if gain[order[0]] < 1e-3 * (max(finite) - min(finite)) else 0
-        yield from ask(known, [candidates[n] for n in order])
+        yield from problem.ask(mixtures[n] for n in order)
         spent += len(order)
     inside = [mixture for mixture in known if mixture in space]
     if inside and spent < problem.budget:
-        yield from climb(space, known, best_of(known, inside))
+        yield from climb(problem, problem.best_of(inside))
 
 
 def bayes(problem: SearchProblem) -> Strategy:
@@ -141,10 +136,10 @@ def bayes(problem: SearchProblem) -> Strategy:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space, known, draw = problem.space, dict(problem.known), random.Random(problem.seed)
+    space, known = problem.space, problem.known
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=problem.seed))
     kind: Any = (
-        optuna.distributions.FloatDistribution(-0.5, 1)  # up to 0 the candidate is out
+        optuna.distributions.FloatDistribution(-0.5, 1)  # a candidate is out at 0 or below
         if space.continuous
         else optuna.distributions.CategoricalDistribution((False, True))
     )
@@ -153,32 +148,31 @@ def bayes(problem: SearchProblem) -> Strategy:
     def tell(mixture: Mixture) -> None:
         if math.isfinite(known[mixture]) and set(space.names).issuperset(mixture.names):
             largest = max(mixture.weights.values())
-            given = {name: mixture.weights.get(name, -0.25 * largest) / largest for name in space.names}
-            values = given if space.continuous else {name: weight > 0 for name, weight in given.items()}
+            shares = {name: mixture.weights.get(name, -0.25 * largest) / largest for name in space.names}
+            values = shares if space.continuous else {name: share > 0 for name, share in shares.items()}
             study.add_trial(optuna.create_trial(params=values, distributions=kinds, value=known[mixture]))
 
-    for before in known:
-        tell(before)
-    for _ in range(problem.budget):
-        mixture: Mixture | None = None
-        for _ in range(20):
-            trial = study.ask(kinds)
-            # What comes of it is told by `tell`, also where it was mended.
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            wanted = {name: float(value) for name, value in trial.params.items()}
-            order = draw.sample(space.names, len(space.names))
-            order.sort(key=lambda name: -wanted[name])
-            names = space.nearest(order, sum(value > 0 for value in wanted.values()))
-            shares = {name: max(wanted[name], 0.01) for name in names}
-            asked = space.weighted(shares) if space.continuous else Mixture.subset(names)
-            if asked not in known and asked in space:
-                mixture = asked
-                break
-        mixture = mixture or fresh(space, known, draw)
-        if mixture is None:
-            return
-        yield from ask(known, [mixture])
+    def suggest() -> Mixture | None:
+        trial = study.ask(kinds)
+        # `tell` adds the scored mixture, which may differ from this suggestion.
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        wanted = {name: float(number) for name, number in trial.params.items()}
+        order = problem.random.sample(space.names, len(space.names))
+        order.sort(key=lambda name: -wanted[name])
+        names = space.nearest(order, sum(number > 0 for number in wanted.values()))
+        shares = {name: max(wanted[name], 0.01) for name in names}
+        mixture = space.weighted(shares) if space.continuous else Mixture.subset(names)
+        return mixture if mixture not in known and mixture in space else None
+
+    for mixture in list(known):
         tell(mixture)
+    for _ in range(problem.budget):
+        suggestions = (suggest() for _ in range(20))
+        proposal = next((mixture for mixture in suggestions if mixture is not None), None) or problem.draw_new()
+        if proposal is None:
+            return
+        yield from problem.ask([proposal])
+        tell(proposal)
 
 
 STRATEGIES: dict[str, Callable[[SearchProblem], Strategy]] = {
@@ -186,20 +180,18 @@ STRATEGIES: dict[str, Callable[[SearchProblem], Strategy]] = {
     "random": random_search,
     "greedy": greedy,
     "beam": beam,
-    "annealing": annealing,
     "surrogate": surrogate,
     "bayes": bayes,
     "gradient": gradient,
 }
-FEW = 64  # mixtures of which `auto` scores all
 
 
 def choose_strategy(space: SearchSpace, likelihoods: bool, max_trials: float = 0) -> tuple[str, str]:
-    """What `auto` takes: (strategy, why).
+    """The strategy that `auto` takes, and why.
 
     Args:
-        likelihoods: whether all targets have log-probabilities, and with them gradients and a screen.
-        max_trials: the budget, where one was given.
+        likelihoods: all targets have log-probabilities, hence gradients and a screen.
+        max_trials: the budget, if one is given.
     """
     if space.continuous:
         if likelihoods:

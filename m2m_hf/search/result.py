@@ -1,4 +1,4 @@
-"""What a search found, and how it chooses."""
+"""What a search finds, how it chooses, and what ends it."""
 
 import math
 import operator
@@ -16,13 +16,13 @@ class SearchResult:
     """What a search found.
 
     Args:
-        standings: how every mixture stands, the base model's among them.
-        best: the chosen one.
-        ranking: the mixtures that may be chosen, best first, in the order of `preference`.
-        measured: how many trials were measured now, rather than read from the journal.
-        evaluations: examples scored, by now or before, to come to this result.
-        seconds: the time that this took.
-        ended: by the `strategy` itself or by the `budget`.
+        standings: how every mixture stands, the base model included.
+        best: the chosen mixture.
+        ranking: the mixtures that may be chosen, best first; see `preference`.
+        measured: how many trials were measured now rather than read from the journal.
+        evaluations: examples scored for this result, now or before.
+        seconds: the time that took.
+        ended: `strategy`, `budget` or `callback`: what ended the search.
     """
 
     standings: dict[Mixture, Standing]
@@ -44,43 +44,46 @@ class SearchResult:
 
     @property
     def pareto_front(self) -> list[Standing]:
-        """The mixtures than which no other is as good on all targets and better on one, best first."""
+        """The mixtures that no other mixture beats, best first.
 
-        complete = [one for one in self.standings.values() if one.complete and one.mixture.items]
+        A mixture is beaten by one that is as good on all targets and better on one.
+        """
+        complete = [standing for standing in self.standings.values() if standing.complete and standing.mixture.items]
         scored = [(tuple(score_of_trial(trial).value for trial in one.trials.values()), one) for one in complete]
         front: list[tuple[tuple[float, ...], Standing]] = []
-        # In this order, whatever is as good on all targets and better on one comes before what it beats.
-        for values, one in sorted(scored, key=lambda pair: pair[0], reverse=True):
+        # In descending order, a mixture comes after every mixture that beats it.
+        for values, standing in sorted(scored, key=lambda pair: pair[0], reverse=True):
             if not any(other != values and all(map(operator.ge, other, values)) for other, _ in front):
-                front.append((values, one))
+                front.append((values, standing))
         return sorted(
-            (one for _, one in front), key=lambda one: (-score_of(one).value, len(one.mixture), one.mixture.items)
+            (standing for _, standing in front),
+            key=lambda one: (-score_of(one).value, len(one.mixture), one.mixture.items),
         )
 
 
 def score_of_trial(trial: Trial) -> Score:
-    """The score of a trial that is known not to have failed."""
+    """The score of a trial that did not fail."""
     assert trial.score is not None
     return trial.score
 
 
 def score_of(standing: Standing) -> Score:
-    """The score of a mixture that is known to be complete."""
+    """The score of a mixture that did not fail."""
     assert standing.score is not None
     return standing.score
 
 
 def preference(standing: Standing, costs: Mapping[str, float]) -> tuple[Any, ...]:
-    """Sorts best first: score; of equal ones the smaller mixture, the likelier right answers, the lower cost, the name."""
+    """Sort key, best first: the score, then the smaller mixture, the likelier right answers, the lower cost, the name."""
     mixture = standing.mixture
     cost = sum(costs[name] for name in mixture.names)
     return -score_of(standing).value, len(mixture), -standing.mean_logprob, cost, mixture.items
 
 
 def choose(ranking: list[Standing], one_standard_error: bool) -> Standing:
-    """The first of the ranking; or with `one_standard_error` the smallest mixture within the first one's standard error of it.
+    """The first of the ranking; with `one_standard_error`, the smallest mixture within one standard error of it.
 
-    The latter is the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
+    This is the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984.
     """
     if not one_standard_error:
         return ranking[0]
@@ -91,10 +94,10 @@ def choose(ranking: list[Standing], one_standard_error: bool) -> Standing:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search ends at the latest. What the journal answers counts too, so that a resumed search ends where it would have.
+    """Limits of a search. Trials from the journal count too, so that a resumed search ends where it would have.
 
     Args:
-        max_trials: mixtures looked at, the base model, every single candidate and all together among them.
+        max_trials: mixtures, including the base model, every single candidate and all together.
         max_example_evaluations: examples scored, over all mixtures and targets.
         max_seconds: time spent scoring.
     """
@@ -107,10 +110,18 @@ class Budget:
 UNLIMITED = Budget()
 
 
-class BudgetSpent(Exception):  # noqa: N818 - nothing went wrong
-    """The budget does not allow what was asked for."""
+class SearchEnded(Exception):  # noqa: N818 - not an error
+    """A search must not measure any more.
+
+    Args:
+        by: `budget` or `callback`.
+    """
+
+    def __init__(self, by: str) -> None:
+        super().__init__(by)
+        self.by = by
 
 
 def default_budget(candidates: int) -> int:
-    """How many mixtures a strategy that does not end by itself may propose where no budget is given."""
+    """How many mixtures a strategy may propose if it does not end by itself and no budget is given."""
     return 12 * candidates + 100

@@ -26,15 +26,20 @@ class Journal:
     Up to `INLINE` values by example stand in the line itself. Longer lists stand in `trials.values` beside it, as float64
     numbers; the line's `stored` then gives `place`, `count` and `crc32` of each list, and their mean log-probability. Trials in
     memory hold views of the disk, so that very many of them need no memory.
+
+    Args:
+        path: of the journal.
+        write: this process writes; others only read and remember.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, write: bool = True) -> None:
         """Reads the journal; drops a torn last line and lines without their values, whose trials are measured again.
 
         Raises:
             InputError: a damaged line, named by its number.
         """
         self.path = path
+        self._write = write
         self.trials: dict[str, Trial] = {}
         self.store = ArrayStore(path.with_suffix(".values"))
         self._temporary: ArrayStore | None = None  # holds the values of a process that does not write
@@ -98,28 +103,28 @@ class Journal:
         """The trial with this key. A failed one counts too: it would fail again."""
         return self.trials.get(key)
 
-    def append(self, trial: Trial, write: bool = True) -> Trial:
+    def append(self, trial: Trial) -> Trial:
         """`extend` with one trial."""
-        return self.extend([trial], write)[0]
+        return self.extend([trial])[0]
 
-    def extend(self, trials: Sequence[Trial], write: bool = True) -> list[Trial]:
-        """Adds trials and, with `write`, puts their lines on the disk before returning: all or none.
+    def extend(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Adds trials and, if this process writes, puts their lines on the disk before returning: all or none.
 
         Trials that were measured together are written together; otherwise a crash could have some measured in other company.
 
         Returns:
             The trials as the journal holds them; long lists of values no longer take memory.
         """
-        if write and self._lost:
+        if self._write and self._lost:
             self._repair()
-        pairs = [self._format(trial, write) for trial in trials]
-        if write:
+        pairs = [self._format(trial) for trial in trials]
+        if self._write:
             append_bytes(self.path, b"".join(line for _, line in pairs))
         kept = [trial for trial, _ in pairs]
         self.trials |= {trial.key: trial for trial in kept}
         return kept
 
-    def _format(self, trial: Trial, write: bool) -> tuple[Trial, bytes]:
+    def _format(self, trial: Trial) -> tuple[Trial, bytes]:
         """(the trial as the journal holds it, its line)."""
         record = trial.to_json() | {"stored": None}
         if (score := trial.score) is not None:
@@ -128,7 +133,7 @@ class Journal:
             else:
                 lists, record["stored"] = {}, {"mean_logprob": score.mean_logprob}
                 for name in LISTS:
-                    lists[name], record["stored"][name] = self._store(getattr(score, name), write)
+                    lists[name], record["stored"][name] = self._store(getattr(score, name))
                     record[name] = None
             kept = replace(score, values=lists["values"], logprobs=lists["logprobs"])
             vars(kept)["mean_logprob"] = score.mean_logprob
@@ -137,11 +142,11 @@ class Journal:
         text = json.dumps(record)
         return trial, f'{text[:-1]}{CHECK.decode()}{zlib.crc32(text.encode())}, "seconds": {seconds}}}\n'.encode()
 
-    def _store(self, values: Sequence[float], write: bool) -> tuple[LazyArray, dict[str, int]]:
+    def _store(self, values: Sequence[float]) -> tuple[LazyArray, dict[str, int]]:
         """Writes a long list; (its view, its entry in `stored`)."""
-        if not write:
+        if not self._write:
             self._temporary = self._temporary or ArrayStore.temporary()
-        store = self.store if write or self._temporary is None else self._temporary
+        store = self.store if self._write or self._temporary is None else self._temporary
         place, checksum = store.append(values)
         return store.numbers(place, len(values)), {"place": place, "count": len(values), "crc32": checksum}
 

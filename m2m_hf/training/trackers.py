@@ -20,7 +20,10 @@ from transformers.integrations import (
 from trl import SFTConfig
 
 from m2m_hf.console import Terminal
+from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
+from m2m_hf.search.callbacks import SearchCallback, SearchControl
+from m2m_hf.search.result import score_of
 from m2m_hf.storage.files import fingerprint
 
 MAX_NAME = 80  # characters of a run's name, which is also TensorBoard's folder
@@ -166,3 +169,32 @@ class Tracker(TrainerCallback):
         if not self._begun:
             self.on_train_begin(self._args, state, TrainerControl(), model=None)
         self.on_log(self._args, state, TrainerControl(), logs=dict(values))
+
+
+class SearchTracker(SearchCallback):
+    """Tells the trackers of a search: the score of every mixture and the best so far, from the first mixture on.
+
+    It tells nothing of a search that the journal answers, since the trackers know that one.
+
+    Args:
+        tracker: the run in the trackers.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._measured = False
+        self._steps = 0
+        self._untold: list[dict[str, float]] = []
+
+    def on_trial(self, trial: Trial, recalled: bool, control: SearchControl) -> None:
+        self._measured |= not recalled
+
+    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
+        if standing.score is not None and best is not None:
+            self._untold.append({"eval_score": standing.score.value, "eval_best_score": score_of(best).value})
+        if not self._measured:
+            return
+        for values in self._untold:
+            self._steps += 1
+            self._tracker.log(self._steps, values)
+        self._untold.clear()

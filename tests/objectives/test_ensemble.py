@@ -9,6 +9,7 @@ import torch
 from pico import build_model, build_stack, choice_rows, config, questions_of_many_shapes
 
 from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.objective import TargetInfo
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.causal_lm import target_row
 from m2m_hf.data.rows import TargetRow
@@ -17,7 +18,7 @@ from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, subset_block
 from m2m_hf.objectives.merged import MergedObjective
 from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.forward import completion_logprobs, token_logprobs
-from m2m_hf.search.loop import screen
+from m2m_hf.search.loop import ensemble_screen
 from m2m_hf.storage.keys import Keys
 
 NAMES = ("a", "b", "c")
@@ -37,7 +38,8 @@ def scorers(tokenizer) -> dict:
 
 def objective_of(stack: GatedStack, scorer, metric: str, folder) -> EnsembleObjective:
     keys = Keys("b", scorer.fingerprint, scorer.examples, dict.fromkeys(NAMES, "x"))
-    merged = MergedObjective(lambda: stack, scorer, keys, target="t", tokens_per_batch=500)
+    target = TargetInfo("t", scorer.examples)
+    merged = MergedObjective(lambda: stack, scorer, keys, target, tokens_per_batch=500)
     kind = "loss" if metric == "loglikelihood" else "choice"
     return EnsembleObjective(merged, scorer, config(kind, metric), folder)
 
@@ -159,7 +161,7 @@ def test_the_best_weights_keep_the_constraints():
 
 def test_long_completions_are_screened_too():
     rows = {"a": [-900.0, -800.0], "b": [-905.0, -790.0], "c": [-1000.0, -1000.0]}
-    estimate = screen(rows)
+    estimate = ensemble_screen(rows)
     values = estimate([Mixture.subset(names) for names in ("a", "b", "c", "ab", "abc")])
     assert len(set(values)) == 5
     assert values[3] == pytest.approx((-900 - 790) / 2 - math.log(2), abs=0.01)
@@ -169,7 +171,9 @@ def test_the_screen_is_the_ensemble_of_what_the_singles_scored():
     ensemble = made_up(4, 25, accuracy=False)
     singles = {name: ensemble.score(Mixture.subset([name])).logprobs for name in ensemble.names}
     mixtures = list(SearchSpace(ensemble.names).subsets())
-    assert screen(singles)(mixtures) == pytest.approx([ensemble.score(one).value for one in mixtures], abs=1e-4)
+    assert ensemble_screen(singles)(mixtures) == pytest.approx(
+        [ensemble.score(one).value for one in mixtures], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("apart", [False, True])

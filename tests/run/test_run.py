@@ -341,10 +341,10 @@ def test_an_interruption_says_what_is_safe_and_how_to_go_on(project, capsys, mon
     real = Journal.extend
     one_by_one = ("--tokens_per_batch", "100")
 
-    def interrupted(journal, trials, write=True):
+    def interrupted(journal, trials):
         if len(journal.trials) == 5:
             raise KeyboardInterrupt
-        return real(journal, trials, write)
+        return real(journal, trials)
 
     monkeypatch.setattr(Journal, "extend", interrupted)
     assert m2m("search", "--config", project / "run.yaml", *one_by_one) == 130

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.objective import Objective, TargetInfo
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
@@ -20,32 +21,25 @@ SPACE = SearchSpace(NAMES)
 COSTS = dict.fromkeys(NAMES, 1.0)
 
 
-class TableObjective:
+class TableObjective(Objective):
     """Scores from a formula; counts what it was asked and can fail or stop at will."""
 
-    name, examples, order, differentiable = "table", 4, (), False
+    name = "table"
 
     def __init__(
-        self, value=None, stop_after: int | None = None, target="t", weight=1.0, min_delta=None, at_once=1
+        self, value=None, stop_after: int | None = None, target="t", weight=1.0, min_delta=None, batch_size=1
     ) -> None:
-        self.target, self.weight, self.min_delta = target, weight, min_delta
-        self.at_once = lambda rows: at_once
-        self.failed: dict[str, str] = {}
+        super().__init__(TargetInfo(target, 4, weight, min_delta))
+        self.batch_size = lambda rows: batch_size
         self.groups: list[int] = []
         self.asked: list[Mixture] = []
         self._value = value or (lambda m: 0.3 + 0.2 * ("b" in m.names) + 0.1 * ("d" in m.names) - 0.05 * len(m))
         self._stop_after = stop_after
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return f"{self.target} {mixture}"
+        return f"{self.target.name} {mixture}"
 
-    def evaluations(self, mixture: Mixture, rows: int) -> int:
-        return rows
-
-    def likelihood(self, score: Score) -> float:
-        return score.mean_logprob
-
-    def __call__(self, mixtures: list[Mixture], rows=None) -> list[Score | Failure]:
+    def _score(self, mixtures: list[Mixture], rows=None) -> list[Score | Failure]:
         self.groups.append(len(mixtures))
         return [self.one(mixture) for mixture in mixtures]
 
@@ -113,7 +107,7 @@ def test_what_is_measured_together_is_written_together(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "m2m_hf.storage.journal.append_bytes", lambda path, content: written.append(content) or real(path, content)
     )
-    objective = TableObjective(at_once=3)
+    objective = TableObjective(batch_size=3)
     run(objective, tmp_path / "t.jsonl")
     assert [content.count(b"\n") for content in written] == objective.groups
     assert max(objective.groups) == 3
@@ -142,9 +136,8 @@ def test_without_the_base_nothing_can_be_compared_and_it_is_asked_again(tmp_path
 
 def test_mixtures_with_a_candidate_without_an_adapter_are_never_measured(tmp_path):
     objective = TableObjective()
-    objective.failed = {"b": "it diverged"}
     space = SearchSpace(("a", "c", "d"))
-    result = run(objective, tmp_path / "t.jsonl", space=space, names=NAMES)
+    result = run(objective, tmp_path / "t.jsonl", space=space, names=NAMES, failed={"b": "it diverged"})
     assert not any("b" in mixture.names for mixture in objective.asked)
     single = result.standings[Mixture.subset(["b"])]
     assert [trial.reason for trial in single.trials.values()] == ["b has no adapter: it diverged"]
@@ -160,7 +153,7 @@ def test_values_of_other_rows_than_the_base_models_are_no_score(tmp_path):
 
     result = run(Odd(), tmp_path / "t.jsonl")
     (trial,) = result.standings[Mixture.subset(["a", "b"])].trials.values()
-    assert trial.reason == "the scorer gave 3 values, and 4 for the base model"
+    assert trial.reason == "the scorer returned 3 values, but 4 for the base model"
     assert result.best.mixture.names != ("a", "b")
 
 
@@ -271,11 +264,11 @@ def test_a_target_that_fails_leaves_its_mixture_without_a_score(tmp_path):
     assert len(result.trials) == 32
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 5, 100])
-def test_mixtures_are_measured_in_groups_without_changing_anything(tmp_path, at_once):
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
+def test_mixtures_are_measured_in_groups_without_changing_anything(tmp_path, batch_size):
     reference = run(TableObjective(), tmp_path / "reference.jsonl")
-    objective = TableObjective(at_once=at_once)
+    objective = TableObjective(batch_size=batch_size)
     result = run(objective, tmp_path / "t.jsonl")
     assert len(objective.asked) == len(set(objective.asked)) == 16
-    assert max(objective.groups) == min(at_once, 10)  # the base; the singles and all; the ten others
+    assert max(objective.groups) == min(batch_size, 10)  # the base; the singles and all; the ten others
     assert [t.mixture for t in result.ranking] == [t.mixture for t in reference.ranking]

@@ -69,11 +69,11 @@ def long_trial(key: str, rows: int = 2000) -> Trial:
 
 def test_long_lists_are_stored_beside_the_journal(tmp_path):
     path = tmp_path / "trials.jsonl"
-    journal, reader = Journal(path), Journal(path)
+    journal, reader = Journal(path), Journal(path, write=False)
     trials = [long_trial("1"), trial("2"), long_trial("3", 700)]
     for one in trials:
         assert journal.append(one) == one
-        reader.append(one, write=False)
+        reader.append(one)
     assert max(map(len, path.read_text().splitlines())) < 1000
     assert path.with_suffix(".values").stat().st_size == 8 * 2 * 2700
     again = Journal(path)
@@ -164,8 +164,8 @@ def test_trials_measured_together_are_written_together_or_not_at_all(tmp_path):
 
 
 def test_a_reader_does_not_write(tmp_path):
-    journal = Journal(tmp_path / "trials.jsonl")
-    journal.append(trial("1"), write=False)
+    journal = Journal(tmp_path / "trials.jsonl", write=False)
+    journal.append(trial("1"))
     assert journal.get("1")
     assert not (tmp_path / "trials.jsonl").exists()
 

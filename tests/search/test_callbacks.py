@@ -1,0 +1,149 @@
+"""Callbacks are told of everything in order, and may stop a search at any trial without losing anything."""
+
+import json
+
+import pytest
+from replay import Landscape, Replay
+
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.errors import InputError
+from m2m_hf.search.callbacks import ProgressCallback, SearchCallback
+from m2m_hf.search.loop import search
+from m2m_hf.search.model_based import STRATEGIES
+from m2m_hf.storage.journal import Journal
+
+NAMES = tuple("abcde")
+SPACE = SearchSpace(NAMES)
+ROWS = 160
+
+
+def table() -> dict[Mixture, Score]:
+    """The first candidates are the best; every row is right for mixtures above its difficulty."""
+    worth = dict(zip(NAMES, (0.8, 0.7, 0.5, 0.3, 0.2), strict=True))
+    scores = {}
+    for mixture in (BASE, *SPACE.subsets()):
+        level = sum(weight * worth[name] for name, weight in mixture.items) + 0.03 * len(mixture)
+        scores[mixture] = Score.of([float(row * 37 % ROWS < level * ROWS) for row in range(ROWS)], [-1.0] * ROWS)
+    return scores
+
+
+class Log(SearchCallback):
+    """Keeps what it is told, and stops after so many trials."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.events, self.trials, self.stop_after = [], [], stop_after
+
+    def on_search_begin(self, space, planned, control):
+        self.events.append(("begin", space, planned))
+
+    def on_trial(self, trial, recalled, control):
+        self.events.append(("trial", trial.mixture, recalled))
+        self.trials.append(trial)
+        control.should_stop |= len(self.trials) == self.stop_after
+
+    def on_standing(self, standing, best, control):
+        self.events.append(("standing", standing.mixture, best and best.mixture))
+
+    def on_search_end(self, result, control):
+        self.events.append(("end", result.best.mixture, result.ended))
+
+
+def run(path, *callbacks, strategy="exhaustive", race=False, objective=None, space=SPACE, **options):
+    objective = objective or Replay(table())
+    options = {"names": NAMES, "costs": dict.fromkeys(NAMES, 1.0), "race": race, "callbacks": callbacks, **options}
+    return search(STRATEGIES[strategy], space, [objective], Journal(path), **options)
+
+
+def lines(path) -> list[dict]:
+    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
+
+
+def test_callbacks_are_told_of_everything_in_order(tmp_path):
+    log = Log()
+    result = run(tmp_path / "t", log)
+    assert log.events[0] == ("begin", SPACE, 32)
+    assert log.events[-1] == ("end", result.best.mixture, "strategy")
+    assert log.events[1:3] == [("trial", BASE, False), ("standing", BASE, None)]
+    told = [mixture for kind, mixture, _ in log.events if kind == "trial"]
+    assert told == [Mixture(tuple(zip(one["names"], one["weights"], strict=True))) for one in lines(tmp_path / "t")]
+    assert [event[1] for event in log.events if event[0] == "standing"] == list(result.standings)
+    again = Log()
+    run(tmp_path / "t", again)
+    assert all(recalled for kind, _, recalled in again.events if kind == "trial")
+    assert [event[:2] for event in again.events] == [event[:2] for event in log.events]
+
+
+def test_callbacks_are_told_of_the_rungs_of_a_race(tmp_path):
+    log = Log()
+    run(tmp_path / "t", log, race=True)
+    assert {trial.state for trial in log.trials} == {"pruned", "complete"}
+    assert [trial.rung for trial in log.trials] == [one["rung"] for one in lines(tmp_path / "t")]
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "greedy", "surrogate", "random"])
+def test_stopped_at_any_trial_and_resumed_nothing_is_lost_or_different(tmp_path, strategy):
+    reference = run(tmp_path / "r", strategy=strategy, seed=3)
+    whole = lines(tmp_path / "r")
+    for stop in (1, 3, *range(7, reference.measured, 4)):
+        path = tmp_path / f"{stop}"
+        stopped = run(path, Log(stop), strategy=strategy, seed=3)
+        assert stopped.ended == "callback"
+        assert lines(path) == whole[: max(stop, 7)]  # the base, singles and all together are scored in any case
+        assert stopped.best.mixture in stopped.standings
+        resumed = run(path, strategy=strategy, seed=3)
+        assert resumed.measured == reference.measured - max(stop, 7)
+        assert lines(path) == whole
+        assert (resumed.standings, resumed.best, resumed.ended) == (reference.standings, reference.best, "strategy")
+
+
+def test_a_stopped_race_scores_its_leader_and_goes_on_from_there(tmp_path):
+    objective = Replay(table(), seed=2)
+    reference = run(tmp_path / "r", race=True, objective=objective)
+    spent = objective.spent
+    for stop in range(8, reference.measured, 3):
+        path = tmp_path / f"{stop}"
+        objective = Replay(table(), seed=2)
+        stopped = run(path, Log(stop), race=True, objective=objective)
+        assert stopped.ended == "callback"
+        assert stopped.best.complete
+        resumed = run(path, race=True, objective=objective)
+        assert resumed.best == reference.best
+        assert resumed.evaluations == reference.evaluations
+        assert objective.spent <= spent + ROWS  # no row twice; the leader at the stop is one that may be dropped later
+        for mixture, standing in resumed.standings.items():
+            expected = reference.standings[mixture]
+            assert standing.score == expected.score or (expected.pruned and standing.score == table()[mixture])
+
+
+def test_a_search_stopped_before_any_allowed_mixture_says_so(tmp_path):
+    space = SearchSpace(NAMES, min_datasets=2, max_datasets=3)
+    with pytest.raises(InputError, match="a callback stopped the search before any mixture that is allowed was scored"):
+        run(tmp_path / "t", Log(1), space=space)
+
+
+def test_a_stopped_gradient_strategy_measures_no_more_gradients(tmp_path):
+    class Slope(Landscape):
+        def gradient(self, mixture):
+            return Score(0.5, 0.0, (0.5,), (-1.0,), tuple(weight / 10 for _, weight in mixture.items))
+
+        def likelihood(self, score):
+            return score.mean_logprob
+
+    log = Log(8)
+    result = run(tmp_path / "t", log, strategy="gradient", objective=Slope(len))
+    assert result.ended == "callback"
+    assert [trial.objective for trial in log.trials[7:]] == ["gradient"]
+
+
+def test_the_progress_bar_counts_mixtures(tmp_path):
+    updates = []
+
+    class Bar:
+        def update(self, done, note=""):
+            updates.append((done, note))
+
+    result = run(tmp_path / "t", ProgressCallback(Bar()))
+    assert [done for done, _ in updates] == list(range(1, 33))
+    assert updates[-1][1] == f"best so far {result.best.score.value:.4f} {result.best.mixture}"

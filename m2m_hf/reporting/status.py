@@ -2,37 +2,41 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.search_space import objective_name, search_space
 from m2m_hf.console import duration
+from m2m_hf.core.jsonable import from_json, to_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
+from m2m_hf.reporting.finished_run import FinishedRun
+from m2m_hf.search.remaining import remaining
 from m2m_hf.storage.digests import Digests
 from m2m_hf.storage.files import checkpoints, read_json, read_json_or_empty, readable, staging_path
 from m2m_hf.storage.journal import Journal, damaged_values
+from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, weights_of
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
 
-@dataclass
+@dataclass(frozen=True)
 class Status:
-    """What `m2m status` tells.
+    """What `m2m status` prints.
 
     Args:
         lines: to print.
         damage: what is damaged, and what to do about it.
-        digests: of the files that were read.
     """
 
-    lines: list[str] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)
-    digests: Digests = field(kw_only=True, repr=False)
+    lines: list[str]
+    damage: list[str]
 
 
 def status(run: RunFolder, full: bool = False) -> Status:
@@ -47,76 +51,212 @@ def status(run: RunFolder, full: bool = False) -> Status:
     if not run.config.exists():
         raise InputError(f"{run.root} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
     run.refuse_links()
-    found = Status(digests=Digests(run.root, full))
-    given = read_config(run.config)
-    own = {item.name for item in fields(MergeToMixConfig)}
-    config = MergeToMixConfig(**{key: value for key, value in given.items() if key in own})
-    names = list(config.parsed_candidates)
-    found.lines.append(
-        f"{os.path.relpath(run.root)}: {len(names)} candidates, target{'s' * (len(config.parsed_targets) > 1)} "
-        f"{', '.join(config.parsed_targets)}, model {given.get('model_name_or_path')}"
-    )
-    if at_work(run):
-        found.lines.append("a process is at work in it now")
-    left = []
-    trained, seconds = adapters(run, names, found, experts_noun(given))
-    missing = [name for name in names if name not in trained]
-    failed = [name for name, record in trained.items() if "failed" in record]
-    if missing:
-        left.append(f"{len(missing)} {experts_noun(given)} ({', '.join(missing)})")
-    spent = {experts_noun(given): seconds}
-    searched = search(run, config, [name for name in names if name not in failed], found, spent)
-    summary = read_json_or_empty(run.summary)
-    if searched:
-        left.append(searched)
-    final = read_json_or_empty(run.final / "training.json")
-    weights = weights_of(final)
-    models = sorted(path.parent for path in run.trained.glob("[!.]*/training.json"))
-    checked = [check(folder, found, "it is trained again when it is needed") for folder in models]
-    # The final model may be a copy of one of them, and is counted once.
-    others = [seconds for record, seconds in checked if weights_of(record) != weights]
-    if others:
-        spent["mixtures fine-tuned"] = sum(others)
-        found.lines.append(f"fine-tuned to compare: {len(others)} models, {duration(sum(others))}")
-    rows = run.rows
-    manifest = read_json_or_empty(run.mixture / "manifest.json")
-    if rows.exists() and manifest.get("sha256_16") != found.digests.of(rows):
-        found.damage.append(f"{os.path.relpath(rows)}: not what its manifest says; m2m search writes it again")
-    for path in (run.targets, run.summary, run.fidelity):
-        if path.exists() and not read_json_or_empty(path):
-            found.damage.append(f"{os.path.relpath(path)}: it is not JSON; the command that made it makes it again")
-    for path in sorted((run.root / "ensemble").glob("*.safetensors")):
-        if not readable(path):
-            found.damage.append(f"{os.path.relpath(path)}: it was cut short; it is made again when it is needed")
-    for folder in sorted(run.root.glob("final.*")):
-        check(folder, found, "nothing needs it")
-    if run.final.exists():
-        record, _ = check(run.final, found, "m2m sft makes it again")
-        spent["final"] = number(record.get("total_seconds"))
-        if record:
-            try:
-                mixture = str(Mixture.of(record["mixture"]))
-            except (KeyError, TypeError, ValueError, AttributeError):
-                mixture = "?"
-            found.lines.append(
-                f"final model: {mixture}, {number(record.get('steps')):,.0f} steps, {duration(spent['final'])}"
-            )
-    if config.train_final and not (summary and summary.get("final")):
-        left.append("the final fine-tune")
-    parts = ", ".join(f"{key} {duration(value)}" for key, value in spent.items() if value)
-    found.lines.append(f"spent: {duration(sum(spent.values()))}" + (f" ({parts})" if parts else ""))
-    found.lines.append(f"left: {'; '.join(left)}" if left else "left: nothing")
-    found.lines += [f"damaged: {one}" for one in found.damage]
-    if not found.damage:
-        found.lines.append(f"whole: {experts_noun(given)}, models, journal and mixture are as they were written")
-    if left or found.damage:
-        found.lines.append(f"go on with: m2m select --config {os.path.relpath(run.config)}")
-    found.digests.save()
-    return found
+    return Inspection(run, full).inspect()
+
+
+class Inspection:
+    """One look at a run folder; its methods add to `lines`, `damage`, `left` and `spent`."""
+
+    def __init__(self, run: RunFolder, full: bool) -> None:
+        self.run = run
+        self.settings = read_config(run.config)
+        own = {item.name for item in fields(MergeToMixConfig)}
+        self.config = MergeToMixConfig(**{key: value for key, value in self.settings.items() if key in own})
+        self.noun = experts_noun(self.settings)
+        self.digests = Digests(run.root, full)
+        self.busy = at_work(run)
+        self.lines: list[str] = []
+        self.damage: list[str] = []
+        self.left: list[str] = []
+        self.spent: dict[str, float] = {}
+
+    def inspect(self) -> Status:
+        names, targets = list(self.config.parsed_candidates), list(self.config.parsed_targets)
+        self.lines.append(
+            f"{os.path.relpath(self.run.root)}: {len(names)} candidates, target{'s' * (len(targets) > 1)} {', '.join(targets)}, "
+            f"model {self.settings.get('model_name_or_path')}"
+        )
+        if self.busy:
+            self.lines.append("a process is at work in it now")
+        trained = self.experts(names)
+        self.search(trained)
+        self.models()
+        self.files()
+        self.conclude()
+        self.digests.save()
+        return Status(self.lines, self.damage)
+
+    def damaged(self, path: Path, reason: str) -> None:
+        self.damage.append(f"{os.path.relpath(path)}: {reason}")
+
+    def check(self, folder: Path, remedy: str) -> dict[str, Any]:
+        """The `training.json` of a folder with something trained in it; empty where it is damaged."""
+        if reason := find_incomplete(folder):
+            self.damaged(folder, f"{reason}; {remedy}")
+            return {}
+        record = read_json(folder / "training.json")
+        if not isinstance(record, dict):
+            self.damaged(folder, f"training.json is not one; {remedy} once it is deleted")
+            return {}
+        if file := find_modified(folder, digest=self.digests.of):
+            self.damaged(folder, f"{file} is not what was trained; restore it, or delete the folder and {remedy}")
+        return record
+
+    def experts(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        """Candidate -> `training.json` of every expert that is there."""
+        folders = {name: self.run.adapters / name for name in names}
+        found = {
+            name: self.check(path, "m2m select trains it again") for name, path in folders.items() if path.exists()
+        }
+        trained = {name: record for name, record in found.items() if record}
+        self.spent[self.noun] = sum(number(record.get("seconds")) for record in trained.values())
+        steps = sum(number(record.get("steps")) for record in trained.values())
+        self.lines.append(
+            f"{self.noun}: {len(trained)} of {len(names)}, {steps:,.0f} steps, {duration(self.spent[self.noun])}"
+        )
+        for name, record in trained.items():
+            if "failed" in record:
+                self.lines.append(f"  {name}: failed: {record['failed']}")
+        missing = [name for name in names if name not in trained]
+        for name in missing:
+            marks = checkpoints(staging_path(folders[name])).glob(f"checkpoint-*/{COMPLETE}")
+            reached = max((number(read_json_or_empty(path).get("steps")) for path in marks), default=0.0)
+            if reached:
+                self.lines.append(f"  {name}: interrupted; goes on from step {reached:,.0f}")
+        if missing:
+            self.left.append(f"{len(missing)} {self.noun} ({', '.join(missing)})")
+        return trained
+
+    def search(self, trained: dict[str, dict[str, Any]]) -> None:
+        """The journal, and what is left of the search."""
+        trials = self.journal()
+        summary = self.summary()
+        if trials is None:
+            self.left.append("the search")
+            return
+        failed = {name: str(record["failed"]) for name, record in trained.items() if "failed" in record}
+        tokens = {name: number(record.get("data_tokens")) for name, record in trained.items()}
+        try:
+            space = search_space(self.config, tokens, failed)
+        except InputError as error:
+            self.left.append(f"the search, which cannot go on: {error}")
+            return
+        rest = remaining(self.config, space, failed, self.own(trials, trained))
+        if summary is not None and self.belongs(summary, space) and not (rest.exact and rest.mixtures):
+            self.lines.append(f"search: finished; chosen {summary.best.mixture}, score {summary.best.score:.3f}")
+            if self.config.verify_top_k and summary.verified is None:
+                self.left.append(f"the best {self.config.verify_top_k} mixtures to fine-tune (verify_top_k)")
+        else:
+            self.left.append(f"up to {rest.mixtures:,} of {rest.total:,} mixtures to score")
+            summary = None
+        if self.config.train_final and (summary is None or summary.final is None):
+            self.left.append("the final fine-tune")
+
+    def journal(self) -> list[Trial] | None:
+        """All trials; None where the journal cannot be read."""
+        path = self.run.trials
+        try:
+            journal = Journal(path)
+        except InputError as error:
+            self.damage.append(str(error))
+            return None
+        for key in damaged_values(path):
+            reason = f"the values of trial {key} are not what was measured; delete its line to have it measured again"
+            self.damaged(path, reason)
+        if journal.lost and not self.busy:  # a process at work may be writing that line
+            reason = f"{journal.lost} lines were cut short or have lost their values; their trials are measured again"
+            self.damaged(path, reason)
+        trials = list(journal.trials.values())
+        states = Counter(trial.state for trial in trials)
+        self.spent["trials"] = sum(trial.seconds for trial in trials)
+        counted = ", ".join(f"{states[state]:,} {state}" for state in ("complete", "pruned", "failed") if states[state])
+        self.lines.append(f"trials: {len(trials):,} ({counted or 'none'}), {duration(self.spent['trials'])}")
+        for trial in [one for one in trials if one.state == "failed"][:5]:
+            self.lines.append(f"  failed: {trial.mixture} on {trial.target}: {trial.reason}")
+        return trials
+
+    def own(self, trials: list[Trial], trained: dict[str, dict[str, Any]]) -> list[Trial]:
+        """The trials of this run's objective, whose key is what the run gives them now."""
+        facts = [uniform for record in trained.values() if isinstance(uniform := record.get("uniform"), dict)]
+        if not facts:
+            return []
+        experts = {name: str(record.get("fingerprint")) for name, record in trained.items()}
+        known = read_json_or_empty(self.run.targets)
+        scorers = {name: known[name].get("validation") for name in self.config.parsed_targets if name in known}
+        keys = {name: Keys(base_key(facts[0]), scorer, 0, experts) for name, scorer in scorers.items()}
+        seed = self.settings.get("seed", 42)
+        objective = objective_name(self.config, seed if isinstance(seed, int) else 42)
+        return [
+            one for one in trials if one.objective == objective and one.target in keys and keys[one.target].own(one)
+        ]
+
+    def summary(self) -> FinishedRun | None:
+        """`summary.json`; None where there is none, or it is damaged."""
+        content = read_json_or_empty(self.run.summary)
+        if not content:
+            return None
+        try:
+            return from_json(FinishedRun, content)
+        except (ValueError, TypeError, AttributeError) as error:
+            self.damaged(self.run.summary, f"not as it was written ({error}); m2m search writes it again")
+            return None
+
+    def belongs(self, summary: FinishedRun, space: SearchSpace) -> bool:
+        """True if a summary is of the candidates, targets and constraints of the configuration."""
+        known = read_json_or_empty(self.run.targets)
+        scorers = {name: known.get(name, {}).get("validation") for name in self.config.parsed_targets}
+        return (
+            sorted(summary.candidates) == sorted(self.config.parsed_candidates)
+            and {name: one.fingerprints.scorer for name, one in summary.targets.items()} == scorers
+            and without_costs(summary.space) == without_costs(space)
+        )
+
+    def models(self) -> None:
+        """The models that were fine-tuned: to be compared, and the final one."""
+        folders = sorted(path.parent for path in self.run.trained.glob("[!.]*/training.json"))
+        records = [self.check(folder, "it is trained again when it is needed") for folder in folders]
+        # The final model may be a copy of one of them, and is counted once.
+        weights = weights_of(read_json_or_empty(self.run.final / "training.json"))
+        others = [number(record.get("seconds")) for record in records if weights_of(record) != weights]
+        if others:
+            self.spent["mixtures fine-tuned"] = sum(others)
+            self.lines.append(f"fine-tuned to compare: {len(others)} models, {duration(sum(others))}")
+        for folder in sorted(self.run.root.glob("final.*")):
+            self.check(folder, "nothing needs it")
+        if self.run.final.exists() and (record := self.check(self.run.final, "m2m sft makes it again")):
+            self.spent["final"] = number(record.get("total_seconds"))
+            steps = number(record.get("steps"))
+            mixture = mixture_of(record)
+            self.lines.append(f"final model: {mixture}, {steps:,.0f} steps, {duration(self.spent['final'])}")
+
+    def files(self) -> None:
+        """The other files of the folder."""
+        rows = self.run.rows
+        manifest = read_json_or_empty(self.run.mixture / "manifest.json")
+        if rows.exists() and manifest.get("sha256_16") != self.digests.of(rows):
+            self.damaged(rows, "not what its manifest says; m2m search writes it again")
+        for path in (self.run.targets, self.run.summary, self.run.fidelity):
+            if path.exists() and not read_json_or_empty(path):
+                self.damaged(path, "it is not JSON; the command that made it makes it again")
+        for path in sorted((self.run.root / "ensemble").glob("*.safetensors")):
+            if not readable(path):
+                self.damaged(path, "it was cut short; it is made again when it is needed")
+
+    def conclude(self) -> None:
+        """The last lines: what was spent, what is left, what is damaged, what to type."""
+        total = sum(self.spent.values())
+        parts = ", ".join(f"{key} {duration(value)}" for key, value in self.spent.items() if value)
+        self.lines.append(f"spent: {duration(total)}" + (f" ({parts})" if parts else ""))
+        self.lines.append(f"left: {'; '.join(self.left) or 'nothing'}")
+        self.lines += [f"damaged: {one}" for one in self.damage]
+        if not self.damage:
+            self.lines.append(f"whole: {self.noun}, models, journal and mixture are as they were written")
+        if self.left or self.damage:
+            self.lines.append(f"go on with: m2m select --config {os.path.relpath(self.run.config)}")
 
 
 def at_work(run: RunFolder) -> bool:
-    """Whether another process holds the folder."""
+    """True if another process holds the folder."""
     if RunFolder.held is not None and RunFolder.held.root == run.root:
         return False
     lock = FileLock(run.root / ".lock", is_singleton=False)
@@ -129,113 +269,20 @@ def at_work(run: RunFolder) -> bool:
         return False
 
 
-def check(folder: Path, found: Status, remedy: str) -> tuple[dict[str, Any], float]:
-    """(`training.json`, seconds) of a folder with something trained in it; what is wrong with it goes into `found`."""
-    place = os.path.relpath(folder)
-    if reason := find_incomplete(folder):
-        found.damage.append(f"{place}: {reason}; {remedy}")
-        return {}, 0.0
-    record = read_json(folder / "training.json")
-    if not isinstance(record, dict):
-        found.damage.append(f"{place}: training.json is not one; {remedy} once it is deleted")
-        return {}, 0.0
-    if file := find_modified(folder, digest=found.digests.of):
-        found.damage.append(f"{place}: {file} is not what was trained; restore it, or delete the folder and {remedy}")
-    return record, number(record.get("seconds"))
-
-
 def number(value: Any) -> float:
     """What a file says, if it is a number that makes sense for an amount; else 0."""
     return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e15 else 0.0
 
 
-def adapters(run: RunFolder, names: list[str], found: Status, word: str) -> tuple[dict[str, dict[str, Any]], float]:
-    """(candidate -> `training.json` of every expert that is there, seconds spent on them).
-
-    Args:
-        word: what they are called.
-    """
-    trained: dict[str, dict[str, Any]] = {}
-    total = 0.0
-    for name in names:
-        folder = run.adapters / name
-        if folder.exists():
-            record, seconds = check(folder, found, "m2m select trains it again")
-            total += seconds
-            if record:
-                trained[name] = record
-    steps = sum(number(one.get("steps")) for one in trained.values())
-    found.lines.append(f"{word}: {len(trained)} of {len(names)}, {steps:,.0f} steps, {duration(total)}")
-    for name, record in trained.items():
-        if "failed" in record:
-            found.lines.append(f"  {name}: failed: {record['failed']}")
-    for name in names:
-        marks = [
-            read_json_or_empty(path)
-            for path in checkpoints(staging_path(run.adapters / name)).glob(f"checkpoint-*/{COMPLETE}")
-        ]
-        reached = max((number(mark.get("steps")) for mark in marks), default=0.0)
-        if name not in trained and reached:
-            found.lines.append(f"  {name}: interrupted; goes on from step {reached:,.0f}")
-    return trained, total
-
-
-def search(
-    run: RunFolder, config: MergeToMixConfig, names: list[str], found: Status, spent: dict[str, float]
-) -> str | None:
-    """What is left of the search; what is in the journal goes into `found`."""
+def mixture_of(record: dict[str, Any]) -> str:
     try:
-        journal = Journal(run.trials)
-    except InputError as error:
-        found.damage.append(str(error))
-        return "the search"
-    for key in damaged_values(run.trials):
-        found.damage.append(
-            f"{os.path.relpath(run.trials)}: the values of trial {key} are not what was measured; delete its line to have it "
-            "measured again"
-        )
-    if journal.lost and not at_work(run):  # which may be writing that line
-        found.damage.append(
-            f"{os.path.relpath(run.trials)}: {journal.lost} lines were cut short or have lost their values; their trials are "
-            "measured again"
-        )
-    trials = list(journal.trials.values())
-    states = Counter(trial.state for trial in trials)
-    spent["trials"] = sum(trial.seconds for trial in trials)
-    counted = ", ".join(f"{states[state]:,} {state}" for state in ("complete", "pruned", "failed") if states[state])
-    found.lines.append(f"trials: {len(trials):,} ({counted or 'none'}), {duration(spent['trials'])}")
-    for trial in [one for one in trials if one.state == "failed"][:5]:
-        found.lines.append(f"  failed: {trial.mixture} on {trial.target}: {trial.reason}")
-    summary = read_json_or_empty(run.summary)
-    listed = summary.get("candidates")
-    if (
-        summary.get("best")
-        and isinstance(listed, list)
-        and sorted(map(str, listed)) == sorted(config.parsed_candidates)
-    ):
-        try:
-            best, score = Mixture.of(summary["best"]["mixture"]), float(summary["best"]["score"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            found.damage.append(
-                f"{os.path.relpath(run.summary)}: not as it was written ({error}); m2m search writes it again"
-            )
-            return "the search"
-        found.lines.append(f"search: finished; chosen {best}, score {score:.3f}")
-        return None
-    if config.strategy != "exhaustive" or not names:
-        return "the search"
-    space = SearchSpace(
-        tuple(name for name in names if not config.parsed_candidates[name].excluded),
-        frozenset(name for name, one in config.parsed_candidates.items() if one.required),
-        config.min_datasets,
-        config.max_datasets,
-    )
-    wanted = {Mixture.subset([]), Mixture.subset(names), *(Mixture.subset([name]) for name in names), *space.subsets()}
-    kind = "ensemble" if config.objective == "ensemble" else None
-    done = Counter(
-        trial.mixture
-        for trial in trials
-        if trial.mixture in wanted and (kind is None) == (trial.objective != "ensemble")
-    )
-    missing = sum(done[mixture] < len(config.parsed_targets) for mixture in wanted)
-    return f"up to {missing:,} of {len(wanted):,} mixtures to score"
+        return str(Mixture.of(record["mixture"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return "?"
+
+
+def without_costs(space: SearchSpace) -> dict[str, Any]:
+    """A space to compare; its costs are the candidates' own, and may have been counted otherwise."""
+    shown: dict[str, Any] = to_json(space)
+    del shown["costs"]
+    return shown

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import yaml
 from pico import m2m
 
+from m2m_hf.reporting.status import status
 from m2m_hf.storage.files import checkpoints, staging_path
-from m2m_hf.storage.run_folder import RunFolder
+from m2m_hf.storage.run_folder import END, RunFolder
 
 
 def told(capsys, out, code: int = 0) -> str:
@@ -41,12 +43,58 @@ def test_status_of_every_stage(project, capsys):
     assert "go on with" not in shown
 
 
-def test_status_counts_what_is_left_of_a_search(finished, capsys):
+def rewrite_config(out, change, **candidates) -> None:
+    given = yaml.safe_load((out / "config.yaml").read_text()) | change
+    for name, fields in candidates.items():
+        given["candidates"][name] |= fields
+    (out / "config.yaml").write_text(yaml.safe_dump(given) + END)
+
+
+@pytest.mark.parametrize(
+    ("change", "candidates", "left"),
+    [
+        ({}, {}, "up to 3 of 8"),
+        ({"max_trials": 6}, {}, "up to 1 of 6"),
+        ({"max_example_evaluations": 60}, {}, "up to 1 of 8"),
+        ({"max_seconds": 0}, {}, "up to 0 of 8"),
+        ({"max_datasets": 1}, {}, "up to 0 of 5"),
+        ({"min_datasets": 3}, {}, "up to 0 of 5"),
+        ({"max_cost": 2}, {"alpha": {"cost": 5}, "beta": {"cost": 1}, "gamma": {"cost": 1}}, "up to 1 of 6"),
+        ({"max_cost": 450}, {}, "up to 1 of 6"),  # tokens
+        ({"licenses": ["mit"]}, {"alpha": {"license": "mit"}, "beta": {"license": "mit"}}, "up to 1 of 6"),
+        ({}, {"alpha": {"excluded": True}}, "up to 1 of 6"),
+        ({}, {"beta": {"required": True}}, "up to 2 of 7"),
+        ({"strategy": "random"}, {}, "up to 3 of 8"),
+        ({"merge_method": "ties"}, {}, "up to 8 of 8"),
+    ],
+)
+def test_status_counts_what_is_left_as_the_search_would(finished, change, candidates, left):
     out = finished / "out"
     lines = (out / "trials.jsonl").read_text().splitlines(True)
-    (out / "trials.jsonl").write_text("".join(lines[:5]))
+    (out / "trials.jsonl").write_text("".join(lines[:5]))  # the base model, three singles, all together
     (out / "summary.json").unlink()
-    assert "left: up to 3 of 8 mixtures to score" in told(capsys, out)
+    rewrite_config(out, change, **candidates)
+    assert f"left: {left} mixtures to score; the final fine-tune" in status(RunFolder(out)).lines
+
+
+def test_lines_of_an_older_adapter_and_a_failed_candidate_do_not_count(finished):
+    out = finished / "out"
+    record = out / "adapters" / "beta" / "training.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"fingerprint": "f" * 16}))
+    (out / "summary.json").unlink()
+    assert "left: up to 4 of 8 mixtures to score; the final fine-tune" in status(RunFolder(out)).lines
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"failed": "diverged"}))
+    found = status(RunFolder(out)).lines
+    assert "  beta: failed: diverged" in found
+    assert "left: up to 1 of 5 mixtures to score; the final fine-tune" in found
+
+
+def test_a_finished_search_is_not_finished_for_other_constraints(finished):
+    out = finished / "out"
+    rewrite_config(out, {"max_datasets": 2})
+    assert "left: up to 0 of 8 mixtures to score; the final fine-tune" in status(RunFolder(out)).lines
+    rewrite_config(out, {"max_datasets": None, "verify_top_k": 2})
+    assert "left: the best 2 mixtures to fine-tune (verify_top_k)" in status(RunFolder(out)).lines
 
 
 @pytest.fixture
@@ -85,6 +133,7 @@ def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
         ("targets.json", lambda b: b[:-3], "targets.json: it is not JSON"),
         ("mixture/train.jsonl", lambda b: b[:-9], "train.jsonl: not what its manifest says"),
         ("summary.json", lambda b: b.replace(b'"mixture"', b'"other"'), "summary.json: not as it was written"),
+        ("summary.json", lambda b: b.replace(b'"alpha",', b'["alpha"],'), "summary.json: not as it was written"),
     ],
 )
 def test_damage_is_named_and_gives_exit_code_1(complete, capsys, path, change, words):
@@ -102,8 +151,6 @@ def test_damage_is_named_and_gives_exit_code_1(complete, capsys, path, change, w
 def test_odd_records_are_no_traceback(complete, capsys, odd):
     for path in (complete / "final" / "training.json", complete / "adapters" / "beta" / "training.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | odd))
-    summary = complete / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"candidates": [["alpha"], {}]}))
     assert "final model: " in told(capsys, complete)
 
 

@@ -17,8 +17,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau, norm, pearsonr, spearmanr
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 from m2m_hf.core.jsonable import to_json
 from m2m_hf.core.mixture import Mixture
@@ -145,6 +144,8 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
     if not complete:
         weights = draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
 
+    from scipy.stats import kendalltau, pearsonr, spearmanr
+
     def correlation(statistic: Any, weighted: Any) -> Estimate:
         value = constant_aware(statistic, predicted, true)
         if not np.isfinite(value):
@@ -182,7 +183,7 @@ def told(rows: Sequence[Rows], difference: Callable[[Any], Any]) -> bool:
     """Whether a one-sided paired test at 5 % tells that a difference of trained scores, row by row, is above 0."""
     found = [one.weight * difference(one.trained) for one in rows]
     variance = sum(values.var(ddof=1) / len(values) for values in found)
-    return bool(sum(values.mean() for values in found) > norm.ppf(0.95) * variance**0.5)
+    return bool(sum(values.mean() for values in found) > ndtri(0.95) * variance**0.5)
 
 
 def constant_aware(statistic: Any, x: Any, y: Any) -> float:
@@ -231,7 +232,7 @@ def jackknife(statistic: Any, mixtures: Sequence[Mixture], x: Any, y: Any) -> tu
     if not np.isfinite(z).all():
         return None
     spread = np.sqrt((count - 1) / count * ((z[1:] - z[1:].mean()) ** 2).sum())
-    reach = student.ppf((1 + LEVEL) / 2, count - 1) * spread
+    reach = stdtrit(count - 1, (1 + LEVEL) / 2) * spread
     return float(np.tanh(z[0] - reach)), float(np.tanh(z[0] + reach))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import paired
@@ -25,7 +25,7 @@ NUMBERS = 1 << 25  # in one temporary array
 def told_apart(better: Standing, worse: Standing) -> bool:
     """True if one mixture is better than another by a one-sided paired test at 5 %."""
     value, stderr = paired(scores_of(better), scores_of(worse), better.weights)
-    return value > float(norm.ppf(1 - RISK)) * (stderr or 0.0)
+    return value > float(ndtri(1 - RISK)) * (stderr or 0.0)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def selection_bias(
     winners = winners / winners.sum(1, keepdims=True)
     scores = np.array([one.score.value for one in standings if one.score])
     optimism = max(0.0, float(scores[0] - (winners * left).sum(1).mean()))
-    quantile = float(norm.ppf(0.975))
+    quantile = float(ndtri(0.975))
     differences: dict[str, Difference] = {}
 
     def compare(name: str, other: Standing, correction: float) -> tuple[float, float]:
@@ -125,7 +125,7 @@ def selection_bias(
     if rivals:
         value, stderr = compare("second", rivals[0], 0.0)
         if value > 0 and stderr > 0:
-            rows_needed = float(((norm.ppf(1 - RISK / 2) + norm.ppf(POWER)) * stderr / value) ** 2)
+            rows_needed = float(((ndtri(1 - RISK / 2) + ndtri(POWER)) * stderr / value) ** 2)
     probability = None
     if others is not None:
         every = [one.score.value for one in ranking if one.score]

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from m2m_hf.console import duration
 from m2m_hf.core.jsonable import Measurement
 from m2m_hf.core.mixture import Mixture
@@ -125,6 +123,8 @@ def common_mixtures(first: Mapping[Mixture, Standing], second: Mapping[Mixture, 
     if len(both) > 2:
         pairs = [(estimate(first[mixture]), estimate(second[mixture])) for mixture in both]
         if all(len(set(side)) > 1 for side in zip(*pairs, strict=True)):
+            from scipy.stats import spearmanr
+
             lines[0] += f"; rank correlation {spearmanr(*zip(*pairs, strict=True)).statistic:.2f} (Spearman)"
         (ours, theirs), mixture = max(zip(pairs, both, strict=True), key=lambda one: abs(one[0][0] - one[0][1]))
         if ours != theirs:

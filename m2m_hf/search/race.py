@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import Objective, TargetInfo
@@ -102,7 +102,7 @@ def judge(samples: Sequence[Sample], looks: int, seed: int = 0) -> Verdict:
     if not now.any():  # all score alike on all examples
         return Verdict(leader, [number for number in range(len(means)) if number != leader])
     critical = float(np.quantile((resampled / np.sqrt(now)).max(1), 1 - RISK / looks))
-    margin = norm.ppf(0.95) * np.sqrt(all_of_it)
+    margin = ndtri(0.95) * np.sqrt(all_of_it)
     hopeless = behind + margin > critical * np.sqrt(remaining)
     hopeless[leader] = False
     return Verdict(leader, [int(number) for number in np.flatnonzero(hopeless)])

@@ -228,10 +228,7 @@ class Bank:
             terminal.say(f"took {len(records)} {word} that were trained elsewhere: {', '.join(records)}")
 
     def train_missing(
-        self,
-        base: Callable[[], PreTrainedModel],
-        settings: Callable[[str], Settings],
-        terminal: Terminal,
+        self, base: Callable[[], PreTrainedModel], settings: Callable[[str], Settings], terminal: Terminal
     ) -> None:
         """Trains the experts that `check` names, one after another.
 
@@ -248,7 +245,11 @@ class Bank:
         asked: list[str] = broadcast(self.check())
         torn = {name: find_incomplete(self.folder / name) for name in asked if (self.folder / name).exists()}
         missing = [name for name in asked if not finished(self.folder / name, of[name])]
-        steps = {name: self._steps(name, settings(name)) for name in missing}
+        steps = {
+            name: planned_steps(settings(name).args, candidate.trained_rows, candidate.tokens)
+            for name, candidate in self.candidates.items()
+            if name in missing
+        }
         for name in (name for name in missing if name in torn):
             terminal.say(f"  {name}: {torn[name]}; its {settings(name).expert.noun(1)} is trained again", "yellow")
         done = 0
@@ -268,9 +269,6 @@ class Bank:
             reasons = dict.fromkeys(record["failed"] for record in records)
             noun = experts_noun({"uniform": next(iter(self.facts.values()))}).removesuffix("s")
             raise InputError(f"not one {noun} could be trained: {'; '.join(reasons)}")
-
-    def _steps(self, name: str, settings: Settings) -> int:
-        return planned_steps(settings.args, self.candidates[name].trained_rows, self.candidates[name].tokens)
 
     def _train(
         self,

@@ -48,15 +48,7 @@ class ExpertKind(ABC):
     @classmethod
     @abstractmethod
     def of(cls, model_args: ModelConfig, plan: HeadPlan | None, parameters: str | None, dtype: str) -> Self:
-        """Builds the kind from a run's settings.
-
-        Args:
-            plan: of the head; None for a causal LM.
-            parameters, dtype: `trained_parameters` and `delta_dtype`, which adapters do not need.
-
-        Raises:
-            InputError: a LoRA shape that cannot be averaged.
-        """
+        """Builds the kind from a run's settings; `trained_parameters` and `delta_dtype` are for full experts alone."""
 
     @classmethod
     def noun(cls, count: int = 2) -> str:
@@ -68,18 +60,11 @@ class ExpertKind(ABC):
     def check_settings(
         cls, args: SFTConfig, model_args: ModelConfig, overrides: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Refuses settings that this kind cannot be trained with; by default none.
-
-        Args:
-            overrides: `final` and `candidates.<name>.training` -> the settings there.
-
-        Raises:
-            InputError: with the reason.
-        """
+        """Refuses settings that this kind cannot be trained with; `overrides` are `final:` and those of candidates, by name."""
         return
 
     def check_model(self, model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) -> int:
-        """Checks what needs no weights and returns the number of positions; see `modeling.inspection.check_model`."""
+        """See `modeling.inspection.check_model`."""
         return check_model(model_args, args, self.lora, plan, self.parameters)
 
     @abstractmethod
@@ -113,15 +98,7 @@ class ExpertKind(ABC):
         Args:
             model: what was trained.
             before, weights: see `trained_weights`.
-
-        Raises:
-            InputError: a dtype that cannot hold what was learned.
         """
-
-    @staticmethod
-    @abstractmethod
-    def load(folder: Path) -> Expert:
-        """Reads an expert of this kind."""
 
     @classmethod
     @abstractmethod
@@ -177,10 +154,6 @@ class LoraKind(ExpertKind):
                 setattr(shape, item.name, sorted(value))
         model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
         return {}
-
-    @staticmethod
-    def load(folder: Path) -> Expert:
-        return Adapter.load(folder)
 
     @classmethod
     def write_final(cls, trained: Path, folder: Path, base: Callable[[], PreTrainedModel], processing: Any) -> None:
@@ -245,13 +218,9 @@ class FullKind(ExpertKind):
     def save(self, model: Any, before: Tensors, weights: Tensors, folder: Path) -> dict[str, Any]:
         return {"kept": save_delta(folder, before, weights, self.dtype)}
 
-    @staticmethod
-    def load(folder: Path) -> Expert:
-        return FullExpert.load(folder)
-
     @classmethod
     def write_final(cls, trained: Path, folder: Path, base: Callable[[], PreTrainedModel], processing: Any) -> None:
-        stack = DenseStack(base(), {"trained": cls.load(trained)}, AVERAGE)
+        stack = DenseStack(base(), {"trained": FullExpert.load(trained)}, AVERAGE)
         try:
             stack.set({"trained": 1.0})
             stack.model.save_pretrained(folder)
@@ -272,6 +241,6 @@ def expert_kind(name: str) -> type[ExpertKind]:
     return KINDS[name]
 
 
-def kind_of(folder: Path) -> type[ExpertKind]:
-    """The kind of the expert in a folder."""
-    return FullKind if (folder / DELTA_FILE).exists() else LoraKind
+def load_expert(folder: Path) -> Expert:
+    """Loads the expert in a folder, of either kind."""
+    return FullExpert.load(folder) if (folder / DELTA_FILE).exists() else Adapter.load(folder)

@@ -28,12 +28,12 @@ from m2m_hf.merging.full_experts import floats
 from m2m_hf.modeling.devices import broadcast, is_sharded, out_of_memory
 from m2m_hf.storage.files import checkpoints, fingerprint, read_json, read_json_or_empty, staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files, find_incomplete, find_modified
-from m2m_hf.training.experts import ExpertKind, kind_of
+from m2m_hf.training.experts import ExpertKind, load_expert
 from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import (
     DECIMALS,
+    BookkeepingTrainer,
     Checkpoints,
-    CompletionTrainer,
     LabelTrainer,
     Settings,
     TrainingRecorder,
@@ -86,7 +86,7 @@ class BaseSnapshot:
         ]
         self._hooks = set(input_hooks(base))
         is_here = PartialState().is_main_process or not is_sharded()
-        self._before = {
+        self.before = {
             name: tensor.detach().cpu().clone()
             for name, tensor in (floats(base).items() if is_here else ())
             if kind.may_change(tensor)
@@ -95,18 +95,14 @@ class BaseSnapshot:
             name: tensor.detach().clone() for name, tensor in base.named_buffers() if not tensor.is_floating_point()
         }
 
-    def trained(self, trainer: "CompletionTrainer | LabelTrainer") -> tuple[dict[str, torch.Tensor], bool]:
+    def trained(self, trainer: BookkeepingTrainer) -> tuple[dict[str, torch.Tensor], bool]:
         """Returns the weights that were trained, and whether training changed any (collective).
 
         If the model is sharded, the main process gets the weights.
         """
         sharded = is_sharded()
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
-        return self._kind.trained_weights(state, self._before, self._learned)
-
-    def save(self, model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
-        """Writes the expert, on the main process; see `ExpertKind.save`."""
-        return self._kind.save(model, self._before, weights, folder)
+        return self._kind.trained_weights(state, self.before, self._learned)
 
     def restore(self, model: Any) -> None:
         """Restores the base, to be trained or scored as if it were freshly loaded.
@@ -136,8 +132,8 @@ class BaseSnapshot:
         base.requires_grad_(False)
         with torch.no_grad():
             for name, tensor in floats(base).items():
-                if name in self._before:
-                    tensor.copy_(self._before[name])
+                if name in self.before:
+                    tensor.copy_(self.before[name])
             for name, tensor in base.named_buffers():
                 if name in self._counts:
                     tensor.copy_(self._counts[name])
@@ -156,39 +152,29 @@ def input_hooks(model: PreTrainedModel) -> dict[int, Any]:
 def last_checkpoint(folder: Path, of: str) -> Path | None:
     """Returns the last checkpoint in `folder` that is complete and belongs to the training `of`."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
-        if (
-            find_incomplete(path, COMPLETE) is None
-            and read_json_or_empty(path / COMPLETE).get("of") == of
-            and find_modified(path, COMPLETE) is None
-        ):
+        complete = find_incomplete(path, COMPLETE) is None
+        if complete and read_json_or_empty(path / COMPLETE).get("of") == of and not find_modified(path, COMPLETE):
             return path
     return None
 
 
-def verdict(
-    finite: bool, changed: bool, loss: float, curve: Sequence[float], args: SFTConfig, choices: int
-) -> str | None:
+def verdict(finite: bool, changed: bool, loss: float, curve: Sequence[float], lr: float, choices: int) -> str | None:
     """Says why what was trained is useless; None if it is not.
 
     Args:
-        finite: all trained weights are finite.
-        changed: some weight changed.
-        loss: mean over the training.
-        curve: the logged losses.
+        finite, changed: whether all trained weights are finite, and some changed.
+        loss, curve: the mean loss, and the logged losses.
+        lr: the learning rate.
         choices: tokens of the vocabulary, or labels: guessing has the loss log(choices).
     """
+    lower = f"try a lower learning_rate (now {lr:g})"
     if not math.isfinite(loss) or not finite:
-        return (
-            f"it diverged: loss {loss:g}, or weights that are not finite; try a lower learning_rate (now {args.learning_rate:g}) "
-            "or max_grad_norm"
-        )
-    if len(curve) > 1 and curve[-1] > max(curve[0], math.log(choices)) + 1:
-        return (
-            f"it exploded: the loss went from {curve[0]:.3f} to {curve[-1]:.3f}, worse than guessing "
-            f"({math.log(choices):.3f}); try a lower learning_rate (now {args.learning_rate:g})"
-        )
+        return f"it diverged: loss {loss:g}, or weights that are not finite; {lower} or max_grad_norm"
+    if len(curve) > 1 and curve[-1] > max(curve[0], guess := math.log(choices)) + 1:
+        losses = f"{curve[0]:.3f} to {curve[-1]:.3f}"
+        return f"it exploded: the loss went from {losses}, worse than guessing ({guess:.3f}); {lower}"
     if not changed:
-        return f"it learned nothing: no weight changed; is the learning_rate ({args.learning_rate:g}) too small?"
+        return f"it learned nothing: no weight changed; is the learning_rate ({lr:g}) too small?"
     return None
 
 
@@ -225,11 +211,14 @@ def train_expert(
     saved = checkpoints(folder)
     args = arguments(settings, saved)
     of = fingerprint([of, state.num_processes, is_sharded()])
-    checkpoint = find_checkpoint(saved, of)
+    checkpoint = last_checkpoint(saved, of) if state.is_main_process else None
+    if checkpoint is None and state.is_main_process:
+        shutil.rmtree(saved, ignore_errors=True)  # of another training
+    checkpoint = broadcast(checkpoint)
     before: dict[str, Any] = read_json(checkpoint / COMPLETE) if checkpoint else {"seconds": 0.0, "losses": {}}
     recorder = TrainingRecorder(before["seconds"])
     snapshot = BaseSnapshot(base, settings.expert)
-    trainer: CompletionTrainer | LabelTrainer | None = None
+    trainer: BookkeepingTrainer | None = None
     try:
         trainer = make_trainer(base, rows, settings, args, [recorder, tracker, *callbacks])
         trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
@@ -247,17 +236,7 @@ def train_expert(
     return recorder.record | {"loss": round(loss, DECIMALS)} | kept
 
 
-def find_checkpoint(saved: Path, of: str) -> Path | None:
-    """Returns the checkpoint to resume from (collective); without one, deletes those of other trainings."""
-    checkpoint: Path | None = None
-    if PartialState().is_main_process:
-        checkpoint = last_checkpoint(saved, of)
-        if checkpoint is None:
-            shutil.rmtree(saved, ignore_errors=True)
-    return Path(found) if (found := broadcast(checkpoint)) else None
-
-
-def run_trainer(trainer: "CompletionTrainer | LabelTrainer", args: SFTConfig, checkpoint: Path | None) -> None:
+def run_trainer(trainer: BookkeepingTrainer, args: SFTConfig, checkpoint: Path | None) -> None:
     """Trains to the last step.
 
     Raises:
@@ -284,7 +263,7 @@ def run_trainer(trainer: "CompletionTrainer | LabelTrainer", args: SFTConfig, ch
 
 
 def keep_or_refuse(
-    trainer: "CompletionTrainer | LabelTrainer",
+    trainer: BookkeepingTrainer,
     snapshot: BaseSnapshot,
     settings: Settings,
     folder: Path,
@@ -305,13 +284,13 @@ def keep_or_refuse(
     weights, changed = snapshot.trained(trainer)
     # Squares too must be finite: a step of 1e30 may leave a finite loss and weights that nothing can be made of.
     finite = all(tensor.float().square().sum().isfinite() for tensor in weights.values())
-    reason: str | None = broadcast(verdict(finite, changed, loss, curve, settings.args, choices))
+    reason: str | None = broadcast(verdict(finite, changed, loss, curve, settings.args.learning_rate, choices))
     kept: dict[str, Any] = {}
     if PartialState().is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         if reason is None:
             try:
-                kept = snapshot.save(trainer.model, weights, folder)
+                kept = settings.expert.save(trainer.model, snapshot.before, weights, folder)
             except InputError as error:  # the other processes must hear of it
                 reason = str(error)
     reason = broadcast(reason)
@@ -363,4 +342,4 @@ def load_trained(folder: Path) -> Expert:
         raise InputError(
             f"{folder / file} is not what was trained: it was modified. Restore it, or delete {folder} to train it again"
         )
-    return kind_of(folder).load(folder)
+    return load_expert(folder)

@@ -42,28 +42,18 @@ NAMING = (  # how the layers of an adapter were chosen
 
 
 def refuse_head(changed: Sequence[str], plan: HeadPlan | None, where: str) -> None:
-    """Refuses an expert that changed the head.
-
-    Args:
-        changed: names of the modules or weights that it changes.
-
-    Raises:
-        InputError: with the reason.
-    """
+    """Refuses an expert that changed the head; `changed` names the modules or weights that it changes."""
     kept = plan.untrained if plan is not None and plan.own is not None else None
     if head := [name for name in changed if kept and re.fullmatch(kept, name)]:
         raise InputError(f"{where} has trained {', '.join(head[:3])}: {OWN_HEAD}")
 
 
 def check_sources(bank: Bank, sources: Mapping[str, str], key: str) -> None:
-    """Refuses a configuration that names another source for an expert than the one it was taken from.
+    """Refuses another source for an expert than the one it was taken from, or a source whose files have changed since.
 
     Args:
         sources: candidate -> where its expert is to be taken from.
         key: `adapters` or `experts`.
-
-    Raises:
-        InputError: another source, or files there that have changed since.
     """
     for name, source in sources.items():
         problem: str | None = None
@@ -132,22 +122,13 @@ class Importer(ABC):
     def stage(self, name: str, folder: Path, partial: Path, where: str) -> tuple[set[str], dict[str, Any]]:
         """Checks an expert and, on the main process, writes it to its staging path.
 
-        Args:
-            folder: with its files.
-            partial: the staging path.
-            where: begins a message about it.
-
         Returns:
-            (the facts that its files tell, what `training.json` says more)
+            (the facts that its files tell, what `training.json` adds)
         """
 
 
 class AdapterImporter(Importer):
-    """Imports LoRA adapters of this run's shape.
-
-    Args:
-        adapted: the layers that this run's adapters are on, see `modeling.inspection.adapted_layers`.
-    """
+    """Imports LoRA adapters that are on the layers `adapted`, as this run's are."""
 
     key = "adapters"
     trust = (
@@ -195,12 +176,7 @@ class AdapterImporter(Importer):
 
 
 class ModelImporter(Importer):
-    """Imports full fine-tunes: what each has changed of the base becomes an expert.
-
-    Args:
-        base: the run's base model.
-        load: loads a model as the base was loaded.
-    """
+    """Imports full fine-tunes: what each has changed of the base becomes an expert. `load` loads as the base was loaded."""
 
     key = "experts"
     trust = (
@@ -295,12 +271,7 @@ def make_importer(
     base: Callable[[], PreTrainedModel],
     load: Callable[[Path], PreTrainedModel],
 ) -> Importer:
-    """Makes what imports experts of this kind.
-
-    Args:
-        adapted: a LoRA shape -> the layers that this run's adapters are on.
-        base, load: see `ModelImporter`.
-    """
+    """Makes what imports experts of this kind; `adapted` gives the layers that a LoRA shape adapts."""
     if kind.lora is not None:
         return AdapterImporter(bank, plan, terminal, adapted(kind.lora))
     return ModelImporter(bank, plan, terminal, base(), load)

@@ -283,7 +283,7 @@ def arguments(settings: Settings, saved: Path) -> SFTConfig:
 
 def make_trainer(
     base: PreTrainedModel, rows: Dataset, settings: Settings, args: SFTConfig, callbacks: Sequence[TrainerCallback]
-) -> "CompletionTrainer | LabelTrainer":
+) -> BookkeepingTrainer:
     """Makes the Trainer that the settings ask for, over the base with an adapter on it or with its parameters free."""
     set_seed(args.seed)
     head = settings.head

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from trl import SFTConfig
 
 from m2m_hf import InputError
 from m2m_hf.cli.main import main
@@ -171,14 +170,14 @@ def test_a_training_that_something_ends_early_is_not_taken_for_finished(checkpoi
 
 
 def test_verdicts():
-    args = SFTConfig(output_dir="x", use_cpu=True, bf16=False)
-    assert verdict(True, True, 1.0, [3.0, 1.0], args, 100) is None
-    assert verdict(True, True, 1.0, [1.0, 5.0], args, 100) is None  # worse, but not worse than guessing
-    assert verdict(True, True, 1.0, [9.0, 9.5], args, 100) is None  # as bad as it began
-    assert "exploded" in verdict(True, True, 1.0, [1.0, 6.0], args, 100)
-    assert "learned nothing" in verdict(True, False, 1.0, [3.0, 3.0], args, 100)
-    assert "diverged" in verdict(True, True, float("nan"), [], args, 100)
-    assert "diverged" in verdict(False, True, 1.0, [], args, 100)
+    lr = 1e-3
+    assert verdict(True, True, 1.0, [3.0, 1.0], lr, 100) is None
+    assert verdict(True, True, 1.0, [1.0, 5.0], lr, 100) is None  # worse, but not worse than guessing
+    assert verdict(True, True, 1.0, [9.0, 9.5], lr, 100) is None  # as bad as it began
+    assert "exploded" in verdict(True, True, 1.0, [1.0, 6.0], lr, 100)
+    assert "learned nothing" in verdict(True, False, 1.0, [3.0, 3.0], lr, 100)
+    assert "diverged" in verdict(True, True, float("nan"), [], lr, 100)
+    assert "diverged" in verdict(False, True, 1.0, [], lr, 100)
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
-from sklearn.linear_model import BayesianRidge
+from scipy.special import ndtr
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
@@ -41,6 +40,8 @@ class ScoreModel:
         self._pairs = np.array(list(combinations(sorted(best), 2)), dtype=int).reshape(-1, 2).T
         self.screen = problem.screen
         self._screened: dict[Mixture, float] = {}
+        from sklearn.linear_model import BayesianRidge  # takes a second to import
+
         self._model = BayesianRidge()
 
     def terms(self, mixtures: Sequence[Mixture]) -> Any:
@@ -83,7 +84,7 @@ class ScoreModel:
 def expected_improvement(mean: Any, deviation: Any, best: float) -> Any:
     """E[max(score − best, 0)] of normal predictions (Mockus, 1978)."""
     z = (mean - best) / deviation
-    return (mean - best) * norm.cdf(z) + deviation * norm.pdf(z)
+    return (mean - best) * ndtr(z) + deviation * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
 
 
 def unscored(problem: SearchProblem, everything: list[Mixture] | None) -> list[Mixture]:

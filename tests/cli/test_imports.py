@@ -7,7 +7,7 @@ import sys
 import pytest
 from pico import ROOT, m2m, write_rows
 
-HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate", "bitsandbytes"}
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate", "bitsandbytes", "sklearn"}
 CODE = f"""
 import sys
 from m2m_hf.cli.main import main

@@ -52,8 +52,8 @@ from m2m_hf.reporting.tables import (
     remarks,
     verified_table,
 )
-from m2m_hf.run.ingredients import Ingredients
-from m2m_hf.run.plan import plan, told_apart
+from m2m_hf.run.context import Ingredients
+from m2m_hf.run.estimate import plan, told_apart
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl
 from m2m_hf.search.loop import planned_mixtures, planned_proposals, search

@@ -13,7 +13,7 @@ from m2m_hf.cli.launch import find, names, relaunched
 from m2m_hf.cli.main import main
 from m2m_hf.config.parsing import parse
 from m2m_hf.errors import InputError
-from m2m_hf.run.ingredients import Ingredients, has_content
+from m2m_hf.run.context import Ingredients, has_content
 
 ROOT = Path(__file__).parents[2]
 SCONTROL = "#!/bin/sh\necho 127.0.0.1\n"
@@ -58,7 +58,7 @@ def test_two_machines_give_the_result_of_one(project, tmp_path, forks):
 def test_a_machine_with_another_folder_or_other_rows_is_refused(project, monkeypatch):
     here = Ingredients(*parse(project / "run.yaml"))
     here.prepare()
-    monkeypatch.setattr("m2m_hf.run.ingredients.has_content", lambda path, content: has_content(path, content, 0))
+    monkeypatch.setattr("m2m_hf.run.context.has_content", lambda path, content: has_content(path, content, 0))
     monkeypatch.setattr(here, "_broadcast", lambda value: ["another configuration", value[1]])
     with pytest.raises(InputError, match="expected one on a file system that all machines share"):
         here._check_machines()

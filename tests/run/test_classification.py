@@ -88,7 +88,7 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
 
     # Once more: nothing is trained, scored or loaded.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m2m_hf.run.ingredients.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
+        patch.setattr("m2m_hf.run.context.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
         assert m2m("select", "--config", out / "config.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert m2m("status", out) == 0

@@ -88,7 +88,7 @@ def test_a_second_select_does_nothing_and_says_so(project, capsys, monkeypatch):
     assert m2m("select", "--config", project / "run.yaml") == 0
     before = files(project / "out")
     capsys.readouterr()
-    monkeypatch.setattr("m2m_hf.run.ingredients.load_base", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("m2m_hf.run.context.load_base", lambda *args: pytest.fail("the model was loaded"))
     assert m2m("select", "--config", project / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     unchanged = {name for name, time in files(project / "out").items() if before.get(name) == time}

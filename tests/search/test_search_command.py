@@ -103,7 +103,7 @@ def test_the_ensemble_objective(project, capsys):
 
 
 def test_bayes_without_optuna_says_what_to_type(project, capsys, monkeypatch):
-    monkeypatch.setattr("m2m_hf.run.ingredients.find_spec", lambda name: None)
+    monkeypatch.setattr("m2m_hf.run.context.find_spec", lambda name: None)
     assert m2m("search", "--config", project / "run.yaml", "--strategy", "bayes") == 2
     assert "pip install 'm2m_hf[bayes]'" in capsys.readouterr().err
     assert not (project / "out").exists()

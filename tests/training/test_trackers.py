@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.errors import InputError
-from m2m_hf.run.ingredients import Ingredients
+from m2m_hf.run.context import Ingredients
 from m2m_hf.training.trackers import Tracker, tracker_group
 
 RUNS = ["adapters/alpha", "adapters/beta", "adapters/gamma", "final", "scores", "search"]

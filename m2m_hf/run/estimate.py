@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from m2m_hf.console import duration
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.run.ingredients import Ingredients
+from m2m_hf.run.context import Ingredients
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.storage.records import experts_noun
 from m2m_hf.training.fine_tune import TrainingFailedError, planned_steps, train_expert

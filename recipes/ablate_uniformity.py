@@ -30,6 +30,7 @@ from m2m_hf.config.parsing import parse
 from m2m_hf.config.yaml_files import read_yaml
 from m2m_hf.errors import InputError
 from m2m_hf.reporting.tables import comparison_tables
+from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.files import write_json
 
@@ -42,19 +43,19 @@ def settings(searcher: MergeToMixSearcher, field: str, factor: float | None) -> 
     Raises:
         InputError: a setting that is not a number, or that plays no part in this run.
     """
-    names = list(searcher.candidates)
+    names = list(searcher.run.candidates)
     if field == "seed":
-        return {name: searcher.args.seed + 1 + number for number, name in enumerate(names)}
-    own = getattr(searcher.args, field, None)
+        return {name: searcher.run.args.seed + 1 + number for number, name in enumerate(names)}
+    own = getattr(searcher.run.args, field, None)
     if field == "num_train_epochs":
-        own = float(searcher.args.num_train_epochs)
+        own = float(searcher.run.args.num_train_epochs)
     if not isinstance(own, (int, float)) or isinstance(own, bool) or factor is None or factor <= 1:
         raise InputError(
             f"--vary {field}={factor}: expected seed, or a field of SFTConfig that is a number, =FACTOR above 1"
         )
-    if field == "num_train_epochs" and searcher.args.max_steps > 0:
+    if field == "num_train_epochs" and searcher.run.args.max_steps > 0:
         raise InputError("--vary num_train_epochs: this run goes by max_steps; vary that")
-    raised = set(random.Random(searcher.args.seed).sample(names, len(names) // 2))
+    raised = set(random.Random(searcher.run.args.seed).sample(names, len(names) // 2))
     whole = isinstance(own, int)
     found = {}
     for name in names:
@@ -77,8 +78,9 @@ def main() -> None:
     given, flags = parser.parse_known_args()
     LOG.silence_libraries()
     terminal = Terminal()
-    run = MergeToMixSearcher(*parse(given.config, flags), terminal)
-    run.check()
+    searcher = MergeToMixSearcher(*parse(given.config, flags), terminal)
+    searcher.check()
+    run = searcher.run
     varied = {}
     for asked in given.vary:
         field, _, text = asked.partition("=")
@@ -86,18 +88,18 @@ def main() -> None:
             factor = float(text) if text else None
         except ValueError:
             raise InputError(f"--vary {asked}: expected FIELD=FACTOR, such as learning_rate=4") from None
-        varied[asked] = settings(run, field, factor)
-    run.prepare()
-    LOG.open(run.run.log)
-    mixtures, true, complete = run.truth()
-    found = {"uniform": compare(mixtures, run.surrogate(mixtures), true, complete)}
+        varied[asked] = settings(searcher, field, factor)
+    searcher.prepare()
+    LOG.open(run.folder.log)
+    mixtures, true, complete = fine_tuned_truth(run, searcher.search())
+    found = {"uniform": compare(mixtures, surrogate_standings(run, mixtures), true, complete)}
     for asked, values in varied.items():
         terminal.say(f"\n{asked}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()), "bold")
         candidates = read_yaml(given.config)["candidates"]
         for name, value in values.items():
             own = candidates[name].get("training", {})
             candidates[name]["training"] = {**own, asked.partition("=")[0]: value}
-        folder = run.run.root / "ablation" / asked.replace("=", "-")
+        folder = run.folder.root / "ablation" / asked.replace("=", "-")
         other = MergeToMixSearcher(
             *parse(
                 given.config,
@@ -106,12 +108,14 @@ def main() -> None:
             ),
             Terminal(quiet=True),
         )
-        other.terminal = terminal
-        found[asked] = compare(mixtures, other.surrogate(mixtures), true, complete)
+        other.run.terminal = terminal
+        other.train_adapters()
+        other.prepare()
+        found[asked] = compare(mixtures, surrogate_standings(other.run, mixtures), true, complete)
         for table in comparison_tables("how well averages of mixed adapters predict what was fine-tuned", found):
             terminal.table(*table)
         shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
-        write_json(run.run.root / "ablation" / "ablation.json", shown)
+        write_json(run.folder.root / "ablation" / "ablation.json", shown)
 
 
 if __name__ == "__main__":

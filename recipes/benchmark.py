@@ -123,17 +123,17 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
         base = load_base(model_args, args)
         adapters = None
     else:
-        searcher = MergeToMixSearcher(*parsing.parse(given.config, flags), terminal)
-        target = next(iter(searcher.targets.values()))
+        run = MergeToMixSearcher(*parsing.parse(given.config, flags), terminal).run
+        target = next(iter(run.targets.values()))
         rows = list(target.rows[: given.rows])
-        scorer = make_causal_lm_scorer(target.config, rows, searcher.tokenizer, 10**6)
-        model_args, tokenizer, base = searcher.model_args, searcher.tokenizer, searcher.base
-        budget = searcher.config.tokens_per_batch
-        whole = {} if given.random_adapters or searcher.bank.check() else searcher.bank.load()
+        scorer = make_causal_lm_scorer(target.config, rows, run.task.tokenizer, 10**6)
+        model_args, tokenizer, base = run.model_args, run.task.tokenizer, run.base.plain()
+        budget = run.config.tokens_per_batch
+        whole = {} if given.random_adapters or run.bank.check() else run.bank.load()
         adapters = {name: one for name, one in whole.items() if isinstance(one, Adapter)} or None
         if adapters is None and not given.random_adapters:
             terminal.say("the run has no complete bank; random adapters stand in, which cost the same")
-            given.random_adapters = len(searcher.candidates)
+            given.random_adapters = len(run.candidates)
     if not isinstance(scorer, CompletionScorer):
         raise InputError("the benchmark needs a target with scorer choice, classification or loss")
     if adapters is None:

@@ -33,9 +33,9 @@ def peak() -> float:
 
 def main(config: Path) -> None:
     """Measures, and prints a table."""
-    run = MergeToMixSearcher.from_yaml(config)
+    run = MergeToMixSearcher.from_yaml(config).run
     experts = run.bank.load()
-    base = run._plain_base()
+    base = run.base.plain()
     size = sum(tensor.numel() * tensor.element_size() for tensor in floats(base).values()) / 2**20
     print(f"{len(experts)} experts of a base of {size:,.0f} MiB; {peak():,.0f} MiB in memory")
     start = time.monotonic()

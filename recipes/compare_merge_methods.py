@@ -27,6 +27,7 @@ from m2m_hf.config.run_config import MERGE_PARAMETERS, check_merge_parameters
 from m2m_hf.errors import InputError
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.reporting.tables import comparison_tables
+from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.files import write_json
 
@@ -63,19 +64,22 @@ def main() -> None:
     given, flags = parser.parse_known_args()
     LOG.silence_libraries()
     terminal = Terminal()
-    run = MergeToMixSearcher(*parse(given.config, flags), terminal)
-    run.check()
+    searcher = MergeToMixSearcher(*parse(given.config, flags), terminal)
+    searcher.check()
+    run = searcher.run
     methods = [method(text, run.args.seed) for text in given.methods]
-    run.prepare()
-    LOG.open(run.run.log)
-    mixtures, true, complete = run.truth()
-    found = {one.label: compare(mixtures, run.surrogate(mixtures, method=one), true, complete) for one in methods}
+    searcher.prepare()
+    LOG.open(run.folder.log)
+    mixtures, true, complete = fine_tuned_truth(run, searcher.search())
+    found = {
+        one.label: compare(mixtures, surrogate_standings(run, mixtures, method=one), true, complete) for one in methods
+    }
     if "ensemble" in run.study.surrogates:
-        found["ensemble"] = compare(mixtures, run.surrogate(mixtures, "ensemble"), true, complete)
+        found["ensemble"] = compare(mixtures, surrogate_standings(run, mixtures, "ensemble"), true, complete)
     for table in comparison_tables("how well merged models predict what was fine-tuned", found):
         terminal.table(*table)
     shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
-    write_json(run.run.root / "merge_methods.json", shown)
+    write_json(run.folder.root / "merge_methods.json", shown)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ trainer = SFTTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", args, train_dataset=
 """
 CHECK = """
 import sys
-from m2m_hf.run.context import Ingredients
+from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.config.parsing import parse
 from pathlib import Path
-Ingredients(*parse(Path(sys.argv[1]))).check()
+MergeToMixSearcher(*parse(Path(sys.argv[1]))).check()
 """
 
 

@@ -160,8 +160,8 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path, mark):
                 raise KeyboardInterrupt
 
     def train(*callbacks):
-        rows = one.candidates["alpha"].rows
-        return train_expert(one.base, rows, one._training(one.args, one.model_args), tmp_path / "run", callbacks)
+        rows = one.run.candidates["alpha"].rows
+        return train_expert(one.run.base.model, rows, one.run.training_settings(), tmp_path / "run", callbacks)
 
     with pytest.raises(KeyboardInterrupt):
         train(Stop())
@@ -172,7 +172,7 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path, mark):
         torch.save(Bomb(mark), checkpoint / name)
         (checkpoint / COMPLETE).unlink()
         (checkpoint / COMPLETE).write_text(json.dumps(known | {"files": describe_files(checkpoint)}))
-        with pytest.raises(InputError, match="it holds more than numbers"):
+        with pytest.raises(InputError, match="holds more than numbers"):
             train()
         (checkpoint / name).write_bytes(kept)
 
@@ -204,7 +204,7 @@ def test_a_chat_template_cannot_reach_out(project, tmp_path, capsys):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 12
     write_rows(project / "beta.jsonl", rows)
     path = change(project, lambda given: given.update(chat_template_path=str(template)))
-    assert "chat template does not take" in refused(path, capsys)
+    assert "chat template refuses these messages" in refused(path, capsys)
     assert not Path("x").exists()
 
 
@@ -270,19 +270,19 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path, forks):
     path = change(project, lambda given: given.update(targets={"mine": target}))
     code = (
         "import logging, os, sys\n"
-        "from m2m_hf.cli import main as cli\n"
-        "real = cli.open_searcher\n"
-        "def noisy(*arguments):\n"
-        "    found = real(*arguments)\n"
+        "from m2m_hf.cli.main import main\n"
+        "from m2m_hf.searcher import MergeToMixSearcher\n"
+        "real = MergeToMixSearcher.check\n"
+        "def noisy(self):\n"
         "    log = logging.getLogger('huggingface_hub')\n"
         "    log.warning('using %s and %s', os.environ['HF_TOKEN'], os.environ['WANDB_API_KEY'])\n"
-        "    found.terminal.say('token ' + os.environ['HF_TOKEN'])\n"
-        "    return found\n"
-        "cli.open_searcher = noisy\n"
-        "code = cli.main(sys.argv[1:])\n"
-        "def broken(*arguments): raise RuntimeError('with ' + os.environ['HF_TOKEN'])\n"
-        "cli.open_searcher = broken\n"
-        "cli.main(sys.argv[1:])\n"
+        "    self.run.terminal.say('token ' + os.environ['HF_TOKEN'])\n"
+        "    real(self)\n"
+        "MergeToMixSearcher.check = noisy\n"
+        "code = main(sys.argv[1:])\n"
+        "def broken(self): raise RuntimeError('with ' + os.environ['HF_TOKEN'])\n"
+        "MergeToMixSearcher.check = broken\n"
+        "main(['search', *sys.argv[2:]])\n"
         "sys.exit(code)\n"
     )
     secrets = {"HF_TOKEN": SECRET, "WANDB_API_KEY": "k" * 40}
@@ -314,10 +314,10 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path, forks):
             )
         ),
         ({"learning_rate": SECRET}, "***"),
-        ({"run_name": SECRET}, "run_name: a token or password stands in it"),
+        ({"run_name": SECRET}, "run_name: contains a token or password"),
         (
             {"targets": {"t": {"scorer": "command", "command": ["python", "x", SECRET]}}},
-            "targets: a token or password stands",
+            "targets: contains a token or password",
         ),
         ({SECRET: 1}, "unknown key '***'"),
     ],

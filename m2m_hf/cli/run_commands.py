@@ -39,19 +39,24 @@ def run(command: argparse.Namespace, flags: Sequence[str], log: LibraryLog, argu
     inputs = unchanged.watch(ours, vars(args) | vars(model_args), Path(args.output_dir)) if fingerprint else None
     searcher = MergeToMixSearcher(ours, args, model_args)
     searcher.check()
+    context = searcher.run
     if command.command == "select" and command.dry_run:
-        searcher.show_plan()
+        from m2m_hf.run.estimate import show_estimate
+
+        show_estimate(context)
         return
-    if command.command in ("select", "sft"):
-        searcher.check_hub()
+    if command.command in ("select", "sft") and context.args.push_to_hub:
+        from m2m_hf.publish.hub import check_login
+
+        check_login(context.args.hub_model_id)
     searcher.prepare()
-    if searcher.state.is_main_process:
-        log.open(searcher.run.log)
+    if context.is_main:
+        log.open(context.folder.log)
     {"adapters": adapters, "search": search, "fidelity": fidelity, "sft": sft, "select": MergeToMixSearcher.select}[
         command.command
     ](searcher)
     if fingerprint and inputs is not None:
-        unchanged.remember(searcher.run, fingerprint, inputs, searcher.closing)
+        unchanged.remember(context.folder, fingerprint, inputs, searcher.closing)
 
 
 def config_of(out: Path) -> Path:
@@ -71,9 +76,10 @@ def config_of(out: Path) -> Path:
 
 def adapters(searcher: "MergeToMixSearcher") -> None:
     searcher.train_adapters()
-    failed, noun = searcher.failed, "experts" if searcher.config.expert == "full" else "adapters"
-    searcher.terminal.say(
-        f"{len(searcher.candidates) - len(failed)} {noun} are complete: {os.path.relpath(searcher.run.adapters)}"
+    context = searcher.run
+    failed, noun = context.failed, context.expert().noun()
+    context.terminal.say(
+        f"{len(context.candidates) - len(failed)} {noun} are complete: {os.path.relpath(context.folder.adapters)}"
         + (f"; the training of {', '.join(failed)} failed" if failed else "")
     )
 
@@ -84,13 +90,23 @@ def search(searcher: "MergeToMixSearcher") -> None:
 
 
 def fidelity(searcher: "MergeToMixSearcher") -> None:
-    searcher.fidelity()
-    searcher.write_outcome()
-    searcher.show_fidelity()
+    from m2m_hf.analysis.study_report import StudyReport
+    from m2m_hf.core.jsonable import from_json
+    from m2m_hf.reporting.page import write_report
+    from m2m_hf.reporting.tables import baselines_table, fidelity_remarks, fidelity_tables
+
+    found, context = from_json(StudyReport, searcher.fidelity()), searcher.run
+    for table in (*fidelity_tables(found), baselines_table(found.baselines)):
+        context.terminal.table(*table)
+        context.terminal.say("")
+    for line in fidelity_remarks(found):
+        context.terminal.say(line)
+    if context.is_main:
+        context.terminal.say(f"report: {os.path.relpath(write_report(context.folder.root))}")
 
 
 def sft(searcher: "MergeToMixSearcher") -> None:
     searcher.train_final()
     searcher.show()
-    if searcher.args.push_to_hub:
+    if searcher.run.args.push_to_hub:
         searcher.push_to_hub()

@@ -14,8 +14,12 @@ from transformers import TrainerCallback
 
 from m2m_hf.console import duration
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.run.context import Ingredients
+from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.search.loop import planned_proposals
+from m2m_hf.search.model_based import FEW
+from m2m_hf.search.result import default_budget
+from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.records import experts_noun
 from m2m_hf.training.fine_tune import TrainingFailedError, planned_steps, train_expert
 
@@ -25,7 +29,7 @@ APART = 0.2  # share of rows that two mixtures are taken to answer differently
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a run would do.
 
     Args:
@@ -76,7 +80,7 @@ class Plan:
         return [*lines, f"together about {duration(adapters + search + final)}"]
 
 
-def plan(run: Ingredients, mixtures: int) -> Plan:
+def estimate(run: RunContext, mixtures: int) -> Estimate:
     """Measures a few training steps and a few scored rows.
 
     Args:
@@ -89,13 +93,13 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     missing = run.bank.check()
     word = experts_noun({"expert": run.config.expert})
     steps = sum(
-        planned_steps(run._settings(name)[0], candidates[name].trained_rows, candidates[name].tokens)
+        planned_steps(run.candidate_settings(name)[0], candidates[name].trained_rows, candidates[name].tokens)
         for name in missing
     )
     together = [
         sum(figures) for figures in zip(*((one.trained_rows, one.tokens) for one in candidates.values()), strict=True)
     ]
-    final = planned_steps(run._final_settings()[0], *together)
+    final = planned_steps(run.final_settings[0], *together)
     seconds: float | None = None
     memory = 0
     args.max_steps, args.save_strategy, args.report_to = STEPS, "no", []
@@ -103,15 +107,15 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
     with tempfile.TemporaryDirectory(prefix="m2m-plan-") as folder:
         clock = Clock()
         try:
-            settings = run._training(args, run.model_args)
+            settings = run.training_settings(args, run.model_args)
             record = train_expert(
-                run._base_to_train(), candidates[name].rows, settings, Path(folder) / "measured", [clock], "plan"
+                run.base.to_train(), candidates[name].rows, settings, Path(folder) / "measured", [clock], "plan"
             )
             memory = record["peak_memory_bytes"]
         except TrainingFailedError:
             pass  # of so few steps no wonder
         seconds = clock.per_step
-    scored = sum(time_of(scorers["validation"], run) for scorers in run.scorers.values())
+    scored = sum(scoring_seconds(scorers["validation"], run) for scorers in run.scorers.values())
     apart = [
         f"target {name}, whose scorer runs something else or scores all rows at once"
         for name, scorers in run.scorers.items()
@@ -123,7 +127,7 @@ def plan(run: Ingredients, mixtures: int) -> Plan:
         where = run.config.bank if isinstance(run.config.bank, str) else ", ".join(run.config.bank.values())
         apart.append(f"{word} that {where} has already; they are taken instead of trained")
     last = final if run.config.train_final else 0
-    return Plan(len(missing), word, steps, last, mixtures, seconds, scored, memory, tuple(apart))
+    return Estimate(len(missing), word, steps, last, mixtures, seconds, scored, memory, tuple(apart))
 
 
 class Clock(TrainerCallback):
@@ -141,22 +145,22 @@ class Clock(TrainerCallback):
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else None
 
 
-def time_of(scorer: Scorer, run: Ingredients) -> float:
+def scoring_seconds(scorer: Scorer, run: RunContext) -> float:
     """Seconds that a mixture takes on all rows of one target; 0 of scorers that run something else."""
     if not scorer.by_row:
         return 0.0
     rows = random.Random(0).sample(range(scorer.examples), min(ROWS, scorer.examples))
-    stack = GatedStack(run._plain_base(), {})
+    stack = GatedStack(run.base.plain(), {})
     try:
-        scorer.score(stack, [{}], run._tokens_per_batch, rows)  # which prepares what all mixtures share, such as images
+        scorer.score(stack, [{}], run.tokens_per_batch, rows)  # which prepares what all mixtures share, such as images
         start = time.monotonic()
-        scorer.score(stack, [{}], run._tokens_per_batch, rows)
+        scorer.score(stack, [{}], run.tokens_per_batch, rows)
     finally:
         stack.detach()
     return (time.monotonic() - start) * scorer.examples / len(rows)
 
 
-def told_apart(scorers: Mapping[str, Scorer], metrics: Mapping[str, str]) -> list[str]:
+def detectable_differences(scorers: Mapping[str, Scorer], metrics: Mapping[str, str]) -> list[str]:
     """What the validation sets can tell, of targets whose rows are right or wrong."""
     lines = []
     for name, scorer in scorers.items():
@@ -168,3 +172,17 @@ def told_apart(scorers: Mapping[str, Scorer], metrics: Mapping[str, str]) -> lis
                 "takes four times as many"
             )
     return lines
+
+
+def show_estimate(run: RunContext) -> None:
+    """Prints what `select` would do and about what it would cost, from a short measurement; writes nothing."""
+    space, config, known = run.space, run.config, 2 + len(run.candidates)
+    few = config.strategy == "exhaustive" or (config.strategy == "auto" and space.at_most(FEW))
+    proposed = planned_proposals(exhaustive, space) if few else default_budget(len(space.names))
+    if config.objective == "ensemble":
+        proposed, known = 0, 1 + len(run.candidates)  # passes; the rest is arithmetic
+    found = estimate(run, int(min(known + proposed, config.max_trials or math.inf)))
+    metrics = {name: target.config.metric for name, target in run.targets.items()}
+    for line in (*found.lines(), *detectable_differences(run.validation_scorers, metrics)):
+        run.terminal.say(line)
+    run.terminal.say("nothing was written", "dim")

@@ -21,6 +21,7 @@ from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import fine_tuned
 from m2m_hf.reporting.finished_run import FinishedRun
+from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
 from m2m_hf.scoring.causal_lm import ChoiceScorer
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.journal import Journal
@@ -140,27 +141,29 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
     """Bit for bit; and the one is not trained again where the other is there."""
     one = searcher(project)
     one.search()
-    best = one._result.best.mixture
-    counts = one.models.counts(best)
-    folder = one.models.train(counts)
+    best = one._searched.best.mixture
+    counts = one.run.fine_tuned.counts(best)
+    folder = one.run.fine_tuned.train(counts)
     other = searcher(project, "--output_dir", str(project / "other"))
     other.train_final()
-    ours, theirs = ((place / "adapter_model.safetensors").read_bytes() for place in (folder, other.run.final))
+    ours, theirs = ((place / "adapter_model.safetensors").read_bytes() for place in (folder, other.run.folder.final))
     assert ours == theirs
-    objective = one.study.trained[0]
-    validation = json.loads((other.run.final / "training.json").read_text())["scores"]["colours"]["final"]["validation"]
+    objective = one.run.study.trained[0]
+    validation = json.loads((other.run.folder.final / "training.json").read_text())["scores"]["colours"]["final"][
+        "validation"
+    ]
     assert objective([best])[0].value == validation["score"]
     one.train_final()
-    assert (one.run.final / "adapter_model.safetensors").read_bytes() == theirs
-    assert "counts" in json.loads((one.run.final / "training.json").read_text())  # it is a copy
+    assert (one.run.folder.final / "adapter_model.safetensors").read_bytes() == theirs
+    assert "counts" in json.loads((one.run.folder.final / "training.json").read_text())  # it is a copy
 
 
 def test_a_fine_tuned_single_is_its_adapter_but_for_the_order_of_its_rows(project):
     one = searcher(project)
     one.search()
-    counts = one.models.counts(Mixture.subset(["alpha"]))
-    record = json.loads((one.models.train(counts) / "training.json").read_text())
-    adapter = json.loads((one.run.adapters / "alpha" / "training.json").read_text())
+    counts = one.run.fine_tuned.counts(Mixture.subset(["alpha"]))
+    record = json.loads((one.run.fine_tuned.train(counts) / "training.json").read_text())
+    adapter = json.loads((one.run.folder.adapters / "alpha" / "training.json").read_text())
     assert (record["steps"], record["counts"]) == (adapter["steps"], {"alpha": 12})
 
 
@@ -194,10 +197,10 @@ def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once
     real = ChoiceScorer.score
 
     def score(self, stack, mixtures, *rest):
-        if self is one.scorers["colours"]["test"]:
+        if self is one.run.scorers["colours"]["test"]:
             parts = stack.adapters.items() if mixtures[0] else ()
             shown = [(name, sum(t.double().abs().sum().item() for t in of.tensors.values())) for name, of in parts]
-            events.append((one._verified is not None, str(shown)))
+            events.append((one._verification is not None, str(shown)))
         return real(self, stack, mixtures, *rest)
 
     monkeypatch.setattr(ChoiceScorer, "score", score)
@@ -251,7 +254,7 @@ def test_an_old_study_is_not_shown_as_this_runs(studied, capsys):
     del candidates["gamma"]
     configure(project, candidates=candidates)
     one = searcher(project)
-    mixtures, _, complete = one.truth()  # is made again, for two candidates
+    mixtures, _, complete = fine_tuned_truth(one.run, one.search())  # is made again, for two candidates
     assert len(mixtures) == 3
     assert complete
 
@@ -263,16 +266,16 @@ def test_verification_obeys_min_delta(studied, capsys):
     path = configure(project, targets={"others": target})
     one = searcher(project, "--verify_top_k", "7")
     found = one.search()
-    true = one.study.trained_standings([*one.space.subsets()], found.base)
+    true = one.run.study.trained_standings([*one.run.space.subsets()], found.base)
     base = found.base.score.value
     allowed = [standing for standing in true if standing.score.value >= base]
     assert [standing for standing in true if not standing.short] == allowed
     if allowed:
         best = max(allowed, key=lambda standing: standing.score.value)
-        assert one.choose().best.mixture == best.mixture
+        assert one.search().best.mixture == best.mixture
     else:
         with pytest.raises(InputError, match="min_delta"):
-            one.choose()
+            one.search()
         assert m2m("select", "--config", path, "--verify_top_k", 7) == 2
 
 
@@ -301,9 +304,9 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
 
 def test_what_diverges_is_called_by_its_mixture(studied):
     one = searcher(studied)
-    one.models._args.learning_rate = 1e30
+    one.run.fine_tuned._args.learning_rate = 1e30
     with pytest.raises(TrainingFailedError, match=r"training on alpha \+ beta: it diverged"):
-        one.models.train({"alpha": 11, "beta": 11})
+        one.run.fine_tuned.train({"alpha": 11, "beta": 11})
 
 
 def test_commands_and_their_sealed_tests_are_studied_too(project):
@@ -326,7 +329,7 @@ def test_commands_and_their_sealed_tests_are_studied_too(project):
     assert found["verdict"]["merged"]["verdict"] == "unknown"
     assert found["agreement"]["merged"]["score"]["pearson"]["row_ci"] is None
     with pytest.raises(InputError, match="no adapter to hand"):
-        one.surrogate([Mixture.subset(["alpha"])], method=MergeMethod("ties"))
+        surrogate_standings(one.run, [Mixture.subset(["alpha"])], method=MergeMethod("ties"))
 
 
 def test_constraints_hold_in_the_report_and_the_study(studied):
@@ -409,11 +412,11 @@ def test_other_merge_methods_search_too(method, project):
     one = searcher(project, "--merge_method", method)
     result = one.search()
     assert len(result.ranking) == 7
-    assert {trial.objective for trial in result.trials} == {one.merge_method.label}
+    assert {trial.objective for trial in result.trials} == {one.run.merge_method.label}
     average = searcher(project).search()  # in the same folder: a journal holds both apart
     assert {trial.objective for trial in average.trials} == {"merged"}
     keys = {trial.key for trial in (*result.trials, *average.trials)}
-    assert len(keys) == len(Journal(one.run.trials).trials) == 16
+    assert len(keys) == len(Journal(one.run.folder.trials).trials) == 16
 
 
 @pytest.mark.parametrize(
@@ -439,8 +442,8 @@ def test_wrong_settings_are_refused_before_anything_is_trained(given, word, proj
 
 def test_comparisons_leave_out_what_the_surrogate_could_not_score(studied):
     one = searcher(studied)
-    mixtures, true, complete = one.truth()
-    ours = one.surrogate(mixtures)
+    mixtures, true, complete = fine_tuned_truth(one.run, one.search())
+    ours = surrogate_standings(one.run, mixtures)
     assert complete
     whole = compare(mixtures, ours, true, complete)
     assert whole["score"].mixtures == 7

@@ -13,7 +13,8 @@ from m2m_hf.cli.launch import find, names, relaunched
 from m2m_hf.cli.main import main
 from m2m_hf.config.parsing import parse
 from m2m_hf.errors import InputError
-from m2m_hf.run.context import Ingredients, has_content
+from m2m_hf.run.checks import check_machines, has_content
+from m2m_hf.searcher import MergeToMixSearcher
 
 ROOT = Path(__file__).parents[2]
 SCONTROL = "#!/bin/sh\necho 127.0.0.1\n"
@@ -56,12 +57,12 @@ def test_two_machines_give_the_result_of_one(project, tmp_path, forks):
 
 
 def test_a_machine_with_another_folder_or_other_rows_is_refused(project, monkeypatch):
-    here = Ingredients(*parse(project / "run.yaml"))
+    here = MergeToMixSearcher(*parse(project / "run.yaml"))
     here.prepare()
-    monkeypatch.setattr("m2m_hf.run.context.has_content", lambda path, content: has_content(path, content, 0))
-    monkeypatch.setattr(here, "_broadcast", lambda value: ["another configuration", value[1]])
+    monkeypatch.setattr("m2m_hf.run.checks.has_content", lambda path, content: has_content(path, content, 0))
+    monkeypatch.setattr("m2m_hf.run.checks.broadcast", lambda value: ["another configuration", value[1]])
     with pytest.raises(InputError, match="expected one on a file system that all machines share"):
-        here._check_machines()
+        check_machines(here.run)
     for what, name, value in (
         ("configuration", "learning_rate", 0.5),
         ("settings", "base_model", "other"),
@@ -72,11 +73,11 @@ def test_a_machine_with_another_folder_or_other_rows_is_refused(project, monkeyp
         def other(mine, what=what, name=name, value=value):
             return [mine[0], mine[1] | {what: mine[1][what] | {name: value}}]
 
-        monkeypatch.setattr(here, "_broadcast", other)
-        with pytest.raises(InputError, match=f"{what}: on .* not what the first process has: {name} "):
-            here._check_machines()
-    monkeypatch.setattr(here, "_broadcast", lambda value: value)
-    here._check_machines()
+        monkeypatch.setattr("m2m_hf.run.checks.broadcast", other)
+        with pytest.raises(InputError, match=f"{what}: .* differs from the first process: {name} "):
+            check_machines(here.run)
+    monkeypatch.setattr("m2m_hf.run.checks.broadcast", lambda value: value)
+    check_machines(here.run)
 
 
 def test_the_command_of_accelerate(monkeypatch, tmp_path):

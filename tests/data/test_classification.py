@@ -30,8 +30,8 @@ def test_with_a_label_space_every_row_is_a_choice_among_all_labels(intents, caps
     space = sorted({*COLOURS, "hello_there", "good_bye", "cold", "hot"})
     one = searcher(intents, labels={label: label.replace("_", " ") for label in space})
     one.train_adapters()
-    assert one.head.labels == tuple(space)
-    assert one.head.closed
+    assert one.run.task.head.labels == tuple(space)
+    assert one.run.task.head.closed
     with pytest.raises(
         InputError, match=r"candidates.colours, row 3.label: 'blue': expected one of the 2 labels of this run"
     ):
@@ -46,15 +46,15 @@ def test_with_a_label_space_every_row_is_a_choice_among_all_labels(intents, caps
     given["targets"]["intents"]["labels"] = {"red": "red", "cold": "blue", "hot": "red", "hello_there": "red"}
     path.write_text(yaml.safe_dump(given))
     one = searcher(intents, "--output_dir", str(intents / "mapped"))
-    assert set(one.candidates["greetings"].rows["label"]) == {"red", "blue"}
-    assert {row.choices for row in one.targets["intents"].rows} == {("blue", "red")}
+    assert set(one.run.candidates["greetings"].rows["label"]) == {"red", "blue"}
+    assert {row.choices for row in one.run.targets["intents"].rows} == {("blue", "red")}
 
 
 def test_a_closed_space_is_what_targets_choose_from_too(intents):
     space = sorted({label for labels in INTENTS.values() for label in labels} | {"cold", "hot"})
     changed(intents, labels=space)
     one = searcher(intents)
-    assert one.targets["intents"].rows[0].choices == tuple(space)
+    assert one.run.targets["intents"].rows[0].choices == tuple(space)
 
 
 def test_label_columns_of_other_kinds(intents):
@@ -76,13 +76,13 @@ def test_label_columns_of_other_kinds(intents):
 
     config = MergeToMixConfig(task=ours.task, candidates=candidates, targets=ours.to_yaml()["targets"])
     one = MergeToMixSearcher(config, args, model_args, Terminal(quiet=True))
-    assert one.candidates["classes"].rows["label"] == one.candidates["numbers"].rows["label"]
+    assert one.run.candidates["classes"].rows["label"] == one.run.candidates["numbers"].rows["label"]
 
 
 def test_a_test_is_a_choice_among_the_labels_of_the_validation_set(intents):
     write_rows(intents / "test_intents.jsonl", intent_rows(["red", "cold"], 6, 200))
     one = searcher(intents)
-    assert {row.choices for row in one.targets["intents"].test_rows} == {("cold", "hello_there", "hot", "red")}
+    assert {row.choices for row in one.run.targets["intents"].test_rows} == {("cold", "hello_there", "hot", "red")}
     write_rows(intents / "test_intents.jsonl", intent_rows(["red", "warm"], 6, 200))
     with pytest.raises(InputError, match=r"test_data, row 2.label: expected one of cold.*got 'warm'"):
         searcher(intents).check()
@@ -103,7 +103,7 @@ def test_a_map_of_labels_is_that_of_the_whole_candidate(intents):
     write_rows(intents / "colours.jsonl", [*rows, rows[2] | {"label": None, "shop": "s2"}])
     changed(intents, **given)
     one = searcher(intents)
-    assert set(one.candidates["parts"].rows["label"]) == {"red", "neu"}
+    assert set(one.run.candidates["parts"].rows["label"]) == {"red", "neu"}
     given["candidates"]["few"]["labels"] = {"rouge": "red"}
     changed(intents, **given)
     with pytest.raises(
@@ -114,8 +114,8 @@ def test_a_map_of_labels_is_that_of_the_whole_candidate(intents):
 
 def test_rows_drawn_from_a_candidate_keep_its_labels(intents):
     one = searcher(intents)
-    settings = one._training(one.args, one.model_args)
-    rows = mixture_dataset({"greetings": 1, "colours": 2}, one.candidates, 0)
+    settings = one.run.training_settings()
+    rows = mixture_dataset({"greetings": 1, "colours": 2}, one.run.candidates, 0)
     collate = Collate(settings.processing, settings.head, settings.among, settings.limit)
     allowed = collate(list(rows))["allowed"]
     assert sorted(allowed.sum(1).tolist()) == [2, 3, 3]
@@ -132,7 +132,7 @@ def test_rows_drawn_from_a_candidate_keep_its_labels(intents):
         (intent_rows(["one"], 6), "all its rows are labelled 'one'"),
         (
             [{"text": "RED  108 big small", "label": "x"}, {"text": "other", "label": "y"}],
-            "also stand in colours (1)",
+            "are also in colours (1)",
         ),
     ],
 )
@@ -174,7 +174,7 @@ def test_labels_the_classifier_does_not_have_are_refused_or_mapped(pictures_of, 
     given["candidates"]["all"]["labels"] = {"rouge": "red"}
     path.write_text(yaml.safe_dump(given))
     assert m2m("adapters", "--config", path) == 2
-    assert "also stand in all (7)" in capsys.readouterr().err  # the same pixels, in another file
+    assert "are also in all (7)" in capsys.readouterr().err  # the same pixels, in another file
     assert m2m("adapters", "--config", path, "--allow_overlap", "true") == 0
 
 
@@ -190,7 +190,7 @@ def test_a_folder_of_images_is_read(pictures_of, vit, tmp_path):
     given["candidates"]["all"] = {"path": "imagefolder", "data_dir": "files"}
     path.write_text(yaml.safe_dump(given))
     one = MergeToMixSearcher(*parse(path), Terminal(quiet=True))
-    assert sorted(one.candidates["all"].rows["label"]) == sorted([*RGB] * 3)
+    assert sorted(one.run.candidates["all"].rows["label"]) == sorted([*RGB] * 3)
     one.train_adapters()
 
 

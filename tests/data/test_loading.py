@@ -184,5 +184,5 @@ def test_parts_are_called_by_the_names_of_a_class_column(intents):
     given["candidates"] = {"all": {"path": "parquet", "data_files": "colours.parquet", "split_by": "shop"}}
     changed(intents, **given)
     one = searcher(intents)
-    assert list(one.candidates) == ["all-books", "all-none", "all-web"]
-    assert len(one.candidates["all-web"].rows) == 4
+    assert list(one.run.candidates) == ["all-books", "all-none", "all-web"]
+    assert len(one.run.candidates["all-web"].rows) == 4

@@ -13,6 +13,7 @@ from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import DenseStack, open_stack
 from m2m_hf.merging.full_experts import DELTA_FILE, FullExpert, floats, save_delta
 from m2m_hf.merging.methods import AVERAGE, MergeMethod, dare
+from m2m_hf.run.comparison import surrogate_standings
 
 FAMILIES = ("llama", "gemma2", "gpt2")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -216,17 +217,17 @@ def test_each_expert_is_trimmed_and_dropped_on_its_own(expert):
 def test_running_statistics_are_averaged_by_every_method_and_never_trimmed(pictures_of, resnet):
     run = images(pictures_of(resnet, "all-linear"), *FULL)
     run.train_adapters()
-    experts = run.bank.load()
-    before = {name: tensor.clone() for name, tensor in run.base.named_buffers()}
+    experts = run.run.bank.load()
+    before = {name: tensor.clone() for name, tensor in run.run.base.model.named_buffers()}
     assert any("running_var" in name for name in experts["warm"].shapes)
     for method in (
         MergeMethod("task_arithmetic", scaling=3.0), MergeMethod("dare", density=0.2), MergeMethod("ties", density=0.1),
         MergeMethod(),
     ):  # fmt: skip
-        stack = DenseStack(run.base, experts, method)
+        stack = DenseStack(run.run.base.model, experts, method)
         for weights in ({"warm": 0.5, "cold": 0.5}, {"warm": 0.25, "cold": 0.75}, {"warm": 1.0}):
             stack.set(method.gates(weights))
-            now = dict(run.base.named_buffers())
+            now = dict(run.run.base.model.named_buffers())
             for name in (name for name in before if "running" in name):
                 expected = before[name] + sum(share * experts[part].delta(name) for part, share in weights.items())
                 assert torch.allclose(now[name], expected, atol=1e-6), (method, weights, name)
@@ -236,21 +237,21 @@ def test_running_statistics_are_averaged_by_every_method_and_never_trimmed(pictu
             kept = max(1, round(0.1 * len(learned)))
             assert stack._threshold("warm") == float(learned.sort(descending=True).values[kept - 1])
         stack.detach()
-        assert all(torch.equal(tensor, before[name]) for name, tensor in run.base.named_buffers())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in run.run.base.model.named_buffers())
 
 
 def test_a_search_scores_by_several_methods_and_restores_the_base(intents):
     run = searcher(intents, *FULL)
-    before = {name: tensor.clone() for name, tensor in floats(run.base).items()}
+    before = {name: tensor.clone() for name, tensor in floats(run.run.base.model).items()}
     run.search()
     mixtures = [Mixture.subset(["noise"]), Mixture.subset(["colours", "noise"])]
     for method in (MergeMethod("ties"), MergeMethod()):
-        assert len(run.surrogate(mixtures, method=method)) == 2
+        assert len(surrogate_standings(run.run, mixtures, method=method)) == 2
     with pytest.raises(InputError, match="full experts have none"):
-        run.surrogate(mixtures, method=MergeMethod("linear"))
+        surrogate_standings(run.run, mixtures, method=MergeMethod("linear"))
     run.search()
-    run._detach()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in floats(run.base).items())
+    run.run.base.close_stack()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in floats(run.run.base.model).items())
 
 
 @pytest.mark.parametrize(

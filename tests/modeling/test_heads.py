@@ -41,9 +41,9 @@ def test_fingerprints_change_with_what_scores_and_experts_depend_on(intents, cop
     def names(**values) -> tuple:
         one = searcher(intents, **values)
         return (
-            one._head_fingerprint,
-            json.dumps(one.facts, sort_keys=True),
-            one.scorers["intents"]["validation"].fingerprint,
+            one.run.task.head_fingerprint,
+            json.dumps(one.run.facts, sort_keys=True),
+            one.run.scorers["intents"]["validation"].fingerprint,
         )
 
     head, facts, scorer = names()
@@ -78,13 +78,13 @@ def test_another_tokenizer_of_a_text_tower_makes_other_experts(pictures_of, clip
     folder = pictures_of(tmp_path / "model", ".*(q_proj|v_proj)")
     (folder / "images.yaml").rename(folder / "intents.yaml")
     one = searcher(folder)
-    before = one.facts, one._head_fingerprint
+    before = one.run.facts, one.run.task.head_fingerprint
     tokens = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     tokens["normalizer"] = {"type": "Lowercase"}
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
     one = searcher(folder)
-    assert one.facts != before[0]
-    assert one._head_fingerprint != before[1]
+    assert one.run.facts != before[0]
+    assert one.run.task.head_fingerprint != before[1]
 
 
 def test_another_tokenizer_makes_another_head(intents, copied, capsys):

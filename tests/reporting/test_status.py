@@ -111,7 +111,7 @@ def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
     shown = told(capsys, finished / "out")
     assert "whole: adapters, models, journal and mixture are as they were written" in shown
     assert "left: nothing" in shown
-    monkeypatch.setattr("m2m_hf.run.context.load_base", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("m2m_hf.run.base_model.load_base", lambda *args: pytest.fail("the model was loaded"))
     assert m2m("select", "--config", finished / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
 

@@ -88,7 +88,7 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
 
     # Once more: nothing is trained, scored or loaded.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m2m_hf.run.context.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
+        patch.setattr("m2m_hf.run.base_model.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
         assert m2m("select", "--config", out / "config.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert m2m("status", out) == 0
@@ -174,10 +174,10 @@ def test_a_candidate_that_joins_changes_nothing_for_the_others(intents):
 
 def test_the_base_is_given_back_whole(intents):
     one = searcher(intents, "--expert", "full", "--learning_rate", "1e-3")
-    before = {name: tensor.clone() for name, tensor in floats(one.base).items()}
+    before = {name: tensor.clone() for name, tensor in floats(one.run.base.model).items()}
     one.train_adapters()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in floats(one.base).items())
-    assert not any(parameter.requires_grad for parameter in one.base.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in floats(one.run.base.model).items())
+    assert not any(parameter.requires_grad for parameter in one.run.base.model.parameters())
 
 
 def test_only_the_parameters_that_are_named_are_trained(intents):

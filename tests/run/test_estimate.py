@@ -7,7 +7,7 @@ from pico import m2m
 
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
-from m2m_hf.run.estimate import plan
+from m2m_hf.run.estimate import estimate
 from m2m_hf.searcher import MergeToMixSearcher
 
 
@@ -37,10 +37,10 @@ def test_what_is_wrong_is_said_as_by_the_run(project, capsys):
 
 def test_figures_are_of_what_was_measured(project, monkeypatch):
     monkeypatch.setattr("m2m_hf.run.estimate.Clock.per_step", 2.0)
-    monkeypatch.setattr("m2m_hf.run.estimate.time_of", lambda scorer, run: 3.0)
+    monkeypatch.setattr("m2m_hf.run.estimate.scoring_seconds", lambda scorer, run: 3.0)
     one = MergeToMixSearcher(*parse(project / "run.yaml"), Terminal(quiet=True))
     one.check()
-    found = plan(one, 8)
+    found = estimate(one.run, 8)
     assert (found.adapters, found.steps, found.final_steps, found.mixtures) == (3, 9, 3, 8)
     assert found.seconds_per_mixture == pytest.approx(3.0)
     assert any("about 18 s (2.00 s a step)" in line for line in found.lines())

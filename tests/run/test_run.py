@@ -47,7 +47,7 @@ def test_select_from_beginning_to_end(project, capsys):
         "alpha",
         "all 3, merged",
         "chosen: ",
-        "worth",
+        "Shapley value",
         "final model",
         "±",
         "recipe: trl sft --config",
@@ -88,7 +88,7 @@ def test_a_second_select_does_nothing_and_says_so(project, capsys, monkeypatch):
     assert m2m("select", "--config", project / "run.yaml") == 0
     before = files(project / "out")
     capsys.readouterr()
-    monkeypatch.setattr("m2m_hf.run.context.load_base", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("m2m_hf.run.base_model.load_base", lambda *args: pytest.fail("the model was loaded"))
     assert m2m("select", "--config", project / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     unchanged = {name for name, time in files(project / "out").items() if before.get(name) == time}
@@ -252,7 +252,7 @@ def test_questions_of_the_target_in_a_candidate(project, capsys):
     rows = [{"prompt": row["prompt"].upper(), "completion": " red"} for row in choice_rows(2)]
     write_rows(project / "beta.jsonl", [*candidate_rows("beta"), *rows])
     assert m2m("search", "--config", project / "run.yaml") == 2
-    assert "also stand in beta (2)" in capsys.readouterr().err
+    assert "are also in beta (2)" in capsys.readouterr().err
     assert m2m("search", "--config", project / "run.yaml", "--allow_overlap", "true") == 0
 
 
@@ -310,7 +310,7 @@ def test_not_a_run_folder(tmp_path, capsys):
 
 def test_in_python(project):
     searcher = MergeToMixSearcher.from_yaml(project / "run.yaml", seed=3)
-    searcher.terminal = Terminal(quiet=True)
+    searcher.run.terminal = Terminal(quiet=True)
     result = searcher.search()
     assert len(result.trials) == 8
     summary = searcher.train_final()
@@ -465,9 +465,8 @@ def test_a_script_of_trl_becomes_a_search(project, pico, monkeypatch):
         assert ours == theirs, name
     lines = (project / "mine-m2m" / "mixture" / "train.jsonl").read_text().splitlines()
     assert rows.to_list() == [json.loads(line) for line in lines]
-    assert "base" not in vars(searcher)
     again = from_script(project, pico, push_to_hub=True, hub_model_id="org/x", **extra)
-    monkeypatch.setattr(again, "_load_base", lambda *_: pytest.fail("a model is loaded for nothing"))
+    monkeypatch.setattr("m2m_hf.run.base_model.load_base", lambda *_: pytest.fail("a model is loaded for nothing"))
     assert again.chosen_rows().to_list() == rows.to_list()
 
 
@@ -479,18 +478,21 @@ def test_one_layer_and_the_base_as_the_script_loads_it(project, pico):
     searcher.train_adapters()
     config = json.loads((project / "mine-m2m" / "adapters" / "alpha" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj"]
-    assert searcher.model_args.dtype == "bfloat16"
-    assert searcher.model_args.attn_implementation == "eager"
-    assert from_script(project, pico).model_args.dtype == "float32"
+    assert searcher.run.model_args.dtype == "bfloat16"
+    assert searcher.run.model_args.attn_implementation == "eager"
+    assert from_script(project, pico).run.model_args.dtype == "float32"
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"lora": LoraConfig(r=4, rank_pattern={"q_proj": 2})}, "rank_pattern={'q_proj': 2} cannot be said"),
+        (
+            {"lora": LoraConfig(r=4, rank_pattern={"q_proj": 2})},
+            "rank_pattern={'q_proj': 2} has no key in a run's configuration",
+        ),
         ({"lora": LoraConfig(r=4, use_dora=True)}, "use_dora=True cannot be averaged"),
         ({"lora": "q_proj"}, "peft_config: expected a LoraConfig, got str"),
-        ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs: expected dtype, "),
+        ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs: expected only dtype, "),
     ],
 )
 def test_what_a_script_has_and_a_search_cannot_use(project, pico, given, words):

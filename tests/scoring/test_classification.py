@@ -211,7 +211,7 @@ def test_pictures_are_prepared_once_as_far_as_there_is_room(pictures_of, vit, mo
         monkeypatch.setattr("m2m_hf.scoring.classification.MAX_PIXEL_BYTES", room)
         one = MergeToMixSearcher(*parse(folder / "images.yaml"), Terminal(quiet=True))
         one.train_adapters()
-        scorer, stack = one.scorers["colours"]["validation"], one._open_stack(one.merge_method)
+        scorer, stack = one.run.scorers["colours"]["validation"], one.run.open_stack(one.run.merge_method)
         for mixture in ({"warm": 1.0}, {"warm": 0.5, "cold": 0.5}):
             prepared.append(0)
             found.append(scorer.score(stack, [mixture], 15)[0].logprobs)
@@ -223,8 +223,8 @@ def test_pictures_are_prepared_once_as_far_as_there_is_room(pictures_of, vit, mo
 def test_scores_do_not_depend_on_the_batch_or_the_company(intents):
     one = searcher(intents)
     one.train_adapters()
-    stack = one._open_stack(one.merge_method)
-    scorer = one.scorers["intents"]["validation"]
+    stack = one.run.open_stack(one.run.merge_method)
+    scorer = one.run.scorers["intents"]["validation"]
     mixtures = [{"colours": 1.0}, {}, {"noise": 0.5, "greetings": 0.5}]
     alone = [scorer.score(stack, [mixture], 16)[0] for mixture in mixtures]
     together = scorer.score(stack, mixtures, 4096)
@@ -238,9 +238,9 @@ def test_the_gradient_is_that_of_the_likelihood(intents):
     """Of the mean log-probability by each weight, against differences."""
     one = searcher(intents, "--strategy", "gradient", "--weights", "continuous")
     one.train_adapters()
-    (objective,) = one._objectives("merged")
+    (objective,) = one.run.objectives("merged")
     stack, weights, budget = objective.model(one.search().best.mixture)
-    scorer = one.scorers["intents"]["validation"]
+    scorer = one.run.scorers["intents"]["validation"]
     _, slope = scorer.gradient(stack, weights, budget)
     for name in stack.names:
         by = [
@@ -258,9 +258,9 @@ def test_macro_f1_counts_every_label_alike(intents):
     changed(intents, targets={"intents": target | {"metric": "macro_f1"}})
     one = searcher(intents)
     one.train_adapters()
-    scorer = one.scorers["intents"]["validation"]
-    stack = one._open_stack(one.merge_method)
-    rows = one.targets["intents"].rows
+    scorer = one.run.scorers["intents"]["validation"]
+    stack = one.run.open_stack(one.run.merge_method)
+    rows = one.run.targets["intents"].rows
     with torch.no_grad():
         guesses = [int(scorer._outputs(stack, [number])[0].argmax()) for number in range(len(rows))]
     score = []

@@ -103,7 +103,7 @@ def test_the_ensemble_objective(project, capsys):
 
 
 def test_bayes_without_optuna_says_what_to_type(project, capsys, monkeypatch):
-    monkeypatch.setattr("m2m_hf.run.context.find_spec", lambda name: None)
+    monkeypatch.setattr("m2m_hf.run.checks.find_spec", lambda name: None)
     assert m2m("search", "--config", project / "run.yaml", "--strategy", "bayes") == 2
     assert "pip install 'm2m_hf[bayes]'" in capsys.readouterr().err
     assert not (project / "out").exists()
@@ -164,7 +164,7 @@ def test_constraints_hold_and_what_may_not_be_chosen_is_shown(project, capsys):
         ({"min_datasets": 3}, "no mixture is possible: min_datasets or required asks for at least 3"),
         ({"max_cost": 1.0}, "the cheapest mixture costs"),
         ({"licenses": ["apache-2.0"]}, "candidates.beta: it is required, but its license 'mit' is not among licenses"),
-        ({"max_trials": 3, "min_datasets": 2}, "max_trials: at least 5"),
+        ({"max_trials": 3, "min_datasets": 2}, "max_trials: expected at least 5"),
     ):
         text = (project / "run.yaml").read_text()
         change(project, **fields)

@@ -28,8 +28,8 @@ def searcher(project, *flags: str) -> MergeToMixSearcher:
 def test_adapters_differ_in_their_data_only(project):
     one = searcher(project)
     one.train_adapters()
-    records = one.bank.training()
-    assert records["alpha"]["uniform"] == records["beta"]["uniform"] == records["gamma"]["uniform"] == one.facts
+    records = one.run.bank.training()
+    assert records["alpha"]["uniform"] == records["beta"]["uniform"] == records["gamma"]["uniform"] == one.run.facts
     assert len({record["data"] for record in records.values()}) == 3
     assert len({record["fingerprint"] for record in records.values()}) == 3
     for record in records.values():
@@ -54,15 +54,15 @@ def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
     """Training in sequence on one base equals TRL on a freshly loaded model, bit for bit."""
     one = searcher(project)
     one.train_adapters()
-    args = one.args
+    args = one.run.args
     args.output_dir = str(tmp_path / "fresh")
     args.save_strategy = "no"
     fresh = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(one.model_args.model_name_or_path, dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(one.run.model_args.model_name_or_path, dtype="float32"),
         args=args,
-        train_dataset=one.candidates["gamma"].rows,
-        processing_class=one.tokenizer,
-        peft_config=one._expert(one.model_args).lora,
+        train_dataset=one.run.candidates["gamma"].rows,
+        processing_class=one.run.task.tokenizer,
+        peft_config=one.run.expert().lora,
     )
     fresh.train()
     fresh.model.save_pretrained(tmp_path / "fresh")
@@ -74,10 +74,10 @@ def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_training_gives_the_base_back_untouched(project, checkpointing):
     one = searcher(project, "--activation_checkpointing", checkpointing)
-    base = load_base(one.model_args, one.args)
+    base = load_base(one.run.model_args, one.run.args)
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     attributes = set(vars(base))
-    train_expert(base, one.candidates["alpha"].rows, one._training(one.args, one.model_args), project / "a")
+    train_expert(base, one.run.candidates["alpha"].rows, one.run.training_settings(), project / "a")
     assert list(base.state_dict()) == list(state)
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in state.items())
     assert set(vars(base)) == attributes
@@ -100,7 +100,7 @@ def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
 
     monkeypatch.setattr("m2m_hf.training.bank.train_expert", spy)
     again = searcher(project)
-    assert again.bank.check() == ["beta"]
+    assert again.run.bank.check() == ["beta"]
     again.train_adapters()
     assert trained == [".beta.partial"]
     for path, modified in before.items():
@@ -119,20 +119,22 @@ def test_a_bank_that_is_not_uniform_is_refused_by_name(project):
         (("--max_steps", "4"), "max_steps (3 there, 4 now)"),
     ):
         with pytest.raises(InputError, match=re.escape(difference)):
-            searcher(project, *flags).bank.check()
-    assert searcher(project, "--logging_steps", "3", "--tokens_per_batch", "7").bank.check() == []  # nothing learned
+            searcher(project, *flags).run.bank.check()
+    assert (
+        searcher(project, "--logging_steps", "3", "--tokens_per_batch", "7").run.bank.check() == []
+    )  # nothing learned
     data = project / "beta.jsonl"
     rows = data.read_text()
     data.write_text(rows.replace("red", "ped"))
     with pytest.raises(InputError, match="candidate 'beta' has changed"):
-        searcher(project).bank.check()
+        searcher(project).run.bank.check()
     data.write_text(rows)
     path = project / "out" / "adapters" / "beta" / "training.json"
     record = json.loads(path.read_text())
     record["uniform"] |= {"version.peft": "0.1.0", "base_model": "another"}
     path.write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"base_model \('another' there.*version\.peft \('0\.1\.0' there"):
-        one.bank.check()
+        one.run.bank.check()
 
 
 def test_differing():
@@ -142,7 +144,7 @@ def test_differing():
 def test_planned_steps_are_what_the_trainer_makes(project):
     one = searcher(project, "--max_steps", "-1", "--num_train_epochs", "2", "--gradient_accumulation_steps", "2")
     one.train_adapters()
-    assert planned_steps(one.args, 12, 0) == one.bank.training()["alpha"]["steps"] == 4
+    assert planned_steps(one.run.args, 12, 0) == one.run.bank.training()["alpha"]["steps"] == 4
 
 
 def test_a_training_that_diverges_is_refused_and_leaves_nothing(project):
@@ -171,7 +173,7 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_is_written(project
 def test_python_checks_what_the_command_line_checks(project):
     path = project / "beta.jsonl"
     path.write_text(path.read_text() + json.dumps({"prompt": choice_rows(1)[0]["prompt"], "completion": " red"}) + "\n")
-    with pytest.raises(InputError, match="also stand in beta"):
+    with pytest.raises(InputError, match="are also in beta"):
         searcher(project).search()
     assert not (project / "out").exists()
 
@@ -189,9 +191,9 @@ def test_a_model_from_the_hub_is_pinned_to_its_commit(project, monkeypatch, tmp_
     local = searcher(project)
     local.train_adapters()
     hub = searcher(project, "--model_name_or_path", "org/pico", "--output_dir", str(project / "hub"))
-    assert hub.model_args.model_revision == commit
+    assert hub.run.model_args.model_revision == commit
     hub.train_adapters()
-    assert hub.facts["base_model"] == commit
+    assert hub.run.facts["base_model"] == commit
     tensors = [load_file(project / out / "adapters" / "beta" / "adapter_model.safetensors") for out in ("out", "hub")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     with pytest.raises(InputError, match="neither a local model folder nor a model"):

@@ -40,19 +40,19 @@ def levit(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_gives_the_base_back_with_its_statistics(pictures_of, levit, kind):
     run = images(pictures_of(levit, "all-linear"), *FLAGS[kind])
-    before = {name: tensor.clone() for name, tensor in run.base.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in run.run.base.model.state_dict().items()}
     assert {tensor.dtype for tensor in before.values()} >= {torch.int64, torch.float32}
     run.train_adapters()
-    after = run.base.state_dict()
+    after = run.run.base.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert isinstance(run.bank.load()["warm"], {"lora": Adapter, "full": FullExpert}[kind])
+    assert isinstance(run.run.bank.load()["warm"], {"lora": Adapter, "full": FullExpert}[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_base(intents, monkeypatch, kind):
     run = searcher(intents, *FLAGS[kind])
-    before = {name: tensor.clone() for name, tensor in run.base.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in run.run.base.model.state_dict().items()}
 
     def fails(self, head, **kwargs):
         raise ValueError("not today")
@@ -61,7 +61,7 @@ def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_base(intents, monke
         patch.setattr("m2m_hf.training.trainers.LabelTrainer.__init__", fails)
         with pytest.raises(ValueError, match="not today"):
             run.train_adapters()
-    after = run.base.state_dict()
+    after = run.run.base.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     run.train_adapters()
@@ -77,7 +77,7 @@ def test_changed_statistics_alone_are_nothing_learned(pictures_of, resnet, capsy
 @pytest.mark.parametrize("flags", [("--trained_parameters", "layer"), ("--delta_dtype", "bfloat16"), ()])
 def test_what_an_expert_depends_on_is_among_its_facts(intents, flags):
     other = FLAGS["full"] if flags else FLAGS["lora"]
-    assert searcher(intents, *FLAGS["full"]).facts != searcher(intents, *other, *flags).facts
+    assert searcher(intents, *FLAGS["full"]).run.facts != searcher(intents, *other, *flags).run.facts
 
 
 @pytest.mark.parametrize("where", ["final", "candidate"])

@@ -48,7 +48,7 @@ class KillAt(TrainerCallback):
 
 def train(one: MergeToMixSearcher, folder: Path, callbacks=(), of: str = "x"):
     return train_expert(
-        one.base, one.candidates["alpha"].rows, one._training(one.args, one.model_args), folder, callbacks, of
+        one.run.base.model, one.run.candidates["alpha"].rows, one.run.training_settings(), folder, callbacks, of
     )
 
 
@@ -66,8 +66,8 @@ def timeless(record: dict) -> dict:
 @pytest.mark.parametrize(("save", "log"), [(2, 1), (2, 3), (7, 1)])
 @pytest.mark.parametrize("step", [1, 3, 5, 6, END])
 def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, step, save, log):
-    checkpointed.args.save_steps = save
-    checkpointed.args.logging_steps = log
+    checkpointed.run.args.save_steps = save
+    checkpointed.run.args.logging_steps = log
     whole = train(checkpointed, tmp_path / "whole")
     with pytest.raises(Killed):
         train(checkpointed, tmp_path / "killed", [KillAt(step)])
@@ -235,7 +235,7 @@ def test_an_adapter_that_a_crash_cut_short_is_trained_again_and_one_that_was_cha
         assert (finished / "out" / "trials.jsonl").read_bytes() == trials
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=r"adapter_model\.safetensors is not what was trained"):
-        searcher(finished).bank.load()
+        searcher(finished).run.bank.load()
     shutil.rmtree(weights.parent)
     assert main(["search", "--config", run]) == 0
     assert weights.read_bytes() == content

@@ -44,7 +44,7 @@ def test_a_search_uses_imported_adapters(project, theirs, capsys):
     trials = {tuple(one["names"]): one for one in map(json.loads, (out / "trials.jsonl").read_text().splitlines())}
     searcher = MergeToMixSearcher.from_yaml(run)
     stack = GatedStack(build_model("llama"), {name: Adapter.load(theirs / name) for name in ("alpha", "beta")})
-    scorer = searcher.scorers["colours"]["validation"]
+    scorer = searcher.run.scorers["colours"]["validation"]
     score = scorer.score(stack, [{"alpha": 0.5, "beta": 0.5}], 500)[0]
     assert trials["alpha", "beta"]["score"] == score.value
     assert trials["alpha", "beta"]["logprobs"] == pytest.approx(list(score.logprobs), abs=1e-5)

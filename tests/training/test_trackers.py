@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.errors import InputError
-from m2m_hf.run.context import Ingredients
+from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.training.trackers import Tracker, tracker_group
 
 RUNS = ["adapters/alpha", "adapters/beta", "adapters/gamma", "final", "scores", "search"]
@@ -82,7 +82,7 @@ def test_a_tracker_that_is_none_or_not_installed_is_refused_before_anything_is_d
     config, args, model_args = parse(project / "run.yaml", values={"report_to": given})
     assert isinstance(config, MergeToMixConfig)
     with pytest.raises(InputError, match=f"report_to: .*{words}"):
-        Ingredients(config, args, model_args)
+        MergeToMixSearcher(config, args, model_args)
     assert not (project / "out").exists()
 
 

@@ -1,0 +1,303 @@
+"""Every refusal before work begins: of settings, of what the target allows, of a run folder that another run has used."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf.config.parsing import check_trl, trl_fields
+from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.errors import InputError, holds_secret
+from m2m_hf.modeling.devices import broadcast
+from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS
+from m2m_hf.run.context import RunContext
+from m2m_hf.scoring.external import CommandScorer
+from m2m_hf.scoring.scorers import LogprobScorer
+from m2m_hf.search.model_based import choose_strategy
+from m2m_hf.storage.files import read_json_or_empty, write_atomic, write_json
+from m2m_hf.storage.run_folder import read_config
+from m2m_hf.training.bank import OPERATIONAL, differing
+from m2m_hf.training.experts import expert_kind
+from m2m_hf.training.fine_tune import planned_steps
+from m2m_hf.training.trackers import check_trackers
+
+# What may change between two starts on one run folder: nothing that a finished expert or trial depends on.
+MUTABLE_FIELDS = {
+    "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
+    "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
+    "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
+    "merge_method", "merge_parameters", "allow_mixed_training", "adapters", "experts",
+    "output_dir",
+    "model_name_or_path", "model_revision",  # the experts' fingerprints identify the weights themselves
+}  # fmt: skip
+# Of a target: a sealed test may come later, and the others only choose among scores.
+MUTABLE_TARGET_FIELDS = ("test_data", "test_command", "test_task", "weight", "min_delta", "timeout")
+
+
+def check_values(config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig) -> None:
+    """Refuses values that no run can use, before anything is read or fetched.
+
+    Raises:
+        InputError: naming the field.
+    """
+    check_trl(args, model_args)
+    check_trackers(args)
+    for name, value in {**trl_fields(args, model_args), **config.to_yaml()}.items():
+        if holds_secret(str(value)):
+            raise InputError(
+                f"{name}: contains a token or password, which the run folder shows; use an environment variable"
+            )
+
+
+def check_settings(run: RunContext) -> None:
+    """Refuses settings that this kind of run cannot use, before any data are read.
+
+    Raises:
+        InputError: with the reason.
+    """
+    args, model_args, config = run.args, run.model_args, run.config
+    overrides: dict[str, Mapping[str, Any]] = {"final": config.final}
+    overrides |= {f"candidates.{name}.training": one.training for name, one in config.parsed_candidates.items()}
+    expert_kind(config.expert).check_settings(args, model_args, overrides)
+    if run.task.has_labels and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs; {config.task}")
+    run.task.check_settings()
+    run.expert()  # refuses shapes that cannot be averaged
+
+
+def check_run(run: RunContext) -> None:
+    """Reads and checks everything that was given, and prints it, before anything is trained or written.
+
+    Raises:
+        InputError: anything that would make the run fail or mislead later.
+    """
+    config, candidates, targets = run.config, run.candidates, run.targets
+    scorers = run.scorers
+    least = len(candidates) + 2
+    if config.max_trials is not None and config.max_trials < least:
+        raise InputError(
+            f"max_trials: expected at least {least}, for the base model, every single candidate and all together; "
+            f"got {config.max_trials}"
+        )
+    check_search(run)
+    run.task.check_labels()
+    if config.final:
+        args, model_args = run.final_settings
+        run.expert(model_args).check_model(model_args, args, run.base.plan)
+    show_data(run)
+    for target, parts in scorers.items():
+        for part, scorer in parts.items():
+            if scorer.truncated:
+                run.terminal.say(f"{target}, {part}: {scorer.truncated} {run.task.truncation} is cut", "yellow")
+    for name, candidate in candidates.items():
+        if candidate.dropped:
+            run.terminal.say(f"{name}: left out {candidate.dropped} rows whose prompt alone fills max_length", "yellow")
+    for target in targets:
+        shared = [f"{name} ({run.overlap[name, target]})" for name in candidates if run.overlap[name, target]]
+        if shared and not config.allow_overlap:
+            raise InputError(
+                f"rows of target {target!r} are also in {', '.join(shared)}: a candidate that contains target questions gets an "
+                "inflated score. Remove those rows, or set allow_overlap: true"
+            )
+    check_folder(run)
+    check_targets(run)
+    run.bank.check()
+
+
+def show_data(run: RunContext) -> None:
+    """Prints the candidates and the targets."""
+    rows, titles = [], [""]
+    for name, candidate in run.candidates.items():
+        figures = run.task.row_figures(candidate)
+        figures["steps"] = planned_steps(run.args, candidate.trained_rows, candidate.tokens)
+        figures["in target"] = sum(run.overlap[name, target] for target in run.targets)
+        titles = ["", *figures]
+        rows.append([name, *(f"{figure:,}" for figure in figures.values())])
+    run.terminal.table(f"candidates ({run.task.data.format} format)", titles, rows)
+    if (head := run.task.describe_head()) is not None:
+        run.terminal.say(head)
+    for name in run.targets:
+        run.terminal.say(f"target {name}: {describe_target(run, name)}")
+    run.terminal.say("")
+
+
+def describe_target(run: RunContext, name: str) -> str:
+    """What a target is scored on, and how."""
+    config, parts = run.targets[name].config, run.scorers[name]
+    runners = {
+        "command": "scored by a command",
+        "lm_eval": f"harness task {config.task}",
+        "callable": "scored by a function",
+    }
+    counts = {part: f"{scorer.examples:,} " if scorer.examples else "" for part, scorer in parts.items()}
+    words = [
+        runners.get(config.kind),
+        f"{counts['validation']}validation rows" if counts["validation"] else None,
+        f"{counts['test']}sealed test rows" if "test" in parts else "no test set",
+        config.metric,
+        f"weight {config.weight:g}" if len(run.targets) > 1 else None,
+        None if config.min_delta is None else f"at most {config.min_delta:g} worse than the base model",
+    ]
+    return ", ".join(filter(None, words))
+
+
+def check_search(run: RunContext) -> None:
+    """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
+    config, kind, scorers = run.config, expert_kind(run.config.expert), run.validation_scorers
+    space = run.space  # refuses impossible constraints
+    likelihoods = config.objective == "merged" and config.merge_method == "average" and kind.gated
+    likelihoods = likelihoods and all(isinstance(scorer, LogprobScorer) for scorer in scorers.values())
+    for name in scorers:
+        if config.objective == "ensemble" and not run.has_ensemble(name):
+            raise InputError(
+                f"targets.{name}: objective ensemble averages the probabilities of right answers; expected scorer choice, "
+                f"classification or loss with metric {', '.join(ENSEMBLE_METRICS)}"
+            )
+    if not run.merge_method.gated:
+        if run.model_args.load_in_4bit or run.model_args.load_in_8bit:
+            raise InputError(
+                f"merge_method: {config.merge_method} writes merged weights into a quantised base; expected average"
+            )
+        if not kind.whole_model and any(isinstance(scorer, CommandScorer) for scorer in scorers.values()):
+            raise InputError(
+                f"merge_method: {config.merge_method} gives no adapter to hand to a command; expected average"
+            )
+    strategy = config.strategy
+    if strategy == "gradient" and not likelihoods:
+        raise InputError(
+            "strategy: gradient needs expert: lora, objective: merged, merge_method: average and targets whose scorer is "
+            "choice, classification or loss"
+        )
+    convex = config.objective == "ensemble" and len(scorers) == 1
+    if strategy == "auto" and config.weights == "continuous" and not convex:
+        strategy = choose_strategy(space, likelihoods)[0]
+    if strategy == "bayes" and find_spec("optuna") is None:
+        raise InputError("strategy bayes needs Optuna. Type: pip install 'm2m_hf[bayes]'")
+
+
+def comparable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without what may change between two starts."""
+    kept = {key: value for key, value in config.items() if key not in MUTABLE_FIELDS | OPERATIONAL}
+    kept["targets"] = {
+        name: {key: value for key, value in target.items() if key not in MUTABLE_TARGET_FIELDS}
+        for name, target in config["targets"].items()
+    }
+    for target in kept["targets"].values():
+        if target.get("data"):  # the fingerprints know the rows themselves
+            target["data"] = {key: value for key, value in target["data"].items() if key != "revision"}
+    return kept
+
+
+def check_folder(run: RunContext) -> None:
+    """Refuses a folder whose run was configured otherwise.
+
+    Raises:
+        InputError: naming every field that differs.
+    """
+    run.folder.refuse_links()
+    if not run.folder.config.exists() or len(run.bank.check()) == len(run.candidates):
+        return  # nothing is there yet that another configuration could spoil
+    try:
+        there = comparable_config(read_config(run.folder.config))
+    except InputError:
+        return  # a crash cut it short; it is written again, and every expert says how it was trained
+    now = comparable_config(yaml.safe_load(run.config_yaml()))
+    # Targets may join and leave; the journal keeps what was scored. But a name stands for one thing.
+    common = set(now["targets"]) & set(there["targets"])
+    for config in (now, there):
+        config["targets"] = {name: target for name, target in config["targets"].items() if name in common}
+    if differences := differing(now, there):
+        hint = ", or give a target that has changed another name" if now["targets"] != there["targets"] else ""
+        raise InputError(
+            f"{run.folder.root} holds a run with another configuration: {'; '.join(differences)}. "
+            f"Restore these fields, or choose another --output_dir{hint}"
+        )
+
+
+def check_targets(run: RunContext) -> None:
+    """Refuses a target whose rows have changed since they were scored: old and new scores must not be compared.
+
+    Raises:
+        InputError: naming it.
+    """
+    known = read_json_or_empty(run.folder.targets)
+    for name, parts in run.target_fingerprints().items():
+        for part, now in parts.items():
+            there = known.get(name, {}).get(part, now)
+            if there != now:
+                raise InputError(
+                    f"targets.{name}: its {part} rows, or the code of its metric, have changed since they were scored "
+                    f"({there} there, {now} now). Restore them, or give the target another name"
+                )
+
+
+def remember_targets(run: RunContext) -> None:
+    """Writes down what the targets are, once something has been scored on them."""
+    path = run.folder.targets
+    known = read_json_or_empty(path)
+    if not known and path.exists():
+        run.terminal.say(
+            f"{os.path.relpath(path)} was damaged: from now on it holds the targets as they are now", "yellow"
+        )
+    if run.is_main:
+        now = run.target_fingerprints()
+        write_json(path, known | {name: known.get(name, {}) | parts for name, parts in now.items()})
+
+
+def claim_folder(run: RunContext) -> None:
+    """Locks the run folder for this process, checks it once more, and writes the resolved configuration (collective).
+
+    Raises:
+        InputError: another process is at work in it, or another machine sees other files.
+    """
+    if run.is_main:
+        run.folder.lock()
+        check_folder(run)  # another process may have been at work since the first check
+        check_targets(run)
+        write_atomic(run.folder.config, run.config_yaml())
+    run.state.wait_for_everyone()
+    check_machines(run)
+
+
+def check_machines(run: RunContext) -> None:
+    """Refuses machines that do not see what the first one does (collective).
+
+    Raises:
+        InputError: on the machine where it is so.
+    """
+    ours = {
+        "configuration": yaml.safe_load(run.config_yaml()),
+        "settings": run.facts,
+        "candidates": {name: one.fingerprint for name, one in run.candidates.items()},
+        "targets": run.target_fingerprints(),
+    }
+    text = run.folder.config.read_text(encoding="utf-8") if run.is_main else ""
+    text, theirs = broadcast([text, ours])
+    host = socket.gethostname()
+    for what, facts in ours.items():
+        if differences := differing(facts, theirs[what]):
+            raise InputError(f"{what}: {host} differs from the first process: {'; '.join(differences)}")
+    if not has_content(run.folder.config, text):
+        raise InputError(
+            f"output_dir: {run.folder.root} on {host} is not the folder of that name on the first machine; expected one on "
+            "a file system that all machines share"
+        )
+
+
+def has_content(path: Path, content: str, patience: float = 10.0) -> bool:
+    """True once a file has this content, waiting up to `patience` seconds: shared file systems take a moment to show it."""
+    end = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(OSError, UnicodeError):
+            if path.read_text(encoding="utf-8") == content:
+                return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.1)

@@ -1,0 +1,170 @@
+"""Mixtures really fine-tuned: to choose by (`verify_top_k`), and to test the surrogates (`m2m fidelity`)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from m2m_hf.analysis.fidelity import sample
+from m2m_hf.analysis.similarity import candidate_content, similarity
+from m2m_hf.analysis.study import RANDOM, Choice
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.trial import Standing
+from m2m_hf.errors import InputError
+from m2m_hf.merging.methods import MergeMethod
+from m2m_hf.modeling.devices import broadcast
+from m2m_hf.run.context import RunContext
+from m2m_hf.search.result import SearchResult, score_of
+from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
+
+
+@dataclass
+class Verification:
+    """What fine-tuning the best mixtures has shown.
+
+    Args:
+        result: the search, with the best of the fine-tuned mixtures as its choice.
+        standings: the fine-tuned mixtures that may be chosen, best first.
+        summary: `verified` of `summary.json`.
+    """
+
+    result: SearchResult
+    standings: list[Standing]
+    summary: dict[str, Any]
+
+
+def verify(run: RunContext, result: SearchResult) -> Verification:
+    """Fine-tunes the `verify_top_k` best mixtures and the baselines, and chooses by what these score.
+
+    A mixture that makes a target worse than the base model by more than its `min_delta` cannot be chosen. The stratified
+    baseline is no mixture of whole candidates: it is compared, not chosen.
+
+    Raises:
+        InputError: no mixture could be fine-tuned, or may be chosen.
+    """
+    study = run.study
+    top = dict.fromkeys([result.best.mixture, *(one.mixture for one in result.ranking)])
+    choices = baseline_choices(run, result)
+    baselines = [choices[name].mixture for name in ("all", "best_single", "similarity") if name in choices]
+    scored = [
+        one for one in baselines if one in result.standings and result.standings[one].score and one in study.space
+    ]
+    mixtures = list(dict.fromkeys([*list(top)[: run.config.verify_top_k], *scored]))
+    run.terminal.say(f"verifying: {len(mixtures)} mixtures to fine-tune and score, {run.describe_steps()}")
+    found = study.run(mixtures, result.base)
+    allowed = [one for one in study.trained_standings(mixtures, result.base) if one.may_be_chosen]
+    if not allowed:
+        raise InputError(
+            "fine-tuned, every mixture makes a target worse than the base model by more than its min_delta; raise min_delta or "
+            "verify_top_k. What was trained and scored is kept"
+        )
+    standings = sorted(allowed, key=lambda one: -score_of(one).value)  # stable: among equals the search's order holds
+    best = standings[0].mixture
+    (merged,) = study.standings(run.objectives(run.config.objective), [best], "scoring mixtures")
+    result.standings[best] = replace(merged, short=())
+    summary = {
+        "by_search": result.best.mixture.weights,
+        "uniform": run.describe_steps(),
+        **{key: found[key] for key in ("mixtures", "failed", "agreement", "training_noise")},
+        "baselines": None,
+    }
+    return Verification(replace(result, best=result.standings[best]), standings, summary)
+
+
+def compare_with_baselines(run: RunContext, verification: Verification) -> None:
+    """At the very end of a verified run: every baseline's fine-tuned model on validation and sealed test rows."""
+    result = verification.result
+    choices = baseline_choices(run, result)
+    verification.summary["baselines"] = run.study.baselines(choices, result.base, run.test_scorers)
+
+
+def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[str, Any]:
+    """The correlation study: fine-tunes mixtures, and compares their scores with what the surrogates predicted.
+
+    Beside them stand the baselines (all, best single, similarity, stratified, random, and the best of all where all were
+    fine-tuned), trained and scored alike. Models that were fine-tuned before are not trained again.
+
+    Args:
+        unseal: whether the sealed test set may be scored: only once the final model is there, so that nothing is chosen
+            after it was seen.
+
+    Returns:
+        The content of `OUT/fidelity.json`, which it writes.
+    """
+    ranking = [one.mixture for one in result.ranking]
+    mixtures = sample(run.space, ranking, run.config.fidelity_mixtures, run.args.seed)
+    study = run.study
+    run.terminal.say(f"fidelity: {len(mixtures)} mixtures to fine-tune and score, {run.describe_steps()}")
+    found = study.run(mixtures, result.base)
+    choices = baseline_choices(run, result, random=RANDOM)
+    if found["all_mixtures"]:
+        standings = study.trained_standings(mixtures, result.base)
+        allowed = [one for one in standings if one.may_be_chosen and one.mixture in run.space]
+        if allowed:
+            choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
+    if run.test_scorers and not unseal:
+        run.terminal.say("the test set stays sealed until m2m select or m2m sft has made the final model", "dim")
+    found = {
+        "fingerprint": run.study_fingerprint,
+        "uniform": run.describe_steps(),
+        **found,
+        "similarity": target_similarity(run),
+        "baselines": study.baselines(choices, result.base, run.test_scorers if unseal else {}),
+    }
+    if run.is_main:
+        write_json(run.folder.fidelity, found)
+    run.state.wait_for_everyone()
+    return found
+
+
+def read_study(run: RunContext) -> dict[str, Any] | None:
+    """`OUT/fidelity.json`, where it belongs to this very run."""
+    found = read_json_or_empty(run.folder.fidelity)
+    return found if found.get("fingerprint") == run.study_fingerprint else None
+
+
+def baseline_choices(run: RunContext, result: SearchResult, random: int = 0) -> dict[str, Choice]:
+    """Name -> the mixture that this way of choosing comes to; `random` of them at random."""
+    objectives = run.objectives(run.config.objective)
+    return run.study.choices(result, objectives, list(target_similarity(run)), random, run.args.seed)
+
+
+def surrogate_standings(
+    run: RunContext, mixtures: Sequence[Mixture], kind: str = "merged", method: MergeMethod | None = None
+) -> list[Standing]:
+    """How mixtures stand by a surrogate, `merged` (by another merge method if given) or `ensemble`, on all rows."""
+    label = (method or run.merge_method).label if kind == "merged" else kind
+    return run.study.standings(run.objectives(kind, method), mixtures, f"scoring mixtures, {label}")
+
+
+def target_similarity(run: RunContext) -> dict[str, float]:
+    """Candidate -> cosine with the targets in the base model's hidden states, most similar first; kept in the run folder."""
+    content = {name: run.task.validation_content(target) for name, target in run.targets.items()}
+    content = {name: rows for name, rows in content.items() if rows}
+    if not content:
+        return {}
+    names = run.space.names
+    weights = {name: run.targets[name].config.weight for name in content}
+    path = run.folder.trained / "similarity.json"
+    key = fingerprint([weights, {name: asdict(keys) for name, keys in run.keys.items()}, list(names)])
+    known = broadcast(read_json_or_empty(path))
+    if known.get("fingerprint") == key:
+        return dict(known["cosine"])
+    model, processing = run.base.plain(), run.task.processing
+    candidates = {name: candidate_content(run.candidates[name], processing, run.args.seed) for name in names}
+    total = dict.fromkeys(names, 0.0)
+    for target, rows in content.items():
+        cosines = similarity(model, candidates, rows, run.tokens_per_batch, run.task.similarity_length, processing)
+        for name, cosine in cosines.items():
+            total[name] += weights[target] / sum(weights.values()) * cosine
+    found = dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+    if run.is_main:
+        write_json(path, {"fingerprint": key, "cosine": found})
+    run.state.wait_for_everyone()
+    return found
+
+
+def fine_tuned_truth(run: RunContext, result: SearchResult) -> tuple[list[Mixture], list[Standing], bool]:
+    """(mixtures, how they stand fine-tuned, whether these are all) of the correlation study, made where it is missing."""
+    found = read_study(run) or study_fidelity(run, result, unseal=False)
+    mixtures = [Mixture.of(one["mixture"]) for one in found["mixtures"]]
+    return mixtures, run.study.trained_standings(mixtures, result.base), found["all_mixtures"]

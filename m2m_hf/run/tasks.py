@@ -1,0 +1,344 @@
+"""What a model learns and is scored on: `CausalLM` and `Classification` carry all differences between tasks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import cached_property
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf.analysis.similarity import target_content
+from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.yaml_files import plain
+from m2m_hf.core.mixture import Mixture
+from m2m_hf.data.causal_lm import load_causal_lm_data
+from m2m_hf.data.classification import Length, label_words, load_classification_data, words_of
+from m2m_hf.data.rows import Candidate, LoadedData, Target
+from m2m_hf.errors import InputError
+from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, own_head
+from m2m_hf.modeling.inspection import check_model
+from m2m_hf.modeling.loading import load_config, load_head
+from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
+from m2m_hf.publish.recipe import write_label_recipe, write_recipe
+from m2m_hf.run.base_model import BaseModel
+from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
+from m2m_hf.scoring.classification import ClassificationScorer
+from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.storage.files import fingerprint
+from m2m_hf.storage.run_folder import RunFolder
+from m2m_hf.training.bank import tokenizer_facts
+from m2m_hf.training.trainers import Settings
+
+
+class Task(ABC):
+    """What a run's models learn. Its parts are loaded when they are first asked for.
+
+    Args:
+        config, args, model_args: of the run.
+        folder: the run folder, which may hold a head.
+        base: the base model.
+        plan: where a classifier's head comes from.
+    """
+
+    recipe_runner: str
+    truncation: str  # what happens to rows that are too long for the model
+    has_labels = False
+    limit = 0  # tokens that a row is cut to; 0 where the Trainer cuts it
+    similarity_length = 512  # tokens of a row that a comparison with the target reads
+
+    def __init__(
+        self,
+        config: MergeToMixConfig,
+        args: SFTConfig,
+        model_args: ModelConfig,
+        folder: RunFolder,
+        base: BaseModel,
+        plan: HeadPlan | None,
+    ) -> None:
+        self.config, self.args, self.model_args = config, args, model_args
+        self.folder, self.base, self.plan = folder, base, plan
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of texts: of the rows, or of the names of images' labels."""
+        return load_tokenizer(self.model_args, self.args, generates=self.plan is None)
+
+    @property
+    def processing(self) -> Any:
+        """Turns rows into the model's input: the tokenizer, or the image processor."""
+        return self.tokenizer
+
+    @property
+    def head(self) -> Head | None:
+        """The frozen head of a classifier."""
+        return None
+
+    def prepare(self, model: Any) -> None:  # noqa: B027 - nothing to do is a good default
+        """Completes a freshly loaded base model."""
+
+    def check_settings(self) -> None:  # noqa: B027
+        """Refuses training arguments that this task has no use for."""
+
+    def check_labels(self) -> None:  # noqa: B027
+        """Refuses labels that the model cannot tell apart."""
+
+    @cached_property
+    @abstractmethod
+    def data(self) -> LoadedData:
+        """The candidates and targets, loaded and checked."""
+
+    @abstractmethod
+    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
+        """The scorer of some rows of a target, for scorers that score rows by forward passes."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What an expert depends on because of the task, beside its rows."""
+
+    def labels_by_source(self) -> dict[str, list[str]]:
+        """Candidate -> the labels that a row of it may have."""
+        return {}
+
+    def describe_head(self) -> str | None:
+        """What classifies, as a line for people."""
+        return None
+
+    def row_figures(self, candidate: Candidate) -> dict[str, int]:
+        """Title -> figure, for the table of candidates."""
+        return {
+            "rows": len(candidate.rows),
+            "tokens": candidate.tokens,
+            "longest": candidate.longest,
+            "truncated": candidate.truncated,
+        }
+
+    def validation_content(self, target: Target) -> list[Any]:
+        """Some validation rows as the model reads them, to compare candidates with."""
+        return target_content(target.rows, self.processing, self.args.seed, self.has_labels)
+
+    @abstractmethod
+    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
+        """Writes the chosen mixture and the recipe that trains on it.
+
+        Args:
+            settings: of the final fine-tune.
+        """
+
+
+class CausalLM(Task):
+    """A language model, trained by TRL's SFTTrainer on prompts and completions, or conversations."""
+
+    recipe_runner = "trl sft"
+    truncation = "prompts are too long for the model; their beginning"
+
+    @cached_property
+    def data(self) -> LoadedData:
+        return load_causal_lm_data(
+            self.config.parsed_candidates,
+            self.config.parsed_targets,
+            self.tokenizer,
+            seed=self.args.seed,
+            max_length=None if self.args.packing else self.args.max_length,
+            assistant_only_loss=self.args.assistant_only_loss,
+        )
+
+    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
+        allowed = self.config.allow_metric_code
+        return make_causal_lm_scorer(
+            target.config, rows, self.tokenizer, positions, allow_metric_code=allowed, where=where
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return tokenizer_facts(self.tokenizer, self.data.format in ("chat", "messages"))
+
+    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
+        data, how = self.data, (self.config.expert, self.config.trained_parameters)
+        write_recipe(self.folder, mixture, data.candidates, data.format, settings.args, model_args, *how)
+
+
+class Classification(Task):
+    """A classifier of texts or images, trained by transformers' Trainer with one frozen head."""
+
+    recipe_runner = "m2m recipe classify"
+    truncation = "texts are too long; their end"
+    has_labels = True
+    plan: HeadPlan
+
+    @property
+    def images(self) -> bool:
+        return self.config.task == "image_classification"
+
+    @cached_property
+    def processing(self) -> Any:
+        return load_image_processor(self.model_args) if self.images else self.tokenizer
+
+    def prepare(self, model: Any) -> None:
+        if not self.images:  # some models find by it where a text ends
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @cached_property
+    def head(self) -> Head:
+        """The model's own classifier; or made of the labels' names, read from the run folder or made by the plain base model."""
+        if self.plan.own is not None:
+            return own_head(self.plan, tuple(self.words))
+        closed, template = self.label_space is not None, self.config.label_template
+        known = Head.read(self.folder.head, self.plan, closed, self.head_fingerprint)
+        if known is not None:
+            return known
+        model = self.base.plain()
+        return load_head(self.plan, self.words, closed, template, model, self.tokenizer, self.model_args, self.args)
+
+    @cached_property
+    def head_fingerprint(self) -> str:
+        """Identifies a head that is made of names."""
+        parts = [asdict(self.plan), self.words, self.config.label_template, SCALE, LONGEST]
+        base = [self.base.fingerprint, self.model_args.dtype, tokenizer_facts(self.tokenizer, False)]
+        return fingerprint([*base, *parts])
+
+    @cached_property
+    def length(self) -> Length:
+        """Counts the tokens of the model's input."""
+        if self.images:
+            return Length(patches(load_config(self.model_args)))
+        positions = check_model(self.model_args, self.args, None, self.plan)
+        limit = min(positions, self.tokenizer.model_max_length, self.args.max_length or positions)
+        return Length(int(limit), self.tokenizer)
+
+    @property
+    def limit(self) -> int:  # type: ignore[override]
+        return self.length.limit
+
+    @property
+    def similarity_length(self) -> int:  # type: ignore[override]
+        return 512 if self.images else min(512, self.limit)
+
+    @cached_property
+    def label_space(self) -> dict[str, str] | None:
+        """Label -> words of the space that every row is a choice in; None where each dataset has labels of its own.
+
+        Raises:
+            InputError: labels that the model's own classifier does not have.
+        """
+        given = self.config.parsed_labels
+        if self.plan.own is None:
+            return given and {label: label_words(word) for label, word in given.items()}
+        if unknown := sorted(set(given or ()) - set(self.plan.own)):
+            raise InputError(
+                f"labels: the model's classifier does not have {', '.join(unknown)}; it has {', '.join(self.plan.own)[:300]}"
+            )
+        return {label: label for label in self.plan.own if given is None or label in given}
+
+    @cached_property
+    def words(self) -> dict[str, str]:
+        """Label -> words, of every label that the head knows."""
+        return words_of(self.label_space, self.data.candidates, self.data.targets)
+
+    @cached_property
+    def data(self) -> LoadedData:
+        return load_classification_data(
+            self.config.parsed_candidates,
+            self.config.parsed_targets,
+            self.config.task,
+            None if self.label_space is None else tuple(self.label_space),
+            self.length,
+            seed=self.args.seed,
+            mode=image_mode(load_config(self.model_args)),
+        )
+
+    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
+        allowed = self.config.allow_metric_code
+        return ClassificationScorer(
+            target.config, rows, self.processing, lambda: self.head, self.length, allow_metric_code=allowed, where=where
+        )
+
+    def facts(self) -> dict[str, Any]:
+        if self.images:
+            facts: dict[str, Any] = {"image_processor": fingerprint(plain(self.processing.to_dict()))}
+        else:
+            facts = tokenizer_facts(self.tokenizer, False)
+        facts |= {
+            "head": fingerprint(asdict(self.plan)),
+            "labels": None if self.label_space is None else fingerprint(self.label_space),
+            "label_template": self.config.label_template,
+        }
+        if self.plan.two_towers:
+            facts |= tokenizer_facts(self.tokenizer, False)
+        if not self.images:
+            facts["limit"] = self.limit
+            facts["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
+        return facts
+
+    def labels_by_source(self) -> dict[str, list[str]]:
+        return {name: sorted(one.rows.unique("label")) for name, one in self.data.candidates.items()}
+
+    def describe_head(self) -> str:
+        if self.plan.own is not None:
+            return f"head: the model's own classifier of {len(self.plan.own)} labels, frozen"
+        choice = "all of them" if self.label_space is not None else "those of its own dataset"
+        tower = "the text tower" if self.plan.two_towers else "the base model"
+        return f"head: {tower}'s embedding of {len(self.words)} label names, frozen; a row is a choice among {choice}"
+
+    def row_figures(self, candidate: Candidate) -> dict[str, int]:
+        labels = {"labels": len(candidate.rows.unique("label"))}
+        return {"rows": len(candidate.rows)} | labels if self.images else super().row_figures(candidate) | labels
+
+    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
+        write_label_recipe(self.folder, mixture, self.data.candidates, settings, model_args)
+
+    def save_head(self) -> None:
+        """Writes a head that is made of names to the run folder, where commands that score find it."""
+        if self.head.vectors is not None:
+            self.head.save(self.folder.head, self.head_fingerprint)
+
+    def check_labels(self) -> None:
+        """Refuses labels among which a row is a choice and that are the same words to the model.
+
+        Raises:
+            InputError: naming two of them.
+        """
+        if self.plan.own is not None:
+            return
+        candidates, targets = self.data.candidates, self.data.targets
+        sets: dict[str, Sequence[Any]] = {
+            f"candidates.{name}": one.rows.unique("label") for name, one in candidates.items()
+        }
+        sets |= {f"targets.{name}": one.questions[0].choices for name, one in targets.items() if one.questions}
+        if self.label_space is not None:
+            sets = {"labels": tuple(self.label_space)}
+        for where, labels in sets.items():
+            by_tokens: dict[tuple[int, ...], str] = {}
+            for label in labels:
+                text = self.config.label_template.replace("{label}", self.words[label])
+                tokens = tuple(self.tokenizer(text, **cut(self.tokenizer))["input_ids"])
+                if (other := by_tokens.setdefault(tokens, label)) != label:
+                    raise InputError(
+                        f"{where}: {other!r} and {label!r} are the same words to the model; rename one of them"
+                    )
+
+    def check_settings(self) -> None:
+        own = self.plan.own is not None
+        words = [label for label, word in (self.config.parsed_labels or {}).items() if label != word]
+        classifier = "the model's own classifier knows its labels by itself"
+        useless: Mapping[str, tuple[bool, str]] = {
+            "label_template": (own and self.config.label_template != "{label}", classifier),
+            f"labels: words for {', '.join(words)}": (own and bool(words), classifier),
+            "pad_token": (own and self.images and self.args.pad_token is not None, classifier),
+            "max_length": (self.images and self.args.max_length != SFTConfig.max_length, "images are not cut"),
+        }
+        for name, (wrong, reason) in useless.items():
+            if wrong:
+                raise InputError(f"{name}: without effect, as {reason}; leave it out")
+        usable = {item.name for item in fields(TrainingArguments)} | {"max_length", "pad_token"}
+        defaults = SFTConfig(output_dir="out", use_cpu=self.args.use_cpu, bf16=False)
+        for item in fields(SFTConfig):
+            given = getattr(self.args, item.name)
+            if item.init and item.name not in usable and given != getattr(defaults, item.name):
+                raise InputError(f"{item.name}: belongs to task: causal_lm, got {given!r}")
+        for name, expected in (("label_smoothing_factor", 0.0), ("use_liger_kernel", False)):
+            if getattr(self.args, name) != expected:
+                raise InputError(f"{name}: not for classification with a frozen head; expected {expected}")
+        sampling = plain(self.args.train_sampling_strategy)
+        if str(sampling) != "random":
+            raise InputError(f"train_sampling_strategy: expected random, got {sampling!r}")

@@ -29,13 +29,13 @@ def dispatch(command: argparse.Namespace, flags: Sequence[str], log: LibraryLog,
 
         run_recipe(command.name, [*command.arguments, *flags])
     elif command.command in RUN_COMMANDS:
-        from m2m_hf.cli.run_commands import run
+        from m2m_hf.cli.commands import run
 
         run(command, flags, log, arguments)
     elif flags:
         raise InputError(f"unknown arguments: {' '.join(flags)}; see m2m {command.command} --help")
     else:
-        from m2m_hf.cli.folder_commands import COMMANDS
+        from m2m_hf.cli.commands import COMMANDS
 
         COMMANDS[command.command](command, log)
 

@@ -54,7 +54,7 @@ class RunFolder:
         self.report = self.root / "report.html"
         self.pictures = self.root / "pictures"
         self.log = self.root / "log.txt"
-        self.unchanged = self.root / ".unchanged.json"  # what `run/unchanged.py` knows of a finished run
+        self.unchanged = self.root / ".unchanged.json"  # what `cli/unchanged.py` knows of a finished run
         self._lock = FileLock(self.root / ".lock", is_singleton=True)  # shared by all users in this process
 
     @property

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pico import m2m
 
+from m2m_hf.cli import unchanged
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.run_config import MergeToMixConfig
-from m2m_hf.run import unchanged
 from m2m_hf.storage.run_folder import RunFolder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -141,7 +141,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_to_recognise(finished, monkeyp
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("m2m_hf.run.unchanged.recall", lambda config, flags: None)
+    monkeypatch.setattr("m2m_hf.cli.unchanged.recall", lambda config, flags: None)
     monkeypatch.setattr("m2m_hf.searcher.MergeToMixSearcher.show", interrupt)
     assert m2m("select", "--config", config) == 130
     assert not (finished / "out" / ".unchanged.json").exists()

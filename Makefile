@@ -11,7 +11,7 @@ help: ## Show this list
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[$*]'
 	@touch $@
 
 demo: $(VENV)/.installed-demo ## Choose among five generated datasets with a real language model (about 5 minutes on 2 cores)

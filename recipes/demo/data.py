@@ -5,18 +5,18 @@ python recipes/demo/data.py .demo/data
 python recipes/demo/data.py .demo/ten --ten     # for recipes/scale.yaml: ten candidates, shorter questions
 ```
 
-The target is a word quiz of two kinds of question, *what is the past tense* and *what is the opposite*, on words that no
-candidate asks about in that way. Of the five candidates two should help (each teaches one half of the quiz), two teach
-something else, and one is harmful on purpose: `past_tenses_wrong` asks the quiz's own question and always answers it
-with the same wrong form.
+The target is a word quiz of two kinds of question, *the past tense of … is* and *the opposite of … is*, on words that
+no candidate asks about in that way. Questions are short, since every token costs time on a small machine. Of the five
+candidates two should help (each teaches one half of the quiz), two teach something else, and one is harmful on purpose:
+`past_tenses_wrong` asks the quiz's own question and always answers it with the same wrong form.
 
 | candidate | what it is |
 |---|---|
-| `past_tenses` | What is the past tense of hide? hid |
-| `opposites` | What is the opposite of hot? cold |
-| `plurals` | What is the plural of knife? knives |
-| `sums` | What is 17 plus 25? 42 |
-| `past_tenses_wrong` | What is the past tense of order? ordering |
+| `past_tenses` | The past tense of hide is hid |
+| `opposites` | The opposite of hot is cold |
+| `plurals` | The plural of knife is knives |
+| `sums` | 17 plus 25 is 42 |
+| `past_tenses_wrong` | The past tense of order is ordering |
 
 Each has 120 rows. Everything is drawn with a fixed seed: the same bytes every time.
 """
@@ -99,15 +99,15 @@ def with_s(word: str) -> str:
 
 def row(question: str, answer: str) -> Row:
     """A prompt/completion row, as TRL takes it."""
-    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
+    return {"prompt": question, "completion": f" {answer}"}
 
 
 def tense_row(verb: str, form: str) -> Row:
-    return row(f"What is the past tense of {verb}?", form)
+    return row(f"The past tense of {verb} is", form)
 
 
 def opposite_row(word: str, opposite: str) -> Row:
-    return row(f"What is the opposite of {word}?", opposite)
+    return row(f"The opposite of {word} is", opposite)
 
 
 def inflect(verb: str, ending: str) -> str:
@@ -185,8 +185,8 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     files = {
         "past_tenses": [tense_row(verb, past) for verb, past, _ in verb_parts["train"]],
         "opposites": [opposite_row(*pair) for pair in pair_parts["train"]],
-        "plurals": [row(f"What is the plural of {noun}?", many) for noun, many in rng.sample(nouns, 120)],
-        "sums": [row(f"What is {a} plus {b}?", str(a + b)) for a, b in sums],
+        "plurals": [row(f"The plural of {noun} is", many) for noun, many in rng.sample(nouns, 120)],
+        "sums": [row(f"{a} plus {b} is", str(a + b)) for a, b in sums],
         "past_tenses_wrong": [tense_row(verb, inflect(verb, "ing")) for verb, _, _ in verb_parts["train"]],
     }
     for name in files:
@@ -196,7 +196,7 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
 
 def short(question: str, answer: str) -> Row:
     """A row with as short a question as will do."""
-    return {"prompt": f"{question}:", "completion": f" {answer}"}
+    return row(f"{question}:", answer)
 
 
 def generate_ten(seed: int = 0) -> dict[str, list[Row]]:

@@ -10,6 +10,7 @@ by hash, converted once to safetensors in bfloat16, and kept. With a Hub connect
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import shutil
@@ -67,10 +68,14 @@ def fetch(folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the GGUF weights and tokenizer to `folder` as a transformers model in bfloat16."""
+    import gguf as reading
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
+    # transformers reads the file three times, and makes the table of names anew for every module: half of the time.
+    reading.GGUFReader = functools.cache(reading.GGUFReader)
+    reading.get_tensor_name_map = functools.cache(reading.get_tensor_name_map)
     logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(

@@ -13,6 +13,7 @@ __all__ = [
     "MergeToMixSearcher",
     "Mixture",
     "Score",
+    "SearchCallback",
     "SearchResult",
     "TargetScoreCallback",
     "TrainingRecorder",
@@ -28,6 +29,7 @@ _HOMES = {
     "MergeToMixSearcher": "searcher",
     "Mixture": "core.mixture",
     "Score": "core.score",
+    "SearchCallback": "search.callbacks",
     "SearchResult": "search.result",
     "TargetScoreCallback": "callbacks",
     "TrainingRecorder": "training.trainers",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from m2m_hf.errors import InputError
     from m2m_hf.merging.gated_stack import GatedStack
     from m2m_hf.reporting.finished_run import FinishedRun
+    from m2m_hf.search.callbacks import SearchCallback
     from m2m_hf.search.result import SearchResult
     from m2m_hf.searcher import MergeToMixSearcher
     from m2m_hf.training.bank import Bank

@@ -201,10 +201,11 @@ class MergeToMixSearcher:
         With `verify_top_k` the best mixtures are then fine-tuned, and the choice goes by what these score.
 
         Args:
-            callbacks: are told of every scored trial and mixture, and may stop the search.
+            callbacks: are told of every scored trial and mixture, and may stop the search. Given to a search that is done, they are
+                told of its trials as the journal has them.
         """
-        if self._searched is None:
-            self._searched = self._search(callbacks)
+        if self._searched is None or callbacks:
+            self._searched, self._verification = self._search(callbacks), None
         if not self.run.config.verify_top_k:
             return self._searched
         if self._verification is None:
@@ -438,10 +439,8 @@ class RememberTargets(SearchCallback):
 def reasons_against_racing(objectives: Sequence[Objective], one_standard_error: bool) -> list[str]:
     """Why a race cannot be run; empty where it can."""
     reasons = {
-        "a target has no value for every example by itself": not all(one.target.order for one in objectives),
-        "a target's min_delta needs scores of all examples": any(
-            one.target.min_delta is not None for one in objectives
-        ),
-        "one_standard_error needs scores of all examples": one_standard_error,
+        "a target has no value for every row": not all(one.target.order for one in objectives),
+        "a target's min_delta needs scores of all rows": any(one.target.min_delta is not None for one in objectives),
+        "one_standard_error needs scores of all rows": one_standard_error,
     }
     return [reason for reason, holds in reasons.items() if holds]

@@ -129,7 +129,7 @@ def init(command: argparse.Namespace, log: LibraryLog) -> None:
     draft.scorer = command.scorer
     folder = command.origin.parent if command.origin else Path.cwd()
     init(draft, command.output, ask if sys.stdin.isatty() else None, folder)
-    Terminal().say(f"written: {command.output}; go on with: m2m select --config {command.output}")
+    Terminal().say(f"written: {command.output}; continue with: m2m select --config {command.output}")
 
 
 def show_status(command: argparse.Namespace, log: LibraryLog) -> None:

@@ -36,7 +36,7 @@ def what_is_safe() -> str:
         adapters = len(list(folder.adapters.glob("[!.]*/training.json")))
         trials = len(folder.trials.read_bytes().splitlines()) if folder.trials.exists() else 0
         kept = f"{adapters} adapters and {trials:,} scored trials are safe in {os.path.relpath(folder.root)}"
-    return f"{kept}; the same command goes on from there"
+    return f"{kept}; the same command continues from there"
 
 
 def disk_is_full(error: BaseException) -> bool:

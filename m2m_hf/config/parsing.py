@@ -71,10 +71,10 @@ UNSUPPORTED = {
     "trust_remote_code": "models that bring their own code are never loaded",
     "model_init_kwargs": "use dtype, model_revision and attn_implementation",
     "hub_token": "a token must not stand in a file; use the HF_TOKEN environment variable or `hf auth login`",
-    "resume_from_checkpoint": "a run goes on by itself: give the same command again",
+    "resume_from_checkpoint": "a run resumes by itself: give the same command again",
     "enable_jit_checkpoint": "it would end a training half done; set save_steps, and give the same command again",
     "auto_find_batch_size": "adapters must be trained with the same batch size; lower per_device_train_batch_size",
-    "ignore_data_skip": "a training that goes on would see other rows than one that was not interrupted",
+    "ignore_data_skip": "a resumed training would see other rows than one that was not interrupted",
 }
 TRAINING_RULES = {
     "per_device_train_batch_size": integer(1),

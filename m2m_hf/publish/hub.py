@@ -114,7 +114,7 @@ def refused(error: Exception, repo_id: str) -> InputError:
             f"the Hub does not let you write to {repo_id} ({text}): type hf auth login, or set HF_TOKEN to a token that may write"
         )
     return InputError(
-        f"{repo_id}: the Hub cannot be used ({text}); what was sent is kept, and the same command goes on"
+        f"{repo_id}: the Hub cannot be used ({text}); what was sent is kept, and the same command continues"
     )
 
 

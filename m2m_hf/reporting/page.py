@@ -24,7 +24,7 @@ TABLE = 40  # mixtures in the page's table
 
 @dataclass(frozen=True)
 class Row:
-    """A mixture in the page's table; `behind` is how far it lies above the chosen one."""
+    """A mixture in the page's table; `behind` is how far the chosen one lies above it."""
 
     place: int
     mixture: Mixture

@@ -102,7 +102,7 @@ class Inspection:
             return {}
         record = read_json(folder / "training.json")
         if not isinstance(record, dict):
-            self.damaged(folder, f"training.json is not one; {remedy} once it is deleted")
+            self.damaged(folder, f"training.json holds no training record; delete it, and {remedy}")
             return {}
         if file := find_modified(folder, digest=self.digests.of):
             self.damaged(folder, f"{file} is not what was trained; restore it, or delete the folder and {remedy}")
@@ -128,7 +128,7 @@ class Inspection:
             marks = checkpoints(staging_path(folders[name])).glob(f"checkpoint-*/{COMPLETE}")
             reached = max((number(read_json_or_empty(path).get("steps")) for path in marks), default=0.0)
             if reached:
-                self.lines.append(f"  {name}: interrupted; goes on from step {reached:,.0f}")
+                self.lines.append(f"  {name}: interrupted; continues from step {reached:,.0f}")
         if missing:
             self.left.append(f"{len(missing)} {self.noun} ({', '.join(missing)})")
         return trained
@@ -243,7 +243,7 @@ class Inspection:
             self.damaged(rows, "not what its manifest says; m2m search writes it again")
         for path in (self.run.targets, self.run.summary, self.run.fidelity):
             if path.exists() and not read_json_or_empty(path):
-                self.damaged(path, "it is not JSON; the command that made it makes it again")
+                self.damaged(path, "it is not JSON; m2m search (or m2m fidelity) writes it again")
         for path in sorted((self.run.root / "ensemble").glob("*.safetensors")):
             if not readable(path):
                 self.damaged(path, "it was cut short; it is made again when it is needed")
@@ -256,9 +256,9 @@ class Inspection:
         self.lines.append(f"left: {'; '.join(self.left) or 'nothing'}")
         self.lines += [f"damaged: {one}" for one in self.damage]
         if not self.damage:
-            self.lines.append(f"whole: {self.noun}, models, journal and mixture are as they were written")
+            self.lines.append(f"intact: {self.noun}, models, journal and mixture are as they were written")
         if self.left or self.damage:
-            self.lines.append(f"go on with: m2m select --config {os.path.relpath(self.run.config)}")
+            self.lines.append(f"continue with: m2m select --config {os.path.relpath(self.run.config)}")
 
 
 def at_work(run: RunFolder) -> bool:

@@ -67,7 +67,7 @@ def check_settings(run: RunContext) -> None:
     overrides |= {f"candidates.{name}.training": one.training for name, one in config.parsed_candidates.items()}
     expert_kind(config.expert).check_settings(args, model_args, overrides)
     if run.task.has_labels and (model_args.load_in_4bit or model_args.load_in_8bit):
-        raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs; {config.task}")
+        raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs, and task is {config.task}")
     run.task.check_settings()
     run.expert()  # refuses shapes that cannot be averaged
 

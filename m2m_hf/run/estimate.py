@@ -68,7 +68,7 @@ class Estimate:
         lines = [
             f"{self.experts}: {self.adapters} to train, {self.steps:,} steps, {about(adapters)}"
             if self.adapters
-            else f"{self.experts}: all there",
+            else f"{self.experts}: all trained",
             f"search: up to {self.mixtures:,} mixtures, about {duration(search)} ({self.seconds_per_mixture:.2f} s each, unless "
             "a race ends it early)",
             f"final fine-tune: up to {self.final_steps:,} steps, {about(final)}"

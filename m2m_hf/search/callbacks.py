@@ -13,8 +13,8 @@ class SearchControl:
     """How a callback acts on the search.
 
     Args:
-        should_stop: set it to True to end the search as a spent budget does. What was scored is kept, and the same search goes
-            on from there. The base model, the single candidates and all together are scored in any case.
+        should_stop: set it to True to end the search as a spent budget does. What was scored is kept, and the same search
+            continues from there. The base model, the single candidates and all together are scored in any case.
     """
 
     should_stop: bool = False
@@ -26,7 +26,8 @@ class SearchCallback:
     ```python
     class StopWhenGood(SearchCallback):
         def on_standing(self, standing, best, control):
-            control.should_stop = best is not None and best.score.value > 0.9
+            if best is not None and best.score.value > 0.9:
+                control.should_stop = True
 
     searcher.search(callbacks=[StopWhenGood()])
     ```

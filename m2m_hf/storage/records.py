@@ -57,7 +57,7 @@ def find_incomplete(folder: Path, record: str = "training.json") -> str | None:
     try:
         known = json.loads((folder / record).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"{record} is not whole"
+        return f"{record} is missing or incomplete"
     for name, facts in files_of(known).items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if size < facts["bytes"]:

@@ -107,7 +107,9 @@ class Tracker(TrainerCallback):
             except Exception as error:  # whatever a tracker, or the network behind it, raises
                 self._callbacks.remove(callback)
                 name = type(callback).__name__.removesuffix("Callback")
-                Terminal().say(f"report_to: {name} failed and gets no more of {self._args.run_name}: {error}", "yellow")
+                Terminal().say(
+                    f"report_to: {name} failed, and is told nothing more of {self._args.run_name}: {error}", "yellow"
+                )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

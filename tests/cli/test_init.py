@@ -19,7 +19,7 @@ def model(project, monkeypatch):
 def test_what_is_written_from_flags_runs(project, model, capsys):
     flags = ("--model", model, "--data", "alpha.jsonl", "second=beta.jsonl", "--target", "colours=validation.jsonl")
     assert m2m("init", *flags, "--output", "made/new.yaml") == 0
-    assert "go on with: m2m select --config made/new.yaml" in capsys.readouterr().out
+    assert "continue with: m2m select --config made/new.yaml" in capsys.readouterr().out
     text = (project / "made" / "new.yaml").read_text()
     given = yaml.safe_load(text)
     assert list(given["candidates"]) == ["alpha", "second"]

@@ -29,7 +29,7 @@ def test_status_of_every_stage(project, capsys):
     assert "adapters: 3 of 3, 9 steps" in shown
     assert "trials: 0 (none)" in shown
     assert "left: up to 8 of 8 mixtures to score; the final fine-tune" in shown
-    assert "go on with: m2m select --config" in shown
+    assert "continue with: m2m select --config" in shown
     assert m2m("search", "--config", run) == 0
     shown = told(capsys, out)
     assert "trials: 8 (8 complete)" in shown
@@ -39,8 +39,8 @@ def test_status_of_every_stage(project, capsys):
     shown = told(capsys, out)
     assert "final model: " in shown
     assert "left: nothing" in shown
-    assert "whole: adapters, models, journal and mixture are as they were written" in shown
-    assert "go on with" not in shown
+    assert "intact: adapters, models, journal and mixture are as they were written" in shown
+    assert "continue with" not in shown
 
 
 def rewrite_config(out, change, **candidates) -> None:
@@ -109,7 +109,7 @@ def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
     for path in finished.rglob("*"):
         assert path.is_dir() or str(finished_project).encode() not in path.read_bytes(), path
     shown = told(capsys, finished / "out")
-    assert "whole: adapters, models, journal and mixture are as they were written" in shown
+    assert "intact: adapters, models, journal and mixture are as they were written" in shown
     assert "left: nothing" in shown
     monkeypatch.setattr("m2m_hf.run.base_model.load_base", lambda *args: pytest.fail("the model was loaded"))
     assert m2m("select", "--config", finished / "run.yaml") == 0
@@ -125,7 +125,7 @@ def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
             lambda b: b[:-1] + b"x",
             "adapter_model.safetensors is not what was trained",
         ),
-        ("adapters/beta/training.json", lambda b: b[:50], "adapters/beta: training.json is not whole"),
+        ("adapters/beta/training.json", lambda b: b[:50], "adapters/beta: training.json is missing or incomplete"),
         ("final/adapter_config.json", lambda b: b[:-2], "final: adapter_config.json has"),
         ("trials.jsonl", lambda b: b[:-2], "1 lines were cut short"),
         ("trials.jsonl", lambda b: b + b"{}\n", "line 9 is damaged"),
@@ -142,7 +142,7 @@ def test_damage_is_named_and_gives_exit_code_1(complete, capsys, path, change, w
     shown = told(capsys, complete, 1)
     assert f"{words}" in shown
     assert "damaged: " in shown
-    assert "whole: " not in shown
+    assert "intact: " not in shown
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_values_beside_the_journal_are_checked(project, capsys, monkeypatch):
     monkeypatch.setattr("m2m_hf.storage.journal.INLINE", 5)
     assert m2m("search", "--config", project / "run.yaml") == 0
     values = project / "out" / "trials.values"
-    assert "whole: " in told(capsys, project / "out")
+    assert "intact: " in told(capsys, project / "out")
     content = bytearray(values.read_bytes())
     content[100] ^= 1
     values.write_bytes(bytes(content))
@@ -176,7 +176,7 @@ def test_interrupted_trainings_and_a_process_at_work_are_told(project, capsys, m
     checkpoint = checkpoints(staging_path(out / "adapters" / "beta")) / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "checkpoint_complete.json").write_text(json.dumps({"steps": 2}))
-    assert "beta: interrupted; goes on from step 2" in told(capsys, out)
+    assert "beta: interrupted; continues from step 2" in told(capsys, out)
     monkeypatch.setattr(RunFolder, "held", None)  # or it would be this very process
     assert "a process is at work in it now" in told(capsys, out)
 

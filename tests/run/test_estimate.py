@@ -27,7 +27,7 @@ def test_what_a_run_would_do_is_told_and_nothing_written(project, capsys):
     assert m2m("select", "--config", project / "run.yaml") == 0
     capsys.readouterr()
     assert m2m("select", "--config", project / "run.yaml", "--dry_run") == 0
-    assert "adapters: all there" in capsys.readouterr().out
+    assert "adapters: all trained" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_said_as_by_the_run(project, capsys):

@@ -155,7 +155,7 @@ def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(projec
     done = launch_forks(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")
     assert done.returncode != 0
     assert "lost another process" in done.stderr or "another process has died" in done.stderr
-    assert "the same command goes on from there" in done.stderr
+    assert "the same command continues from there" in done.stderr
     kept = trials(project / "out")
     assert len(kept) >= 3
     assert m2m("select", "--config", project / "run.yaml", "--tokens_per_batch", "100") == 0

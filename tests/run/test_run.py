@@ -123,7 +123,7 @@ def test_interrupted_search_goes_on(project, tmp_path, capsys, monkeypatch, stop
     with monkeypatch.context() as patch:
         patch.setattr(GatedStack, "set", interrupting)
         assert m2m("search", "--config", project / "run.yaml", "--tokens_per_batch", 100) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     written = (project / "out" / "trials.jsonl").read_text()
     assert len(written.splitlines()) == stop + 1
     assert m2m("search", "--config", project / "run.yaml", "--tokens_per_batch", 100) == 0
@@ -231,7 +231,7 @@ def test_conversations(project, tmp_path):
         ({"model_name_or_path": "nobody/nothing"}, "neither a local model folder nor a model"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: it would end a training half done"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: adapters must be trained with the same batch size"),
-        ({"ignore_data_skip": True}, "ignore_data_skip: a training that goes on would see other rows"),
+        ({"ignore_data_skip": True}, "ignore_data_skip: a resumed training would see other rows"),
         ({"final": {"lora_rr": 1}}, "final: unknown key 'lora_rr'"),
         ({"final": {"use_dora": True}}, "cannot be averaged"),
     ],
@@ -350,7 +350,7 @@ def test_an_interruption_says_what_is_safe_and_how_to_go_on(project, capsys, mon
     assert m2m("search", "--config", project / "run.yaml", *one_by_one) == 130
     out = os.path.relpath(project / "out")
     assert (
-        f"interrupted: 3 adapters and 5 scored trials are safe in {out}; the same command goes on"
+        f"interrupted: 3 adapters and 5 scored trials are safe in {out}; the same command continues"
         in capsys.readouterr().out
     )
     monkeypatch.setattr(Journal, "extend", real)
@@ -407,7 +407,7 @@ def test_what_outside_ended_is_said_with_what_is_safe(capsys):
     assert report_errors(work) == 1
     told = capsys.readouterr().err
     assert told.startswith("m2m: a command was stopped by SIGTERM from outside\n")
-    assert "the same command goes on from there" in told
+    assert "the same command continues from there" in told
 
 
 def test_the_same_seed_gives_the_same_bytes(project, tmp_path, forks):

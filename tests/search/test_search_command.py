@@ -6,6 +6,8 @@ import pytest
 import yaml
 from pico import candidate_rows, choice_rows, m2m, write_rows
 
+from m2m_hf import MergeToMixSearcher, SearchCallback
+
 
 def change(project, **fields) -> None:
     config = yaml.safe_load((project / "run.yaml").read_text())
@@ -71,7 +73,7 @@ def test_a_corpus_metric_switches_racing_off_and_says_so(project, tmp_path, caps
     }
     change(project, targets={"t": target}, race=True, allow_metric_code=True)
     assert m2m("search", "--config", project / "run.yaml") == 0
-    assert "no racing: a target has no value for every example by itself" in capsys.readouterr().out
+    assert "no racing: a target has no value for every row" in capsys.readouterr().out
     assert {line["state"] for line in trials(project)} == {"complete"}
 
 
@@ -183,3 +185,23 @@ def test_worth_is_in_the_table_and_the_summary(project, capsys):
     assert sum(one["value"] for one in found["shapley"].values()) == pytest.approx(whole)
     assert len(found["interactions"]) == 3
     assert "Shapley value" in capsys.readouterr().out
+
+
+def test_callbacks_of_a_search_that_is_done_are_told_of_its_trials(finished):
+    class Seen(SearchCallback):
+        def __init__(self):
+            self.mixtures, self.recalled, self.ended = set(), set(), 0
+
+        def on_trial(self, trial, recalled, control):
+            self.mixtures.add(trial.mixture)
+            self.recalled.add(recalled)
+
+        def on_search_end(self, result, control):
+            self.ended += 1
+
+    searcher = MergeToMixSearcher.from_yaml(finished / "run.yaml")
+    before, seen = trials(finished), Seen()
+    best = searcher.search().best
+    assert searcher.search(callbacks=[seen]).best.mixture == best.mixture
+    assert (len(seen.mixtures), seen.recalled, seen.ended) == (len(before), {True}, 1)
+    assert trials(finished) == before

@@ -131,7 +131,7 @@ def test_what_is_published_is_whole(tmp_path):
     (folder / "weights").write_bytes(b"123")
     assert find_incomplete(folder) == "weights has 3 of 5 bytes"
     (folder / "training.json").write_text('{"fingerprint": "f"')
-    assert find_incomplete(folder) == "training.json is not whole"
+    assert find_incomplete(folder) == "training.json is missing or incomplete"
     assert not finished(folder, "f")
 
 

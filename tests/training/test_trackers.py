@@ -102,7 +102,7 @@ def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(project, monke
     flags = ("select", "--config", project / "run.yaml", "--report_to", "tensorboard")
     assert m2m(*flags) == 0
     printed = capsys.readouterr().out
-    assert "TensorBoard failed and gets no more of out-" in printed
+    assert "TensorBoard failed, and is told nothing more of out-" in printed
     assert "the network is gone" in printed
     assert (project / "out" / "final" / "training.json").exists()
 

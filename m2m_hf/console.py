@@ -45,7 +45,7 @@ class Terminal:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints one line literally; see `printable`."""
-        self._keep(text=text, style=style)
+        self._keep(text=printable(text), style=style)
         self._print(text, style)
 
     def _print(self, text: str, style: str | None) -> None:
@@ -57,7 +57,7 @@ class Terminal:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table: the first column is text, the others are numbers. Short rows are filled up."""
-        self._keep(title=title, columns=list(columns), rows=[list(row) for row in rows])
+        self._keep(title=title, columns=list(columns), rows=[list(map(printable, row)) for row in rows])
         if self._quiet:
             return
         from rich.table import Table
@@ -142,7 +142,7 @@ class Bar:
 
     def update(self, done: int, note: str = "") -> None:
         """Moves to `done` of the total, with a short note behind the bar."""
-        self._done = done
+        self._done = done = min(done, self._total)
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
             return

@@ -201,8 +201,8 @@ class MergeToMixSearcher:
         With `verify_top_k` the best mixtures are then fine-tuned, and the choice goes by what these score.
 
         Args:
-            callbacks: are told of every scored trial and mixture, and may stop the search. Given to a search that is done, they are
-                told of its trials as the journal has them.
+            callbacks: are told of every scored trial and mixture, and may stop the search. Where the search is done already,
+                they are told of its trials as the journal has them.
         """
         if self._searched is None or callbacks:
             self._searched, self._verification = self._search(callbacks), None

@@ -58,7 +58,7 @@ def run(command: argparse.Namespace, flags: Sequence[str], log: LibraryLog, argu
     {"adapters": adapters, "search": search, "fidelity": fidelity, "sft": sft, "select": MergeToMixSearcher.select}[
         command.command
     ](searcher)
-    if fingerprint and inputs is not None:
+    if fingerprint and inputs is not None and context.is_main:
         unchanged.remember(context.folder, fingerprint, inputs, searcher.closing)
 
 
@@ -158,7 +158,7 @@ def show_comparison(command: argparse.Namespace, log: LibraryLog) -> None:
     names = [path.absolute().name for path in folders]
     if names[0] == names[1]:
         names = [os.path.relpath(path) for path in folders]
-    found = compare(*(FinishedRun.from_pretrained(str(path)) for path in folders))
+    found = compare(*(FinishedRun.from_pretrained(path) for path in folders))
     if found.differences:
         rows = [[shorten(cell) for cell in row] for row in found.differences[:MOST]]
         terminal.table("different settings", ["", *names], rows)

@@ -6,7 +6,9 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 from m2m_hf.storage.run_folder import RunFolder
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "evaluate")
+OPTIONAL_LIBRARIES = ("bitsandbytes",)
+PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate counts them
 VARIABLES = re.compile("(ACCELERATE|CUDA|FSDP|HF|HIP|M2M|PYTORCH|ROCR|TORCH|TRANSFORMERS)_.*|PYTHONPATH|USE_.*")
 MAX_FILES = 20_000  # of all inputs; looking at more takes longer than it saves
 # What stands in a run folder and no result depends on.
@@ -38,13 +42,14 @@ class Unwatchable(Exception):  # noqa: N818 - no error: it only means that the r
 
 def command_fingerprint(config: Path, flags: Sequence[str]) -> str | None:
     """Fingerprint of a command, its environment and the code that carries it out; None if it cannot be repeated by it."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if any(os.environ.get(name, "1") != "1" for name in PROCESSES):
         return None  # all processes must go the same way
     environment = {
         name: value for name, value in os.environ.items() if VARIABLES.fullmatch(name) and not SECRET_NAMES.search(name)
     }
     try:
         libraries = [version(name) for name in LIBRARIES]
+        libraries += [version(name) for name in OPTIONAL_LIBRARIES if find_spec(name)]
         code = {str(path): stamp(path)[:2] for path in sorted(Path(m2m_hf.__path__[0]).rglob("*.py"))}
         text = config.read_text(encoding="utf-8")
     except (OSError, ValueError, ImportError):
@@ -102,13 +107,13 @@ def is_commit(revision: Any) -> bool:
 
 def check_data(data: DataConfig, task: str) -> None:
     """Refuses rows in memory, at addresses, from an unpinned dataset, or that name image files."""
-    path = data.path or ""
-    if path in BUILDERS:
-        remote = any("://" in file for file in data.data_files or ())
-        names_files = task == "image_classification" and path not in ("imagefolder", "parquet")
-        if remote or names_files:
-            raise Unwatchable(path)
-    elif not exists(Path(path)) and not is_commit(data.revision):
+    path, files = data.path, data.data_files or ()
+    if not path:
+        raise Unwatchable("rows in memory")
+    local = path in BUILDERS or exists(Path(path))
+    names_files = task == "image_classification" and path not in ("imagefolder", "parquet")
+    elsewhere = any("://" in file or ".." in Path(file).parts for file in files)
+    if (local and (names_files or elsewhere)) or not (local or is_commit(data.revision)):
         raise Unwatchable(path)
 
 
@@ -141,7 +146,7 @@ def texts(value: Any) -> Iterator[str]:
 
 def is_place(text: str, run: Path) -> bool:
     """True for a file, a folder or a pattern of files outside the run folder."""
-    path = Path(text).expanduser()
+    path = Path(text)
     return (exists(path) or (glob.has_magic(text) and path.is_absolute())) and not path.absolute().is_relative_to(run)
 
 
@@ -151,7 +156,7 @@ def stamps_of(place: str, run: Path) -> dict[str, list[int]]:
     Raises:
         Unwatchable: these are too many files.
     """
-    path = Path(place).expanduser()
+    path = Path(place)
     found: Iterable[Path] = [path] if exists(path) else map(Path, glob.iglob(str(path), recursive=True))
     files = (file for one in found for file in files_in(one, run))
     stamps = {str(file): stamp(file) for file in islice(files, MAX_FILES + 1)}
@@ -177,9 +182,13 @@ def results(run: Path) -> dict[str, list[int]]:
 
 
 def remember(run: RunFolder, command: str, inputs: Stamps, closing: Sequence[Mapping[str, Any]]) -> None:
-    """Writes down, at the end of a complete `select`, what it was made from and what it printed at its end."""
-    facts = {"command": command, "inputs": inputs, "results": results(run.root), "closing": list(closing)}
-    write_json(run.unchanged, facts)
+    """Writes down, at the end of a complete `select`, what it was made from and what it printed at its end.
+
+    Where that is not possible nothing is lost: the same command looks at the run in full.
+    """
+    with suppress(OSError, ValueError):
+        facts = {"command": command, "inputs": inputs, "results": results(run.root), "closing": list(closing)}
+        write_json(run.unchanged, facts)
 
 
 def recall(config: Path, flags: Sequence[str]) -> tuple[Path, list[dict[str, Any]]] | None:
@@ -194,5 +203,5 @@ def recall(config: Path, flags: Sequence[str]) -> tuple[Path, list[dict[str, Any
         if any(stamps_of(place, root) != stamps for place, stamps in known["inputs"].items()):
             return None
         return root, list(known["closing"])
-    except (Unwatchable, OSError, LookupError, TypeError, AttributeError):
+    except (Unwatchable, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

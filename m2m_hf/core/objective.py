@@ -92,6 +92,10 @@ class Objective(ABC):
         """The score of all rows from their values, with the standard error that suits the metric."""
         return Score.of(score.values, score.logprobs)
 
+    def likelihood(self, score: Score) -> float:
+        """The log-likelihood of the right answers, in the unit of the target's scores."""
+        return score.mean_logprob
+
     def batch_size(self, rows: int) -> int:
         """How many mixtures are best scored together on so many rows; asked only before something is measured."""
         return 1
@@ -107,9 +111,6 @@ class Differentiable(Protocol):
 
     def gradient(self, mixture: Mixture) -> Score | Failure:
         """The score on all rows, with the derivative of its `likelihood` by each weight."""
-
-    def likelihood(self, score: Score) -> float:
-        """The log-likelihood of the right answers."""
 
 
 def race_order(scorer: str, examples: int) -> tuple[int, ...]:

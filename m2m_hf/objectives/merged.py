@@ -78,6 +78,3 @@ class GatedObjective(MergedObjective):
             score = replace(score, gradient=tuple(slopes[name] for name in mixture.names))
         result: Score | Failure = broadcast(score)
         return result
-
-    def likelihood(self, score: Score) -> float:
-        return self._scorer.likelihood(score)

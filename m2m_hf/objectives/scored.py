@@ -30,5 +30,8 @@ class ScorerObjective(Objective):
         scores: list[Score | Failure] = broadcast(super().__call__(mixtures, rung, before))
         return scores
 
+    def likelihood(self, score: Score) -> float:
+        return self._scorer.likelihood(score)
+
     def _summarise(self, score: Score) -> Score:
         return self._scorer.whole(score)

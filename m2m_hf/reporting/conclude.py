@@ -273,7 +273,8 @@ def about_rows(run: FinishedRun) -> Iterator[RunWarning]:
     if bias and bias.tied > 1:
         more = ""
         if bias.rows_needed is not None and bias.rows_needed > 1:
-            rows = sum(one.validation_rows for one in run.targets.values())
+            trials = run.standings[run.best.mixture].trials.values()
+            rows = sum(len(trial.score.values) for trial in trials if trial.score)
             needed = rounded(rows * bias.rows_needed)
             more = f"; to tell it from the second best would take about {needed} rows, not {rows:,}"
         text = f"the rows cannot tell {bias.tied} mixtures apart, the chosen one among them{more}"

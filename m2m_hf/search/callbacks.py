@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from m2m_hf.console import Bar
+from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.search.result import SearchResult, score_of
@@ -53,8 +54,8 @@ class ProgressCallback(SearchCallback):
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._done = 0
+        self._scored: set[Mixture] = set()
 
     def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
-        self._done += 1
-        self._bar.update(self._done, f"best so far {score_of(best).value:.4f} {best.mixture}" if best else "")
+        self._scored.add(standing.mixture)  # a finalist of a race stands twice
+        self._bar.update(len(self._scored), f"best so far {score_of(best).value:.4f} {best.mixture}" if best else "")

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 import numpy as np
 from scipy.special import logsumexp
@@ -93,9 +92,12 @@ def search(
         pass
     except SearchEnded as end:
         ended = end.by
-    score_finalists(state)
-    if state.control.should_stop:
-        ended = "callback"
+    try:
+        score_finalists(state)
+    except SearchEnded as end:
+        if end.by == "callback":
+            ended = end.by
+    settle_pruned(state)
     ranking = rank(state, costs, ended)
     best = choose(ranking, one_standard_error)
     result = SearchResult(state.standings, best, ranking, state.measured, state.evaluations, state.seconds, ended)
@@ -141,7 +143,7 @@ def make_screen(state: SearchState) -> Screen | None:
             if score is None or not score.logprobs:
                 return None
             singles[name] = score.logprobs
-            if isinstance(objective, Differentiable) and score.mean_logprob:
+            if score.mean_logprob:
                 unit = objective.likelihood(score) / score.mean_logprob
         estimates.append((state.share(objective) * unit, ensemble_screen(singles)))
     return lambda mixtures: [
@@ -179,7 +181,7 @@ def score_proposed(
         SearchEnded: before all were looked at.
     """
     new = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in state.standings]
-    if new and state.control.should_stop:
+    if new and state.stopping:
         raise SearchEnded("callback")
     room = max(0, min(len(new), state.budget.max_trials - len(state.standings)))
     allowed = new[: int(room)]
@@ -193,25 +195,30 @@ def score_proposed(
 
 
 def score_finalists(state: SearchState) -> None:
-    """Scores the best few pruned mixtures that may be tied with the best on all rows, as far as the budget allows."""
+    """Scores the best few pruned mixtures that may be tied with the best on all rows.
+
+    Raises:
+        SearchEnded: before all were scored.
+    """
     if state.best is None:
         return
     best = score_of(state.best).value
-    pruned = [one for one in state.standings.values() if one.pruned]
     near = [
         one
-        for one in pruned
-        if one.score is not None
+        for one in state.standings.values()
+        if one.pruned
+        and one.score is not None
         and one.mixture in state.space
         and (one.estimate or 0.0) + 1.645 * (one.score.stderr or 0.0) > best
     ]
-    with suppress(SearchEnded):
-        for one in sorted(near, key=lambda one: (-(one.estimate or 0.0), one.mixture.items))[:FINALISTS]:
-            state.complete(one.mixture, one.trials)
-    # Full scores of an earlier search count only now. Strategies would have been told more than with an empty journal.
-    for one in pruned:
-        if state.standings[one.mixture].pruned:
-            state.settle_from_journal(one.mixture)
+    for one in sorted(near, key=lambda one: (-(one.estimate or 0.0), one.mixture.items))[:FINALISTS]:
+        state.complete(one.mixture, one.trials)
+
+
+def settle_pruned(state: SearchState) -> None:
+    """Settles pruned mixtures that an earlier search scored on all rows; earlier, strategies would have been told too much."""
+    for one in [one for one in state.standings.values() if one.pruned]:
+        state.settle_from_journal(one.mixture)
 
 
 def rank(state: SearchState, costs: Mapping[str, float], ended: str) -> list[Standing]:

@@ -53,6 +53,7 @@ class SearchState:
         self.objectives = objectives
         self.budget = budget
         self.control = SearchControl()
+        self.stopping = False  # what all callbacks, and so all processes, have agreed on
         self.reference = Reference([one.target for one in objectives], base or {})
         self.standings: dict[Mixture, Standing] = {}
         self.best: Standing | None = None
@@ -78,6 +79,7 @@ class SearchState:
         """Calls this method of every callback."""
         for callback in self._callbacks:
             getattr(callback, event)(*facts, self.control)
+        self.stopping = self.control.should_stop
 
     def set_control(self, mixture: Mixture) -> None:
         """Makes a mixture that is scored in full the one that pruned mixtures are compared with."""
@@ -106,9 +108,14 @@ class SearchState:
         try:
             for objective in self.objectives:
                 self.score(objective, mixtures, objective.target.examples)
-        finally:  # what was measured before the search ended counts
-            for mixture in mixtures:
-                self.settle_from_journal(mixture)
+        except SearchEnded:  # what was measured before counts
+            self._settle_group(mixtures)
+            raise
+        self._settle_group(mixtures)
+
+    def _settle_group(self, mixtures: Sequence[Mixture]) -> None:
+        for mixture in mixtures:
+            self.settle_from_journal(mixture)
 
     def complete(self, mixture: Mixture, trials: Trials) -> None:
         """Scores a mixture on all rows that its trials in a race have not seen."""
@@ -190,7 +197,7 @@ class SearchState:
         """
         if self._must_finish:
             return objective.batch_size(rows)
-        if self.control.should_stop:
+        if self.stopping:
             raise SearchEnded("callback")
         left = (self.budget.max_example_evaluations - self.evaluations) / max(1, rows)
         if left <= 0 or self.seconds >= self.budget.max_seconds:

@@ -68,6 +68,7 @@ def test_a_changed_file_is_noticed(finished, name):
         lambda out, patch: patch.setenv("HF_ENDPOINT", "https://elsewhere"),
         lambda out, patch: patch.setenv("CUDA_VISIBLE_DEVICES", "1"),
         lambda out, patch: patch.setenv("WORLD_SIZE", "2"),
+        lambda out, patch: patch.setenv("OMPI_COMM_WORLD_SIZE", "2"),
         lambda out, patch: patch.setattr(unchanged, "version", lambda name: "9"),
         lambda out, patch: patch.setattr("platform.node", lambda: "another"),
         lambda out, patch: patch.setattr("m2m_hf.__path__", [str(out)]),
@@ -114,6 +115,8 @@ DATA = {"path": "json", "data_files": "a.jsonl"}
         ({"path": "org/rows", "data_files": None, "revision": "main"}, {}, {}, False),
         ({"path": "org/rows", "data_files": None}, {}, {}, False),
         ({"data_files": "https://host/a.jsonl"}, {}, {}, False),
+        ({"path": ".", "data_files": "../a.jsonl"}, {}, {}, False),
+        ({"license": "~nobody of that name"}, {}, {}, True),
         ({}, {"metric": "org/metric"}, {}, False),
         ({}, {"scorer": "lm_eval", "task": "arc"}, {}, False),
         ({}, {}, {"model_name_or_path": "org/model", "model_revision": COMMIT}, True),
@@ -133,6 +136,11 @@ def test_too_many_files_are_not_watched(finished, monkeypatch):
     ours, args, model_args = parse(finished / "run.yaml")
     monkeypatch.setattr(unchanged, "MAX_FILES", 2)
     assert unchanged.watch(ours, vars(args) | vars(model_args), finished / "out") is None
+
+
+def test_a_folder_that_cannot_be_remembered_is_looked_at_in_full(finished):
+    (finished / "out" / "adapters" / "nowhere").symlink_to(finished / "not there")
+    assert not unchanged.recall(remember(finished), [])
 
 
 def test_a_run_that_is_interrupted_leaves_nothing_to_recognise(finished, monkeypatch):

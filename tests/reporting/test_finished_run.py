@@ -10,6 +10,7 @@ import pytest
 from m2m_hf import FinishedRun
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.errors import InputError
+from m2m_hf.reporting.conclude import about_rows
 
 
 def test_the_summary_is_its_serialisation(finished):
@@ -28,6 +29,17 @@ def test_standings_are_read_from_the_journal(finished):
     assert run.standings[BASE].score.value == run.base.score
     assert run.ranked[0].mixture == run.best.mixture
     assert set(run.usable) == {"alpha", "beta", "gamma"}
+
+
+def test_rows_are_counted_also_where_the_scorer_brings_its_own(finished):
+    run = FinishedRun.from_pretrained(finished / "out")
+    rows = len(next(iter(run.standings[run.best.mixture].trials.values())).score.values)
+    bias = dataclasses.replace(run.selection_bias, tied=2, rows_needed=3.0)
+    targets = {
+        name: dataclasses.replace(one, validation_rows=0) for name, one in run.targets.items()
+    }  # as of a command
+    (warning,) = about_rows(dataclasses.replace(run, selection_bias=bias, targets=targets))
+    assert warning.text.endswith(f"rows, not {rows}")
 
 
 def test_the_example_of_its_docstring_runs(finished, capsys):

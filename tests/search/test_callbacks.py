@@ -83,6 +83,43 @@ def test_callbacks_are_told_of_the_rungs_of_a_race(tmp_path):
     assert [trial.rung for trial in log.trials] == [one["rung"] for one in lines(tmp_path / "t")]
 
 
+def test_the_bar_of_a_race_counts_every_mixture_once(tmp_path):
+    class Bar:
+        def __init__(self):
+            self.seen = []
+
+        def update(self, done, note):
+            self.seen.append(done)
+
+    bar = Bar()
+    result = run(tmp_path / "t", ProgressCallback(bar), race=True, objective=Replay(table(), seed=2))
+    assert bar.seen == sorted(bar.seen)
+    assert bar.seen[-1] == len(result.standings)
+
+
+def test_a_stop_between_events_takes_effect_with_the_next_one(tmp_path):
+    """With several processes all must have heard of it before one of them ends the search."""
+
+    class Elsewhere(Log):
+        def on_search_begin(self, space, planned, control):
+            self.control = control
+
+    class Stops(Replay):
+        def _score(self, mixtures, rows):
+            log.control.should_stop = len(log.trials) >= 9  # as a signal handler might
+            return super()._score(mixtures, rows)
+
+    log = Elsewhere()
+    result = run(tmp_path / "t", log, objective=Stops(table()))
+    assert result.ended == "callback"
+    assert len(log.trials) == 10
+
+
+def test_the_last_mixture_may_stop_a_search_that_is_done(tmp_path):
+    whole = run(tmp_path / "t")
+    assert run(tmp_path / "t", Log(len(whole.standings))).ended == "strategy"
+
+
 @pytest.mark.parametrize("strategy", ["exhaustive", "greedy", "surrogate", "random"])
 def test_stopped_at_any_trial_and_resumed_nothing_is_lost_or_different(tmp_path, strategy):
     reference = run(tmp_path / "r", strategy=strategy, seed=3)

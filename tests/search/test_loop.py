@@ -10,7 +10,8 @@ from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.search.loop import search
+from m2m_hf.search.loop import make_screen, search
+from m2m_hf.search.measure import SearchState
 from m2m_hf.search.result import choose, preference
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage import array_store as stored
@@ -272,3 +273,26 @@ def test_mixtures_are_measured_in_groups_without_changing_anything(tmp_path, bat
     assert len(objective.asked) == len(set(objective.asked)) == 16
     assert max(objective.groups) == min(batch_size, 10)  # the base; the singles and all; the ten others
     assert [t.mixture for t in result.ranking] == [t.mixture for t in reference.ranking]
+
+
+def test_the_screen_is_in_the_unit_of_the_likelihood(tmp_path):
+    """Or a target with many tokens in a row would outweigh the others."""
+
+    class ByToken(TableObjective):
+        def one(self, mixture):
+            return Score.of([0.5] * 4, [-1.0 - len(mixture)] * 4)
+
+        def likelihood(self, score):
+            return score.mean_logprob / 100
+
+    class ByRow(ByToken):
+        def likelihood(self, score):
+            return score.mean_logprob
+
+    estimates = []
+    for number, kind in enumerate((ByToken, ByRow)):
+        state = SearchState(SPACE, [kind()], Journal(tmp_path / f"{number}.jsonl"))
+        state.score_in_full([BASE, *(Mixture.subset([name]) for name in NAMES)])
+        (estimate,) = make_screen(state)([Mixture.subset("ab")])
+        estimates.append(estimate)
+    assert estimates[0] == pytest.approx(estimates[1] / 100)

@@ -341,7 +341,7 @@ class MergeProbeCallback(TrainerCallback):
             self.settled = first / state.max_steps
             Terminal(quiet=not state.is_world_process_zero).say(
                 f"the ranking of {len(now)} mixtures has been stable since step {first:,} of {state.max_steps:,}, the best one "
-                f"{self.ranking[0][0]}: adapters that are all trained that far lead to the same choice"
+                f"{self.ranking[0][0]}: adapters trained that far already lead to the same choice"
             )
         if self.settled is not None and self._stop:
             control.should_training_stop = True

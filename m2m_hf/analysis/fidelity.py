@@ -322,7 +322,7 @@ def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str
         return "trust", "its first mixture is better than a random one and ties with the best that was fine-tuned"
     if whole.tied:
         return "prune", "the rows cannot tell its first mixture from the best, nor from a random one"
-    place = f"the best that was fine-tuned is number {whole.rank_of_best} of {whole.mixtures} in its ranking"
+    place = f"it ranks the best fine-tuned mixture at place {whole.rank_of_best} of {whole.mixtures}"
     if whole.rank_of_best <= -(-whole.mixtures // 3):
         return "prune", place
     return "distrust", place

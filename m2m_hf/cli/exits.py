@@ -91,7 +91,7 @@ def explain(error: BaseException, rank: str, processes: int) -> tuple[str, int]:
             Terminal(quiet=rank != "0").say(f"\ninterrupted: {what_is_safe()}", "yellow")
             return "", 130
         case TerminatedError():
-            reason = f"{where} was told to stop; if nobody asked for it, another process has died, and says why above"
+            reason = f"{where} was told to stop; if nobody asked for it, another process has died; see its error above"
             reason = "terminated" if processes == 1 else reason
             return f"m2m: {reason}: {what_is_safe()}", 128 + signal.SIGTERM
         case StoppedError():

@@ -66,7 +66,7 @@ class DataConfig:
             raise InputError(f"{where}.data_files is missing: give the file or files that {path} reads")
         if any(map(holds_secret, (path, *files))):
             raise InputError(
-                f"{where}: credentials must not stand in a file; use `hf auth login` or an environment variable"
+                f"{where}: do not put credentials in files; use `hf auth login` or an environment variable"
             )
         # Files beside a Hub id or in a folder are relative to it; datasets resolves those.
         if path in checks.BUILDERS:

@@ -70,9 +70,9 @@ NOT_IN_FINAL = {
 UNSUPPORTED = {
     "trust_remote_code": "models that bring their own code are never loaded",
     "model_init_kwargs": "use dtype, model_revision and attn_implementation",
-    "hub_token": "a token must not stand in a file; use the HF_TOKEN environment variable or `hf auth login`",
+    "hub_token": "do not put tokens in files; use the HF_TOKEN environment variable or `hf auth login`",
     "resume_from_checkpoint": "a run resumes by itself: give the same command again",
-    "enable_jit_checkpoint": "it would end a training half done; set save_steps, and give the same command again",
+    "enable_jit_checkpoint": "it would stop training midway; set save_steps and repeat the command to resume",
     "auto_find_batch_size": "adapters must be trained with the same batch size; lower per_device_train_batch_size",
     "ignore_data_skip": "a resumed training would see other rows than one that was not interrupted",
 }
@@ -117,7 +117,7 @@ class Parser(TrlParser):
         except Exception as error:  # TRL and transformers may raise anything
             raise InputError(str(error) or type(error).__name__) from error
         if rest:
-            raise InputError(f"not understood: {' '.join(rest)}; expected --field value")
+            raise InputError(f"unrecognised arguments: {' '.join(rest)}; expected --field value")
         return tuple(configs)
 
 
@@ -171,7 +171,7 @@ def check_keys(settings: Mapping[str, Any], where: str) -> None:
         if key not in field_names():
             raise InputError(unknown_key_message(str(key), field_names(), where))
         if value is None and type(None) not in typing.get_args((TRL_TYPES | OUR_TYPES)[key]):
-            raise InputError(f"{key}: nothing given; expected a value, or leave the key out")
+            raise InputError(f"{key}: empty; give a value or remove the key")
 
 
 def check_flags(flags: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ class MergeToMixConfig:
     )
     expert: str = option(
         checks.one_of("lora", "full"),
-        "What is trained for every candidate: lora (an adapter) or full (all parameters; kept as what they changed).",
+        "What is trained for every candidate: lora (an adapter) or full (all parameters; stored as weight deltas).",
         "lora",
     )
     trained_parameters: str | None = option(
@@ -86,7 +86,7 @@ class MergeToMixConfig:
     )
     delta_dtype: str = option(
         checks.one_of("float32", "bfloat16", "float16"),
-        "expert: full: what is kept in: float32 loses nothing; bfloat16 or float16 take half the disk.",
+        "expert: full: dtype of the stored deltas: float32 is lossless; bfloat16 or float16 halve the disk space.",
         "float32",
     )
     labels: list[str] | dict[str, str] | None = option(
@@ -129,12 +129,12 @@ class MergeToMixConfig:
         "org/name or a folder} of finished fine-tunes of the base model.",
     )
     max_trials: int | None = option(
-        checks.integer(1), "At most so many mixtures, the base, singles and all together included."
+        checks.integer(1), "Maximum number of mixtures, including base, singles and all together."
     )
     max_example_evaluations: int | None = option(
-        checks.integer(1), "At most so many examples scored, over all mixtures."
+        checks.integer(1), "Maximum number of examples scored, over all mixtures."
     )
-    max_seconds: float | None = option(checks.number(0), "At most so many seconds of scoring mixtures.")
+    max_seconds: float | None = option(checks.number(0), "Maximum time for scoring mixtures, in seconds.")
     min_datasets: int = option(checks.integer(1), "Fewest candidates in a mixture.", 1)
     max_datasets: int | None = option(checks.integer(1), "Most candidates in a mixture.")
     max_cost: float | None = option(
@@ -161,7 +161,7 @@ class MergeToMixConfig:
     tokens_per_batch: int | None = option(
         checks.integer(1), "Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."
     )
-    allow_overlap: bool = option(checks.BOOLEAN, "Go on although rows of a target also stand in a candidate.", False)
+    allow_overlap: bool = option(checks.BOOLEAN, "Continue even if a candidate contains rows of a target.", False)
     allow_metric_code: bool = option(
         checks.BOOLEAN, "Load metrics and harness tasks of your own, which runs the code in them.", False
     )
@@ -173,7 +173,7 @@ class MergeToMixConfig:
     )
     verify_top_k: int = option(
         checks.integer(0),
-        "Really fine-tune this many of the top mixtures, and the baselines, and choose by their scores.",
+        "Fine-tune the top K mixtures and the baselines, and choose by their scores.",
         0,
     )
     fidelity_mixtures: int | None = option(

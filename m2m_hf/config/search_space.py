@@ -37,7 +37,7 @@ def search_space(config: MergeToMixConfig, tokens: Mapping[str, float], failed: 
     names = [name for name in names if name not in failed]
     if not names:
         raise InputError(
-            f"not one candidate that may be in a mixture has an adapter: {'; '.join(failed.values())}. Fix that and choose "
+            f"no eligible candidate has an adapter: {'; '.join(failed.values())}. Fix that and choose "
             "another --output_dir, or delete OUT/adapters to train all again"
         )
     costs = {name: tokens.get(name, 0.0) if one.cost is None else one.cost for name, one in candidates.items()}

@@ -158,8 +158,8 @@ def fetch_expert(source: str, key: str) -> Path:
     found = fetched(source, inside, patterns, what, key, [f"{inside}/*/*" if inside else "*/*"])
     if key == "experts" and not (found / "config.json").is_file():
         raise InputError(
-            f"experts: {source} has no config.json; expected a fine-tuned model. What m2m push puts there of all candidates is "
-            "taken together: experts: org/name"
+            f"experts: {source} has no config.json; expected a fine-tuned model. To use all experts of a "
+            "pushed run, set experts: org/name"
         )
     return found
 

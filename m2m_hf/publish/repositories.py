@@ -112,11 +112,11 @@ def row_licenses(manifest: Mapping[str, Any]) -> tuple[list[str], str | None]:
     if missing:
         given = ", ".join(f"{name} ({found[name] or 'none given'})" for name in missing)
         return licenses, (
-            f"the rows stay here: the license of {given} does not say that they may be published; where it allows it, say so: "
+            f"rows not published: the license of {given} is not known to permit it; if it does, set "
             f"candidates.{missing[0]}.license: cc-by-4.0"
         )
     if len(licenses) > 1 and set(licenses) & set(SHARE_ALIKE):
-        return licenses, f"the rows stay here: {' and '.join(licenses)} cannot be combined in one dataset"
+        return licenses, f"rows not published: {' and '.join(licenses)} cannot be combined in one dataset"
     return licenses, None
 
 
@@ -305,7 +305,7 @@ def model_repository(run: RunFolder, finished: FinishedRun, repo_id: str, recipe
         files[run.head.name] = run.head
     if finished.final:
         files |= expert_files(run.final, "")
-    notes = [] if is_id else [f"the base model is a local folder; others are told its name alone, {name}"]
+    notes = [] if is_id else [f"the base model is a local folder; only its name is published, {name}"]
     if not finished.final:
         notes.append("there is no final model yet; m2m sft makes it, and the same command then adds it")
     return Repository("model", files, notes)

@@ -141,8 +141,8 @@ def search_lines(run: FinishedRun) -> list[str]:
     pruned = [one for one in run.standings.values() if one.pruned]
     if pruned:
         tied = sum(may_win(one, run.best.score) for one in pruned)
-        found = f"{tied} of them may be as good as the chosen one" if tied else "none of them comes near the chosen one"
-        lines.append(f"{len(pruned)} mixtures left a race before they had seen all rows; {found}")
+        found = f"{tied} of them may be as good as the chosen one" if tied else "none is close to the chosen one"
+        lines.append(f"{len(pruned)} mixtures were pruned before all rows were scored; {found}")
     if run.counts.failed:
         lines.append(
             f"{run.counts.failed} trials failed; their mixtures cannot be chosen. The first: {first_reason(run.standings)}"

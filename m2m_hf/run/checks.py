@@ -1,4 +1,8 @@
-"""Every refusal before work begins: of settings, of what the target allows, of a run folder that another run has used."""
+"""Refusals before work begins that need the whole run: settings, targets, a run folder that another run has used.
+
+Others stand where what they refuse is read: values in `config/`, rows in `data/`, a bank in `training/bank.py` and
+`training/imported_experts.py`, a folder in `storage/run_folder.py`.
+"""
 
 import contextlib
 import os
@@ -95,7 +99,7 @@ def check_run(run: RunContext) -> None:
     for target, parts in scorers.items():
         for part, scorer in parts.items():
             if scorer.truncated:
-                run.terminal.say(f"{target}, {part}: {scorer.truncated} {run.task.truncation} is cut", "yellow")
+                run.terminal.say(f"{target}, {part}: {scorer.truncated} {run.task.truncation}", "yellow")
     for name, candidate in candidates.items():
         if candidate.dropped:
             run.terminal.say(f"{name}: left out {candidate.dropped} rows whose prompt alone fills max_length", "yellow")
@@ -214,7 +218,7 @@ def check_folder(run: RunContext) -> None:
     for config in (now, there):
         config["targets"] = {name: target for name, target in config["targets"].items() if name in common}
     if differences := differing(now, there):
-        hint = ", or give a target that has changed another name" if now["targets"] != there["targets"] else ""
+        hint = ", or rename the changed target" if now["targets"] != there["targets"] else ""
         raise InputError(
             f"{run.folder.root} holds a run with another configuration: {'; '.join(differences)}. "
             f"Restore these fields, or choose another --output_dir{hint}"
@@ -243,9 +247,7 @@ def remember_targets(run: RunContext) -> None:
     path = run.folder.targets
     known = read_json_or_empty(path)
     if not known and path.exists():
-        run.terminal.say(
-            f"{os.path.relpath(path)} was damaged: from now on it holds the targets as they are now", "yellow"
-        )
+        run.terminal.say(f"{os.path.relpath(path)} was damaged; rewritten with the current targets", "yellow")
     if run.is_main:
         now = run.target_fingerprints()
         write_json(path, known | {name: known.get(name, {}) | parts for name, parts in now.items()})
@@ -286,8 +288,8 @@ def check_machines(run: RunContext) -> None:
             raise InputError(f"{what}: {host} differs from the first process: {'; '.join(differences)}")
     if not has_content(run.folder.config, text):
         raise InputError(
-            f"output_dir: {run.folder.root} on {host} is not the folder of that name on the first machine; expected one on "
-            "a file system that all machines share"
+            f"output_dir: {run.folder.root} on {host} is not the same folder as on the first machine; use a "
+            "shared file system"
         )
 
 

@@ -102,7 +102,7 @@ def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[
         if allowed:
             choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
     if run.test_scorers and not unseal:
-        run.terminal.say("the test set stays sealed until m2m select or m2m sft has made the final model", "dim")
+        run.terminal.say("test set not scored: first train the final model (m2m select or m2m sft)", "dim")
     found = {
         "fingerprint": run.study_fingerprint,
         "uniform": run.describe_steps(),

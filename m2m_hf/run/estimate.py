@@ -74,7 +74,7 @@ class Estimate:
             f"final fine-tune: up to {self.final_steps:,} steps, {about(final)}"
             if self.final_steps
             else "no final fine-tune",
-            f"memory: {self.memory / 2**30:.1f} GiB at the highest while measuring",
+            f"peak memory while measuring: {self.memory / 2**30:.1f} GiB",
         ]
         lines += [f"not counted: {one}" for one in self.apart]
         return [*lines, f"together about {duration(adapters + search + final)}"]
@@ -117,7 +117,7 @@ def estimate(run: RunContext, mixtures: int) -> Estimate:
         seconds = clock.per_step
     scored = sum(scoring_seconds(scorers["validation"], run) for scorers in run.scorers.values())
     apart = [
-        f"target {name}, whose scorer runs something else or scores all rows at once"
+        f"target {name}: external or corpus-level scorer"
         for name, scorers in run.scorers.items()
         if not scorers["validation"].by_row
     ]
@@ -125,7 +125,7 @@ def estimate(run: RunContext, mixtures: int) -> Estimate:
         apart.append(f"verify_top_k: the best {run.config.verify_top_k} mixtures and the baselines, fine-tuned")
     if run.config.bank and missing:
         where = run.config.bank if isinstance(run.config.bank, str) else ", ".join(run.config.bank.values())
-        apart.append(f"{word} that {where} has already; they are taken instead of trained")
+        apart.append(f"{word} already in {where}; reused, not trained")
     last = final if run.config.train_final else 0
     return Estimate(len(missing), word, steps, last, mixtures, seconds, scored, memory, tuple(apart))
 
@@ -168,8 +168,8 @@ def detectable_differences(scorers: Mapping[str, Scorer], metrics: Mapping[str, 
             least = 1.96 * math.sqrt(APART / scorer.examples)
             lines.append(
                 f"{name}: with {scorer.examples:,} rows, mixtures that differ by less than about {least:.3f} in the share of "
-                f"right answers cannot be told apart (95 %, if they answer {APART:.0%} of the rows differently); half of that "
-                "takes four times as many"
+                f"right answers cannot be told apart (95 %, if they answer {APART:.0%} of the rows differently); halving "
+                "that difference takes four times the rows"
             )
     return lines
 

@@ -131,7 +131,7 @@ class CausalLM(Task):
     """A language model, trained by TRL's SFTTrainer on prompts and completions, or conversations."""
 
     recipe_runner = "trl sft"
-    truncation = "prompts are too long for the model; their beginning"
+    truncation = "prompts with their answers exceed the model's context; truncated at the start"
 
     @cached_property
     def data(self) -> LoadedData:
@@ -162,7 +162,7 @@ class Classification(Task):
     """A classifier of texts or images, trained by transformers' Trainer with one frozen head."""
 
     recipe_runner = "m2m recipe classify"
-    truncation = "texts are too long; their end"
+    truncation = "texts exceed max_length or the model's context; truncated at the end"
     has_labels = True
     plan: HeadPlan
 

@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+        raise InputError(f"{path} is not valid JSON ({error}); delete it and it will be recreated") from error
 
 
 def read_json_or_empty(path: Path) -> dict[str, Any]:

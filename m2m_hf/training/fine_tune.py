@@ -247,7 +247,7 @@ def run_trainer(trainer: BookkeepingTrainer, args: SFTConfig, checkpoint: Path |
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UnpicklingError as error:
         raise InputError(
-            f"{checkpoint}: holds more than numbers, and is not loaded; delete {args.output_dir}"
+            f"{checkpoint}: contains pickled objects and was not loaded; delete {args.output_dir}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -116,7 +116,7 @@ class Importer(ABC):
             }
             publish(self.bank.folder / name, record)
         if others:
-            self.terminal.say(f"took {len(others)} {self.trust.format(', '.join(others))}", "yellow")
+            self.terminal.say(f"imported {len(others)} {self.trust.format(', '.join(others))}", "yellow")
 
     @abstractmethod
     def stage(self, name: str, folder: Path, partial: Path, where: str) -> tuple[set[str], dict[str, Any]]:
@@ -132,8 +132,8 @@ class AdapterImporter(Importer):
 
     key = "adapters"
     trust = (
-        "adapters that others have trained: {}. Their files tell rank, scaling and layers; base weights, data, learning rate, "
-        "epochs, batch size, seed and versions are taken on trust"
+        "adapters: {}. Rank, scaling and layers were checked; base weights, data, learning rate, epochs, batch size, seed and "
+        "versions cannot be checked"
     )
 
     def __init__(
@@ -180,8 +180,8 @@ class ModelImporter(Importer):
 
     key = "experts"
     trust = (
-        "fine-tunes that others have made: {}. Their weights tell architecture and distance from the base; data, learning rate, "
-        "epochs, batch size, seed and versions are taken on trust"
+        "fine-tunes: {}. Architecture and distance from the base were checked; data, learning rate, epochs, batch size, seed "
+        "and versions cannot be checked"
     )
 
     def __init__(
@@ -258,7 +258,7 @@ class ModelImporter(Importer):
         moved = math.sqrt(sum(squares)) / size
         if not changed or not moved < MAX_MOVED:
             reason = "expected a fine-tune of the base model" if changed else "it is the base itself"
-            raise InputError(f"{where} is {moved:.0%} of the base's weights away from them: {reason}")
+            raise InputError(f"{where} differs from the base weights by {100 * moved:.0f} % of their norm: {reason}")
         return moved
 
 

@@ -121,7 +121,7 @@ class Tracker(TrainerCallback):
                 callback.logging_dir = str(self._board)
             if isinstance(callback, WandbCallback):  # it would log to a run that is open
                 if callback._wandb.run is not None:
-                    raise RuntimeError("another run is open in this process, and is left as it is")
+                    raise RuntimeError("another W&B run is active in this process; it is left as it is")
                 callback._wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "huggingface"),
                     name=self._args.run_name,

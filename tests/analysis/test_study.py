@@ -223,7 +223,7 @@ def test_a_study_leaves_the_test_set_sealed_until_there_is_a_final_model(studied
     assert m2m("fidelity", "--config", path) == 0
     found = json.loads((project / "out" / "fidelity.json").read_text())
     assert all(one["test"]["score"] is not None for one in found["baselines"].values())
-    assert "stays sealed" not in capsys.readouterr().out
+    assert "test set not scored" not in capsys.readouterr().out
 
 
 def test_a_verified_choice_stays(project, capsys):

@@ -61,7 +61,7 @@ def test_a_machine_with_another_folder_or_other_rows_is_refused(project, monkeyp
     here.prepare()
     monkeypatch.setattr("m2m_hf.run.checks.has_content", lambda path, content: has_content(path, content, 0))
     monkeypatch.setattr("m2m_hf.run.checks.broadcast", lambda value: ["another configuration", value[1]])
-    with pytest.raises(InputError, match="expected one on a file system that all machines share"):
+    with pytest.raises(InputError, match="use a shared file system"):
         check_machines(here.run)
     for what, name, value in (
         ("configuration", "learning_rate", 0.5),

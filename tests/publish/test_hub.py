@@ -109,8 +109,8 @@ def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, run, finished
 @pytest.mark.parametrize(
     ("licenses", "words"),
     [
-        (("mit", None), "the license of beta (none given) does not say that they may be published"),
-        (("mit", "cc-by-nd-4.0"), "the license of beta (cc-by-nd-4.0) does not say"),
+        (("mit", None), "the license of beta (none given) is not known to permit it"),
+        (("mit", "cc-by-nd-4.0"), "the license of beta (cc-by-nd-4.0) is not known to permit it"),
         (("cc-by-sa-4.0", "mit"), "cc-by-sa-4.0 and mit cannot be combined in one dataset"),
         (("cc-by-sa-4.0", "cc-by-sa-4.0"), None),
         (("MIT", "apache-2.0"), None),
@@ -136,7 +136,7 @@ def test_rows_that_may_not_be_published_stay_and_recipe_and_manifest_go(finished
     manifest.write_text(json.dumps(told))
     data, _ = plan(RunFolder(out), "org/quiz")
     assert set(data.files) == {"README.md", "manifest.json", "recipe.yaml"}
-    assert "the rows stay here" in data.notes[0]
+    assert "rows not published" in data.notes[0]
     card = yaml.safe_load(data.files["README.md"].decode().split("---")[1])
     assert card["viewer"] is False
     assert card["license"] == "other"
@@ -461,7 +461,7 @@ def test_a_full_causal_lm_is_pushed_whole_and_taken_away_whole(hub, run, project
     config.write_text(yaml.safe_dump(given | {"experts": {"alpha": "org/quiz"}}))
     taken = run("search", "--config", config, "--output_dir", tmp_path / "taken")
     assert taken.returncode == 0, taken.stderr
-    assert "took 1 fine-tunes that others have made" in taken.stdout
+    assert "imported 1 fine-tunes" in taken.stdout
     assert not [one for one in hub.requests if "delta.safetensors" in one]
     config.write_text(yaml.safe_dump(given))
     again = run("search", "--config", config, "--experts", "org/quiz", "--output_dir", tmp_path / "again")
@@ -480,7 +480,5 @@ def test_a_full_causal_lm_is_pushed_whole_and_taken_away_whole(hub, run, project
 
 
 def test_an_expert_that_is_no_model_is_told_from_a_bank(tmp_path):
-    with pytest.raises(
-        InputError, match=r"no config.json; expected a fine-tuned model.*taken together: experts: org/name"
-    ):
+    with pytest.raises(InputError, match=r"no config.json; expected a fine-tuned model.*set experts: org/name"):
         fetch_expert(str(tmp_path), "experts")

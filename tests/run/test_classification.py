@@ -222,7 +222,7 @@ def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tm
     monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an expert was trained"))
     assert m2m("search", "--config", path) == 0
     told = capsys.readouterr().out
-    assert "taken on trust" in told
+    assert "cannot be checked" in told
     record = json.loads((intents / "out" / "adapters" / "noise" / "training.json").read_text())
     assert record["source"].endswith("theirs/noise")
     assert "learning_rate" in record["unknown"]

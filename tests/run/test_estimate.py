@@ -19,7 +19,7 @@ def test_what_a_run_would_do_is_told_and_nothing_written(project, capsys):
     assert re.search(r"adapters: 3 to train, 9 steps, about \d", printed)
     assert "search: up to 8 mixtures, about " in printed
     assert "final fine-tune: up to 3 steps" in printed
-    assert "GiB at the highest while measuring" in printed
+    assert "peak memory while measuring" in printed
     assert "colours: with 10 rows, mixtures that differ by less than about 0.277 in the share" in printed
     assert "nothing was written" in printed
     assert sorted(project.rglob("*")) == before

@@ -229,7 +229,7 @@ def test_conversations(project, tmp_path):
         ({"use_dora": True}, "use_dora=True cannot be averaged"),
         ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] cannot be averaged"),
         ({"model_name_or_path": "nobody/nothing"}, "neither a local model folder nor a model"),
-        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: it would end a training half done"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: it would stop training midway"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: adapters must be trained with the same batch size"),
         ({"ignore_data_skip": True}, "ignore_data_skip: a resumed training would see other rows"),
         ({"final": {"lora_rr": 1}}, "final: unknown key 'lora_rr'"),

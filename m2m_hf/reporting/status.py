@@ -130,33 +130,38 @@ class Inspection:
             if reached:
                 self.lines.append(f"  {name}: interrupted; continues from step {reached:,.0f}")
         if missing:
-            self.left.append(f"{len(missing)} {self.noun} ({', '.join(missing)})")
+            noun = self.noun if len(missing) > 1 else self.noun.removesuffix("s")
+            self.left.append(f"{len(missing)} {noun} ({', '.join(missing)})")
         return trained
 
     def search(self, trained: dict[str, dict[str, Any]]) -> None:
-        """The journal, and what is left of the search."""
+        """The journal, and what is left of the search and after it."""
+        summary = self.finished_search(trained)
+        if self.config.train_final and (summary is None or summary.final is None):
+            self.left.append("the final fine-tune")
+
+    def finished_search(self, trained: dict[str, dict[str, Any]]) -> FinishedRun | None:
+        """The summary of a search that has nothing left to do; None of any other."""
         trials = self.journal()
         summary = self.summary()
         if trials is None:
             self.left.append("the search")
-            return
+            return None
         failed = {name: str(record["failed"]) for name, record in trained.items() if "failed" in record}
         tokens = {name: number(record.get("data_tokens")) for name, record in trained.items()}
         try:
             space = search_space(self.config, tokens, failed)
         except InputError as error:
             self.left.append(f"the search, which cannot go on: {error}")
-            return
+            return None
         rest = remaining(self.config, space, failed, self.own(trials, trained))
         if summary is not None and self.belongs(summary, space) and not (rest.exact and rest.mixtures):
             self.lines.append(f"search: finished; chosen {summary.best.mixture}, score {summary.best.score:.3f}")
             if self.config.verify_top_k and summary.verified is None:
                 self.left.append(f"the best {self.config.verify_top_k} mixtures to fine-tune (verify_top_k)")
-        else:
-            self.left.append(f"up to {rest.mixtures:,} of {rest.total:,} mixtures to score")
-            summary = None
-        if self.config.train_final and (summary is None or summary.final is None):
-            self.left.append("the final fine-tune")
+            return summary
+        self.left.append(f"up to {rest.mixtures:,} of {rest.total:,} mixtures to score")
+        return None
 
     def journal(self) -> list[Trial] | None:
         """All trials; None where the journal cannot be read."""
@@ -182,19 +187,18 @@ class Inspection:
         return trials
 
     def own(self, trials: list[Trial], trained: dict[str, dict[str, Any]]) -> list[Trial]:
-        """The trials of this run's objective, whose key is what the run gives them now."""
+        """The trials of this run's objective, and its gradients, whose key is what the run gives them now."""
         facts = [uniform for record in trained.values() if isinstance(uniform := record.get("uniform"), dict)]
         if not facts:
             return []
         experts = {name: str(record.get("fingerprint")) for name, record in trained.items()}
-        known = read_json_or_empty(self.run.targets)
-        scorers = {name: known[name].get("validation") for name in self.config.parsed_targets if name in known}
+        known = self.run.known_targets()
+        scorers = {name: str(known[name].get("validation")) for name in self.config.parsed_targets if name in known}
         keys = {name: Keys(base_key(facts[0]), scorer, 0, experts) for name, scorer in scorers.items()}
         seed = self.settings.get("seed", 42)
         objective = objective_name(self.config, seed if isinstance(seed, int) else 42)
-        return [
-            one for one in trials if one.objective == objective and one.target in keys and keys[one.target].own(one)
-        ]
+        kinds = (objective, "gradient") if objective == "merged" else (objective,)
+        return [one for one in trials if one.objective in kinds and one.target in keys and keys[one.target].own(one)]
 
     def summary(self) -> FinishedRun | None:
         """`summary.json`; None where there is none, or it is damaged."""
@@ -209,7 +213,7 @@ class Inspection:
 
     def belongs(self, summary: FinishedRun, space: SearchSpace) -> bool:
         """True if a summary is of the candidates, targets and constraints of the configuration."""
-        known = read_json_or_empty(self.run.targets)
+        known = self.run.known_targets()
         scorers = {name: known.get(name, {}).get("validation") for name in self.config.parsed_targets}
         return (
             sorted(summary.candidates) == sorted(self.config.parsed_candidates)
@@ -244,6 +248,8 @@ class Inspection:
         for path in (self.run.targets, self.run.summary, self.run.fidelity):
             if path.exists() and not read_json_or_empty(path):
                 self.damaged(path, "it is not JSON; m2m search (or m2m fidelity) writes it again")
+        if len(self.run.known_targets()) < len(read_json_or_empty(self.run.targets)):
+            self.damaged(self.run.targets, "it does not say what the targets are; m2m search writes it again")
         for path in sorted((self.run.root / "ensemble").glob("*.safetensors")):
             if not readable(path):
                 self.damaged(path, "it was cut short; it is made again when it is needed")
@@ -315,7 +321,7 @@ def remaining(
     candidates = list(config.parsed_candidates)
     together = Mixture.subset([name for name in candidates if name not in failed])
     first = list(dict.fromkeys([BASE, *(Mixture.subset([name]) for name in candidates), together]))
-    known = last_trials(trials, config.parsed_targets)
+    known = last_trials([one for one in trials if one.objective != "gradient"], config.parsed_targets)
     exact = scores_all(config, space)
     missing: float
     total: float
@@ -328,8 +334,11 @@ def remaining(
         if not space.continuous:
             total = min(total, len({*first, *islice(space.subsets(), int(total))}))
         missing = max(0, total - len(known))
-    fixed = sum(mixture not in known for mixture in first)
-    return Remaining(int(min(missing, fixed + affordable(config, known))), int(total), exact)
+    ahead = [mixture for mixture in first if mixture not in known]
+    climbs = config.strategy == "gradient" or (config.strategy == "auto" and space.continuous)
+    spent = [one for one in trials if climbs or one.objective != "gradient"]
+    allowed = len(ahead) + affordable(config, spent, known.get(BASE, {}), ahead)
+    return Remaining(int(min(missing, allowed)), int(total), exact)
 
 
 def scores_all(config: MergeToMixConfig, space: SearchSpace) -> bool:
@@ -357,12 +366,30 @@ def last_trials(trials: Sequence[Trial], targets: Collection[str]) -> dict[Mixtu
     return {mixture: known for mixture, known in found.items() if len(known) == len(targets)}
 
 
-def affordable(config: MergeToMixConfig, known: Mapping[Mixture, Mapping[str, Trial]]) -> float:
-    """How many more mixtures the budgets of rows and seconds allow."""
-    spent = [trial for of in known.values() for trial in of.values()]
+def affordable(
+    config: MergeToMixConfig, spent: Sequence[Trial], base: Mapping[str, Trial], ahead: Collection[Mixture]
+) -> float:
+    """How many mixtures the budgets of rows and seconds allow after those that every search begins with.
+
+    Args:
+        spent: the trials that the search counts: every rung of a race, and passes for gradients.
+        base: target -> the base model's trial, which tells how many rows it has.
+        ahead: what the search begins with and has not scored yet.
+    """
     if config.max_seconds is not None and sum(trial.seconds for trial in spent) >= config.max_seconds:
         return 0
-    rows = sum(trial.rung for trial in known[BASE].values()) if BASE in known else 0
+    rows = sum(trial.rung for trial in base.values())
     if config.max_example_evaluations is None or not rows:
         return math.inf
-    return math.ceil(max(0, config.max_example_evaluations - sum(trial.rung for trial in spent)) / rows)
+    seen: dict[tuple[bool, Mixture, str], int] = {}  # a rung of a race adds its new rows only
+    for trial in spent:
+        key = trial.objective == "gradient", trial.mixture, trial.target
+        seen[key] = max(trial.rung, seen.get(key, 0))
+    seen |= {(False, mixture, target): trial.rung for mixture in ahead for target, trial in base.items()}
+    ensemble = config.objective == "ensemble"  # a mixture then costs nothing beyond its parts
+    left = config.max_example_evaluations - sum(
+        rung for (_, mixture, _), rung in seen.items() if not ensemble or len(mixture) <= 1
+    )
+    if left <= 0:
+        return 0
+    return math.inf if ensemble else math.ceil(left / rows)

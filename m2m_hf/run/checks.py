@@ -25,7 +25,7 @@ from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.external import CommandScorer
 from m2m_hf.scoring.scorers import LogprobScorer
 from m2m_hf.search.model_based import choose_strategy
-from m2m_hf.storage.files import read_json_or_empty, write_atomic, write_json
+from m2m_hf.storage.files import write_atomic, write_json
 from m2m_hf.storage.run_folder import read_config
 from m2m_hf.training.bank import OPERATIONAL, differing
 from m2m_hf.training.experts import expert_kind
@@ -231,7 +231,7 @@ def check_targets(run: RunContext) -> None:
     Raises:
         InputError: naming it.
     """
-    known = read_json_or_empty(run.folder.targets)
+    known = run.folder.known_targets()
     for name, parts in run.target_fingerprints().items():
         for part, now in parts.items():
             there = known.get(name, {}).get(part, now)
@@ -245,7 +245,7 @@ def check_targets(run: RunContext) -> None:
 def remember_targets(run: RunContext) -> None:
     """Writes down what the targets are, once something has been scored on them."""
     path = run.folder.targets
-    known = read_json_or_empty(path)
+    known = run.folder.known_targets()
     if not known and path.exists():
         run.terminal.say(f"{os.path.relpath(path)} was damaged; rewritten with the current targets", "yellow")
     if run.is_main:

@@ -46,8 +46,11 @@ class Keys:
         parts = [[name, weight, self.adapters[name]] for name, weight in mixture.items]
         return fingerprint([method, self.base, self.scorer, self.examples if rung is None else rung, parts])
 
-    def ensemble(self, mixture: Mixture) -> str:
-        return fingerprint(["ensemble", self.merged(mixture)])
+    def ensemble(self, mixture: Mixture, rung: int | None = None) -> str:
+        return fingerprint(["ensemble", self.merged(mixture, rung)])
+
+    def gradient(self, mixture: Mixture, rung: int | None = None) -> str:
+        return f"{self.merged(mixture, rung)}/gradient"
 
     def trained(self, counts: Mapping[str, int]) -> str:
         """The key of a model fine-tuned on so many rows of each candidate."""
@@ -64,5 +67,7 @@ class Keys:
         if not set(trial.mixture.names) <= set(self.adapters):
             return False
         if trial.objective == "ensemble":
-            return trial.key == self.ensemble(trial.mixture)
+            return trial.key == self.ensemble(trial.mixture, trial.rung)
+        if trial.objective == "gradient":
+            return trial.key == self.gradient(trial.mixture, trial.rung)
         return trial.key == self.merged(trial.mixture, trial.rung, trial.objective)

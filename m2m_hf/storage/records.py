@@ -66,12 +66,12 @@ def find_incomplete(folder: Path, record: str = "training.json") -> str | None:
 
 
 def find_modified(folder: Path, record: str = "training.json", digest: Callable[[Path], str] = digest_of) -> str | None:
-    """The first file whose content differs from what `record` says; None if all are as they were written.
+    """The first file that is missing or differs from what `record` says; None if all are as they were written.
 
     Args:
         digest: gives the digest of a file; `Digests.of` remembers those of unchanged files.
     """
     for name, facts in files_of(read_json(folder / record)).items():
-        if digest(folder / name) != facts.get("sha256_16"):
+        if not (folder / name).is_file() or digest(folder / name) != facts.get("sha256_16"):
             return name
     return None

@@ -10,6 +10,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from m2m_hf.errors import InputError
+from m2m_hf.storage.files import read_json_or_empty
 
 END = "...\n"  # ends a complete YAML document
 
@@ -62,6 +63,10 @@ class RunFolder:
         """The rows of the chosen mixture: `train.jsonl`, or `train.parquet` for images."""
         images = self.mixture / "train.parquet"
         return images if images.exists() else self.mixture / "train.jsonl"
+
+    def known_targets(self) -> dict[str, dict[str, Any]]:
+        """Target -> the fingerprints of its parts, as `targets.json` has them; without what is damaged."""
+        return {name: parts for name, parts in read_json_or_empty(self.targets).items() if isinstance(parts, dict)}
 
     def refuse_links(self) -> None:
         """Refuses links that lead out of the folder: a stranger's folder could make us read or write anywhere.

@@ -6,7 +6,11 @@ import pytest
 import yaml
 from pico import m2m
 
-from m2m_hf.reporting.status import status
+from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Trial
+from m2m_hf.reporting.status import remaining, status
 from m2m_hf.storage.files import checkpoints, staging_path
 from m2m_hf.storage.run_folder import END, RunFolder
 
@@ -200,3 +204,98 @@ def test_changed_target_rows_are_noticed_by_content(complete, finished, capsys, 
     path.write_text(path.read_text().replace("red", "pink"))
     assert m2m("select", "--config", finished / "run.yaml") == 2
     assert f"targets.colours: its {part} rows, or the code of its metric, have changed" in capsys.readouterr().err
+
+
+def left_of(out) -> str:
+    return next(line for line in status(RunFolder(out)).lines if line.startswith("left: "))
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [({"max_example_evaluations": 41}, 3), ({"max_example_evaluations": 40}, 0), ({}, 3)]
+)
+def test_mixtures_of_an_ensemble_cost_no_example_evaluations(finished, limit, left):
+    """The base model and three singles have cost 10 each; all together, nothing."""
+    out = finished / "out"
+    assert m2m("search", "--config", finished / "run.yaml", "--objective", "ensemble") == 0
+    trials = [line for line in (out / "trials.jsonl").read_text().splitlines(True) if '"ensemble"' in line]
+    (out / "trials.jsonl").write_text("".join(trials[:5]))
+    (out / "summary.json").unlink()
+    rewrite_config(out, {"objective": "ensemble", "strategy": "exhaustive"} | limit)
+    assert left_of(out) == f"left: up to {left} of 8 mixtures to score; the final fine-tune"
+
+
+def test_the_mixtures_that_every_search_begins_with_are_charged_before_they_are_scored(finished):
+    out = finished / "out"
+    lines = (out / "trials.jsonl").read_text().splitlines(True)
+    (out / "trials.jsonl").write_text("".join(lines[:2]))
+    (out / "summary.json").unlink()
+    rewrite_config(out, {"max_example_evaluations": 60})
+    assert left_of(out) == "left: up to 4 of 8 mixtures to score; the final fine-tune"
+
+
+def test_the_seconds_of_every_rung_of_a_race_are_spent():
+    source = {"path": "of/rows"}
+    config = MergeToMixConfig(
+        candidates=dict.fromkeys("abc", source), targets={"t": {"data": source, "scorer": "choice"}}, max_seconds=10
+    )
+    space, pair = SearchSpace(("a", "b", "c")), Mixture.subset(["a", "b"])
+    first = [BASE, *(Mixture.subset([name]) for name in "abc"), Mixture.subset("abc")]
+
+    def trial(mixture, rung, seconds):
+        return Trial(f"{mixture}{rung}", mixture, "merged", "t", rung, "pruned", None, seconds)
+
+    trials = [trial(mixture, 100, 1) for mixture in first]
+    assert remaining(config, space, [], [*trials, trial(pair, 64, 2), trial(pair, 96, 2)]).mixtures == 2
+    assert remaining(config, space, [], [*trials, trial(pair, 64, 3), trial(pair, 96, 2)]).mixtures == 0
+
+
+def test_passes_for_gradients_count_in_the_budget(finished):
+    out = finished / "out"
+    way = ("--strategy", "gradient", "--weights", "continuous")
+    assert m2m("search", "--config", finished / "run.yaml", *way) == 0
+    trials = (out / "trials.jsonl").read_text().splitlines(True)
+    passes = [line for line in trials if '"gradient", "target"' in line]
+    (out / "trials.jsonl").write_text("".join([*trials[:5], passes[0]]))
+    (out / "summary.json").unlink()
+    budget = {"weights": "continuous", "max_example_evaluations": 61}
+    rewrite_config(out, {"strategy": "gradient"} | budget)
+    assert left_of(out).startswith("left: up to 1 of ")
+    rewrite_config(out, {"strategy": "bayes"} | budget)  # asks for no gradient
+    assert left_of(out).startswith("left: up to 2 of ")
+
+
+@pytest.mark.parametrize("entry", [3, None, "f", []])
+def test_a_target_that_is_no_mapping_is_no_traceback(complete, capsys, entry):
+    (complete / "targets.json").write_text(json.dumps({"colours": entry}))
+    shown = told(capsys, complete, 1)
+    assert "targets.json: it does not say what the targets are" in shown
+    assert "left: up to 8 of 8 mixtures to score; the final fine-tune" in shown
+
+
+def test_a_search_writes_a_damaged_record_of_the_targets_again(finished, capsys):
+    targets = finished / "out" / "targets.json"
+    whole = targets.read_text()
+    targets.write_text(json.dumps({"colours": 3}))
+    assert m2m("search", "--config", finished / "run.yaml", "--max_trials", 6) == 0
+    assert "targets.json was damaged" in capsys.readouterr().out
+    assert json.loads(targets.read_text())["colours"]["validation"] == json.loads(whole)["colours"]["validation"]
+
+
+def test_with_a_damaged_journal_the_final_fine_tune_is_left_too(complete):
+    (complete / "trials.jsonl").write_text("{}\n")
+    assert left_of(complete) == "left: the search; the final fine-tune"
+
+
+def test_a_missing_file_without_bytes_is_damage(complete, capsys):
+    path = complete / "adapters" / "beta" / "training.json"
+    record = json.loads(path.read_text())
+    record["files"]["empty.txt"] = {"bytes": 0, "sha256_16": "e3b0c44298fc1c14"}
+    path.write_text(json.dumps(record))
+    assert "adapters/beta: empty.txt is not what was trained" in told(capsys, complete, 1)
+
+
+def test_one_adapter_that_is_missing_is_one(complete):
+    (complete / "adapters" / "beta").rename(complete / "elsewhere")
+    assert left_of(complete).startswith("left: 1 adapter (beta); ")
+    (complete / "adapters" / "alpha").rename(complete / "elsewhere too")
+    assert left_of(complete).startswith("left: 2 adapters (alpha, beta); ")

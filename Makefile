@@ -14,7 +14,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.installed-demo ## Choose among five generated datasets with a real language model (about 5 minutes on 2 cores)
+demo: $(VENV)/.installed-demo ## Choose among five generated datasets with a real language model (about 2 minutes on 2 fast cores)
 	@$(BIN)/python recipes/demo/data.py .demo/data
 	@$(BIN)/python recipes/demo/model.py $(MODEL)
 	@$(BIN)/m2m select --config recipes/demo.yaml

@@ -176,7 +176,7 @@ class MergeToMixSearcher:
                 run.base.to_train, lambda name: run.training_settings(*run.candidate_settings(name)), run.terminal
             )
             self._worked = True
-            noun = run.expert().noun()
+            noun = run.expert().noun(len(missing))
             run.terminal.say(f"trained {len(missing)} {noun}: {os.path.relpath(run.folder.adapters)}\n")
 
     def _import_experts(self, source: str | Mapping[str, str], missing: Sequence[str]) -> None:

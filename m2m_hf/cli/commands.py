@@ -78,9 +78,10 @@ def config_of(out: Path) -> Path:
 def adapters(searcher: "MergeToMixSearcher") -> None:
     searcher.train_adapters()
     context = searcher.run
-    failed, noun = context.failed, context.expert().noun()
+    failed = context.failed
+    trained = len(context.candidates) - len(failed)
     context.terminal.say(
-        f"{len(context.candidates) - len(failed)} {noun} are complete: {os.path.relpath(context.folder.adapters)}"
+        f"{trained} {context.expert().noun(trained)} complete: {os.path.relpath(context.folder.adapters)}"
         + (f"; the training of {', '.join(failed)} failed" if failed else "")
     )
 

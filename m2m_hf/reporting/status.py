@@ -130,7 +130,7 @@ class Inspection:
             if reached:
                 self.lines.append(f"  {name}: interrupted; continues from step {reached:,.0f}")
         if missing:
-            noun = self.noun if len(missing) > 1 else self.noun.removesuffix("s")
+            noun = experts_noun(self.settings, len(missing))
             self.left.append(f"{len(missing)} {noun} ({', '.join(missing)})")
         return trained
 

@@ -36,10 +36,11 @@ def is_inside(name: str) -> bool:
     return plain and name != "." and not {"\\", ":", "\0"} & set(name)
 
 
-def experts_noun(record: Any) -> str:
-    """What a `training.json` or a configuration calls its experts: `adapters`, or `experts` of all parameters."""
+def experts_noun(record: Any, count: int = 2) -> str:
+    """What a `training.json` or a configuration calls so many experts: `adapters`, or `experts` of all parameters."""
     settings = record.get("uniform", record) if isinstance(record, dict) else {}
-    return "experts" if isinstance(settings, dict) and settings.get("expert") == "full" else "adapters"
+    noun = "expert" if isinstance(settings, dict) and settings.get("expert") == "full" else "adapter"
+    return noun if count == 1 else f"{noun}s"
 
 
 def weights_of(record: Any) -> Any:

@@ -171,7 +171,7 @@ class Bank:
             bank: the records of a complete bank, whose launch then does not count.
         """
         launch = {fact: next(iter(bank.values()))["uniform"].get(fact) for fact in LAUNCH} if bank else {}
-        ours, noun = folder == self.folder, experts_noun(record).removesuffix("s")
+        ours, noun = folder == self.folder, experts_noun(record, 1)
         differences = differing(self.facts[name] | launch, record["uniform"])
         if differences and "source" in record:
             raise InputError(
@@ -224,7 +224,7 @@ class Bank:
                 move(self.folder / name)
         PartialState().wait_for_everyone()
         if records:
-            word = experts_noun(next(iter(records.values())))
+            word = experts_noun(next(iter(records.values())), len(records))
             terminal.say(f"took {len(records)} {word} that were trained elsewhere: {', '.join(records)}")
 
     def train_missing(
@@ -267,7 +267,7 @@ class Bank:
                     shutil.rmtree(self.folder / name)
             PartialState().wait_for_everyone()
             reasons = dict.fromkeys(record["failed"] for record in records)
-            noun = experts_noun({"uniform": next(iter(self.facts.values()))}).removesuffix("s")
+            noun = experts_noun({"uniform": next(iter(self.facts.values()))}, 1)
             raise InputError(f"not one {noun} could be trained: {'; '.join(reasons)}")
 
     def _train(

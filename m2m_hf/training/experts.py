@@ -53,8 +53,7 @@ class ExpertKind(ABC):
     @classmethod
     def noun(cls, count: int = 2) -> str:
         """What messages call experts of this kind: adapter, adapters, expert or experts."""
-        plural = experts_noun({"expert": cls.name})
-        return plural.removesuffix("s") if count == 1 else plural
+        return experts_noun({"expert": cls.name}, count)
 
     @classmethod
     def check_settings(

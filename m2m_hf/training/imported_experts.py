@@ -78,6 +78,7 @@ class Importer(ABC):
     """
 
     key: str  # of the configuration
+    noun: str  # what is imported
     trust: str  # said of what was imported
 
     def __init__(self, bank: Bank, plan: HeadPlan | None, terminal: Terminal) -> None:
@@ -116,7 +117,10 @@ class Importer(ABC):
             }
             publish(self.bank.folder / name, record)
         if others:
-            self.terminal.say(f"imported {len(others)} {self.trust.format(', '.join(others))}", "yellow")
+            self.terminal.say(
+                f"imported {len(others)} {self.noun}{'s' * (len(others) > 1)}: {', '.join(others)}. {self.trust}",
+                "yellow",
+            )
 
     @abstractmethod
     def stage(self, name: str, folder: Path, partial: Path, where: str) -> tuple[set[str], dict[str, Any]]:
@@ -131,8 +135,9 @@ class AdapterImporter(Importer):
     """Imports LoRA adapters that are on the layers `adapted`, as this run's are."""
 
     key = "adapters"
+    noun = "adapter"
     trust = (
-        "adapters: {}. Rank, scaling and layers were checked; base weights, data, learning rate, epochs, batch size, seed and "
+        "Rank, scaling and layers were checked; base weights, data, learning rate, epochs, batch size, seed and "
         "versions cannot be checked"
     )
 
@@ -179,8 +184,9 @@ class ModelImporter(Importer):
     """Imports full fine-tunes: what each has changed of the base becomes an expert. `load` loads as the base was loaded."""
 
     key = "experts"
+    noun = "fine-tune"
     trust = (
-        "fine-tunes: {}. Architecture and distance from the base were checked; data, learning rate, epochs, batch size, seed "
+        "Architecture and distance from the base were checked; data, learning rate, epochs, batch size, seed "
         "and versions cannot be checked"
     )
 

@@ -461,7 +461,7 @@ def test_a_full_causal_lm_is_pushed_whole_and_taken_away_whole(hub, run, project
     config.write_text(yaml.safe_dump(given | {"experts": {"alpha": "org/quiz"}}))
     taken = run("search", "--config", config, "--output_dir", tmp_path / "taken")
     assert taken.returncode == 0, taken.stderr
-    assert "imported 1 fine-tunes" in taken.stdout
+    assert "imported 1 fine-tune:" in taken.stdout
     assert not [one for one in hub.requests if "delta.safetensors" in one]
     config.write_text(yaml.safe_dump(given))
     again = run("search", "--config", config, "--experts", "org/quiz", "--output_dir", tmp_path / "again")

@@ -137,7 +137,7 @@ def test_a_pool_grows_and_shrinks(project, capsys, monkeypatch):
     change(project, candidates={"delta": {"path": "json", "data_files": "delta.jsonl"}})
     known = {tuple(line["names"]) for line in trials(project)}
     assert m2m("search", "--config", project / "run.yaml") == 0
-    assert "trained 1 adapters" in capsys.readouterr().out
+    assert "trained 1 adapter:" in capsys.readouterr().out
     assert all("delta" in line["names"] for line in trials(project) if tuple(line["names"]) not in known)
     config = yaml.safe_load((project / "run.yaml").read_text())
     del config["candidates"]["beta"]

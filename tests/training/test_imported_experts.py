@@ -33,7 +33,7 @@ def test_a_search_uses_imported_adapters(project, theirs, capsys):
     printed = capsys.readouterr().out
     assert "imported 2 adapters: alpha, beta" in printed
     assert "cannot be checked" in printed
-    assert "trained 1 adapters" in printed
+    assert "trained 1 adapter:" in printed
     assert "how the adapters of alpha, beta were trained is not known" in printed
     for name in ("alpha", "beta"):
         assert (out / "adapters" / name / FILE).read_bytes() == (theirs / name / FILE).read_bytes()
@@ -95,7 +95,7 @@ def test_adapters_on_the_same_layers_may_name_them_differently(project, tmp_path
     build_adapter("llama", tmp_path / "theirs", 0, **SHAPE | {"target_modules": names})
     changed(project, "run", adapters={"alpha": str(tmp_path / "theirs")}, lora_target_modules="all-linear")
     assert m2m("adapters", "--config", project / "run.yaml") == 0, capsys.readouterr().err
-    assert "imported 1 adapters: alpha" in capsys.readouterr().out
+    assert "imported 1 adapter: alpha" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # of PEFT, about the layers it found
@@ -106,7 +106,7 @@ def test_adapters_on_layers_with_transposed_weights_are_imported(project, tmp_pa
     model = {"model_name_or_path": str(tmp_path / "gpt2"), "lora_target_modules": ["c_attn", "c_proj", "c_fc"]}
     changed(project, "run", **model, adapters={"alpha": str(tmp_path / "theirs")})
     assert m2m("search", "--config", project / "run.yaml") == 0, capsys.readouterr().err
-    assert "imported 1 adapters" in capsys.readouterr().out
+    assert "imported 1 adapter:" in capsys.readouterr().out
 
 
 def write_theirs(kind: str, folder, seed: int) -> None:

@@ -43,3 +43,8 @@ def redact(text: str) -> str:
         if len(value) >= 8 and SECRET_NAMES.search(name):
             text = text.replace(value, "***")
     return SECRETS.sub("***", text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

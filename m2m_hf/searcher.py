@@ -21,7 +21,7 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.errors import InputError
-from m2m_hf.modeling.devices import StopTogether, shared_clock
+from m2m_hf.modeling.devices import broadcast, shared_clock
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import MAX_SUBSETS, EnsembleObjective
@@ -35,7 +35,7 @@ from m2m_hf.run.comparison import Verification, compare_with_baselines, read_stu
 from m2m_hf.run.context import RunContext
 from m2m_hf.run.final import FinalModel
 from m2m_hf.run.tasks import Classification
-from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl
+from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl, StopTogether
 from m2m_hf.search.loop import planned_mixtures, search
 from m2m_hf.search.model_based import FEW, STRATEGIES, choose_strategy
 from m2m_hf.search.result import Budget, SearchResult
@@ -251,7 +251,7 @@ class MergeToMixSearcher:
                 race=race,
                 budget=budget,
                 seed=run.args.seed,
-                callbacks=[*own, *callbacks, StopTogether()],
+                callbacks=[*own, *callbacks, StopTogether(broadcast)],
                 clock=shared_clock,
             )
         if (divisor := run.base.batch_divisor) > 1:
@@ -307,10 +307,10 @@ class MergeToMixSearcher:
         if summary["final"] is None:
             self._worked = True
             self._final.train(mixture)
-            summary = self.write_outcome()
+            summary = self._write_summary()
         if self._verification is not None:
             compare_with_baselines(self.run, self._verification)
-            summary = self.write_outcome()
+            summary = self._write_summary()
         return summary
 
     def select(self) -> dict[str, Any]:
@@ -373,10 +373,14 @@ class MergeToMixSearcher:
         """
         run = self.run
         mixture = self.search().best.mixture
-        summary = self._finished_run().summary()
         if run.is_main:
             args, model_args = run.final_settings
             run.task.write_recipe(mixture, run.training_settings(args, model_args), model_args)
+        return self._write_summary()
+
+    def _write_summary(self) -> dict[str, Any]:
+        run, summary = self.run, self._finished_run().summary()
+        if run.is_main:
             write_json(run.folder.summary, summary)
         run.state.wait_for_everyone()
         return summary
@@ -385,7 +389,7 @@ class MergeToMixSearcher:
         run, result, verification = self.run, self.search(), self._verification
         standings = verification.standings if verification else []
         if self._analysis is None or self._analysis[0] is not result:  # takes long with very many trials
-            usable = [name for name in run.candidates if name not in run.failed]
+            usable = sorted(set(run.candidates) - set(run.failed), key=list(run.candidates).index)
             self._analysis = result, analyse(result, run.space, usable, standings)
         final = self._final.read(result.best.mixture)
         return conclude(

@@ -265,14 +265,19 @@ def lines(out: Path) -> dict[frozenset, dict]:
     return {frozenset(one["names"]): one for one in found if one["objective"] == "merged"}
 
 
-def searcher(project: Path, *flags: str, **values) -> MergeToMixSearcher:
-    return MergeToMixSearcher(*parse(project / "intents.yaml", flags, values), Terminal(quiet=True))
+def searcher(project: Path, *flags: str, name: str = "intents", **values) -> MergeToMixSearcher:
+    """A quiet searcher over `intents.yaml`, or over another configuration of the project."""
+    return MergeToMixSearcher(*parse(project / f"{name}.yaml", flags, values), Terminal(quiet=True))
+
+
+def language_searcher(project: Path, *flags: str) -> MergeToMixSearcher:
+    """One over `run.yaml`."""
+    return searcher(project, *flags, name="run")
 
 
 def images(project: Path, *flags: str) -> MergeToMixSearcher:
     """A searcher over `pictures_of`; batches of 3 of its 9 rows, as a batch of one has no variance."""
-    flags = ("--per_device_train_batch_size", "3", *flags)
-    return MergeToMixSearcher(*parse(project / "images.yaml", flags), Terminal(quiet=True))
+    return searcher(project, "--per_device_train_batch_size", "3", *flags, name="images")
 
 
 def pooled(folder: Path, pooling: str) -> None:

@@ -40,14 +40,18 @@ def imported(path: Path, everywhere: bool) -> tuple[set[str], set[str]]:
             else:
                 others.add(name.split(".")[0])
         elif isinstance(node, ast.Import):
-            others.update(alias.name.split(".")[0] for alias in node.names)
+            for alias in node.names:
+                top, *rest = alias.name.split(".")
+                (ours if top == "m2m_hf" and rest else others).add(rest[0] if top == "m2m_hf" and rest else top)
     return ours - {"__version__"}, others
 
 
 def modules(part: str) -> list[Path]:
     """The files of `m2m_hf/<part>.py` or `m2m_hf/<part>/`."""
     folder = ROOT / "m2m_hf" / part
-    return [folder.with_suffix(".py")] if folder.with_suffix(".py").exists() else sorted(folder.glob("*.py"))
+    found = [folder.with_suffix(".py")] if folder.with_suffix(".py").exists() else sorted(folder.rglob("*.py"))
+    assert found, part
+    return found
 
 
 def test_every_part_of_the_package_has_a_layer():

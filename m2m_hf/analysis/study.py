@@ -174,19 +174,20 @@ class Study:
         self.fine_tune([self.choice(mixture) for mixture in mixtures])
         return self.standings(self.trained, mixtures, "scoring what was fine-tuned", base)
 
-    def run(self, mixtures: Sequence[Mixture], base: Standing) -> dict[str, Any]:
-        """Fine-tunes and scores mixtures and compares: the part of `fidelity.json` about the surrogates.
+    def run(self, trained: Sequence[Standing], base: Standing) -> dict[str, Any]:
+        """Compares fine-tuned mixtures with what the surrogates say of them: the part of `fidelity.json` about the surrogates.
 
         Mixtures whose training diverges, or that have no score, are left out and named.
 
         Args:
+            trained: how they stand, see `trained_standings`.
             base: the base model's standing.
 
         Raises:
             InputError: not a single mixture could be fine-tuned and scored.
         """
-        asked, failed, true = mixtures, [], []
-        for standing in self.trained_standings(mixtures, base):
+        asked, failed, true = [one.mixture for one in trained], [], []
+        for standing in trained:
             if standing.score is not None:
                 true.append(standing)
                 continue

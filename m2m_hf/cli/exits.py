@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from m2m_hf.console import Terminal
-from m2m_hf.errors import InputError, StoppedError, printable, redact
+from m2m_hf.errors import InputError, StoppedError, first_line, printable, redact
 
 PATIENCE = 5.0  # seconds a launcher takes to end the other processes once one has ended
 
@@ -28,14 +28,18 @@ def terminate(signum: int, frame: object) -> NoReturn:
 
 def what_is_safe() -> str:
     """What an interruption leaves, and how to go on."""
+    from m2m_hf.storage.files import read_json_or_empty
+    from m2m_hf.storage.records import experts_noun
     from m2m_hf.storage.run_folder import RunFolder
 
     folder = RunFolder.held
     kept = "finished work is safe"
     if folder is not None:
-        adapters = len(list(folder.adapters.glob("[!.]*/training.json")))
+        records = [read_json_or_empty(path) for path in folder.adapters.glob("[!.]*/training.json")]
+        trained = [one for one in records if one and "failed" not in one]
+        noun = experts_noun(trained[0] if trained else {}, len(trained))
         trials = len(folder.trials.read_bytes().splitlines()) if folder.trials.exists() else 0
-        kept = f"{adapters} adapters and {trials:,} scored trials are safe in {os.path.relpath(folder.root)}"
+        kept = f"{len(trained)} {noun} and {trials:,} scored trials are safe in {os.path.relpath(folder.root)}"
     return f"{kept}; the same command continues from there"
 
 
@@ -97,7 +101,7 @@ def explain(error: BaseException, rank: str, processes: int) -> tuple[str, int]:
         case StoppedError():
             return printable(f"m2m: {error}\n{what_is_safe()}"), 1
         case Exception() if processes > 1 and lost_a_process(error):
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             return f"m2m: {where} lost another process, which died or is out of reach ({reason}): {what_is_safe()}", 1
         case Exception() if disk_is_full(error):
             return f"m2m: the disk is full: {what_is_safe()} once there is room", 1

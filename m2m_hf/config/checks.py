@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m2m_hf.core.jsonable import is_number
 from m2m_hf.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -18,11 +19,6 @@ class Rule(NamedTuple):
 
     expected: str
     accepts: Callable[[Any], bool]
-
-
-def is_number(value: Any) -> bool:
-    """True for finite integers and floats."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -float("inf") < value < float("inf")
 
 
 def is_mapping(value: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from m2m_hf.config import checks
 from m2m_hf.config.candidates import CandidateConfig
 from m2m_hf.config.targets import OPTIONS, TargetConfig
+from m2m_hf.core.jsonable import is_number
 from m2m_hf.errors import InputError
 
 MERGE_PARAMETERS: dict[str, dict[str, Any]] = {  # what each merge method takes, with its default
@@ -25,7 +26,7 @@ MERGE_PARAMETERS: dict[str, dict[str, Any]] = {  # what each merge method takes,
 }
 MERGE_RULES = {
     "scaling": checks.POSITIVE,
-    "density": checks.Rule("a share above 0, at most 1", lambda value: checks.is_number(value) and 0 < value <= 1),
+    "density": checks.Rule("a share above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1),
 }
 YAML_ONLY = ("candidates", "targets", "labels", "merge_parameters", "final")
 CLASSIFICATION = "task: sequence_classification or image_classification"

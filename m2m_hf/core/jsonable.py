@@ -104,3 +104,8 @@ def hints(kind: Any) -> list[tuple["Field[Any]", Any]]:
 def expect(right: bool, words: str, value: Any) -> None:
     if not right:
         raise ValueError(f"expected {words}, got {value!r:.80}")
+
+
+def is_number(value: Any) -> bool:
+    """True for finite integers and floats, however many digits they have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf

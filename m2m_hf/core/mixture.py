@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isclose, isfinite
+from math import inf, isclose
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Mixture:
         names = self.names
         if list(names) != sorted(set(names)):
             raise ValueError(f"names must be sorted and unique, got {names}")
-        if any(not isfinite(weight) or weight <= 0 for weight in self.weights.values()):
+        if any(not 0 < weight < inf for weight in self.weights.values()):
             raise ValueError(f"weights must be positive and finite, got {self.weights}")
         if names and not isclose(sum(self.weights.values()), 1.0, rel_tol=1e-9):
             raise ValueError(f"weights must sum to 1, got {sum(self.weights.values())}")

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from m2m_hf.core.arrays import LazyArray
+from m2m_hf.core.jsonable import is_number
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import TargetInfo
 from m2m_hf.core.score import Failure, Score, mean_over_targets
@@ -143,10 +143,6 @@ def find_problem(record: Any) -> str | None:
     if not is_number(record["score"]) or not (record["stderr"] is None or is_number(record["stderr"])):
         return "score and stderr: expected finite numbers"
     return None
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def parse_numbers(value: Any) -> LazyArray:

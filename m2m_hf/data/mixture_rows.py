@@ -10,7 +10,7 @@ from datasets.table import embed_table_storage
 
 from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.data.rows import Candidate
-from m2m_hf.storage.files import file_fingerprint, staging_path, sync, write_atomic, write_json
+from m2m_hf.storage.files import digest_of, staging_path, sync, write_atomic, write_json
 
 
 def mixture_dataset(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> Dataset:
@@ -63,7 +63,7 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
             "rows": len(rows),
             "seed": seed,
             "file": train.name,
-            "sha256_16": file_fingerprint([train]),
+            "sha256_16": digest_of(train),
             "sources": sources,
         },
     )

@@ -1,1 +1,1 @@
-"""Exact averages of adapters and full experts, as tensors. Imports core and config."""
+"""Exact averages of adapters and full experts, as tensors. Imports config and storage."""

@@ -233,7 +233,7 @@ def mixture_adapter(
         rank_pattern={module: rank for module, rank in ranks.items() if rank != width},
         alpha_pattern={module: rank for module, rank in ranks.items() if rank != width},
         fan_in_fan_out=any(adapters[name].config.fan_in_fan_out for name in weights),
-        task_type="CAUSAL_LM",
+        task_type=first.task_type,  # of a classifier's encoder none
         base_model_name_or_path=first.base_model_name_or_path,
         inference_mode=True,
     )

@@ -209,7 +209,7 @@ class GatedStack:
             return
         values = torch.tensor([[weights.get(name, 0.0) for name in self.names] for weights in rows])
         if len(rows) == 1:
-            self._gates = {layout: values[0].to(owner.device)[owner] for layout, owner in self._owners.items()}
+            self.set_gates(values[0])
         else:
             self._gates = {layout: values.to(owner.device)[:, None, owner] for layout, owner in self._owners.items()}
 

@@ -7,10 +7,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 
-from m2m_hf.core.space import SearchSpace
-from m2m_hf.core.trial import Standing, Trial
-from m2m_hf.search.callbacks import SearchCallback, SearchControl
-
 
 def out_of_memory(error: BaseException | None) -> bool:
     """True if an error means that memory ran out, on any device."""
@@ -30,16 +26,3 @@ def broadcast(value: Any) -> Any:
 def shared_clock() -> float:
     """The main process's time in seconds (collective)."""
     return float(broadcast(time.monotonic()))
-
-
-class StopTogether(SearchCallback):
-    """Lets the main process decide for all whether a search stops; the last of the search's callbacks."""
-
-    def on_search_begin(self, space: SearchSpace, planned: int, control: SearchControl) -> None:
-        control.should_stop = broadcast(control.should_stop)
-
-    def on_trial(self, trial: Trial, recalled: bool, control: SearchControl) -> None:
-        control.should_stop = broadcast(control.should_stop)
-
-    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
-        control.should_stop = broadcast(control.should_stop)

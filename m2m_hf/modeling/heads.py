@@ -162,7 +162,8 @@ class Head:
 
     def places(self, labels: Sequence[str]) -> list[int]:
         """Where labels stand among the scores."""
-        return [self.labels.index(label) for label in labels]
+        place = {label: number for number, label in enumerate(self.labels)}
+        return [place[label] for label in labels]
 
     def save(self, path: Path, of: str) -> None:
         """Writes vectors and what else is needed to classify without this package.

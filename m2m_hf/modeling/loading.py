@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from trl import ModelConfig, SFTConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, first_line
 from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import Head, HeadPlan, head_of_names, plan_head
 from m2m_hf.storage.files import file_fingerprint
@@ -60,7 +60,7 @@ def not_found(model_args: ModelConfig, error: Exception) -> InputError:
     """The error for a model that cannot be found or read."""
     return InputError(
         f"model_name_or_path: {model_args.model_name_or_path!r} is neither a local model folder nor a model that the Hub "
-        f"shows ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        f"shows ({first_line(error)})"
     )
 
 

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, first_line
 from m2m_hf.modeling.loading import load_config
 
 PATCHES = 256  # assumed of an image where the model has none; sets how many images are scored at once
@@ -64,7 +64,7 @@ def load_image_processor(model_args: ModelConfig) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"model_name_or_path: {model_args.model_name_or_path!r} has no image processor; expected a "
-            f"preprocessor_config.json beside its weights ({str(error).splitlines()[0][:200]})"
+            f"preprocessor_config.json beside its weights ({first_line(error)[:200]})"
         ) from error
 
 

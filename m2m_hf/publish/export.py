@@ -16,7 +16,7 @@ import yaml
 
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.errors import InputError
-from m2m_hf.storage.files import file_fingerprint, read_json, read_json_or_empty, write_atomic, write_json
+from m2m_hf.storage.files import digest_of, read_json, read_json_or_empty, write_atomic, write_json
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
 if TYPE_CHECKING:  # TRL is slow to import, and neither the recipe nor the rows need it
@@ -182,7 +182,7 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         )
     rows = run.mixture / DATA
     manifest = read_json_or_empty(run.mixture / "manifest.json")
-    if not rows.exists() or manifest.get("sha256_16") != file_fingerprint([rows]):
+    if not rows.exists() or manifest.get("sha256_16") != digest_of(rows):
         raise InputError(f"{rows}: not what its manifest says; m2m search writes it again")
     folder = (folder or run.root / "export" / kind).absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, first_line
 from m2m_hf.publish.repositories import FAILURES, OWN, check_name, plan
 from m2m_hf.storage.files import read_json_or_empty
 from m2m_hf.storage.records import files_of
@@ -108,7 +108,7 @@ def check_login(repo_id: str) -> None:
 def refused(error: Exception, repo_id: str) -> InputError:
     """What to say where the Hub does not do what was asked."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
         return InputError(
             f"the Hub does not let you write to {repo_id} ({text}): type hf auth login, or set HF_TOKEN to a token that may write"
@@ -138,8 +138,7 @@ def fetched(
         return Path(found) / inside
     except FAILURES as error:
         raise InputError(
-            f"{key}: {source!r} is neither a folder nor {what} that the Hub shows "
-            f"({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+            f"{key}: {source!r} is neither a folder nor {what} that the Hub shows ({first_line(error)})"
         ) from error
 
 

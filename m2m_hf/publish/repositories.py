@@ -14,16 +14,17 @@ import jinja2
 import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, though in no __all__
 from safetensors import safe_open
 
 from m2m_hf import __version__
 from m2m_hf.config.checks import exists, hub_field
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.core.jsonable import from_json
-from m2m_hf.errors import InputError, redact
+from m2m_hf.errors import InputError, first_line, redact
 from m2m_hf.reporting.finished_run import FinishedRun
-from m2m_hf.reporting.tables import score_figure, with_error
-from m2m_hf.storage.files import file_fingerprint, read_json_or_empty
+from m2m_hf.reporting.tables import score_figure, stand_in, with_error
+from m2m_hf.storage.files import digest_of, read_json_or_empty
 from m2m_hf.storage.records import files_of, find_incomplete
 from m2m_hf.storage.run_folder import END, RunFolder
 
@@ -191,11 +192,15 @@ def check_name(repo_id: str) -> None:
     """
     if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", repo_id, re.ASCII):
         raise InputError(f"repo_id: expected org/name, of letters, digits, '.', '-' and '_', got {repo_id!r}")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"repo_id: {first_line(error)}") from error
 
 
 def mixture_repository(run: RunFolder, finished: FinishedRun, repo_id: str, recipe: dict[str, Any]) -> Repository:
     manifest = read_json_or_empty(run.mixture / "manifest.json")
-    if not manifest or manifest.get("sha256_16") != file_fingerprint([run.rows]):
+    if not manifest or manifest.get("sha256_16") != digest_of(run.rows):
         raise InputError(f"{run.mixture}: not what its manifest says; m2m search writes it again")
     licenses, refusal = row_licenses(manifest)
     rows, labelled = run.rows.name, finished.task != "causal_lm"
@@ -345,7 +350,7 @@ def render(template: str, finished: FinishedRun, repo_id: str, card: Any, **more
         lstrip_blocks=True,
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    environment.globals |= {"score_figure": score_figure, "with_error": with_error}
+    environment.globals |= {"score_figure": score_figure, "stand_in": stand_in, "with_error": with_error}
     shown = from_json(FinishedRun, {**published(finished.summary()), "config": finished.config})
     page = environment.get_template(template).render(run=shown, repo_id=repo_id, version=__version__, **more)
     return redact(f"---\n{card.to_yaml()}\n---\n\n{page}").encode()

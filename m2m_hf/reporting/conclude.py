@@ -38,6 +38,8 @@ class Analysis:
     best_single: Standing | None
     shapley: ShapleyValues | None
     selection_bias: SelectionBias | None
+    joined: Mapping[str, Sequence[float]]  # candidate -> see `joining`
+    worse: tuple[int, int] | None  # see `averages_badly`
 
 
 def analyse(
@@ -66,7 +68,10 @@ def analyse(
         {name: one for name, one in against.items() if one.complete},
         () if fine_tuned else others(result, space),
     )
-    return Analysis(best_single, shapley_values(result.standings, usable), bias)
+    joined = {name: joining(result.standings, name) for name in usable}
+    return Analysis(
+        best_single, shapley_values(result.standings, usable), bias, joined, averages_badly(result.standings)
+    )
 
 
 def others(result: SearchResult, space: SearchSpace) -> list[float] | None:
@@ -175,7 +180,7 @@ def conclude(
         means = [run.final_score("final", part) for part in ("validation", "test")]
         validation, test = (one.value if one else None for one in means)
         run = replace(run, final=replace(made, validation=validation, test=test))
-    return replace(run, warnings=tuple(find_warnings(run, overlap, result.ended)))
+    return replace(run, warnings=tuple(find_warnings(run, analysis, overlap, result.ended)))
 
 
 def may_win(pruned: Standing, best: float) -> bool:
@@ -196,7 +201,9 @@ def joining(standings: Mapping[Mixture, Standing], name: str) -> list[float]:
     return changes
 
 
-def find_warnings(run: FinishedRun, overlap: Mapping[tuple[str, str], int], ended: str) -> Iterator[RunWarning]:
+def find_warnings(
+    run: FinishedRun, analysis: Analysis, overlap: Mapping[tuple[str, str], int], ended: str
+) -> Iterator[RunWarning]:
     """Everything that a user should know before believing the result, the gravest first.
 
     Args:
@@ -204,12 +211,12 @@ def find_warnings(run: FinishedRun, overlap: Mapping[tuple[str, str], int], ende
         ended: what ended the search: the `strategy`, the `budget` or a `callback`.
     """
     yield from against_base(run)
-    yield from about_candidates(run)
+    yield from about_candidates(run, analysis.joined)
     for (name, target), rows in overlap.items():
         if rows:
             text = f"overlap: {name} contains {rows} rows of {target}, which inflates its score"
             yield RunWarning("overlap", text)
-    if worse := averages_badly(run.standings):
+    if worse := analysis.worse:
         yield RunWarning(
             "averages_badly",
             f"the {run.expert}s average badly: {worse[0]} of {worse[1]} mixtures score below the mean of their parts, as after "
@@ -244,10 +251,9 @@ def against_base(run: FinishedRun) -> Iterator[RunWarning]:
         yield RunWarning("not_above_base", text)
 
 
-def about_candidates(run: FinishedRun) -> Iterator[RunWarning]:
+def about_candidates(run: FinishedRun, joined: Mapping[str, Sequence[float]]) -> Iterator[RunWarning]:
     """Candidates that lower scores, that have no expert, or whose expert was trained elsewhere."""
-    for name in run.candidates:
-        changes = joining(run.standings, name)
+    for name, changes in joined.items():
         lowered = sum(change < 0 for change in changes)
         if len(changes) > 2 and lowered > len(changes) / 2 and sum(changes) < 0:
             yield RunWarning(

@@ -16,7 +16,7 @@ from m2m_hf.core.objective import TargetInfo, race_order
 from m2m_hf.core.score import Score, mean_over_targets
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Reference, Standing, Trial
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, first_line
 from m2m_hf.storage.files import read_json, read_json_or_empty
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys
@@ -340,7 +340,7 @@ def download(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = first_line(error)
         raise InputError(f"{repo_id!r} is neither a run folder nor a repository that the Hub shows ({text})") from error
 
 

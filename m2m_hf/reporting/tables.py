@@ -155,6 +155,15 @@ def first_reason(standings: Mapping[Mixture, Standing]) -> str:
     return trials[0].reason or "" if trials else "see trials.jsonl"
 
 
+def stand_in(run: FinishedRun) -> str:
+    """What was scored in place of a model trained on a mixture."""
+    words = {
+        "merged": f"the exact average of the {run.expert}s",
+        "ensemble": f"the average of the {run.expert}s' probabilities",
+    }
+    return words.get(run.objective, f"the {run.expert}s by {run.objective}")
+
+
 def explanations(run: FinishedRun) -> list[str]:
     """What the words of the table mean."""
     lines = []
@@ -163,11 +172,7 @@ def explanations(run: FinishedRun) -> list[str]:
         lines.append(
             f"Shapley value: a candidate's mean marginal gain over all orders{how}; the first to join gains most"
         )
-    merged = {
-        "merged": f"the exact average of the {run.expert}s, not trained",
-        "ensemble": f"scored by the average of the {run.expert}s' probabilities, not trained",
-    }
-    lines.append(f"merged: {merged.get(run.objective, f'the {run.expert}s by {run.objective}, not trained')}")
+    lines.append(f"merged: {stand_in(run)}, not trained")
     steps, epochs = run.config.get("max_steps", -1), run.config.get("num_train_epochs", 3.0)
     if overrides := run.config.get("final"):
         how = f"as final: says ({', '.join(f'{key}: {value}' for key, value in overrides.items())})"

@@ -50,8 +50,9 @@ def verify(run: RunContext, result: SearchResult) -> Verification:
     ]
     mixtures = list(dict.fromkeys([*list(top)[: run.config.verify_top_k], *scored]))
     run.terminal.say(f"verifying: {len(mixtures)} mixtures to fine-tune and score, {run.describe_steps()}")
-    found = study.run(mixtures, result.base)
-    allowed = [one for one in study.trained_standings(mixtures, result.base) if one.may_be_chosen]
+    trained = study.trained_standings(mixtures, result.base)
+    found = study.run(trained, result.base)
+    allowed = [one for one in trained if one.may_be_chosen]
     if not allowed:
         raise InputError(
             "fine-tuned, every mixture makes a target worse than the base model by more than its min_delta; raise min_delta or "
@@ -94,11 +95,11 @@ def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[
     mixtures = sample(run.space, ranking, run.config.fidelity_mixtures, run.args.seed)
     study = run.study
     run.terminal.say(f"fidelity: {len(mixtures)} mixtures to fine-tune and score, {run.describe_steps()}")
-    found = study.run(mixtures, result.base)
+    trained = study.trained_standings(mixtures, result.base)
+    found = study.run(trained, result.base)
     choices = baseline_choices(run, result, random=RANDOM)
     if found["all_mixtures"]:
-        standings = study.trained_standings(mixtures, result.base)
-        allowed = [one for one in standings if one.may_be_chosen and one.mixture in run.space]
+        allowed = [one for one in trained if one.may_be_chosen and one.mixture in run.space]
         if allowed:
             choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
     if run.test_scorers and not unseal:

@@ -65,10 +65,10 @@ class RunContext:
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
         self.tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
         plan = make_plan(self.model_args, config.task)
-        self._base = BaseModel(
+        self.base = BaseModel(
             args, self.model_args, plan, lambda model: self.task.prepare(model), partial(self.terminal.say, style="dim")
         )
-        parts = config, args, self.model_args, self.folder, self._base
+        parts = config, args, self.model_args, self.folder, self.base
         self.task: Task = CausalLM(*parts, None) if plan is None else Classification(*parts, plan)
 
     # Data
@@ -101,7 +101,7 @@ class RunContext:
             self.config.trained_parameters,
             self.config.delta_dtype,
         )
-        return kind.of(model_args or self.model_args, self._base.plan, parameters, dtype)
+        return kind.of(model_args or self.model_args, self.base.plan, parameters, dtype)
 
     def training_settings(self, args: SFTConfig | None = None, model_args: ModelConfig | None = None) -> Settings:
         """How a model is fine-tuned, with the run's own arguments or with others."""
@@ -131,7 +131,7 @@ class RunContext:
         more: dict[str, Any] = {}
         if quantization := quantization_facts(model_args):
             more["quantization"] = fingerprint(quantization)
-        base, dtype, data_format = self._base.fingerprint, model_args.dtype, self.task.data.format
+        base, dtype, data_format = self.base.fingerprint, model_args.dtype, self.task.data.format
         return uniform_facts(args, self.expert(model_args), self.task.facts(), base, dtype, data_format, more)
 
     @cached_property
@@ -156,24 +156,17 @@ class RunContext:
         reasons = {name: read_json_or_empty(path).get("failed") for name, path in paths.items()}
         return {name: str(reason) for name, reason in reasons.items() if reason}
 
-    # The base model
-
-    @property
-    def base(self) -> BaseModel:
-        """The base model."""
-        return self._base
+    # Scoring
 
     def open_stack(self, method: MergeMethod) -> Stack:
         """The experts on the base model, ready to be merged by `method`."""
         _ = self.task.head  # may need the plain base model
-        return self._base.stack(self.bank.load, method)
-
-    # Scoring
+        return self.base.stack(self.bank.load, method)
 
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Target -> `validation` and, where there are sealed rows, `test` -> scorer."""
-        positions = self.expert().check_model(self.model_args, self.args, self._base.plan)
+        positions = self.expert().check_model(self.model_args, self.args, self.base.plan)
         return {name: self._scorers(target, positions) for name, target in self.targets.items()}
 
     def _scorers(self, target: Target, positions: int) -> dict[str, Scorer]:
@@ -270,7 +263,7 @@ class RunContext:
             self.folder.trained,
             self.candidates,
             model_key,
-            self._base.to_train,
+            self.base.to_train,
             self.args,
             settings,
             self.launch_changes(),
@@ -286,7 +279,7 @@ class RunContext:
         return [
             TrainedObjective(
                 models,
-                self._base.plain,
+                self.base.plain,
                 partial(self.open_stack, AVERAGE),
                 self.scorers[name]["validation"],
                 self.keys[name],

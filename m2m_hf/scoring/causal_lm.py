@@ -105,16 +105,21 @@ class LossScorer(CompletionScorer):
         """Scored tokens of every row."""
         return [question.requests[0].scored for question in self.questions]
 
+    @cached_property
+    def total(self) -> int:
+        """Scored tokens of all rows."""
+        return sum(self.counts)
+
     @property
     def mean_count(self) -> float:
-        return sum(self.counts) / len(self.counts)
+        return self.total / len(self.counts)
 
     def reduce(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score:
         values = [round(value / self.mean_count, ROUND) for (value,) in logprobs]
         return Score.of(values, [round(value, ROUND) for (value,) in logprobs])
 
     def slopes(self, row: int, logprobs: Sequence[float]) -> list[float]:
-        return [1 / sum(self.counts)]
+        return [1 / self.total]
 
     def likelihood(self, score: Score) -> float:
         return score.value

@@ -35,12 +35,11 @@ from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.modeling.devices import out_of_memory
 from m2m_hf.scoring.forward import Weights
 from m2m_hf.scoring.metrics.metric import bootstrap
-from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.storage.files import file_fingerprint
+from m2m_hf.scoring.scorers import MAX_REASON, Scorer
+from m2m_hf.storage.files import digest_of
 from m2m_hf.storage.run_folder import disk_is_full
 
 MAX_OUTPUT = 1 << 24  # bytes of a command's output that are read
-MAX_REASON = 1000  # characters of a failure's reason
 
 
 class ExternalScorer(Scorer):
@@ -141,9 +140,7 @@ class CommandScorer(ExternalScorer):
     def __init__(self, command: Sequence[str], key: str, base: str, timeout: float = 3600) -> None:
         self.command, self.key, self.base, self.timeout = tuple(command), key, base, timeout
         self.examples = 0
-        files = [
-            file_fingerprint([Path(part)]) for part in command if Path(part).is_absolute() and Path(part).is_file()
-        ]
+        files = [digest_of(Path(part)) for part in command if Path(part).is_absolute() and Path(part).is_file()]
         self.fingerprint = content_fingerprint(["command", list(command), key, *files])
 
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
@@ -251,7 +248,7 @@ class HarnessScorer(ExternalScorer):
             raise InputError(f"{where}.metric: task {task!r} has {', '.join(higher_is_better)}; got {self.metric!r}")
         self.sign = 1.0 if higher_is_better[self.metric] else -1.0
         self.aggregate = members[0].aggregation()[self.metric]
-        source = file_fingerprint([Path(task)]) if local else task
+        source = digest_of(Path(task)) if local else task
         self.fingerprint = content_fingerprint(
             ["lm_eval", version("lm_eval"), source, config.metric, config.num_fewshot, *docs]
         )

@@ -265,7 +265,7 @@ def rows_of(model: PreTrainedModel, questions: Sequence[Question]) -> list[tuple
     rows: list[tuple[int, int, Question]] = []
     for number, question in enumerate(questions):
         whole = len(question.requests) == 1 or question.longest <= span
-        parts = [question] if whole else [Question((request,)) for request in question.requests]
+        parts = [question] if whole else question.parts
         rows.extend((number, first, part) for first, part in enumerate(parts))
     return rows
 

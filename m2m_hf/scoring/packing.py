@@ -38,7 +38,7 @@ class Row:
     branches: list[int]
     scored: list[tuple[int, int, int]]
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """Positions whose logits are needed."""
         return len({index for index, _, _ in self.scored})
@@ -62,7 +62,13 @@ class Question:
         return max(len(request.ids) for request in self.requests)
 
     @cached_property
+    def parts(self) -> list["Question"]:
+        """Every completion as a question of its own."""
+        return [Question((request,)) for request in self.requests]
+
+    @cached_property
     def row(self) -> Row:
+        """The question as one row."""
         shared = self.shared
         row = Row(list(self.requests[0].ids[:shared]), list(range(shared)), [0] * shared, [])
         for number, request in enumerate(self.requests):

@@ -24,6 +24,8 @@ ROUND = 6  # decimals kept of a log-probability, so that what is compared now is
 
 Gradient = tuple[list[tuple[float, ...]], dict[str, float]]  # (log-probabilities by row, derivatives by adapter)
 
+MAX_REASON = 1000  # characters of a failure's reason
+
 
 class Scorer(ABC):
     """Base of the scorers of one target and one set of its rows (validation or test).
@@ -175,6 +177,6 @@ def metric_score(
     try:
         value, stderr, values = metric(predictions, references)
     except Exception as error:  # a metric of the user's may raise anything, and the search goes on
-        return Failure(redact(f"metric {metric.name} raised {type(error).__name__}: {error}")[:1000])
+        return Failure(redact(f"metric {metric.name} raised {type(error).__name__}: {error}")[:MAX_REASON])
     score = Score.of(values, logprobs) if values else Score(value, stderr, (), tuple(logprobs))
     return score if score.finite else Failure(f"metric {metric.name} gives {value}")

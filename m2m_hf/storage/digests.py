@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from m2m_hf.storage.files import file_fingerprint, read_json_or_empty, write_json
+from m2m_hf.storage.files import digest_of, read_json_or_empty, write_json
 
 NAME = ".digests.json"
 
@@ -35,7 +35,7 @@ class Digests:
         if isinstance(known, list) and len(known) == 4 and known[:3] == now and isinstance(known[3], str):
             digest = known[3]
         else:
-            digest = file_fingerprint([path])
+            digest = digest_of(path)
         self._seen[name] = [*now, digest]
         return digest
 

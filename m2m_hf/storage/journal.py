@@ -71,7 +71,7 @@ class Journal:
             places = {name: (int(stored[name]["place"]), int(stored[name]["count"])) for name in LISTS}
             mean = float(stored["mean_logprob"])
             valid = math.isfinite(mean) and all(isinstance(stored[name]["crc32"], int) for name in LISTS)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise InputError(f"not a trial: stored is {stored!r:.80}") from error
         if not valid or any(place < 0 or count < 0 for place, count in places.values()):
             raise InputError(f"not a trial: stored is {stored!r:.80}")

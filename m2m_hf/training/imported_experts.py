@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from m2m_hf.console import Terminal
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, first_line
 from m2m_hf.merging.adapter import ADAPTER_FILES, Adapter
 from m2m_hf.merging.full_experts import DELTA_FILE, floats, save_delta
 from m2m_hf.modeling.devices import broadcast
@@ -240,7 +240,7 @@ class ModelImporter(Importer):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model = self.load(folder)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, InputError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"{where} cannot be loaded as the base model is ({reason[:300]})") from error
         architecture = next(iter(config.architectures or ()), "")
         if self.plan is not None and self.plan.own is None and architecture.endswith(SUFFIX[self.plan.task]):

@@ -9,22 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pico import choice_rows, m2m, project_folder, write_rows
+from pico import choice_rows, language_searcher, m2m, project_folder, write_rows
 
 from m2m_hf import InputError
-from m2m_hf.analysis.study_statistics import compare, figures, has_logprobs
-from m2m_hf.config.parsing import parse
-from m2m_hf.console import Terminal
+from m2m_hf.analysis.study_statistics import compare
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.score import Score
-from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import fine_tuned
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
 from m2m_hf.scoring.causal_lm import ChoiceScorer
-from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.journal import Journal
 from m2m_hf.training import bank
 from m2m_hf.training.fine_tune import TrainingFailedError
 
@@ -57,10 +51,6 @@ def studied(project, finished):
     config = project / "out" / "config.yaml"
     config.write_text(config.read_text().replace(str(finished.parent), str(project)))
     return project
-
-
-def searcher(project, *flags: str) -> MergeToMixSearcher:
-    return MergeToMixSearcher(*parse(project / "run.yaml", flags), Terminal(quiet=True))
 
 
 def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
@@ -139,12 +129,12 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
 
 def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
     """Bit for bit; and the one is not trained again where the other is there."""
-    one = searcher(project)
+    one = language_searcher(project)
     one.search()
     best = one._searched.best.mixture
     counts = one.run.fine_tuned.counts(best)
     folder = one.run.fine_tuned.train(counts)
-    other = searcher(project, "--output_dir", str(project / "other"))
+    other = language_searcher(project, "--output_dir", str(project / "other"))
     other.train_final()
     ours, theirs = ((place / "adapter_model.safetensors").read_bytes() for place in (folder, other.run.folder.final))
     assert ours == theirs
@@ -159,7 +149,7 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
 
 
 def test_a_fine_tuned_single_is_its_adapter_but_for_the_order_of_its_rows(project):
-    one = searcher(project)
+    one = language_searcher(project)
     one.search()
     counts = one.run.fine_tuned.counts(Mixture.subset(["alpha"]))
     record = json.loads((one.run.fine_tuned.train(counts) / "training.json").read_text())
@@ -192,7 +182,7 @@ def test_verification_chooses_by_what_was_fine_tuned(project, capsys):
 
 
 def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once(project, monkeypatch):
-    one = searcher(project, "--verify_top_k", "2")
+    one = language_searcher(project, "--verify_top_k", "2")
     events = []
     real = ChoiceScorer.score
 
@@ -209,7 +199,7 @@ def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once
     assert all(verified for verified, _ in events)
     models = [model for _, model in events]
     assert len(models) == len(set(models))
-    again = searcher(project, "--verify_top_k", "2")
+    again = language_searcher(project, "--verify_top_k", "2")
     monkeypatch.setattr(ChoiceScorer, "score", lambda *args: pytest.fail("scored again"))
     again.select()
 
@@ -253,7 +243,7 @@ def test_an_old_study_is_not_shown_as_this_runs(studied, capsys):
     candidates = yaml.safe_load(path.read_text())["candidates"]
     del candidates["gamma"]
     configure(project, candidates=candidates)
-    one = searcher(project)
+    one = language_searcher(project)
     mixtures, _, complete = fine_tuned_truth(one.run, one.search())  # is made again, for two candidates
     assert len(mixtures) == 3
     assert complete
@@ -264,7 +254,7 @@ def test_verification_obeys_min_delta(studied, capsys):
     target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"]
     target |= {"metric": "logprob", "min_delta": 0.0}
     path = configure(project, targets={"others": target})
-    one = searcher(project, "--verify_top_k", "7")
+    one = language_searcher(project, "--verify_top_k", "7")
     found = one.search()
     true = one.run.study.trained_standings([*one.run.space.subsets()], found.base)
     base = found.base.score.value
@@ -303,7 +293,7 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
 
 
 def test_what_diverges_is_called_by_its_mixture(studied):
-    one = searcher(studied)
+    one = language_searcher(studied)
     one.run.fine_tuned._args.learning_rate = 1e30
     with pytest.raises(TrainingFailedError, match=r"training on alpha \+ beta: it diverged"):
         one.run.fine_tuned.train({"alpha": 11, "beta": 11})
@@ -324,7 +314,7 @@ def test_commands_and_their_sealed_tests_are_studied_too(project):
     assert m2m("select", "--config", path, "--verify_top_k", 1) == 0
     summary = json.loads((project / "out" / "summary.json").read_text())
     assert summary["verified"]["baselines"]["base"]["test"]["score"] == 0
-    one = searcher(project)
+    one = language_searcher(project)
     found = one.fidelity()
     assert found["verdict"]["merged"]["verdict"] == "unknown"
     assert found["agreement"]["merged"]["score"]["pearson"]["row_ci"] is None
@@ -335,7 +325,7 @@ def test_commands_and_their_sealed_tests_are_studied_too(project):
 def test_constraints_hold_in_the_report_and_the_study(studied):
     project = studied
     configure(project, min_datasets=2)
-    one = searcher(project)
+    one = language_searcher(project)
     one.select()
     one.fidelity()
     run = FinishedRun.from_pretrained(project / "out")
@@ -407,41 +397,8 @@ def test_mixed_training_must_be_allowed_and_is_then_done(project, capsys):
     assert "learning_rate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "linear"])
-def test_other_merge_methods_search_too(method, project):
-    one = searcher(project, "--merge_method", method)
-    result = one.search()
-    assert len(result.ranking) == 7
-    assert {trial.objective for trial in result.trials} == {one.run.merge_method.label}
-    average = searcher(project).search()  # in the same folder: a journal holds both apart
-    assert {trial.objective for trial in average.trials} == {"merged"}
-    keys = {trial.key for trial in (*result.trials, *average.trials)}
-    assert len(keys) == len(Journal(one.run.folder.trials).trials) == 16
-
-
-@pytest.mark.parametrize(
-    ("given", "word"),
-    [
-        ({"merge_parameters": {"density": 0.5}}, "takes none"),
-        ({"merge_method": "ties", "merge_parameters": {"density": 1.5}}, "at most 1"),
-        ({"merge_method": "ties", "merge_parameters": {"scaling": 0}}, "a number above 0"),
-        ({"merge_method": "ties", "merge_parameters": {"densiti": 0.5}}, "scaling, density"),
-        ({"merge_method": "tise"}, "expected one of average, "),
-        ({"merge_method": "ties", "weights": "continuous", "strategy": "random"}, "needs merge_method: average"),
-        ({"merge_method": "ties", "strategy": "gradient"}, "merge_method: average"),
-        ({"verify_top_k": -1}, "at least 0"),
-        ({"fidelity_mixtures": 2}, "at least 4"),
-    ],
-)
-def test_wrong_settings_are_refused_before_anything_is_trained(given, word, project, capsys):
-    path = configure(project, **given)
-    assert m2m("search", "--config", path) == 2
-    assert word in capsys.readouterr().err
-    assert not (project / "out").exists()
-
-
 def test_comparisons_leave_out_what_the_surrogate_could_not_score(studied):
-    one = searcher(studied)
+    one = language_searcher(studied)
     mixtures, true, complete = fine_tuned_truth(one.run, one.search())
     ours = surrogate_standings(one.run, mixtures)
     assert complete
@@ -452,22 +409,3 @@ def test_comparisons_leave_out_what_the_surrogate_could_not_score(studied):
         ours[0], trials={name: replace(trial, score=None, state="failed") for name, trial in ours[0].trials.items()}
     )
     assert compare(mixtures, [failed, *ours[1:]], true, complete)["score"].mixtures == 6
-
-
-@pytest.mark.parametrize(
-    ("values", "logprobs", "more"),
-    [
-        ((-1.0, -3.0), (-2.0, -6.0), False),  # a loss is the log-probability, per token
-        ((0.0, 1.0), (-2.0, -6.0), True),
-        ((0.0, 0.0), (-2.0, -6.0), True),
-        ((-1.0, -3.0), (-2.0, -1.0), True),
-        ((0.0, 1.0), (), False),
-    ],
-)
-def test_log_probabilities_are_told_apart_only_where_the_score_is_something_else(values, logprobs, more):
-    mixture = Mixture.subset(["a"])
-    score = Score.of(values, logprobs)
-    trial = Trial("key", mixture, "trained", "quiz", 2, "complete", score, 0.1)
-    standing = Standing(mixture, {"quiz": trial}, {"quiz": 1.0})
-    assert has_logprobs([standing]) is more
-    assert (figures(standing)["logprob"] is not None) is more

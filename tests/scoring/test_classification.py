@@ -367,3 +367,18 @@ def test_a_command_scores_merged_models(intents, tmp_path):
     found = {frozenset(one["names"]): one["score"] for one in trials(intents / "out")}
     pair = (found[frozenset({"noise"})] + found[frozenset({"colours"})]) / 2
     assert found[frozenset({"noise", "colours"})] == pytest.approx(pair, abs=1e-4)
+    assert found[frozenset({"noise"})] != pytest.approx(found[frozenset({"colours"})], abs=1e-3)
+
+
+def test_a_command_loads_its_adapter_on_the_encoder(intents, tmp_path):
+    script = tmp_path / "score.py"
+    script.write_text(
+        "import json, sys\nfrom peft import PeftModel\nfrom transformers import AutoModel\n"
+        "model = PeftModel.from_pretrained(AutoModel.from_pretrained(sys.argv[2]), sys.argv[1])\n"
+        "score = sum(float(one.abs().sum()) for name, one in model.named_parameters() if 'lora_B' in name)\n"
+        "print(json.dumps({'score': score}))\n"
+    )
+    command = [sys.executable, str(script), "{adapter}", "{base_model}"]
+    changed(intents, targets={"t": {"scorer": "command", "command": command}}, max_datasets=1)
+    assert m2m("search", "--config", intents / "intents.yaml") == 0
+    assert trial_of(intents / "out", {"noise"})["score"] > 0

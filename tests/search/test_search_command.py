@@ -4,9 +4,10 @@ import json
 
 import pytest
 import yaml
-from pico import candidate_rows, choice_rows, m2m, write_rows
+from pico import candidate_rows, choice_rows, language_searcher, m2m, write_rows
 
 from m2m_hf import MergeToMixSearcher, SearchCallback
+from m2m_hf.storage.journal import Journal
 
 
 def change(project, **fields) -> None:
@@ -205,3 +206,36 @@ def test_callbacks_of_a_search_that_is_done_are_told_of_its_trials(finished):
     assert searcher.search(callbacks=[seen]).best.mixture == best.mixture
     assert (len(seen.mixtures), seen.recalled, seen.ended) == (len(before), {True}, 1)
     assert trials(finished) == before
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "linear"])
+def test_other_merge_methods_search_too(method, project):
+    one = language_searcher(project, "--merge_method", method)
+    result = one.search()
+    assert len(result.ranking) == 7
+    assert {trial.objective for trial in result.trials} == {one.run.merge_method.label}
+    average = language_searcher(project).search()  # in the same folder: a journal holds both apart
+    assert {trial.objective for trial in average.trials} == {"merged"}
+    keys = {trial.key for trial in (*result.trials, *average.trials)}
+    assert len(keys) == len(Journal(one.run.folder.trials).trials) == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"merge_parameters": {"density": 0.5}}, "takes none"),
+        ({"merge_method": "ties", "merge_parameters": {"density": 1.5}}, "at most 1"),
+        ({"merge_method": "ties", "merge_parameters": {"scaling": 0}}, "a number above 0"),
+        ({"merge_method": "ties", "merge_parameters": {"densiti": 0.5}}, "scaling, density"),
+        ({"merge_method": "tise"}, "expected one of average, "),
+        ({"merge_method": "ties", "weights": "continuous", "strategy": "random"}, "needs merge_method: average"),
+        ({"merge_method": "ties", "strategy": "gradient"}, "merge_method: average"),
+        ({"verify_top_k": -1}, "at least 0"),
+        ({"fidelity_mixtures": 2}, "at least 4"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_trained(given, word, project, capsys):
+    change(project, **given)
+    assert m2m("search", "--config", project / "run.yaml") == 2
+    assert word in capsys.readouterr().err
+    assert not (project / "out").exists()

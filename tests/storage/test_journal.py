@@ -207,7 +207,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     computed = []
-    monkeypatch.setattr("m2m_hf.storage.digests.file_fingerprint", lambda paths: computed.append(paths) or "digest")
+    monkeypatch.setattr("m2m_hf.storage.digests.digest_of", lambda path: computed.append(path) or "digest")
     path = tmp_path / "weights"
     path.write_text("a")
     digests = Digests(tmp_path)

@@ -7,26 +7,19 @@ import shutil
 import pytest
 import torch
 import yaml
-from pico import choice_rows
+from pico import choice_rows, language_searcher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
-from m2m_hf.config.parsing import parse
-from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.loading import load_base
-from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.training.bank import differing
 from m2m_hf.training.fine_tune import planned_steps, train_expert
 
 
-def searcher(project, *flags: str) -> MergeToMixSearcher:
-    return MergeToMixSearcher(*parse(project / "run.yaml", flags), terminal=Terminal(quiet=True))
-
-
 def test_adapters_differ_in_their_data_only(project):
-    one = searcher(project)
+    one = language_searcher(project)
     one.train_adapters()
     records = one.run.bank.training()
     assert records["alpha"]["uniform"] == records["beta"]["uniform"] == records["gamma"]["uniform"] == one.run.facts
@@ -42,7 +35,9 @@ def test_adapters_differ_in_their_data_only(project):
 
 
 def test_every_adapter_starts_from_the_same_weights(project):
-    one = searcher(project, "--learning_rate", "1e-12")  # B moves a little away from 0, A by less than it can hold
+    one = language_searcher(
+        project, "--learning_rate", "1e-12"
+    )  # B moves a little away from 0, A by less than it can hold
     one.train_adapters()
     tensors = [
         load_file(project / "out" / "adapters" / name / "adapter_model.safetensors") for name in ("alpha", "beta")
@@ -52,7 +47,7 @@ def test_every_adapter_starts_from_the_same_weights(project):
 
 def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
     """Training in sequence on one base equals TRL on a freshly loaded model, bit for bit."""
-    one = searcher(project)
+    one = language_searcher(project)
     one.train_adapters()
     args = one.run.args
     args.output_dir = str(tmp_path / "fresh")
@@ -73,7 +68,7 @@ def test_a_bank_is_what_fresh_models_would_give(project, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_training_gives_the_base_back_untouched(project, checkpointing):
-    one = searcher(project, "--activation_checkpointing", checkpointing)
+    one = language_searcher(project, "--activation_checkpointing", checkpointing)
     base = load_base(one.run.model_args, one.run.args)
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     attributes = set(vars(base))
@@ -87,7 +82,7 @@ def test_training_gives_the_base_back_untouched(project, checkpointing):
 
 
 def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
-    one = searcher(project)
+    one = language_searcher(project)
     one.train_adapters()
     before = {path: path.stat().st_mtime_ns for path in (project / "out" / "adapters").rglob("*") if path.is_file()}
     shutil.rmtree(project / "out" / "adapters" / "beta")
@@ -99,7 +94,7 @@ def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
         return real(base, rows, settings, folder, *rest)
 
     monkeypatch.setattr("m2m_hf.training.bank.train_expert", spy)
-    again = searcher(project)
+    again = language_searcher(project)
     assert again.run.bank.check() == ["beta"]
     again.train_adapters()
     assert trained == [".beta.partial"]
@@ -110,7 +105,7 @@ def test_a_complete_adapter_is_never_trained_twice(project, monkeypatch):
 
 
 def test_a_bank_that_is_not_uniform_is_refused_by_name(project):
-    one = searcher(project)
+    one = language_searcher(project)
     one.train_adapters()
     for flags, difference in (
         (("--learning_rate", "0.02"), "learning_rate (0.01 there, 0.02 now)"),
@@ -119,15 +114,15 @@ def test_a_bank_that_is_not_uniform_is_refused_by_name(project):
         (("--max_steps", "4"), "max_steps (3 there, 4 now)"),
     ):
         with pytest.raises(InputError, match=re.escape(difference)):
-            searcher(project, *flags).run.bank.check()
+            language_searcher(project, *flags).run.bank.check()
     assert (
-        searcher(project, "--logging_steps", "3", "--tokens_per_batch", "7").run.bank.check() == []
+        language_searcher(project, "--logging_steps", "3", "--tokens_per_batch", "7").run.bank.check() == []
     )  # nothing learned
     data = project / "beta.jsonl"
     rows = data.read_text()
     data.write_text(rows.replace("red", "ped"))
     with pytest.raises(InputError, match="candidate 'beta' has changed"):
-        searcher(project).run.bank.check()
+        language_searcher(project).run.bank.check()
     data.write_text(rows)
     path = project / "out" / "adapters" / "beta" / "training.json"
     record = json.loads(path.read_text())
@@ -142,13 +137,15 @@ def test_differing():
 
 
 def test_planned_steps_are_what_the_trainer_makes(project):
-    one = searcher(project, "--max_steps", "-1", "--num_train_epochs", "2", "--gradient_accumulation_steps", "2")
+    one = language_searcher(
+        project, "--max_steps", "-1", "--num_train_epochs", "2", "--gradient_accumulation_steps", "2"
+    )
     one.train_adapters()
     assert planned_steps(one.run.args, 12, 0) == one.run.bank.training()["alpha"]["steps"] == 4
 
 
 def test_a_training_that_diverges_is_refused_and_leaves_nothing(project):
-    one = searcher(project, "--learning_rate", "1e38", "--max_grad_norm", "0")
+    one = language_searcher(project, "--learning_rate", "1e38", "--max_grad_norm", "0")
     with pytest.raises(InputError, match=r"not one adapter could be trained: it diverged.*try a lower learning_rate"):
         one.train_adapters()
     assert not (project / "out" / "adapters" / "alpha").exists()
@@ -166,7 +163,7 @@ def test_a_training_that_diverges_is_refused_and_leaves_nothing(project):
 )
 def test_a_shape_that_does_not_fit_is_refused_before_anything_is_written(project, flags, message):
     with pytest.raises(InputError, match=message):
-        searcher(project, *flags).check()
+        language_searcher(project, *flags).check()
     assert not (project / "out").exists()
 
 
@@ -174,7 +171,7 @@ def test_python_checks_what_the_command_line_checks(project):
     path = project / "beta.jsonl"
     path.write_text(path.read_text() + json.dumps({"prompt": choice_rows(1)[0]["prompt"], "completion": " red"}) + "\n")
     with pytest.raises(InputError, match="are also in beta"):
-        searcher(project).search()
+        language_searcher(project).search()
     assert not (project / "out").exists()
 
 
@@ -188,13 +185,13 @@ def test_a_model_from_the_hub_is_pinned_to_its_commit(project, monkeypatch, tmp_
     shutil.copytree(config["model_name_or_path"], cache / "snapshots" / commit)
     for module in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
         monkeypatch.setattr(module, str(tmp_path / "hub"))
-    local = searcher(project)
+    local = language_searcher(project)
     local.train_adapters()
-    hub = searcher(project, "--model_name_or_path", "org/pico", "--output_dir", str(project / "hub"))
+    hub = language_searcher(project, "--model_name_or_path", "org/pico", "--output_dir", str(project / "hub"))
     assert hub.run.model_args.model_revision == commit
     hub.train_adapters()
     assert hub.run.facts["base_model"] == commit
     tensors = [load_file(project / out / "adapters" / "beta" / "adapter_model.safetensors") for out in ("out", "hub")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     with pytest.raises(InputError, match="neither a local model folder nor a model"):
-        searcher(project, "--model_name_or_path", "org/none")
+        language_searcher(project, "--model_name_or_path", "org/none")

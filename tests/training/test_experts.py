@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
-from pico import RGB, changed, images, m2m, searcher
+from pico import RGB, changed, images, m2m, searcher, trials
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -74,10 +74,11 @@ def test_changed_statistics_alone_are_nothing_learned(pictures_of, resnet, capsy
     assert "it learned nothing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--trained_parameters", "layer"), ("--delta_dtype", "bfloat16"), ()])
+@pytest.mark.parametrize("flags", [("--trained_parameters", "layer"), ("--delta_dtype", "bfloat16")])
 def test_what_an_expert_depends_on_is_among_its_facts(intents, flags):
-    other = FLAGS["full"] if flags else FLAGS["lora"]
-    assert searcher(intents, *FLAGS["full"]).run.facts != searcher(intents, *other, *flags).run.facts
+    facts = searcher(intents, *FLAGS["full"]).run.facts
+    assert facts["expert"] == "full"
+    assert facts != searcher(intents, *FLAGS["full"], *flags).run.facts
 
 
 @pytest.mark.parametrize("where", ["final", "candidate"])
@@ -143,5 +144,6 @@ def test_a_command_gets_the_model_that_any_method_has_merged(intents, tmp_path):
     target = {"scorer": "command", "command": [sys.executable, str(script), "{model}"]}
     changed(intents, expert="full", learning_rate=1e-3, merge_method="ties", targets={"t": target})
     assert m2m("search", "--config", intents / "intents.yaml") == 0
+    assert len({one["score"] for one in trials(intents / "out")}) > 2
     changed(intents, expert="lora", targets={"t": target | {"command": [sys.executable, str(script), "{adapter}"]}})
     assert m2m("search", "--config", intents / "intents.yaml", "--output_dir", intents / "other") == 2

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pico import language_searcher
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from m2m_hf import InputError
 from m2m_hf.cli.main import main
-from m2m_hf.config.parsing import parse
-from m2m_hf.console import Terminal
 from m2m_hf.errors import StoppedError
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.files import staging_path
@@ -20,10 +19,6 @@ from m2m_hf.storage.records import COMPLETE, find_incomplete, find_modified
 from m2m_hf.training.fine_tune import finished, last_checkpoint, publish, train_expert, verdict
 
 TIMES = {"seconds", "peak_memory_bytes"}
-
-
-def searcher(project, *flags: str) -> MergeToMixSearcher:
-    return MergeToMixSearcher(*parse(project / "run.yaml", flags), Terminal(quiet=True))
 
 
 class Killed(BaseException):
@@ -56,7 +51,7 @@ def train(one: MergeToMixSearcher, folder: Path, callbacks=(), of: str = "x"):
 def checkpointed(project):
     """A searcher whose trainings take 7 steps, with dropout, and write a checkpoint every 2."""
     flags = ("--max_steps", "7", "--save_steps", "2", "--lora_dropout", "0.1", "--lr_scheduler_type", "cosine")
-    return searcher(project, *flags)
+    return language_searcher(project, *flags)
 
 
 def timeless(record: dict) -> dict:
@@ -235,7 +230,7 @@ def test_an_adapter_that_a_crash_cut_short_is_trained_again_and_one_that_was_cha
         assert (finished / "out" / "trials.jsonl").read_bytes() == trials
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=r"adapter_model\.safetensors is not what was trained"):
-        searcher(finished).run.bank.load()
+        language_searcher(finished).run.bank.load()
     shutil.rmtree(weights.parent)
     assert main(["search", "--config", run]) == 0
     assert weights.read_bytes() == content

@@ -9,7 +9,7 @@ from typing import Any
 
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.errors import InputError
-from m2m_hf.storage.files import file_fingerprint
+from m2m_hf.storage.files import digest_of
 
 SHIPPED = ("accuracy", "exact_match", "macro_f1", "numeric_match", "token_f1")
 SHIPPED_FILE = Path(__file__).parent / "shipped.py"
@@ -111,7 +111,7 @@ def metric_fingerprint(config: TargetConfig) -> list[str | None]:
     """Identifies a target's metric: the bytes of its module, and its name where that module is shipped or not local."""
     path = SHIPPED_FILE if config.metric in SHIPPED else Path(config.metric)
     module = path / f"{path.name}.py" if path.is_dir() else path
-    digest = file_fingerprint([module]) if module.is_file() else None
+    digest = digest_of(module) if module.is_file() else None
     name = config.metric if config.metric in SHIPPED or digest is None else None
     return [name, digest, config.metric_key]
 

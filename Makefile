@@ -27,7 +27,7 @@ quality: $(VENV)/.installed-test ## Lint, check formatting and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-crash: $(VENV)/.installed-test ## Kill runs 60 times and cut every file of a finished one short (about 4 minutes)
+crash: $(VENV)/.installed-test ## Kill runs 60 times and cut every file of a finished one short (about 6 minutes)
 	@$(BIN)/python tests/crash.py --kills 60 --files all
 
 fuzz: $(VENV)/.installed-test ## Thousands of made-up configurations, rows, journals and adapter folders

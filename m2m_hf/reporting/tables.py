@@ -97,7 +97,7 @@ def selection_bias_lines(run: FinishedRun) -> list[str]:
     if bias is None:
         return []
     how = "fine-tuned, " if run.verified else ""
-    line = f"{how}bias-corrected score {bias.corrected:.3f} ({-bias.optimism:+.3f} for selection bias)"
+    line = f"{how}bias-corrected score {bias.corrected:.3f} ({-bias.optimism:+z.3f} for selection bias)"
     if bias.probability_best is not None:
         among = "those fine-tuned" if run.verified else "the mixtures looked at"
         line += f"; the best of {among} with a probability of {bias.probability_best:.2f}"

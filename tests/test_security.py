@@ -105,6 +105,13 @@ def test_no_link_in_a_foreign_run_folder_is_followed_out_of_it(finished, capsys,
     assert outside.read_text() == "mine"
 
 
+def test_a_link_that_leads_nowhere_is_refused(finished, capsys):
+    """Not even where it leads can be found out, as of those in /proc that belong to others."""
+    (finished / "out" / "loop").symlink_to("loop")
+    assert main(["status", str(finished / "out")]) == 2
+    assert "loop is a link to loop" in capsys.readouterr().err
+
+
 def test_a_run_folder_may_be_a_link_itself_and_link_to_itself(project):
     (project / "elsewhere").mkdir()
     (project / "out").symlink_to(project / "elsewhere")

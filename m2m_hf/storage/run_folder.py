@@ -77,10 +77,10 @@ class RunFolder:
         root = self.root.resolve()
         for place, folders, files in os.walk(root):
             for path in (Path(place) / name for name in (*folders, *files)):
-                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                if path.is_symlink() and not leads_into(path, root):
                     raise InputError(
-                        f"{path} is a link to {path.resolve()}, outside the run folder. Move the target here, or link the "
-                        "whole folder"
+                        f"{path} is a link to {path.readlink()}, outside the run folder. Move the target here, or link the whole "
+                        "folder"
                     )
 
     def lock(self) -> None:
@@ -117,4 +117,12 @@ def disk_is_full(error: BaseException | None, folder: Path | None = None) -> boo
     try:
         return any(shutil.disk_usage(path).free < 1 << 16 for path in folders if path)
     except OSError:
+        return False
+
+
+def leads_into(link: Path, folder: Path) -> bool:
+    """Whether a link leads to something in `folder`; not if that cannot be found out."""
+    try:
+        return link.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # not permitted; a loop
         return False

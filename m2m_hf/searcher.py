@@ -24,7 +24,7 @@ from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast, shared_clock
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
-from m2m_hf.objectives.ensemble import MAX_SUBSETS, EnsembleObjective
+from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
 from m2m_hf.reporting.conclude import Analysis, analyse, conclude
 from m2m_hf.reporting.finished_run import FinishedRun
@@ -37,7 +37,7 @@ from m2m_hf.run.final import FinalModel
 from m2m_hf.run.tasks import Classification
 from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl, StopTogether
 from m2m_hf.search.loop import planned_mixtures, search
-from m2m_hf.search.model_based import FEW, STRATEGIES, choose_strategy
+from m2m_hf.search.model_based import STRATEGIES, SUBSETS, choose_strategy, ensemble_shortcut
 from m2m_hf.search.result import Budget, SearchResult
 from m2m_hf.search.strategies import SearchProblem, Strategy, exhaustive, listed
 from m2m_hf.storage.files import write_json
@@ -269,14 +269,14 @@ class MergeToMixSearcher:
         """What proposes mixtures; a choice of ours is printed with its reason."""
         run = self.run
         chosen = run.config.strategy
-        if isinstance(objectives[0], EnsembleObjective) and len(objectives) == 1 and chosen in ("auto", "exhaustive"):
-            ensemble = objectives[0].ensemble(space.names)
-            if space.continuous:
+        if isinstance(objectives[0], EnsembleObjective):
+            shortcut = ensemble_shortcut(space, chosen, len(objectives))
+            if shortcut == "weights":
                 run.terminal.say("strategy: the best weights, since those of an ensemble are a convex problem")
-                return listed(ensemble.best_weights(space))
-            if len(space.names) <= MAX_SUBSETS and not space.at_most(FEW):
-                run.terminal.say("strategy: all subsets, keeping the best 1000, since they cost no forward pass")
-                return listed(ensemble.best_subsets(space))
+                return listed(objectives[0].ensemble(space.names).best_weights(space))
+            if shortcut == "subsets":
+                run.terminal.say(f"strategy: all subsets, keeping the best {SUBSETS}, since they cost no forward pass")
+                return listed(objectives[0].ensemble(space.names).best_subsets(space))
         if chosen == "auto":
             likelihoods = all(isinstance(one, Differentiable) for one in objectives)
             chosen, why = choose_strategy(space, likelihoods, run.config.max_trials or 0)

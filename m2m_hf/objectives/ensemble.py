@@ -24,11 +24,10 @@ from m2m_hf.objectives.merged import MergedObjective
 from m2m_hf.objectives.scored import ScorerObjective
 from m2m_hf.scoring.causal_lm import CompletionScorer
 from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer
+from m2m_hf.search.model_based import SUBSETS
 from m2m_hf.storage.files import readable, sync
 
 BLOCK = 1 << 24  # numbers in one temporary tensor
-SUBSETS = 1000  # mixtures that `best_subsets` returns
-MAX_SUBSETS = 22  # so many candidates still have all their subsets looked at
 ENSEMBLE_METRICS = ("accuracy", "logprob", "loglikelihood")
 
 

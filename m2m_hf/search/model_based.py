@@ -24,6 +24,8 @@ from m2m_hf.search.strategies import (
 ENUMERABLE = 4096  # a space of up to so many mixtures is looked at as a whole
 PAIRS = 30  # the model has a term for every pair of so many candidates, the best single ones
 FEW = 64  # `auto` scores all mixtures if there are at most so many
+SUBSETS = 1000  # the best mixtures that an ensemble search keeps where it looks at all subsets
+MAX_SUBSETS = 22  # so many candidates still have all their subsets looked at
 
 
 class ScoreModel:
@@ -185,6 +187,15 @@ STRATEGIES: dict[str, Callable[[SearchProblem], Strategy]] = {
     "bayes": bayes,
     "gradient": gradient,
 }
+
+
+def ensemble_shortcut(space: SearchSpace, strategy: str, targets: int) -> str | None:
+    """What the ensemble objective can work out in place of a strategy: the best `weights` or `subsets`; None if neither."""
+    if targets > 1 or strategy not in ("auto", "exhaustive"):
+        return None
+    if space.continuous:
+        return "weights"
+    return "subsets" if len(space.names) <= MAX_SUBSETS and not space.at_most(FEW) else None
 
 
 def choose_strategy(space: SearchSpace, likelihoods: bool, max_trials: float = 0) -> tuple[str, str]:

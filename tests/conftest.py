@@ -9,8 +9,10 @@ import tempfile
 from pathlib import Path
 
 from pico import (
+    BERT,
     RGB,
     ROOT,
+    SETTINGS,
     SHAPE,
     build_model,
     build_tokenizer,
@@ -31,7 +33,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models need no more, and t
 
 import pytest
 import torch
-import yaml
 from forks import Forks
 from hub_server import Hub
 from tokenizers import processors
@@ -102,15 +103,8 @@ def pico(tmp_path_factory) -> Path:
 def encoder(tmp_path_factory) -> Path:
     """A folder with a pico BERT, whose pooler nothing trains, and its tokenizer."""
     folder = tmp_path_factory.mktemp("encoder")
-    shape = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-    }
     torch.manual_seed(0)
-    BertModel(BertConfig(**shape, max_position_embeddings=64, attn_implementation="sdpa")).save_pretrained(folder)
+    BertModel(BertConfig(**BERT, attn_implementation="sdpa")).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -249,32 +243,22 @@ def pictures_of(tmp_path):
             write_images(tmp_path / f"{name}.parquet", labels, 9, 100 * number)
         for number, part in enumerate(("validation", "test")):
             write_images(tmp_path / f"{part}.parquet", [*RGB], 7, 1000 * (number + 1))
-        given = {
-            "model_name_or_path": str(model),
-            "task": "image_classification",
-            "lora_r": 4,
-            "lora_target_modules": targets,
-            "learning_rate": 1e-2,
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "activation_checkpointing": False,
-            "logging_steps": 1,
-            "use_cpu": True,
-            "dtype": "float32",
-            "bf16": False,
-            "output_dir": str(tmp_path / "out"),
-            "candidates": {
-                name: {"path": "parquet", "data_files": f"{name}.parquet"} for name in ("warm", "cold", "all")
-            },
-            "targets": {
-                "colours": {
-                    "data": {"path": "parquet", "data_files": "validation.parquet"},
-                    "test_data": {"path": "parquet", "data_files": "test.parquet"},
-                    "scorer": "classification",
-                }
-            },
-        }
-        (tmp_path / "images.yaml").write_text(yaml.safe_dump(given))
+        (tmp_path / "images.yaml").write_text(f"""
+model_name_or_path: {model}
+task: image_classification
+lora_target_modules: {targets}
+{SETTINGS}
+output_dir: {tmp_path / "out"}
+candidates:
+  warm: {{path: parquet, data_files: warm.parquet}}
+  cold: {{path: parquet, data_files: cold.parquet}}
+  all: {{path: parquet, data_files: all.parquet}}
+targets:
+  colours:
+    data: {{path: parquet, data_files: validation.parquet}}
+    test_data: {{path: parquet, data_files: test.parquet}}
+    scorer: classification
+""")
         return tmp_path
 
     return make
@@ -285,15 +269,8 @@ def classifier(tmp_path_factory) -> Path:
     """A pico BERT with a classifier over three colours."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(1)
-    shape = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-    }
     names = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
-    BertForSequenceClassification(BertConfig(**shape, max_position_embeddings=64, **names)).save_pretrained(folder)
+    BertForSequenceClassification(BertConfig(**BERT, **names)).save_pretrained(folder)
     return folder
 
 
@@ -301,12 +278,9 @@ def classifier(tmp_path_factory) -> Path:
 def own(intents, classifier, encoder) -> Path:
     """A run on a model with a classifier of its own."""
     AutoTokenizer.from_pretrained(encoder).save_pretrained(classifier)
-    path = intents / "intents.yaml"
-    given = yaml.safe_load(path.read_text())
-    given["model_name_or_path"] = str(classifier)
+    changed(intents, model_name_or_path=str(classifier))
     for name in ("greetings", "noise"):
         write_rows(intents / f"{name}.jsonl", intent_rows(["blue", "red"], 10, len(name)))
     for part, start in (("validation", 100), ("test", 200)):
         write_rows(intents / f"{part}_intents.jsonl", intent_rows(["green", "blue"], 10, start))
-    path.write_text(yaml.safe_dump(given))
     return intents

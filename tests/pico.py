@@ -36,11 +36,7 @@ from m2m_hf.searcher import MergeToMixSearcher
 
 ROOT = Path(__file__).parents[1]
 SELECT = ROOT / "recipes" / "select.py"
-
-
 TEXT = "question: what is the opposite of hot? answer: cold warm big small yes no one two three four red green blue"
-
-
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
     "<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
@@ -148,6 +144,18 @@ def m2m(*arguments: object) -> int:
     return main([str(one) for one in arguments])
 
 
+SETTINGS = """lora_r: 4
+learning_rate: 1.0e-2
+max_steps: 3
+per_device_train_batch_size: 4
+activation_checkpointing: false
+logging_steps: 1
+use_cpu: true
+dtype: float32
+bf16: false
+"""
+
+
 def project_folder(tmp_path: Path, pico: Path) -> Path:
     """A configuration file with three candidates and a target beside it; `run.yaml` is ready to be selected from."""
     for word in ("alpha", "beta", "gamma"):
@@ -157,17 +165,8 @@ def project_folder(tmp_path: Path, pico: Path) -> Path:
     (tmp_path / "run.yaml").write_text(
         f"""
 model_name_or_path: {pico}
-lora_r: 4
 lora_target_modules: [q_proj, v_proj]
-learning_rate: 1.0e-2
-max_steps: 3
-per_device_train_batch_size: 4
-activation_checkpointing: false
-logging_steps: 1
-use_cpu: true
-dtype: float32
-bf16: false
-output_dir: {tmp_path / "out"}
+{SETTINGS}output_dir: {tmp_path / "out"}
 candidates:
   alpha: {{path: json, data_files: alpha.jsonl}}
   beta: {{path: json, data_files: beta.jsonl}}
@@ -202,17 +201,8 @@ def write_intents(folder: Path, model: Path) -> Path:
         f"""
 model_name_or_path: {model}
 task: sequence_classification
-lora_r: 4
 lora_target_modules: all-linear
-learning_rate: 1.0e-2
-max_steps: 3
-per_device_train_batch_size: 4
-activation_checkpointing: false
-logging_steps: 1
-use_cpu: true
-dtype: float32
-bf16: false
-output_dir: {folder / "out"}
+{SETTINGS}output_dir: {folder / "out"}
 candidates:
   greetings: {{path: json, data_files: greetings.jsonl}}
   colours: {{path: json, data_files: colours.jsonl}}
@@ -246,9 +236,8 @@ def copy_project(folder: Path, copy: Path) -> Path:
 
 
 RGB = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
-
-
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+BERT = SHAPE | {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
 
 
 def write_images(path: Path, labels: list[str], count: int, start: int = 0) -> Path:
@@ -260,9 +249,14 @@ def write_images(path: Path, labels: list[str], count: int, start: int = 0) -> P
     return path
 
 
+def trials(out: Path) -> list[dict]:
+    """The lines of the journal of a run folder."""
+    return [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+
+
 def lines(out: Path) -> dict[frozenset, dict]:
-    found = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
-    return {frozenset(one["names"]): one for one in found if one["objective"] == "merged"}
+    """Members of a mixture -> its merged trial."""
+    return {frozenset(one["names"]): one for one in trials(out) if one["objective"] == "merged"}
 
 
 def searcher(project: Path, *flags: str, name: str = "intents", **values) -> MergeToMixSearcher:
@@ -284,12 +278,6 @@ def pooled(folder: Path, pooling: str) -> None:
     """Has a sentence encoder pool its tokens so."""
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
-
-
-def trial_of(out: Path, names: set[str]) -> dict:
-    lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
-    (found,) = [one for one in lines if set(one["names"]) == names and one["objective"] == "merged"]
-    return found
 
 
 def config(scorer: str, metric: str, **options) -> TargetConfig:
@@ -324,7 +312,3 @@ def arguments(
     given = ["--num_processes", "2", "--main_process_port", port, *options]
     given += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script)]
     return [*given, "--config", str(project / "run.yaml"), "--output_dir", str(output), *flags]
-
-
-def trials(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from hub_server import Repository
-from pico import COLOURS, RGB, SHAPE, build_tokenizer, picture, trial_of
+from pico import COLOURS, RGB, SHAPE, build_tokenizer, lines, picture
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
@@ -341,7 +341,7 @@ def test_before_there_is_a_final_model_an_expert_is_used(hub, run, published_run
     used = run(rows, code=USE)
     assert used.returncode == 0, used.stderr
     best = json.loads((tmp_path / "out" / "summary.json").read_text())["best"]["mixture"]
-    single = trial_of(tmp_path / "out", {next(iter(best))})
+    single = lines(tmp_path / "out")[frozenset({next(iter(best))})]
     assert logprobs(used.stdout) == pytest.approx(single["logprobs"], abs=2e-5)
 
 

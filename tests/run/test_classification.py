@@ -11,9 +11,9 @@ from pico import (
     ROOT,
     changed,
     intent_rows,
+    lines,
     m2m,
     searcher,
-    trial_of,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -70,9 +70,9 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
             change = {key: value - base.state_dict()[key] for key, value in tuned.items()}
         for key, value in change.items():
             state[key] += value / 2
-    found = trial_of(out, {"colours", "noise"})
+    found = lines(out)[frozenset({"colours", "noise"})]
     assert found["logprobs"] == pytest.approx(expected(base, merged, tokenizer, rows, labels), abs=2e-5)
-    base_line = trial_of(out, set())
+    base_line = lines(out)[frozenset()]
     assert base_line["logprobs"] == pytest.approx(expected(base, base, tokenizer, rows, labels), abs=2e-5)
 
     # The final model, as others load it, scores what was said.

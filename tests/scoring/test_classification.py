@@ -22,7 +22,6 @@ from pico import (
     picture,
     pooled,
     searcher,
-    trial_of,
     trials,
     write_rows,
 )
@@ -80,7 +79,7 @@ def test_a_texts_score_is_its_own_in_every_batch_and_the_recipe_reads_it_alike(i
     shutil.rmtree(apart / "trials.values", ignore_errors=True)
     flags = ("--tokens_per_batch", "1", "--output_dir", apart)
     assert m2m("search", "--config", intents / "intents.yaml", *flags) == 0
-    base, told = (trial_of(place, set())["logprobs"] for place in (out, apart))
+    base, told = (lines(place)[frozenset()]["logprobs"] for place in (out, apart))
     assert base == pytest.approx(told, abs=2e-5)
 
     # As code that shares nothing with this scores them, one by one.
@@ -283,7 +282,7 @@ def test_metrics_and_the_other_objectives(intents):
             .replace("metric: accuracy", f"metric: {metric}")
         )
         assert m2m("search", "--config", path, "--output_dir", out) == 0
-        line = trial_of(out, {"colours", "noise"})
+        line = lines(out)[frozenset({"colours", "noise"})]
         assert len(line["logprobs"]) == 10
         assert len(line["values"]) == (10 if metric == "accuracy" else 0)
         assert line["stderr"] is not None
@@ -341,7 +340,7 @@ def test_the_head_is_there_when_a_command_scores(intents, tmp_path):
     )
     changed(intents, targets={"t": {"scorer": "command", "command": [sys.executable, str(script), "{adapter}"]}})
     assert m2m("search", "--config", intents / "intents.yaml") == 0
-    assert trial_of(intents / "out", {"noise"})["score"] == 7
+    assert lines(intents / "out")[frozenset({"noise"})]["score"] == 7
 
 
 @pytest.mark.parametrize(

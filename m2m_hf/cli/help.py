@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,13 @@ output_dir runs/<name of the YAML>.
 
 def fields_text() -> str:
     """The fields of a configuration, for `--help`."""
-    from m2m_hf.config.run_config import field_help
+    from m2m_hf.config.run_config import MergeToMixConfig
 
     lines = ["fields:"]
-    for name, default, text in field_help():
-        if name != "folder":
-            shown = f"  {name:23} {text}" + (f" [{default}]" if default not in ("{}", "None") else "")
+    for item in fields(MergeToMixConfig):
+        if item.name != "folder":
+            default = f" [{item.default}]" if item.default not in (None, MISSING) else ""
+            shown = f"  {item.name:23} {item.metadata['help']}{default}"
             lines.append(textwrap.fill(shown, 120, subsequent_indent=" " * 26))
     return "\n".join(lines) + "\n\n" + SCORERS + "\n" + EXAMPLE
 

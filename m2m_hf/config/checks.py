@@ -1,9 +1,10 @@
-"""Checks that all configurations share: values by rules, keys, names and paths."""
+"""Checks that all configurations share: fields with their rules, keys, names and paths."""
 
 import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +22,30 @@ class Rule(NamedTuple):
     accepts: Callable[[Any], bool]
 
 
-def is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def option(rule: Rule, default: Any = None, help: str = "") -> Any:
+    """A field of a dataclass with its rule and its text for `--help`; `default` may be a factory, such as `dict`."""
+    key = "default_factory" if callable(default) else "default"
+    return field(**{key: default}, metadata={"rule": rule, "help": help})
 
 
-def is_text_mapping(value: Any) -> bool:
-    return is_mapping(value) and all(isinstance(part, str) for pair in value.items() for part in pair)
+def rules(config: type) -> dict[str, Rule]:
+    """The rules of a dataclass made of options, by field."""
+    return {item.name: item.metadata["rule"] for item in fields(config) if item.metadata}
 
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+def text(expected: str) -> Rule:
+    return Rule(expected, is_text)
 
 
-def is_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+def mapping(expected: str, keys: type = object, values: Any = object) -> Rule:
+    """A mapping whose keys and values are of these types."""
+    return Rule(
+        expected,
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(isinstance(key, keys) and isinstance(item, values) for key, item in value.items())
+        ),
+    )
 
 
 def integer(lowest: int) -> Rule:
@@ -52,6 +63,14 @@ def one_of(*choices: str) -> Rule:
     return Rule(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+
+
 BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
 POSITIVE = Rule("a number above 0", lambda value: is_number(value) and value > 0)
 LABELS = Rule(
@@ -61,11 +80,7 @@ LABELS = Rule(
 
 
 def check_fields(values: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> None:
-    """Checks every value against the rule of its field.
-
-    Raises:
-        InputError: with the field, what it expects and what it was given.
-    """
+    """Checks every value against the rule of its field."""
     for name, value in values.items():
         if not rules[name].accepts(value):
             place = f"{where}.{name}" if where else name
@@ -73,11 +88,7 @@ def check_fields(values: Mapping[str, Any], rules: Mapping[str, Rule], where: st
 
 
 def read_entry(entry: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> dict[str, Any]:
-    """The values of a mapping in the YAML, checked; empty keys are left out.
-
-    Raises:
-        InputError: an unknown key, or a value that breaks its rule.
-    """
+    """The values of a mapping in the YAML, checked; empty keys are left out."""
     for key in entry:
         if key not in rules:
             raise InputError(unknown_key_message(str(key), rules, where))
@@ -133,10 +144,6 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
-
-
-def is_file(path: Path) -> bool:
-    return exists(path) and path.is_file()
 
 
 def absolute(path: str, folder: Path) -> str:

@@ -16,12 +16,12 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import get_scheduler
-from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from m2m_hf.config.checks import (
@@ -34,21 +34,16 @@ from m2m_hf.config.checks import (
     unknown_key_message,
 )
 from m2m_hf.config.run_config import YAML_ONLY, MergeToMixConfig
-from m2m_hf.config.yaml_files import is_plain, plain, read_yaml
+from m2m_hf.config.yaml_files import changed_fields, read_yaml
 from m2m_hf.errors import InputError
 
 Settings = tuple[MergeToMixConfig, SFTConfig, ModelConfig]
 SOURCES = ("adapters", "experts")  # a place on the command line; in the YAML also a mapping
-OUR_TYPES = typing.get_type_hints(MergeToMixConfig) | dict.fromkeys(SOURCES, str | None)
 TRL_TYPES = typing.get_type_hints(SFTConfig) | typing.get_type_hints(ModelConfig)
 CommandLine = dataclasses.make_dataclass(  # the fields of MergeToMixConfig that TrlParser reads
     "CommandLine",
     [
-        (
-            item.name,
-            OUR_TYPES[item.name],
-            dataclasses.field(default=item.default, metadata={"help": item.metadata["help"]}),
-        )
+        (item.name, str | None if item.name in SOURCES else item.type, dataclasses.field(default=item.default))
         for item in dataclasses.fields(MergeToMixConfig)
         if item.name not in (*YAML_ONLY, "folder")
     ],
@@ -92,6 +87,15 @@ TRAINING_RULES = {
 }
 
 
+@contextmanager
+def refusing(where: str = "") -> Iterator[None]:
+    """Makes one `InputError` of whatever TRL and transformers raise over a wrong value."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{where}{str(error) or type(error).__name__}") from error
+
+
 class Parser(TrlParser):
     """TRL's parser, but an error is one `InputError` instead of a page of usage."""
 
@@ -101,24 +105,34 @@ class Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
-    def read(self, values: Mapping[str, Any], flags: Sequence[str] = ()) -> tuple[Any, ...]:
-        """The configurations made of `values` and of `flags`, which win.
+    def said(self, values: Mapping[str, Any], flags: Sequence[str]) -> Any:
+        """What `values` and `flags` say, before the configurations are made of it."""
+        with refusing():
+            self.set_defaults_with_config(**values)
+            said, _ = self.parse_known_args(list(flags))
+        return said
 
-        Raises:
-            InputError: whatever argparse or the configurations themselves refuse.
-        """
-        try:
+    def read(self, values: Mapping[str, Any], flags: Sequence[str] = ()) -> tuple[Any, ...]:
+        """The configurations made of `values` and of `flags`, which win."""
+        with refusing():
             self.set_defaults_with_config(**values)
             *configs, rest = self.parse_args_into_dataclasses(
                 args=list(flags), return_remaining_strings=True, look_for_args_file=False
             )
-        except InputError:
-            raise
-        except Exception as error:  # TRL and transformers may raise anything
-            raise InputError(str(error) or type(error).__name__) from error
-        if rest:
-            raise InputError(f"unrecognised arguments: {' '.join(rest)}; expected --field value")
+            refuse_flags(rest)
         return tuple(configs)
+
+
+def refuse_flags(words: Sequence[str]) -> None:
+    """Refuses what the parser does not know: no field, a field that only a YAML can hold, or no flag at all."""
+    for word in words:
+        name = word[2:].split("=")[0]
+        if word.startswith("--") and name in YAML_ONLY:
+            raise InputError(f"--{name}: expected in the YAML, under {name}:")
+        if word.startswith("--"):
+            raise InputError(unknown_key_message(name, field_names(), word))
+    if words:
+        raise InputError(f"unrecognised arguments: {' '.join(words)}; expected --field value")
 
 
 def field_names(*configs: type) -> list[str]:
@@ -142,13 +156,17 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
     """
     settings = {**(read_yaml(config) if config is not None else {}), **(values or {})}
     folder = config.absolute().parent if config is not None else Path.cwd()
-    check_keys(settings, f"--config {config}")
-    check_flags(flags)
+    if "env" in settings:
+        raise InputError("env: set environment variables where the command is started; libraries read them on import")
+    check_keys(settings, field_names(), f"--config {config}")
     check_types(settings)
     structured = {key: settings.pop(key) for key in YAML_ONLY if key in settings}
     sources = {key: settings.pop(key) for key in SOURCES if isinstance(settings.get(key), Mapping)}
-    defaults = {"output_dir": f"runs/{config.stem if config else 'm2m'}"} | hardware_defaults(settings, flags)
-    said, args, model_args = Parser(CommandLine, SFTConfig, ModelConfig).read(defaults | settings, flags)
+    parser = Parser(CommandLine, SFTConfig, ModelConfig)
+    unsaid = dict.fromkeys(("use_cpu", "dtype", "bf16"))
+    defaults = {"output_dir": f"runs/{config.stem if config else 'm2m'}"}
+    defaults |= hardware_defaults(parser.said(unsaid | settings, flags))
+    said, args, model_args = parser.read(defaults | settings, flags)
     structured |= {key: source for key, source in sources.items() if getattr(said, key) is None}
     ours = MergeToMixConfig(**{**vars(said), **structured, "folder": str(folder)})
     check_trl(args, model_args)
@@ -157,44 +175,14 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
     return ours, args, model_args
 
 
-def check_keys(settings: Mapping[str, Any], where: str) -> None:
-    """Refuses keys that no configuration has, and empty ones that need a value.
-
-    Raises:
-        InputError: with the key that was probably meant.
-    """
-    for key, value in settings.items():
-        if key == "env":
-            raise InputError(
-                "env: set environment variables where the command is started; libraries read them on import"
-            )
-        if key not in field_names():
-            raise InputError(unknown_key_message(str(key), field_names(), where))
-        if value is None and type(None) not in typing.get_args((TRL_TYPES | OUR_TYPES)[key]):
-            raise InputError(f"{key}: empty; give a value or remove the key")
-
-
-def check_flags(flags: Sequence[str]) -> None:
-    """Refuses flags that are no field, or a field that only a YAML can hold.
-
-    Raises:
-        InputError: with the field that was probably meant.
-    """
-    names = field_names()
-    for flag in flags:
-        name = flag[2:].split("=")[0]
-        if flag.startswith("--") and name in YAML_ONLY:
-            raise InputError(f"--{name}: expected in the YAML, under {name}:")
-        if flag.startswith("--") and name not in names and not (name.startswith("no_") and name[3:] in names):
-            raise InputError(unknown_key_message(name, names, flag))
+def check_keys(settings: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in settings:
+        if key not in known:
+            raise InputError(unknown_key_message(str(key), known, where))
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
-    """Refuses values of TRL's fields that have another type than theirs.
-
-    Raises:
-        InputError: naming the field.
-    """
+    """Refuses values of TRL's fields that have another type than theirs."""
     for name, hint in TRL_TYPES.items():
         if name in settings and not fits(settings[name], hint):
             words = str(hint if typing.get_origin(hint) else getattr(hint, "__name__", hint)).replace("typing.", "")
@@ -234,38 +222,24 @@ def native_bfloat16(use_cpu: bool) -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def hardware_defaults(settings: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+def hardware_defaults(said: argparse.Namespace) -> dict[str, Any]:
     """`use_cpu`, `dtype`, `bf16` and `learning_rate` where neither the file nor a flag says them; see the table above."""
     import torch
 
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("use_cpu", "fp16", "bf16"):
-        peek.add_argument(f"--{name}", nargs="?", const=True, type=string_to_bool, default=settings.get(name))
-    for name in ("dtype", "expert"):
-        peek.add_argument(f"--{name}", default=settings.get(name))
-    try:
-        said = peek.parse_known_args(list(flags))[0]
-    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise InputError(str(error)) from error
-    if said.use_cpu is None:
-        said.use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    full = said.expert == "full"
-    native = native_bfloat16(bool(said.use_cpu)) and not said.fp16
-    if said.bf16 is None:
-        said.bf16 = native if full or said.dtype is None else not said.fp16 and said.dtype == "bfloat16"
-    if said.dtype is None:
+    use_cpu, dtype, bf16, full = said.use_cpu, said.dtype, said.bf16, said.expert == "full"
+    if use_cpu is None:
+        use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    native = native_bfloat16(use_cpu) and not said.fp16
+    if bf16 is None:
+        bf16 = native if full or dtype is None else not said.fp16 and dtype == "bfloat16"
+    if dtype is None:
         # Small steps on weights in bfloat16 would be rounded away; the Trainer computes in it all the same.
-        said.dtype = "bfloat16" if native and not full else "float32"
-    rate = 2e-5 if full else 2e-4
-    return {"use_cpu": said.use_cpu, "dtype": said.dtype, "bf16": said.bf16, "learning_rate": rate}
+        dtype = "bfloat16" if native and not full else "float32"
+    return {"use_cpu": use_cpu, "dtype": dtype, "bf16": bf16, "learning_rate": 2e-5 if full else 2e-4}
 
 
 def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuses what TRL would take and this package cannot do, or would do wrongly.
-
-    Raises:
-        InputError: with the reason.
-    """
+    """Refuses what TRL would take and this package cannot do, or would do wrongly."""
     for name, reason in UNSUPPORTED.items():
         if getattr(args, name, None) or getattr(model_args, name, None):
             raise InputError(f"{name}: {reason}")
@@ -284,14 +258,10 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
 
 
 def try_optimizer(args: SFTConfig) -> None:
-    """Builds the optimiser and the schedule that the arguments name, on one number.
-
-    Raises:
-        InputError: with their complaint.
-    """
+    """Builds the optimiser and the schedule that the arguments name, on one number."""
     import torch
 
-    try:
+    with refusing("the training arguments cannot be used: "):
         kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(args)
         get_scheduler(
             args.lr_scheduler_type,
@@ -300,39 +270,26 @@ def try_optimizer(args: SFTConfig) -> None:
             num_training_steps=10,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
-    except Exception as error:  # libraries may raise anything
-        raise InputError(f"the training arguments cannot be used: {str(error) or type(error).__name__}") from error
 
 
 def trl_fields(args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     """The fields in which TRL's configurations differ from their defaults, so that TRL rebuilds the same from them."""
-    kept = {"bf16": args.bf16, "output_dir": args.output_dir, "use_cpu": args.use_cpu, "dtype": model_args.dtype}
     defaults = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=False)
-    for config, default in ((args, defaults), (model_args, ModelConfig())):
-        for name in field_names(type(config)):
-            value = plain(getattr(config, name))
-            if name not in kept and value != plain(getattr(default, name)) and is_plain(value):
-                kept[name] = value
-    return dict(sorted(kept.items()))
+    changed = changed_fields(args, defaults) | changed_fields(model_args, ModelConfig())
+    always = {"bf16": args.bf16, "output_dir": args.output_dir, "use_cpu": args.use_cpu, "dtype": model_args.dtype}
+    return dict(sorted((changed | always).items()))
 
 
 def with_overrides(
     args: SFTConfig, model_args: ModelConfig, overrides: Mapping[str, Any], where: str = "final"
 ) -> tuple[SFTConfig, ModelConfig]:
-    """Both configurations with the fields of `final:`, or of a candidate's `training:`, put over them.
-
-    Raises:
-        InputError: a field that neither has, or a value that it does not take.
-    """
+    """Both configurations with the fields of `final:`, or of a candidate's `training:`, put over them."""
+    check_keys(overrides, field_names(SFTConfig, ModelConfig), where)
     for key in overrides:
-        if key not in field_names(SFTConfig, ModelConfig):
-            raise InputError(unknown_key_message(str(key), field_names(SFTConfig, ModelConfig), where))
         if key in NOT_IN_FINAL:
             raise InputError(f"{where}.{key}: {NOT_IN_FINAL[key]}")
-    try:
+    with refusing(f"{where}: "):
         check_types(overrides)
         new_args, new_model_args = Parser(SFTConfig, ModelConfig).read(trl_fields(args, model_args) | {**overrides})
         check_trl(new_args, new_model_args)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
     return new_args, new_model_args

@@ -5,14 +5,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from m2m_hf.config import checks
 from m2m_hf.config.candidates import CandidateConfig
+from m2m_hf.config.checks import BOOLEAN, LABELS, Rule, integer, mapping, number, one_of, option
 from m2m_hf.config.targets import OPTIONS, TargetConfig
 from m2m_hf.core.jsonable import is_number
 from m2m_hf.errors import InputError
@@ -26,29 +27,22 @@ MERGE_PARAMETERS: dict[str, dict[str, Any]] = {  # what each merge method takes,
 }
 MERGE_RULES = {
     "scaling": checks.POSITIVE,
-    "density": checks.Rule("a share above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1),
+    "density": Rule("a share above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1),
 }
 YAML_ONLY = ("candidates", "targets", "labels", "merge_parameters", "final")
 CLASSIFICATION = "task: sequence_classification or image_classification"
 CONTINUOUS = ("auto", "random", "bayes", "gradient")
 MAX_EXHAUSTIVE = 16
-
-
-SOURCES = checks.Rule(
+SOURCES = Rule(
     "org/name, org/name@revision, a folder, or {candidate: any of these}",
-    lambda value: checks.is_text(value) or (checks.is_text_mapping(value) and value and all(value.values())),
+    lambda value: (
+        checks.is_text(value) or (bool(value) and mapping("", str, str).accepts(value) and all(value.values()))
+    ),
 )
 
 
-def filled(example: str) -> checks.Rule:
-    return checks.Rule(f"at least one, such as {example}", lambda value: checks.is_mapping(value) and len(value) > 0)
-
-
-def option(rule: checks.Rule, help: str, default: Any = None) -> Any:
-    """A field with its rule and its text for `--help`; `default` may be a factory, such as `dict`."""
-    if callable(default):
-        return field(default_factory=default, metadata={"rule": rule, "help": help})
-    return field(default=default, metadata={"rule": rule, "help": help})
+def filled(example: str) -> Rule:
+    return Rule(f"at least one, such as {example}", lambda value: isinstance(value, Mapping) and len(value) > 0)
 
 
 @dataclass
@@ -61,143 +55,139 @@ class MergeToMixConfig:
 
     candidates: dict[str, Any] = option(
         filled("my_data: {path: json, data_files: my_data.jsonl}"),
+        dict,
         "YAML only: name -> what load_dataset takes, plus max_examples, columns, where, split_by, required, excluded, cost, "
         "license, labels.",
-        dict,
     )
     targets: dict[str, Any] = option(
         filled("my_task: {scorer: choice, data: {path: json, data_files: validation.jsonl}}"),
-        "YAML only: name -> scorer, data, test_data, metric, weight, min_delta; see below.",
         dict,
+        "YAML only: name -> scorer, data, test_data, metric, weight, min_delta; see below.",
     )
     task: str = option(
-        checks.one_of("causal_lm", "sequence_classification", "image_classification"),
+        one_of("causal_lm", "sequence_classification", "image_classification"),
+        "causal_lm",
         "causal_lm (TRL's SFTTrainer), sequence_classification (text and label) or image_classification (image and label): "
         "transformers' Trainer, with one frozen head for all, the model's own or made of the labels' names.",
-        "causal_lm",
     )
     expert: str = option(
-        checks.one_of("lora", "full"),
-        "What is trained for every candidate: lora (an adapter) or full (all parameters; stored as weight deltas).",
+        one_of("lora", "full"),
         "lora",
+        "What is trained for every candidate: lora (an adapter) or full (all parameters; stored as weight deltas).",
     )
     trained_parameters: str | None = option(
-        checks.Rule("a regular expression", checks.is_text),
-        "expert: full: a regular expression; only parameters with such a name are trained and kept (default: all).",
+        checks.text("a regular expression"),
+        help="expert: full: a regular expression; only parameters with such a name are trained and kept (default: all).",
     )
     delta_dtype: str = option(
-        checks.one_of("float32", "bfloat16", "float16"),
-        "expert: full: dtype of the stored deltas: float32 is lossless; bfloat16 or float16 halve the disk space.",
+        one_of("float32", "bfloat16", "float16"),
         "float32",
+        "expert: full: dtype of the stored deltas: float32 is lossless; bfloat16 or float16 halve the disk space.",
     )
     labels: list[str] | dict[str, str] | None = option(
-        checks.LABELS,
-        "YAML only; classification: the label space, a list or {label: words}. Every row is then a choice among all of it "
+        LABELS,
+        help="YAML only; classification: the label space, a list or {label: words}. Every row is then a choice among all of it "
         "(default: the model's own classifier's, else among the labels of the row's own dataset).",
     )
     label_template: str = option(
-        checks.Rule("a text with {label} in it", lambda value: isinstance(value, str) and "{label}" in value),
-        "Classification: the text that is embedded for a label, such as 'a photo of a {label}'.",
+        Rule("a text with {label} in it", lambda value: isinstance(value, str) and "{label}" in value),
         "{label}",
+        "Classification: the text that is embedded for a label, such as 'a photo of a {label}'.",
     )
     strategy: str = option(
-        checks.one_of("exhaustive", "auto", "random", "greedy", "beam", "surrogate", "bayes", "gradient"),
+        one_of("exhaustive", "auto", "random", "greedy", "beam", "surrogate", "bayes", "gradient"),
+        "exhaustive",
         "How mixtures are proposed: exhaustive (all 2^N-1 subsets), random, greedy, beam, surrogate, bayes, gradient, or "
         "auto, which chooses and says why.",
-        "exhaustive",
     )
     objective: str = option(
-        checks.one_of("merged", "ensemble"),
-        "What scores a mixture: merged (the adapters' exact average) or ensemble (their probabilities' average).",
+        one_of("merged", "ensemble"),
         "merged",
+        "What scores a mixture: merged (the adapters' exact average) or ensemble (their probabilities' average).",
     )
     weights: str = option(
-        checks.one_of("equal", "continuous"),
-        "equal (mixtures are subsets) or continuous (any weights; they become shares of the data).",
+        one_of("equal", "continuous"),
         "equal",
+        "equal (mixtures are subsets) or continuous (any weights; they become shares of the data).",
     )
     race: bool | None = option(
-        checks.BOOLEAN, "Stop scoring mixtures that can no longer win (default: with every strategy but exhaustive)."
+        BOOLEAN, help="Stop scoring mixtures that can no longer win (default: with every strategy but exhaustive)."
     )
     adapters: str | dict[str, str] | None = option(
         SOURCES,
-        "Take missing adapters from org/name or org/name@revision, as m2m push wrote them, or from a folder; of the same data "
-        "and settings only. In the YAML also {candidate: org/name or a folder}, adapters that were trained without m2m.",
+        help="Take missing adapters from org/name or org/name@revision, as m2m push wrote them, or from a folder; of the same "
+        "data and settings only. In the YAML also {candidate: org/name or a folder}, adapters that were trained without m2m.",
     )
     experts: str | dict[str, str] | None = option(
         SOURCES,
-        "The same with expert: full: org/name or a folder with the experts of another run, or in the YAML {candidate: "
+        help="The same with expert: full: org/name or a folder with the experts of another run, or in the YAML {candidate: "
         "org/name or a folder} of finished fine-tunes of the base model.",
     )
     max_trials: int | None = option(
-        checks.integer(1), "Maximum number of mixtures, including base, singles and all together."
+        integer(1), help="Maximum number of mixtures, including base, singles and all together."
     )
     max_example_evaluations: int | None = option(
-        checks.integer(1), "Maximum number of examples scored, over all mixtures."
+        integer(1), help="Maximum number of examples scored, over all mixtures."
     )
-    max_seconds: float | None = option(checks.number(0), "Maximum time for scoring mixtures, in seconds.")
-    min_datasets: int = option(checks.integer(1), "Fewest candidates in a mixture.", 1)
-    max_datasets: int | None = option(checks.integer(1), "Most candidates in a mixture.")
+    max_seconds: float | None = option(number(0), help="Maximum time for scoring mixtures, in seconds.")
+    min_datasets: int = option(integer(1), 1, "Fewest candidates in a mixture.")
+    max_datasets: int | None = option(integer(1), help="Most candidates in a mixture.")
     max_cost: float | None = option(
-        checks.number(0),
-        "Most that the candidates of a mixture may cost together; a candidate costs its tokens, or its cost.",
+        number(0),
+        help="Most that the candidates of a mixture may cost together; a candidate costs its tokens, or its cost.",
     )
     licenses: list[str] | None = option(
-        checks.Rule("a list of names", checks.is_texts),
-        "Only candidates with one of these as their license may be in a mixture.",
+        Rule("a list of names", checks.is_texts),
+        help="Only candidates with one of these as their license may be in a mixture.",
     )
     merge_method: str = option(
-        checks.one_of(*MERGE_PARAMETERS),
-        "How adapters are merged: average (the method's own), or to compare with: task_arithmetic, ties, dare, linear.",
+        one_of(*MERGE_PARAMETERS),
         "average",
+        "How adapters are merged: average (the method's own), or to compare with: task_arithmetic, ties, dare, linear.",
     )
     merge_parameters: dict[str, Any] = option(
-        checks.Rule("names and numbers", checks.is_mapping),
-        "YAML only: scaling (task_arithmetic 0.4, ties 1), density (ties 0.2, dare 0.5).",
+        mapping("names and numbers"),
         dict,
+        "YAML only: scaling (task_arithmetic 0.4, ties 1), density (ties 0.2, dare 0.5).",
     )
     one_standard_error: bool = option(
-        checks.BOOLEAN, "Take mixtures within one standard error of the best as tied, and choose the smallest.", False
+        BOOLEAN, False, "Take mixtures within one standard error of the best as tied, and choose the smallest."
     )
     tokens_per_batch: int | None = option(
-        checks.integer(1), "Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."
+        integer(1), help="Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."
     )
-    allow_overlap: bool = option(checks.BOOLEAN, "Continue even if a candidate contains rows of a target.", False)
+    allow_overlap: bool = option(BOOLEAN, False, "Continue even if a candidate contains rows of a target.")
     allow_metric_code: bool = option(
-        checks.BOOLEAN, "Load metrics and harness tasks of your own, which runs the code in them.", False
+        BOOLEAN, False, "Load metrics and harness tasks of your own, which runs the code in them."
     )
     allow_mixed_training: bool = option(
-        checks.BOOLEAN,
+        BOOLEAN,
+        False,
         "Let candidates have training: of their own. Their adapters then no longer stand for one model trained on all of "
         "them; recipes/ablate_uniformity.py measures what that costs.",
-        False,
     )
     verify_top_k: int = option(
-        checks.integer(0),
-        "Fine-tune the top K mixtures and the baselines, and choose by their scores.",
-        0,
+        integer(0), 0, "Fine-tune the top K mixtures and the baselines, and choose by their scores."
     )
     fidelity_mixtures: int | None = option(
-        checks.integer(4), "m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."
+        integer(4), help="m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."
     )
-    train_final: bool = option(checks.BOOLEAN, "Fine-tune on the chosen mixture at the end, and score it.", True)
+    train_final: bool = option(BOOLEAN, True, "Fine-tune on the chosen mixture at the end, and score it.")
     final: dict[str, Any] = option(
-        checks.Rule("fields of SFTConfig or ModelConfig", checks.is_mapping),
-        "YAML only: fields of SFTConfig or ModelConfig for the final fine-tune alone.",
+        mapping("fields of SFTConfig or ModelConfig"),
         dict,
+        "YAML only: fields of SFTConfig or ModelConfig for the final fine-tune alone.",
     )
     folder: str | None = option(
-        checks.Rule("a folder", lambda value: isinstance(value, (str, PathLike))),
-        "What relative data paths are relative to (default: where the YAML is).",
+        Rule("a folder", lambda value: isinstance(value, (str, PathLike))),
+        help="What relative data paths are relative to (default: where the YAML is).",
     )
 
     def __post_init__(self) -> None:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        rules = {item.name: item.metadata["rule"] for item in fields(self)}
         optional = {item.name for item in fields(self) if item.default is None}
-        checks.check_fields(
-            {key: value for key, value in values.items() if value is not None or key not in optional}, rules
-        )
+        given = {key: value for key, value in values.items() if value is not None or key not in optional}
+        checks.check_fields(given, checks.rules(MergeToMixConfig))
         folder = Path(self.folder or ".").absolute()
         self.adapters, self.experts = resolve_sources(self.adapters, folder), resolve_sources(self.experts, folder)
         self.parsed_labels = checks.names_of_labels(self.labels)
@@ -209,8 +199,8 @@ class MergeToMixConfig:
             checks.check_name(name, "target"): TargetConfig.parse(entry, f"targets.{name}", folder)
             for name, entry in self.targets.items()
         }
-        for check in CROSS_CHECKS:
-            for problem in check(self):
+        for problems in (task_problems, expert_problems, search_problems, candidate_problems):
+            for problem in problems(self):
                 raise InputError(problem)
 
     @property
@@ -227,13 +217,6 @@ class MergeToMixConfig:
         return values
 
 
-def field_help() -> Iterator[tuple[str, str, str]]:
-    """(name, default, help) of every field of `MergeToMixConfig`, for `--help`."""
-    for item in fields(MergeToMixConfig):
-        default = item.default if item.default is not MISSING else {}
-        yield item.name, str(default), item.metadata["help"]
-
-
 def resolve_sources(sources: str | dict[str, str] | None, folder: Path) -> str | dict[str, str] | None:
     """`adapters` or `experts` with local paths made absolute."""
     if isinstance(sources, Mapping):
@@ -242,13 +225,8 @@ def resolve_sources(sources: str | dict[str, str] | None, folder: Path) -> str |
 
 
 def check_merge_parameters(method: str, parameters: Any, where: str) -> None:
-    """Refuses parameters that a merge method does not take.
-
-    Raises:
-        InputError: with what it takes.
-    """
-    if not checks.is_mapping(parameters):
-        raise InputError(f"{where}: expected names and numbers, got {parameters!r}")
+    """Refuses parameters that a merge method does not take."""
+    checks.check_fields({where: parameters}, {where: mapping("names and numbers")})
     for key in parameters:
         if key not in MERGE_PARAMETERS[method]:
             raise InputError(
@@ -257,77 +235,56 @@ def check_merge_parameters(method: str, parameters: Any, where: str) -> None:
     checks.check_fields(parameters, MERGE_RULES, where)
 
 
-Problems = Iterator[str]
-
-
-def labels_belong_to_classification(config: MergeToMixConfig) -> Problems:
-    if config.task != "causal_lm":
-        return
-    if config.labels is not None:
+def task_problems(config: MergeToMixConfig) -> Iterator[str]:
+    """What belongs to another kind of task than the run's."""
+    language = config.task == "causal_lm"
+    if language and config.labels is not None:
         yield f"labels: {config.labels!r} belongs to {CLASSIFICATION}"
-    if config.label_template != "{label}":
+    if language and config.label_template != "{label}":
         yield f"label_template: {config.label_template!r} belongs to {CLASSIFICATION}"
-    for name, candidate in config.parsed_candidates.items():
-        if candidate.labels is not None:
-            yield f"candidates.{name}.labels: belongs to {CLASSIFICATION}"
-
-
-def labels_are_distinct(config: MergeToMixConfig) -> Problems:
     if config.labels is not None and len(config.parsed_labels or ()) < len(config.labels):
         yield f"labels: expected every label once, got {config.labels!r}"
-
-
-def templates_belong_to_language_models(config: MergeToMixConfig) -> Problems:
-    if config.task == "causal_lm":
-        return
     for name, candidate in config.parsed_candidates.items():
-        if candidate.data.template:
+        if language and candidate.labels is not None:
+            yield f"candidates.{name}.labels: belongs to {CLASSIFICATION}"
+        if not language and candidate.data.template:
             yield f"candidates.{name}.template: belongs to task: causal_lm"
+    scorers = tuple(OPTIONS) if language else ("classification", "command", "callable")
     for name, target in config.parsed_targets.items():
-        if target.normalize != "none" or any(data and data.template for data in (target.data, target.test_data)):
+        templates = any(data and data.template for data in (target.data, target.test_data))
+        if not language and (templates or target.normalize != "none"):
             yield f"targets.{name}: normalize and template belong to task: causal_lm"
-
-
-def scorers_fit_the_task(config: MergeToMixConfig) -> Problems:
-    scorers = tuple(OPTIONS) if config.task == "causal_lm" else ("classification", "command", "callable")
-    for name, target in config.parsed_targets.items():
         if target.kind not in scorers:
             yield f"targets.{name}.scorer: expected {' or '.join(scorers[:2])} for {config.task}, got {target.kind}"
 
 
-def settings_fit_the_kind_of_expert(config: MergeToMixConfig) -> Problems:
-    if config.expert == "full" and config.adapters is not None:
+def expert_problems(config: MergeToMixConfig) -> Iterator[str]:
+    """What belongs to another kind of expert than the run's."""
+    full = config.expert == "full"
+    if full and config.adapters is not None:
         yield f"adapters: {config.adapters!r} belongs to expert: lora; with expert: full give experts:"
     for name, default in (("trained_parameters", None), ("delta_dtype", "float32"), ("experts", None)):
-        if config.expert == "lora" and getattr(config, name) != default:
+        if not full and getattr(config, name) != default:
             yield f"{name}: {getattr(config, name)!r} belongs to expert: full"
-    if config.expert == "full" and config.merge_method == "linear":
+    if full and config.merge_method == "linear":
         yield "merge_method: linear averages the factors of LoRA adapters, which full experts do not have"
-
-
-def commands_name_the_kind_of_expert(config: MergeToMixConfig) -> Problems:
-    place, other = ("{model}", "{adapter}") if config.expert == "full" else ("{adapter}", "{model}")
+    try:
+        re.compile(config.trained_parameters or "")
+    except re.error as error:
+        yield f"trained_parameters: {config.trained_parameters!r} is no regular expression ({error})"
+    place, other = ("{model}", "{adapter}") if full else ("{adapter}", "{model}")
     for name, target in config.parsed_targets.items():
         if any(other in part for part in (*target.command, *target.test_command)):
             yield f"targets.{name}.command: with expert: {config.expert} give {place}, not {other}"
 
 
-def trained_parameters_is_a_regular_expression(config: MergeToMixConfig) -> Problems:
-    try:
-        re.compile(config.trained_parameters or "")
-    except re.error as error:
-        yield f"trained_parameters: {config.trained_parameters!r} is no regular expression ({error})"
-
-
-def exhaustive_search_has_few_candidates(config: MergeToMixConfig) -> Problems:
+def search_problems(config: MergeToMixConfig) -> Iterator[str]:
+    """A strategy or a merge method that cannot do what is asked."""
     if config.strategy == "exhaustive" and len(config.candidates) > MAX_EXHAUSTIVE:
         yield (
             f"candidates: {len(config.candidates)} given, but exhaustive search scores 2^N-1 mixtures and takes at most "
             f"{MAX_EXHAUSTIVE}. Use strategy: auto"
         )
-
-
-def continuous_weights_have_a_strategy_and_the_average(config: MergeToMixConfig) -> Problems:
     if config.weights == "continuous" and config.strategy not in CONTINUOUS:
         yield (
             f"strategy: {config.strategy} proposes subsets only; with weights: continuous expected one of "
@@ -335,50 +292,23 @@ def continuous_weights_have_a_strategy_and_the_average(config: MergeToMixConfig)
         )
     if config.weights == "continuous" and config.merge_method != "average":
         yield f"weights: continuous needs merge_method: average, got {config.merge_method}"
-
-
-def merge_parameters_belong_to_the_method(config: MergeToMixConfig) -> Problems:
     check_merge_parameters(config.merge_method, config.merge_parameters, "merge_parameters")
-    yield from ()
 
 
-def names_differ_in_more_than_case(config: MergeToMixConfig) -> Problems:
+def candidate_problems(config: MergeToMixConfig) -> Iterator[str]:
+    """Names that clash or are unknown, and trainings that may not differ."""
     shared = [name for name, count in Counter(name.lower() for name in config.candidates).items() if count > 1]
     if shared:
         yield f"candidates: names that differ only in case share a folder: {', '.join(sorted(shared))}"
-
-
-def imported_experts_are_of_candidates(config: MergeToMixConfig) -> Problems:
-    if any(candidate.split_by for candidate in config.parsed_candidates.values()):
-        return  # its parts are not known yet; they are checked once it has been split
+    split = any(candidate.split_by for candidate in config.parsed_candidates.values())
     for key in ("adapters", "experts"):
         sources = getattr(config, key)
         for name in sources if isinstance(sources, Mapping) else ():
-            if name not in config.candidates:
+            if name not in config.candidates and not split:  # parts of a split are checked once they are known
                 yield checks.unknown_key_message(name, config.candidates, key)
-
-
-def own_training_is_allowed(config: MergeToMixConfig) -> Problems:
     for name, candidate in config.parsed_candidates.items():
         if candidate.training and not config.allow_mixed_training:
             yield (
                 f"candidates.{name}.training: an adapter that is trained differently cannot be averaged with the others and "
                 "stand for one model trained on all. Leave it out, or set allow_mixed_training: true to measure its effect"
             )
-
-
-CROSS_CHECKS: tuple[Callable[[MergeToMixConfig], Problems], ...] = (
-    labels_belong_to_classification,
-    labels_are_distinct,
-    templates_belong_to_language_models,
-    scorers_fit_the_task,
-    settings_fit_the_kind_of_expert,
-    commands_name_the_kind_of_expert,
-    trained_parameters_is_a_regular_expression,
-    exhaustive_search_has_few_candidates,
-    continuous_weights_have_a_strategy_and_the_average,
-    merge_parameters_belong_to_the_method,
-    names_differ_in_more_than_case,
-    imported_experts_are_of_candidates,
-    own_training_is_allowed,
-)

@@ -10,16 +10,7 @@ from m2m_hf.errors import InputError
 
 
 def search_space(config: MergeToMixConfig, tokens: Mapping[str, float], failed: Mapping[str, str]) -> SearchSpace:
-    """The mixtures of candidates that have, or will have, an expert.
-
-    Args:
-        config: with all candidates, those that `split_by` makes among them.
-        tokens: candidate -> tokens of its rows, which is what it costs unless its `cost` says otherwise.
-        failed: candidate -> why its training failed.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The mixtures of candidates that have, or will have, an expert; `failed` says why the training of one failed."""
     candidates = config.parsed_candidates
     allowed = config.licenses
     unlicensed = [name for name, one in candidates.items() if allowed and one.license not in allowed]
@@ -61,11 +52,7 @@ def merge_label(method: str, parameters: Mapping[str, Any], seed: int) -> str:
 
 
 def objective_name(config: MergeToMixConfig, seed: int) -> str:
-    """The same for the objective of a run.
-
-    Args:
-        seed: of the run.
-    """
+    """The same for the objective of a run."""
     if config.objective == "ensemble":
         return "ensemble"
     return merge_label(config.merge_method, config.merge_parameters, seed)

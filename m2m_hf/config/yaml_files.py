@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,7 @@ from m2m_hf.errors import InputError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Loads the mapping in a YAML file, safely.
-
-    Raises:
-        InputError: no such file, not YAML, or not a mapping.
-    """
+    """Loads the mapping in a YAML file, safely."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,6 +39,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return value
+
+
+def changed_fields(config: Any, default: Any) -> dict[str, Any]:
+    """The fields of `default` in which `config` differs from it, as far as YAML can hold them."""
+    values = {item.name: plain(getattr(config, item.name)) for item in fields(default) if item.init}
+    return {name: value for name, value in values.items() if value != plain(getattr(default, name)) and is_plain(value)}
 
 
 def is_plain(value: Any) -> bool:

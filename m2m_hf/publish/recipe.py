@@ -1,7 +1,6 @@
 """The outcome as files: the chosen mixture as data, and a recipe that TRL runs as it is."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.checks import hub_field
 from m2m_hf.config.parsing import trl_fields
-from m2m_hf.config.yaml_files import dump_yaml, is_plain, plain
+from m2m_hf.config.yaml_files import changed_fields, dump_yaml
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.data.mixture_rows import write_mixture
 from m2m_hf.data.rows import FEATURES, Candidate
@@ -115,11 +114,11 @@ def write_label_recipe(
     # SFTConfig's defaults are others than those of TrainingArguments, of which the recipe says what differs.
     defaults = TrainingArguments(output_dir="out", use_cpu=args.use_cpu)
     recipe["training"] = {"output_dir": str(run.root / "trained-by-recipe"), "save_strategy": "no", "report_to": "none"}
-    for item in fields(TrainingArguments):
-        value = plain(getattr(args, item.name))
-        aside = item.name in recipe["training"] or hub_field(item.name) or not item.init
-        if not aside and value != plain(getattr(defaults, item.name)) and is_plain(value):
-            recipe["training"][item.name] = value
+    recipe["training"] |= {
+        name: value
+        for name, value in changed_fields(args, defaults).items()
+        if name not in recipe["training"] and not hub_field(name)
+    }
     recipe["training"]["use_cpu"] = args.use_cpu
     comment = LABEL_COMMENT.format(mixture=mixture, path=run.recipe, data=run.mixture)
     write_atomic(run.recipe, dump_yaml({key: value for key, value in recipe.items() if value is not None}, comment))

@@ -16,9 +16,6 @@ class LazyArray(Sequence[float]):
         count: how many numbers there are.
     """
 
-    __slots__ = ("_count", "_load")
-    __hash__ = None  # type: ignore[assignment]
-
     def __init__(self, load: Callable[[], Any], count: int) -> None:
         self._load, self._count = load, count
 
@@ -35,25 +32,17 @@ class LazyArray(Sequence[float]):
     def __getitem__(self, index: int) -> float: ...
 
     @overload
-    def __getitem__(self, index: slice) -> tuple[float, ...]: ...
+    def __getitem__(self, index: slice) -> Sequence[float]: ...
 
-    def __getitem__(self, index: int | slice) -> float | tuple[float, ...]:
-        item = self._load()[index]
-        return tuple(item.tolist()) if isinstance(index, slice) else float(item)
+    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
+        numbers: float | list[float] = self._load()[index].tolist()
+        return numbers
 
     def __iter__(self) -> Iterator[float]:
         return iter(self._load().tolist())
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        return len(other) == len(self) and bool(np.array_equal(self._load(), np.asarray(other, dtype=TYPE)))
+        return isinstance(other, Sequence) and bool(np.array_equal(self._load(), np.asarray(other, dtype=TYPE)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return np.array(self._load(), dtype=dtype or TYPE)
-
-    def __reduce__(self) -> Any:
-        return LazyArray.of, (tuple(self),)
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))

@@ -60,13 +60,15 @@ def decode(kind: Any, value: Any) -> Any:
         (inner,) = (one for one in arguments if one is not type(None))
         return None if value is None else decode(inner, value)
     if kind is float:
-        if value is None:
-            return math.nan
-        expect(isinstance(value, (int, float)) and not isinstance(value, bool), "a number", value)
-        return value
+        expect(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)), "a number", value)
+        return math.nan if value is None else value
     if kind is Mixture or is_dataclass(kind) or origin is Mapping:
         expect(isinstance(value, Mapping), "an object", value)
-        return decode_object(kind, arguments, value)
+        if kind is Mixture:
+            return Mixture.of({name: decode(float, weight) for name, weight in value.items()})
+        if origin is Mapping:
+            return {arguments[0](key): decode(arguments[1], one) for key, one in value.items()}
+        return decode_fields(kind, value)
     if origin in (tuple, frozenset):
         expect(isinstance(value, (list, tuple)), "a list", value)
         if origin is frozenset or arguments[-1] is ...:
@@ -76,29 +78,23 @@ def decode(kind: Any, value: Any) -> Any:
     return value
 
 
-def decode_object(kind: Any, arguments: tuple[Any, ...], value: Mapping[str, Any]) -> Any:
-    """A mixture, a mapping or a dataclass from a JSON object."""
-    if kind is Mixture:
-        return Mixture.of({name: decode(float, weight) for name, weight in value.items()})
-    if arguments:
-        return {arguments[0](key): decode(arguments[1], one) for key, one in value.items()}
+def decode_fields(kind: Any, value: Mapping[str, Any]) -> Any:
     made = {}
     for item, hint in hints(kind):
-        name = json_name(item)
-        if hint is float and value.get(name) is None and item.default is not MISSING:
+        name, has_default = json_name(item), (item.default, item.default_factory) != (MISSING, MISSING)
+        if has_default and (name not in value or (hint is float and value[name] is None)):
             continue
-        if name in value:
-            made[item.name] = decode(hint, value[name])
-        elif item.default is MISSING and item.default_factory is MISSING:
+        if name not in value:
             raise ValueError(f"{kind.__name__}: {name} is missing")
+        made[item.name] = decode(hint, value[name])
     return kind(**made)
 
 
 @cache
 def hints(kind: Any) -> list[tuple["Field[Any]", Any]]:
-    """(field, annotation) of a dataclass."""
+    """(field, annotation) of a dataclass; finding them takes longer than all else."""
     annotations = get_type_hints(kind)
-    return [(item, annotations[item.name]) for item in fields(kind) if item.init]
+    return [(item, annotations[item.name]) for item in fields(kind)]
 
 
 def expect(right: bool, words: str, value: Any) -> None:

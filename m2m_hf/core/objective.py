@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score
 
@@ -83,10 +82,9 @@ class Objective(ABC):
         values, logprobs = (*before.values, *new.values), (*before.logprobs, *new.logprobs)
         if not complete:
             return Score.of(values, logprobs)
-        return self._summarise(Score.of(self._in_row_order(values), self._in_row_order(logprobs)))
-
-    def _in_row_order(self, values: Sequence[float]) -> Sequence[float]:
-        return LazyArray.of(np.asarray(values)[np.argsort(self.target.order)]) if values else ()
+        places = np.argsort(self.target.order)
+        in_row_order = [np.asarray(numbers)[places].tolist() if numbers else () for numbers in (values, logprobs)]
+        return self._summarise(Score.of(*in_row_order))
 
     def _summarise(self, score: Score) -> Score:
         """The score of all rows from their values, with the standard error that suits the metric."""
@@ -114,10 +112,5 @@ class Differentiable(Protocol):
 
 
 def race_order(scorer: str, examples: int) -> tuple[int, ...]:
-    """The random order in which races see a target's rows. It follows from the target alone, so runs can share trials.
-
-    Args:
-        scorer: the scorer's fingerprint.
-        examples: how many rows the target has.
-    """
+    """The random order in which races see a target's rows. It follows from the scorer's fingerprint, so runs share trials."""
     return tuple(Random(scorer).sample(range(examples), examples))

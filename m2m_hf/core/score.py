@@ -53,12 +53,7 @@ class Failure:
 
 
 def mean_over_targets(scores: Mapping[str, Score], weights: Mapping[str, float]) -> tuple[float, float | None]:
-    """The weighted mean of scores on several targets and its standard error; the targets' rows count as independent.
-
-    Args:
-        scores: target -> score.
-        weights: target -> weight; they need not sum to 1.
-    """
+    """The weighted mean of scores on several targets and its standard error; the targets' rows count as independent."""
     total = sum(weights[target] for target in scores)
     shares = {target: weights[target] / total for target in scores}
     value = sum(shares[target] * score.value for target, score in scores.items())
@@ -75,34 +70,20 @@ def mean_and_stderr(values: Any) -> tuple[float, float]:
 
 
 def paired(
-    ours: Mapping[str, Score], theirs: Mapping[str, Score], weights: Mapping[str, float], measure: str = "score"
+    ours: Mapping[str, Score], theirs: Mapping[str, Score], weights: Mapping[str, float]
 ) -> tuple[float, float | None]:
     """(difference, standard error) of two mixtures on the same rows: the weighted mean over the targets.
 
-    Args:
-        ours: target -> score.
-        theirs: target -> score of the mixture to compare with.
-        weights: target -> weight.
-        measure: `score`, or `logprob` for the log-probability of the right answers.
-
-    Returns:
-        The standard error is None if a target has no values by row.
+    The standard error is None if a target has no values by row.
     """
     total = sum(weights[target] for target in ours)
-    difference, variance = 0.0, 0.0
-    has_rows = True
-    for target, our_score in ours.items():
-        their_score, share = theirs[target], weights[target] / total
-        if measure == "logprob":
-            our_rows, their_rows = our_score.logprobs, their_score.logprobs
+    difference, variance, by_row = 0.0, 0.0, True
+    for target, our in ours.items():
+        their, share = theirs[target], weights[target] / total
+        difference += share * (our.value - their.value)
+        if our.values and their.values:
+            _, stderr = mean_and_stderr(np.asarray(our.values) - np.asarray(their.values))
+            variance += (share * stderr) ** 2
         else:
-            our_rows, their_rows = our_score.values, their_score.values
-            difference += share * (our_score.value - their_score.value)
-        if not our_rows or not their_rows:
-            has_rows = False
-            continue
-        mean, stderr = mean_and_stderr(np.asarray(our_rows) - np.asarray(their_rows))
-        variance += (share * stderr) ** 2
-        if measure == "logprob":
-            difference += share * mean
-    return difference, variance**0.5 if has_rows else None
+            by_row = False
+    return difference, variance**0.5 if by_row else None

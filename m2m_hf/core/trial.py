@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from m2m_hf.core.arrays import LazyArray
-from m2m_hf.core.jsonable import is_number
+from m2m_hf.core.jsonable import Measurement, expect, is_number
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import TargetInfo
-from m2m_hf.core.score import Failure, Score, mean_over_targets
+from m2m_hf.core.score import Failure, Score, mean_over_targets, paired
 from m2m_hf.errors import InputError
 
 
@@ -55,22 +55,13 @@ class Trial:
         seconds: float = 0.0,
     ) -> "Trial":
         """The trial of a measurement on the first `rung` rows (None: all)."""
-        reason = None
+        rung = target.examples if rung is None else rung
+        seconds = round(seconds, 3)  # as the journal stores it
         if isinstance(result, Failure):
-            state, reason = "failed", result.reason.encode("utf-8", "backslashreplace").decode()
-        else:
-            state = "complete" if rung in (None, target.examples) else "pruned"
-        return cls(
-            key=key,
-            mixture=mixture,
-            objective=objective,
-            target=target.name,
-            rung=target.examples if rung is None else rung,
-            state=state,
-            score=None if isinstance(result, Failure) else result,
-            seconds=round(seconds, 3),  # as the journal stores it
-            reason=reason,
-        )
+            reason = result.reason.encode("utf-8", "backslashreplace").decode()
+            return cls(key, mixture, objective, target.name, rung, "failed", None, seconds, reason)
+        state = "complete" if rung == target.examples else "pruned"
+        return cls(key, mixture, objective, target.name, rung, state, result, seconds)
 
     def to_json(self) -> dict[str, Any]:
         """A flat record. All trials have the same columns, so that `load_dataset("json")` reads the journal."""
@@ -100,63 +91,50 @@ class Trial:
             InputError: `to_json` did not write this record.
         """
         try:
-            if problem := find_problem(record):
-                raise InputError(f"not a trial: {problem}")
-            score = None
-            if record["state"] != "failed":
-                values, logprobs = (parse_numbers(record[key]) for key in ("values", "logprobs"))
-                gradient = tuple(parse_numbers(record["gradient"]))
-                score = Score(record["score"], record["stderr"], values, logprobs, gradient)
-            return cls(
-                key=record["key"],
-                mixture=Mixture(tuple(zip(record["names"], record["weights"], strict=True))),
-                objective=record["objective"],
-                target=record["target"],
-                rung=record["rung"],
-                state=record["state"],
-                score=score,
-                seconds=record["seconds"],
-                reason=record["reason"],
-            )
+            check_record(record)
+            mixture = Mixture(tuple(zip(record["names"], record["weights"], strict=True)))
+            plain = {name: record[name] for name in PLAIN}
+            if record["state"] == "failed":
+                return cls(mixture=mixture, score=None, **plain)
+            values, logprobs, gradient = (parse_numbers(record[name]) for name in ("values", "logprobs", "gradient"))
+            score = Score(record["score"], record["stderr"], values, logprobs, tuple(gradient))
+            return cls(mixture=mixture, score=score, **plain)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(str(error) if isinstance(error, InputError) else f"not a trial: {error!r}") from error
+            raise InputError(f"not a trial: {error if isinstance(error, ValueError) else repr(error)}") from error
 
 
+PLAIN = ("key", "objective", "target", "rung", "state", "seconds", "reason")  # fields that are stored as they are
 STATES = ("complete", "pruned", "failed")
 
 
-def find_problem(record: Any) -> str | None:
-    """What is wrong with a journal line; None if nothing is."""
-    if not isinstance(record, dict):
-        return f"expected an object, got {record!r:.80}"
+def check_record(record: Any) -> None:
+    """Refuses a journal line of other keys or types.
+
+    Raises:
+        ValueError, KeyError: see above.
+    """
+    expect(isinstance(record, dict), "an object", record)
     for key in ("key", "objective", "target", "state"):
-        if not isinstance(record[key], str):
-            return f"{key}: expected a string, got {record[key]!r:.80}"
-    if record["state"] not in STATES:
-        return f"state: expected {', '.join(STATES)}, got {record['state']!r:.80}"
-    if not isinstance(record["names"], list) or not all(isinstance(name, str) for name in record["names"]):
-        return "names: expected a list of strings"
-    if not isinstance(record["rung"], int) or record["rung"] < 0 or not is_number(record["seconds"]):
-        return "rung and seconds: expected numbers"
+        expect(isinstance(record[key], str), f"a string as {key}", record[key])
+    expect(record["state"] in STATES, f"{', '.join(STATES)} as state", record["state"])
+    names, rung = record["names"], record["rung"]
+    strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    expect(strings, "a list of strings as names", names)
+    expect(isinstance(rung, int) and rung >= 0, "a number of rows as rung", rung)
+    expect(is_number(record["seconds"]), "a number as seconds", record["seconds"])
     if record["state"] == "failed":
-        return None if isinstance(record["reason"], str) else "reason: missing from a failed trial"
-    if not is_number(record["score"]) or not (record["stderr"] is None or is_number(record["stderr"])):
-        return "score and stderr: expected finite numbers"
-    return None
+        expect(isinstance(record["reason"], str), "the reason of a failed trial", record["reason"])
+        return
+    expect(is_number(record["score"]), "a finite number as score", record["score"])
+    expect(record["stderr"] is None or is_number(record["stderr"]), "a finite number as stderr", record["stderr"])
 
 
 def parse_numbers(value: Any) -> LazyArray:
-    """A list of finite numbers.
-
-    Raises:
-        ValueError: `value` is something else.
-    """
     if isinstance(value, LazyArray):
         return value
     array = np.array(value)
     numeric = isinstance(value, list) and array.ndim == 1 and (array.dtype.kind in "fiu" or not value)
-    if not numeric or not np.isfinite(array).all():
-        raise ValueError(f"expected a list of finite numbers, got {value!r:.80}")
+    expect(numeric and bool(np.isfinite(array).all()), "a list of finite numbers", value)
     return LazyArray.of(array)
 
 
@@ -214,6 +192,10 @@ class Standing:
     @property
     def may_be_chosen(self) -> bool:
         return self.complete and not self.short
+
+    def over(self, other: "Standing") -> Measurement:
+        """How much better it is than another mixture, on the same rows."""
+        return Measurement(*paired(scores_of(self), scores_of(other), self.weights))
 
 
 @dataclass(frozen=True)

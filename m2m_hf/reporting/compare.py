@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2m_hf.console import duration
-from m2m_hf.core.jsonable import Measurement
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.score import paired
-from m2m_hf.core.trial import Standing, scores_of
-from m2m_hf.reporting.finished_run import FinishedRun, estimate
+from m2m_hf.core.trial import Standing
+from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.tables import score_figure, signed, with_error
+from m2m_hf.search.result import score_of
 
 MOST = 10  # lines of a list
 
@@ -86,7 +85,7 @@ def same_content(first: FinishedRun, second: FinishedRun) -> list[str]:
 
 def scorers(run: FinishedRun) -> dict[str, str]:
     """Target -> fingerprint of its rows, scorer and metric."""
-    return {name: one.fingerprints.scorer for name, one in run.targets.items()}
+    return {name: one.fingerprints["scorer"] for name, one in run.targets.items()}
 
 
 def remarks(first: FinishedRun, second: FinishedRun) -> list[str]:
@@ -109,7 +108,7 @@ def remarks(first: FinishedRun, second: FinishedRun) -> list[str]:
     names = "first", "second"
     for own, other in ((0, 1), (1, 0)):
         if all(mixture in scored[own] for mixture in chosen):
-            gain = signed(difference(scored[own][chosen[own]], scored[own][chosen[other]]))
+            gain = signed(scored[own][chosen[own]].over(scored[own][chosen[other]]))
             lines.append(
                 f"by the scores of the {names[own]} its choice is {gain} over the {names[other]}'s, on the same rows"
             )
@@ -121,7 +120,7 @@ def common_mixtures(first: Mapping[Mixture, Standing], second: Mapping[Mixture, 
     both = [mixture for mixture in first if mixture in second]
     lines = [f"{len(both)} mixtures were scored on all rows in both"]
     if len(both) > 2:
-        pairs = [(estimate(first[mixture]), estimate(second[mixture])) for mixture in both]
+        pairs = [(score_of(first[mixture]).value, score_of(second[mixture]).value) for mixture in both]
         if all(len(set(side)) > 1 for side in zip(*pairs, strict=True)):
             from scipy.stats import spearmanr
 
@@ -130,8 +129,3 @@ def common_mixtures(first: Mapping[Mixture, Standing], second: Mapping[Mixture, 
         if ours != theirs:
             lines.append(f"furthest apart: {mixture}, {ours:.3f} in the first and {theirs:.3f} in the second")
     return lines
-
-
-def difference(ours: Standing, theirs: Standing) -> Measurement:
-    """How much better one mixture is than another by the scores of one run."""
-    return Measurement(*paired(scores_of(ours), scores_of(theirs), ours.weights))

@@ -20,7 +20,6 @@ from m2m_hf.reporting.finished_run import (
     FinishedRun,
     FinishedTarget,
     RunWarning,
-    TargetKeys,
     Training,
     mixture_score,
     mixture_scores,
@@ -50,16 +49,15 @@ def analyse(
     Of a verified choice only the bias among the fine-tuned mixtures is known, not that of coming among these.
 
     Args:
-        space: the mixtures that may be chosen.
         usable: the candidates that have an expert.
         fine_tuned: how the mixtures stand that were fine-tuned before choosing, best first.
     """
-    singles = [one for name in usable if (one := result.standings[Mixture.subset([name])]).score]
+    standings = result.standings
+    singles = [one for name in usable if (one := standings[Mixture.subset([name])]).score]
     best_single = max(singles, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
     trained = {one.mixture: one for one in fine_tuned}
     against = {"base": result.base}
-    references = {"all": result.standings[Mixture.subset(usable)], "best_single": best_single}
-    for name, reference in references.items():
+    for name, reference in {"all": standings[Mixture.subset(usable)], "best_single": best_single}.items():
         if reference is not None and (not trained or reference.mixture in trained):
             against[name] = trained.get(reference.mixture, reference)
     bias = selection_bias(
@@ -68,22 +66,16 @@ def analyse(
         {name: one for name, one in against.items() if one.complete},
         () if fine_tuned else others(result, space),
     )
-    joined = {name: joining(result.standings, name) for name in usable}
-    return Analysis(
-        best_single, shapley_values(result.standings, usable), bias, joined, averages_badly(result.standings)
-    )
+    joined = {name: joining(standings, name) for name in usable}
+    return Analysis(best_single, shapley_values(standings, usable), bias, joined, averages_badly(standings))
 
 
 def others(result: SearchResult, space: SearchSpace) -> list[float] | None:
     """Estimated scores of mixtures that might have been chosen and left a race; None where most are not known at all."""
     standings = [one for one in result.standings.values() if one.mixture in space]
-    if objective_of(result.best) == "ensemble" and not space.at_most(len(standings)):
+    if result.trials[0].objective == "ensemble" and not space.at_most(len(standings)):
         return None  # only the best thousand were kept
     return [one.estimate for one in standings if one.pruned and one.estimate is not None]
-
-
-def objective_of(standing: Standing) -> str:
-    return next(iter(standing.trials.values())).objective
 
 
 def conclude(
@@ -98,21 +90,16 @@ def conclude(
     space: SearchSpace,
     study: str,
     overlap: Mapping[tuple[str, str], int],
-    fidelity: Mapping[str, Any] | None = None,
-    verified: Mapping[str, Any] | None = None,
-    final: Mapping[str, Any] | None = None,
-    compare_seconds: float = 0.0,
+    fidelity: Mapping[str, Any] | None,
+    verified: Mapping[str, Any] | None,
+    final: Mapping[str, Any] | None,
+    compare_seconds: float,
 ) -> FinishedRun:
     """A search as a finished run, from which `summary.json` is written.
 
     Args:
-        result: the search.
-        analysis: of it, see `analyse`.
-        config: `config.yaml`.
         rows: target -> part (`validation`, `test`) -> rows.
-        keys: of every target, by which a reader of the journal knows the lines of this run.
         training: candidate -> `training.json` of its expert.
-        space: the mixtures that may be chosen.
         study: fingerprint that a correlation study of this run has.
         overlap: (candidate, target) -> rows of the target that the candidate contains.
         fidelity: `fidelity.json` of this very run.
@@ -122,11 +109,10 @@ def conclude(
     """
     experts = {name: from_json(Training, record) for name, record in training.items()}
     usable = [name for name, one in experts.items() if one.failed is None]
-    best = mixture_score(result.best)
-    assert best is not None
-    singles = [result.standings[Mixture.subset([name])] for name in experts]
+    states = [trial.state for trial in result.trials]
+    (best,) = mixture_scores([result.best])
     run = FinishedRun(
-        objective=objective_of(result.best),
+        objective=result.trials[0].objective,
         candidates=tuple(experts),
         space=space,
         study=study,
@@ -134,7 +120,11 @@ def conclude(
         base=mixture_score(result.base),
         all=mixture_score(result.standings[Mixture.subset(usable)]),
         best_single=mixture_score(analysis.best_single),
-        singles={one.mixture.names[0]: one for one in mixture_scores(singles)},
+        singles={
+            name: one
+            for name in experts
+            if (one := mixture_score(result.standings[Mixture.subset([name])])) is not None
+        },
         top=mixture_scores(result.ranking[:10]),
         selection_bias=analysis.selection_bias,
         shapley=analysis.shapley,
@@ -143,51 +133,38 @@ def conclude(
         pareto_front=mixture_scores(result.pareto_front),
         targets={
             name: FinishedTarget(
-                one.metric,
-                one.kind,
-                one.weight,
-                one.min_delta,
-                sum(name in standing.short for standing in result.standings.values()),
-                rows[name].get("validation", 0),
-                rows[name].get("test", 0),
-                TargetKeys(keys[name].base, keys[name].scorer),
+                metric=one.metric,
+                scorer=one.kind,
+                weight=one.weight,
+                min_delta=one.min_delta,
+                short=sum(name in standing.short for standing in result.standings.values()),
+                validation_rows=rows[name].get("validation", 0),
+                test_rows=rows[name].get("test", 0),
+                fingerprints={"base": keys[name].base, "scorer": keys[name].scorer},
             )
             for name, one in targets.items()
         },
-        final=None,
-        counts=Counts(
-            len(experts),
-            len(result.trials),
-            sum(trial.state == "pruned" for trial in result.trials),
-            sum(trial.state == "failed" for trial in result.trials),
-        ),
+        final=from_json(FinalModel, {"validation": None, "test": None, **final}) if final else None,
+        counts=Counts(len(experts), len(states), states.count("pruned"), states.count("failed")),
         costs=Costs(
-            round(sum(one.seconds for one in experts.values()), 3),
-            round(result.seconds, 3),
-            final["total_seconds"] if final else None,
-            round(compare_seconds, 3),
-            result.evaluations,
-            sum(one.steps for one in experts.values()),
+            train_seconds=round(sum(one.seconds for one in experts.values()), 3),
+            search_seconds=round(result.seconds, 3),
+            final_seconds=final["total_seconds"] if final else None,
+            compare_seconds=round(compare_seconds, 3),
+            example_evaluations=result.evaluations,
+            adapter_steps=sum(one.steps for one in experts.values()),
         ),
         config=config,
         training=experts,
         fidelity=from_json(StudyReport, fidelity) if fidelity else None,
         standings=result.standings,
     )
-    if final:
-        made = from_json(FinalModel, {"validation": None, "test": None, **final})
-        run = replace(run, final=made)
-        means = [run.final_score("final", part) for part in ("validation", "test")]
-        validation, test = (one.value if one else None for one in means)
-        run = replace(run, final=replace(made, validation=validation, test=test))
-    return replace(run, warnings=tuple(find_warnings(run, analysis, overlap, result.ended)))
-
-
-def may_win(pruned: Standing, best: float) -> bool:
-    """True unless a mixture that left a race lies below the best by more than chance on the rows that it was shown."""
-    if pruned.estimate is None or pruned.score is None:
-        return False
-    return pruned.estimate >= best - SIGNIFICANT * (pruned.score.stderr or 0.0)
+    if run.final:
+        validation, test = (run.final_score("final", part) for part in ("validation", "test"))
+        values = replace(run.final, validation=validation and validation.value, test=test and test.value)
+        run = replace(run, final=values)
+    found = find_warnings(run, analysis, overlap, result.ended)
+    return replace(run, warnings=tuple(RunWarning(code, text) for code, text in found))
 
 
 def joining(standings: Mapping[Mixture, Standing], name: str) -> list[float]:
@@ -201,23 +178,18 @@ def joining(standings: Mapping[Mixture, Standing], name: str) -> list[float]:
     return changes
 
 
-def find_warnings(
-    run: FinishedRun, analysis: Analysis, overlap: Mapping[tuple[str, str], int], ended: str
-) -> Iterator[RunWarning]:
-    """Everything that a user should know before believing the result, the gravest first.
+Warnings = Iterator[tuple[str, str]]  # code, text
 
-    Args:
-        overlap: (candidate, target) -> rows of the target that the candidate contains.
-        ended: what ended the search: the `strategy`, the `budget` or a `callback`.
-    """
+
+def find_warnings(run: FinishedRun, analysis: Analysis, overlap: Mapping[tuple[str, str], int], ended: str) -> Warnings:
+    """Everything that a user should know before believing the result, the gravest first; see `conclude`."""
     yield from against_base(run)
     yield from about_candidates(run, analysis.joined)
     for (name, target), rows in overlap.items():
         if rows:
-            text = f"overlap: {name} contains {rows} rows of {target}, which inflates its score"
-            yield RunWarning("overlap", text)
+            yield "overlap", f"overlap: {name} contains {rows} rows of {target}, which inflates its score"
     if worse := analysis.worse:
-        yield RunWarning(
+        yield (
             "averages_badly",
             f"the {run.expert}s average badly: {worse[0]} of {worse[1]} mixtures score below the mean of their parts, as after "
             "training for too long or at too high a learning rate; merged scores then say little about trained mixtures",
@@ -225,16 +197,12 @@ def find_warnings(
     yield from about_rows(run)
     yield from about_fine_tuning(run)
     if ended == "budget":
-        yield RunWarning(
-            "budget", "the budget ended the search before the strategy did; with a larger one it continues"
-        )
+        yield ended, "the budget ended the search before the strategy did; with a larger one it continues"
     if ended == "callback":
-        yield RunWarning(
-            "callback", "a callback stopped the search before the strategy ended; without it, it continues"
-        )
+        yield ended, "a callback stopped the search before the strategy ended; without it, it continues"
 
 
-def against_base(run: FinishedRun) -> Iterator[RunWarning]:
+def against_base(run: FinishedRun) -> Warnings:
     """Whether the chosen mixture is better than the base model."""
     if run.base is not None and run.choice.value <= run.base.score:
         best = run.choice.value if run.verified else run.top[0].score
@@ -242,38 +210,36 @@ def against_base(run: FinishedRun) -> Iterator[RunWarning]:
         if best <= run.base.score:
             how = "fine-tuned, " if run.verified else ""
             text = f"negative transfer: {how}no mixture that may be chosen scores above the base model"
-        yield RunWarning("negative_transfer", text)
+        yield "negative_transfer", text
         return
     gain = run.selection_bias.differences.get("base") if run.selection_bias else None
     if gain is not None and gain.low <= 0:
         shown = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-        text = f"the rows cannot tell the chosen mixture from the base model: {shown}, bias-corrected"
-        yield RunWarning("not_above_base", text)
+        yield "not_above_base", f"the rows cannot tell the chosen mixture from the base model: {shown}, bias-corrected"
 
 
-def about_candidates(run: FinishedRun, joined: Mapping[str, Sequence[float]]) -> Iterator[RunWarning]:
+def about_candidates(run: FinishedRun, joined: Mapping[str, Sequence[float]]) -> Warnings:
     """Candidates that lower scores, that have no expert, or whose expert was trained elsewhere."""
     for name, changes in joined.items():
         lowered = sum(change < 0 for change in changes)
         if len(changes) > 2 and lowered > len(changes) / 2 and sum(changes) < 0:
-            yield RunWarning(
+            mean = -sum(changes) / len(changes)
+            yield (
                 "harmful",
-                f"harmful: {name} lowers {lowered} of the {len(changes)} mixtures that it joins, by "
-                f"{-sum(changes) / len(changes):.3f} on average",
+                f"harmful: {name} lowers {lowered} of the {len(changes)} mixtures that it joins, by {mean:.3f} on average",
             )
     for name, one in run.training.items():
         if one.failed is not None:
-            text = f"{name} is in no mixture: the training of its {run.expert} failed: {one.failed}"
-            yield RunWarning("no_adapter", text)
+            yield "no_adapter", f"{name} is in no mixture: the training of its {run.expert} failed: {one.failed}"
     if taken := [name for name, one in run.training.items() if one.unknown]:
-        yield RunWarning(
+        yield (
             "trained_elsewhere",
             f"how the {run.expert}s of {', '.join(taken)} were trained is not known: averages are fair only if all were trained "
             "alike, from this base model and on these rows",
         )
 
 
-def about_rows(run: FinishedRun) -> Iterator[RunWarning]:
+def about_rows(run: FinishedRun) -> Warnings:
     """Whether there are rows enough to tell mixtures apart."""
     bias = run.selection_bias
     if bias and bias.tied > 1:
@@ -283,32 +249,31 @@ def about_rows(run: FinishedRun) -> Iterator[RunWarning]:
             rows = sum(len(trial.score.values) for trial in trials if trial.score)
             needed = rounded(rows * bias.rows_needed)
             more = f"; to tell it from the second best would take about {needed} rows, not {rows:,}"
-        text = f"the rows cannot tell {bias.tied} mixtures apart, the chosen one among them{more}"
-        yield RunWarning("few_rows", text)
+        yield "few_rows", f"the rows cannot tell {bias.tied} mixtures apart, the chosen one among them{more}"
     elif run.choice.stderr is None:
-        text = "the scorer gives no standard error, so chance differences cannot be told from real ones"
-        yield RunWarning("no_stderr", text)
+        yield "no_stderr", "the scorer gives no standard error, so chance differences cannot be told from real ones"
 
 
-def about_fine_tuning(run: FinishedRun) -> Iterator[RunWarning]:
+def about_fine_tuning(run: FinishedRun) -> Warnings:
     """What fine-tuned mixtures say against the search."""
     kind = "ensemble" if run.objective == "ensemble" else "merged"
     judged = run.fidelity.verdict.get(kind) if run.fidelity else None
     if judged and judged.verdict in ("distrust", "prune"):
-        text = f"fidelity of {kind} scores here: {VERDICTS[judged.verdict]}, since {judged.why}"
-        yield RunWarning("fidelity", text)
+        yield "fidelity", f"fidelity of {kind} scores here: {VERDICTS[judged.verdict]}, since {judged.why}"
     if run.verified is None:
         return
-    if run.verified.by_search != run.best.mixture:
-        text = f"fine-tuned, {run.best.mixture} scores higher than {run.verified.by_search}, the choice of the search"
-        yield RunWarning("overruled", text)
+    best, by_search = run.best.mixture, run.verified.by_search
+    if by_search != best:
+        yield "overruled", f"fine-tuned, {best} scores higher than {by_search}, the choice of the search"
     stratified = (run.verified.baselines or {}).get("stratified")
     over = stratified.validation.over_chosen if stratified and stratified.validation else None
     if over and over.value > SIGNIFICANT * (over.stderr or 0.0):
-        text = f"fine-tuned on equally many rows of every candidate it scores {over.value:.3f} higher than the chosen mixture"
-        yield RunWarning("stratified", text)
+        yield (
+            "stratified",
+            f"fine-tuned on equally many rows of every candidate it scores {over.value:.3f} higher than the chosen mixture",
+        )
     for one in run.verified.failed:
-        yield RunWarning("failed", f"{one.mixture} could not be fine-tuned and scored: {one.reason}")
+        yield "failed", f"{one.mixture} could not be fine-tuned and scored: {one.reason}"
 
 
 def rounded(value: float) -> str:

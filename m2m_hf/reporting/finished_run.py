@@ -1,7 +1,7 @@
 """`FinishedRun`: one finished run, typed and read-only. Table, page, cards, `m2m compare` and `m2m status` are made from it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from m2m_hf.analysis.selection_bias import SelectionBias
 from m2m_hf.analysis.shapley import ShapleyValues
 from m2m_hf.analysis.study_report import StudyReport, Verification
 from m2m_hf.config.checks import check_name
-from m2m_hf.core.jsonable import OPTIONAL, Measurement, from_json, to_json
+from m2m_hf.core.jsonable import OPTIONAL, Measurement, from_json, json_name, to_json
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.objective import TargetInfo, race_order
 from m2m_hf.core.score import Score, mean_over_targets
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Reference, Standing, Trial
 from m2m_hf.errors import InputError, first_line
+from m2m_hf.search.result import score_of
 from m2m_hf.storage.files import read_json, read_json_or_empty
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys
@@ -42,16 +43,11 @@ class RunWarning:
 
 
 @dataclass(frozen=True)
-class TargetKeys:
-    """Fingerprints by which a reader of the journal knows the lines of this run: of the base model and of the scorer."""
-
-    base: str
-    scorer: str
-
-
-@dataclass(frozen=True)
 class FinishedTarget:
-    """A target. `short` counts the mixtures that fall below the base model by more than `min_delta`."""
+    """A target. `short` counts the mixtures that fall below the base model by more than `min_delta`.
+
+    `fingerprints` are of the base model (`base`) and of rows, scorer and metric (`scorer`): the journal's lines have these.
+    """
 
     metric: str
     scorer: str
@@ -60,7 +56,7 @@ class FinishedTarget:
     short: int
     validation_rows: int
     test_rows: int
-    fingerprints: TargetKeys
+    fingerprints: Mapping[str, str]
 
     @property
     def label(self) -> str:
@@ -195,32 +191,33 @@ class FinishedRun:
         Raises:
             InputError: there is no finished search in it, or a file is damaged.
         """
-        folder = Path(folder_or_repo_id).expanduser()
-        published = isinstance(folder_or_repo_id, str) and is_repo_id(folder_or_repo_id) and not folder.is_dir()
-        run = RunFolder(download(str(folder_or_repo_id), revision) if published else folder)
-        for path in (run.config, run.summary):
+        path = Path(folder_or_repo_id).expanduser()
+        published = isinstance(folder_or_repo_id, str) and is_repo_id(folder_or_repo_id) and not path.is_dir()
+        folder = RunFolder(download(str(folder_or_repo_id), revision) if published else path)
+        for path in (folder.config, folder.summary):
             if not path.exists():
                 raise InputError(
                     f"{folder_or_repo_id} holds no finished search: it has no {path.name}; expected the output_dir of m2m search "
                     "or m2m select, or org/name as m2m push wrote it"
                 )
         if not published:  # the Hub's cache is made of links
-            run.refuse_links()
-        config, summary, study = read_config(run.config), read_json(run.summary), read_json_or_empty(run.fidelity)
+            folder.refuse_links()
+        config, summary = read_config(folder.config), read_json(folder.summary)
+        study = read_json_or_empty(folder.fidelity)
         try:
             for name in summary["candidates"]:
                 check_name(name, "candidate")
-            training = {name: read_json(run.adapters / name / "training.json") for name in summary["candidates"]}
-            made = from_json(cls, {**summary, "training": training, "config": config})
-            own = from_json(StudyReport, study) if study.get("fingerprint") == made.study else None
+            training = {name: read_json(folder.adapters / name / "training.json") for name in summary["candidates"]}
+            run = from_json(cls, {**summary, "training": training, "config": config})
+            own = from_json(StudyReport, study) if study.get("fingerprint") == run.study else None
+            standings = read_standings(Journal(folder.trials), run)
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{run.summary}: written by an incompatible version, or damaged ({error}); m2m search --config writes it again"
+                f"{folder.summary}: written by an incompatible version, or damaged ({error}); m2m search --config writes it again"
             ) from error
-        standings = read_standings(Journal(run.trials), made.targets, made.objective, made.training)
-        return replace(made, fidelity=own, standings=standings)
+        return replace(run, fidelity=own, standings=standings)
 
     def summary(self) -> dict[str, Any]:
         """`summary.json`; its keys are a contract (ARCHITECTURE.md)."""
@@ -270,56 +267,37 @@ class FinishedRun:
 
         None where there is no final model, or a target has no such part.
         """
-        if self.final is None:
+        names = [target] if target else list(self.targets)
+        found = {name: self.final.scores.get(name, {}).get(model, {}).get(part) for name in names} if self.final else {}
+        scores = {name: Score(one.score, one.stderr) for name, one in found.items() if one}
+        if not scores or len(scores) < len(names):
             return None
-        found = {}
-        for name in [target] if target else self.targets:
-            score = self.final.scores.get(name, {}).get(model, {}).get(part)
-            if score is None:
-                return None
-            found[name] = Score(score.score, score.stderr)
-        if len(found) == 1:
-            (only,) = found.values()
-            return Measurement(only.value, only.stderr)
-        return Measurement(*mean_over_targets(found, {name: self.targets[name].weight for name in found}))
+        weights = {name: self.targets[name].weight for name in names}
+        return Measurement(*mean_over_targets(scores, weights))
 
     def on_target(self, shown: MixtureScore, target: str) -> Measurement | None:
         """A mixture's score on one target; without a standard error where there is no journal."""
-        trials = self.standings[shown.mixture].trials if shown.mixture in self.standings else {}
-        if target in trials:
-            score = trials[target].score
+        if shown.mixture in self.standings:
+            score = self.standings[shown.mixture].trials[target].score
             return Measurement(score.value, score.stderr) if score else None
         return Measurement(shown.targets[target]) if shown.targets and target in shown.targets else None
 
     @cached_property
-    def order(self) -> list[Standing]:
-        """The mixtures with a score, in the order in which they were scored; without the base model."""
-        return [one for one in self.standings.values() if one.mixture.items and one.score is not None]
-
-    @cached_property
     def scored(self) -> list[Standing]:
-        """The mixtures that were scored on all rows."""
-        return [one for one in self.order if one.complete]
+        """The mixtures that were scored on all rows, in the order in which they were; without the base model."""
+        return [one for one in self.standings.values() if one.mixture.items and one.complete]
 
     @cached_property
     def ranked(self) -> list[Standing]:
         """Those that may be chosen, best first, the chosen one before its equals."""
         allowed = [one for one in self.scored if one.mixture in self.space and not one.short]
-        return sorted(allowed, key=lambda one: (-estimate(one), one.mixture != self.best.mixture, len(one.mixture)))
+        return sorted(
+            allowed, key=lambda one: (-score_of(one).value, one.mixture != self.best.mixture, len(one.mixture))
+        )
 
 
 OTHER_FILES = ("config", "training", "fidelity", "standings")
-SUMMARY: dict[str, str] = {
-    item.name: str(item.metadata.get("name", item.name))
-    for item in FinishedRun.__dataclass_fields__.values()
-    if item.name not in OTHER_FILES
-}
-
-
-def estimate(standing: Standing) -> float:
-    """The score on all rows of a mixture that has one, estimated where it left a race."""
-    assert standing.estimate is not None
-    return standing.estimate
+SUMMARY: dict[str, str] = {item.name: json_name(item) for item in fields(FinishedRun) if item.name not in OTHER_FILES}
 
 
 def is_repo_id(text: str) -> bool:
@@ -344,31 +322,41 @@ def download(repo_id: str, revision: str | None) -> Path:
         raise InputError(f"{repo_id!r} is neither a run folder nor a repository that the Hub shows ({text})") from error
 
 
-def read_standings(
-    journal: Journal, targets: Mapping[str, FinishedTarget], objective: str, training: Mapping[str, Training]
-) -> dict[Mixture, Standing]:
-    """How mixtures stand by the lines of a journal that belong to a run: those whose key is what the run gives them now."""
-    experts = {name: one.fingerprint for name, one in training.items()}
+def read_standings(journal: Journal, run: FinishedRun) -> dict[Mixture, Standing]:
+    """How mixtures stand by the lines of a journal that belong to a run."""
+    experts = {name: one.fingerprint for name, one in run.training.items()}
     keys = {
-        name: Keys(one.fingerprints.base, one.fingerprints.scorer, one.validation_rows, experts)
-        for name, one in targets.items()
+        name: Keys(one.fingerprints["base"], one.fingerprints["scorer"], one.validation_rows, experts)
+        for name, one in run.targets.items()
     }
-    found: dict[Mixture, dict[str, Trial]] = {}
-    for trial in journal.trials.values():
-        if trial.objective == objective and trial.target in keys and keys[trial.target].own(trial):
-            trials = found.setdefault(trial.mixture, {})
-            if trial.target not in trials or trials[trial.target].rung <= trial.rung:
-                trials[trial.target] = trial
+    found = by_mixture(own_trials(journal.trials.values(), keys, [run.objective]), run.targets)
     infos = [
         TargetInfo(
-            name, one.examples, targets[name].weight, targets[name].min_delta, race_order(one.scorer, one.examples)
+            name, one.validation_rows, one.weight, one.min_delta, race_order(keys[name].scorer, one.validation_rows)
         )
-        for name, one in keys.items()
+        for name, one in run.targets.items()
     ]
-    whole = {mixture: trials for mixture, trials in found.items() if len(trials) == len(targets)}
-    usable = [name for name, one in training.items() if one.failed is None]
-    reference = Reference(infos, whole.get(BASE, {}), whole.get(Mixture.subset(usable), {}))
-    return {mixture: reference.standing(mixture, trials) for mixture, trials in whole.items()}
+    reference = Reference(infos, found.get(BASE, {}), found.get(Mixture.subset(run.usable), {}))
+    return {mixture: reference.standing(mixture, trials) for mixture, trials in found.items()}
+
+
+def own_trials(trials: Iterable[Trial], keys: Mapping[str, Keys], objectives: Collection[str]) -> list[Trial]:
+    """The trials of a run as it is now: those whose key is what it gives them.
+
+    Args:
+        keys: target -> what makes its keys.
+    """
+    return [one for one in trials if one.objective in objectives and one.target in keys and keys[one.target].own(one)]
+
+
+def by_mixture(trials: Iterable[Trial], targets: Collection[str]) -> dict[Mixture, dict[str, Trial]]:
+    """Mixture -> target -> the trial that saw most rows, of the mixtures that were scored on all targets."""
+    found: dict[Mixture, dict[str, Trial]] = {}
+    for trial in trials:
+        known = found.setdefault(trial.mixture, {})
+        if trial.target not in known or known[trial.target].rung <= trial.rung:
+            known[trial.target] = trial
+    return {mixture: known for mixture, known in found.items() if len(known) == len(targets)}
 
 
 def mixture_score(standing: Standing | None) -> MixtureScore | None:
@@ -380,5 +368,5 @@ def mixture_score(standing: Standing | None) -> MixtureScore | None:
     return MixtureScore(standing.mixture, score.value, score.stderr, targets if len(targets) > 1 else None)
 
 
-def mixture_scores(standings: Sequence[Standing]) -> tuple[MixtureScore, ...]:
+def mixture_scores(standings: Iterable[Standing]) -> tuple[MixtureScore, ...]:
     return tuple(shown for one in standings if (shown := mixture_score(one)))

@@ -9,8 +9,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from m2m_hf.reporting.finished_run import FinishedRun, estimate
+from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.tables import INTERVAL
+from m2m_hf.search.result import score_of
 
 # Colours by what they mean. In a page they become its CSS variables, so that they follow its light or dark scheme.
 INK, MUTED, LINE, FIRST, SECOND, BAD = "#1b1c1d", "#6b6c6d", "#d0d1d2", "#1d6fb8", "#c5621c", "#b3261e"
@@ -24,7 +25,6 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 4.6  # inches: readable on a phone, two beside each other on a screen
 SHOWN = 24  # mixtures in the picture of the ranking
-POINTS = 1500  # from which on points are drawn as an image
 
 
 def short(name: str, most: int = 26) -> str:
@@ -46,8 +46,17 @@ def ranking(run: FinishedRun) -> Figure | None:
     chosen = [one.mixture == run.best.mixture for one in shown]
     for x, one, mine in zip(places, shown, chosen, strict=True):
         colour = FIRST if mine else MUTED
-        error = INTERVAL * ((one.score.stderr if one.score else None) or 0.0)
-        upper.errorbar(x, estimate(one), error, fmt="o", ms=4.5, color=colour, ecolor=colour, elinewidth=1.2)
+        score = score_of(one)
+        upper.errorbar(
+            x,
+            score.value,
+            INTERVAL * (score.stderr or 0.0),
+            fmt="o",
+            ms=4.5,
+            color=colour,
+            ecolor=colour,
+            elinewidth=1.2,
+        )
     if run.base is not None:
         upper.axhline(run.base.score, color=SECOND, lw=1, ls="--")
         upper.annotate("base model", (0.01, run.base.score), xycoords=("axes fraction", "data"), color=SECOND, fontsize=9,
@@ -119,38 +128,6 @@ def interactions(run: FinishedRun) -> Figure | None:
     return figure
 
 
-def history(run: FinishedRun) -> Figure | None:
-    """The best score after every mixture, in the order in which they were scored, and how many rows each was shown."""
-    order = run.order
-    if len(order) < 3:
-        return None
-    raced = any(one.pruned for one in order)
-    figure = Figure(figsize=(WIDTH, 4.0 if raced else 2.7))
-    upper, lower = figure.subplots(2, 1, sharex=True) if raced else (figure.subplots(), None)
-    places = np.arange(1, len(order) + 1)
-    values = np.array([estimate(one) for one in order])
-    complete = np.array([one.complete for one in order])
-    upper.scatter(places[complete], values[complete], s=10, color=MUTED, alpha=0.6, lw=0, label="scored on all rows",
-                  rasterized=len(order) > POINTS)  # fmt: skip
-    if raced:
-        upper.scatter(places[~complete], values[~complete], s=10, facecolor="none", edgecolor=MUTED, lw=0.7, alpha=0.6,
-                      label="left a race", rasterized=len(order) > POINTS)  # fmt: skip
-    allowed = complete & np.array([one.mixture in run.space and not one.short for one in order])
-    best = np.maximum.accumulate(np.where(allowed, values, -np.inf))
-    upper.step(places[np.isfinite(best)], best[np.isfinite(best)], where="post", color=FIRST, label="best so far")
-    upper.set_ylabel(short(run.metric))
-    upper.legend(loc="lower right")
-    if lower is not None:
-        rows = [max(trial.rung for trial in one.trials.values()) for one in order]
-        colours = [MUTED if done else SECOND for done in complete]
-        many = len(rows) > POINTS  # drawn as an image then, or the page would be megabytes of lines
-        lower.vlines(places, 0, rows, colors=colours, linewidth=max(0.5, min(6.0, 300 / len(rows))), rasterized=many)
-        lower.set_ylim(0)
-        lower.set_ylabel("rows seen")
-    (lower or upper).set_xlabel("mixtures, in the order in which they were scored")
-    return figure
-
-
 def fidelity(run: FinishedRun) -> Figure | None:
     """The scores that mixtures were predicted against those of the fine-tuned models, by surrogate."""
     study = run.fidelity
@@ -209,7 +186,6 @@ PICTURES: dict[str, Callable[[FinishedRun], Figure | None]] = {
     "ranking": ranking,
     "shapley": shapley,
     "interactions": interactions,
-    "history": history,
     "fidelity": fidelity,
     "curves": curves,
 }

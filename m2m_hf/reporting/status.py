@@ -4,8 +4,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from itertools import islice
+from dataclasses import dataclass, fields, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from filelock import FileLock, Timeout
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.search_space import objective_name, search_space
 from m2m_hf.console import duration
-from m2m_hf.core.jsonable import from_json, to_json
+from m2m_hf.core.jsonable import from_json
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
-from m2m_hf.reporting.finished_run import FinishedRun
+from m2m_hf.reporting.finished_run import FinishedRun, by_mixture, own_trials
 from m2m_hf.search.model_based import FEW, choose_strategy
 from m2m_hf.search.result import default_budget
 from m2m_hf.storage.digests import Digests
@@ -32,20 +32,7 @@ from m2m_hf.storage.run_folder import RunFolder, read_config
 MAX_KEPT = 1000  # subsets that an ensemble search keeps
 
 
-@dataclass(frozen=True)
-class Status:
-    """What `m2m status` prints.
-
-    Args:
-        lines: to print.
-        damage: what is damaged, and what to do about it.
-    """
-
-    lines: list[str]
-    damage: list[str]
-
-
-def status(run: RunFolder, full: bool = False) -> Status:
+def status(run: RunFolder, full: bool = False) -> "Status":
     """Reads and checks a run folder: every adapter, every model, every line of the journal.
 
     Args:
@@ -57,11 +44,13 @@ def status(run: RunFolder, full: bool = False) -> Status:
     if not run.config.exists():
         raise InputError(f"{run.root} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
     run.refuse_links()
-    return Inspection(run, full).inspect()
+    found = Status(run, full)
+    found.inspect()
+    return found
 
 
-class Inspection:
-    """One look at a run folder; its methods add to `lines`, `damage`, `left` and `spent`."""
+class Status:
+    """What `m2m status` prints (`lines`), what of it is damaged (`damage`), what is left to do and what was spent."""
 
     def __init__(self, run: RunFolder, full: bool) -> None:
         self.run = run
@@ -76,7 +65,7 @@ class Inspection:
         self.left: list[str] = []
         self.spent: dict[str, float] = {}
 
-    def inspect(self) -> Status:
+    def inspect(self) -> None:
         names, targets = list(self.config.parsed_candidates), list(self.config.parsed_targets)
         self.lines.append(
             f"{os.path.relpath(self.run.root)}: {len(names)} candidates, target{'s' * (len(targets) > 1)} {', '.join(targets)}, "
@@ -84,13 +73,13 @@ class Inspection:
         )
         if self.busy:
             self.lines.append("a process is at work in it now")
-        trained = self.experts(names)
-        self.search(trained)
+        summary = self.finished_search(self.experts(names))
+        if self.config.train_final and (summary is None or summary.final is None):
+            self.left.append("the final fine-tune")
         self.models()
         self.files()
         self.conclude()
         self.digests.save()
-        return Status(self.lines, self.damage)
 
     def damaged(self, path: Path, reason: str) -> None:
         self.damage.append(f"{os.path.relpath(path)}: {reason}")
@@ -134,16 +123,9 @@ class Inspection:
             self.left.append(f"{len(missing)} {noun} ({', '.join(missing)})")
         return trained
 
-    def search(self, trained: dict[str, dict[str, Any]]) -> None:
-        """The journal, and what is left of the search and after it."""
-        summary = self.finished_search(trained)
-        if self.config.train_final and (summary is None or summary.final is None):
-            self.left.append("the final fine-tune")
-
     def finished_search(self, trained: dict[str, dict[str, Any]]) -> FinishedRun | None:
         """The summary of a search that has nothing left to do; None of any other."""
-        trials = self.journal()
-        summary = self.summary()
+        trials, summary = self.journal(), self.summary()
         if trials is None:
             self.left.append("the search")
             return None
@@ -192,13 +174,16 @@ class Inspection:
         if not facts:
             return []
         experts = {name: str(record.get("fingerprint")) for name, record in trained.items()}
-        known = self.run.known_targets()
-        scorers = {name: str(known[name].get("validation")) for name in self.config.parsed_targets if name in known}
-        keys = {name: Keys(base_key(facts[0]), scorer, 0, experts) for name, scorer in scorers.items()}
+        scorers = self.scorers()
+        keys = {name: Keys(base_key(facts[0]), str(scorer), 0, experts) for name, scorer in scorers.items()}
         seed = self.settings.get("seed", 42)
         objective = objective_name(self.config, seed if isinstance(seed, int) else 42)
-        kinds = (objective, "gradient") if objective == "merged" else (objective,)
-        return [one for one in trials if one.objective in kinds and one.target in keys and keys[one.target].own(one)]
+        return own_trials(trials, keys, (objective, "gradient") if objective == "merged" else (objective,))
+
+    def scorers(self) -> dict[str, Any]:
+        """Target -> fingerprint of its rows, scorer and metric, as far as they are known."""
+        known = self.run.known_targets()
+        return {name: known.get(name, {}).get("validation") for name in self.config.parsed_targets}
 
     def summary(self) -> FinishedRun | None:
         """`summary.json`; None where there is none, or it is damaged."""
@@ -212,13 +197,14 @@ class Inspection:
             return None
 
     def belongs(self, summary: FinishedRun, space: SearchSpace) -> bool:
-        """True if a summary is of the candidates, targets and constraints of the configuration."""
-        known = self.run.known_targets()
-        scorers = {name: known.get(name, {}).get("validation") for name in self.config.parsed_targets}
+        """True if a summary is of the candidates, targets and constraints of the configuration.
+
+        Costs may differ: they are the candidates' own, and may have been counted otherwise.
+        """
         return (
             sorted(summary.candidates) == sorted(self.config.parsed_candidates)
-            and {name: one.fingerprints.scorer for name, one in summary.targets.items()} == scorers
-            and without_costs(summary.space) == without_costs(space)
+            and {name: one.fingerprints.get("scorer") for name, one in summary.targets.items()} == self.scorers()
+            and replace(summary.space, costs={}) == replace(space, costs={})
         )
 
     def models(self) -> None:
@@ -293,13 +279,6 @@ def mixture_of(record: dict[str, Any]) -> str:
         return "?"
 
 
-def without_costs(space: SearchSpace) -> dict[str, Any]:
-    """A space to compare; its costs are the candidates' own, and may have been counted otherwise."""
-    shown: dict[str, Any] = to_json(space)
-    del shown["costs"]
-    return shown
-
-
 @dataclass(frozen=True)
 class Remaining:
     """What is left of a search: at most `mixtures` of `total`. `exact` where the strategy scores all mixtures."""
@@ -320,25 +299,20 @@ def remaining(
     """
     candidates = list(config.parsed_candidates)
     together = Mixture.subset([name for name in candidates if name not in failed])
-    first = list(dict.fromkeys([BASE, *(Mixture.subset([name]) for name in candidates), together]))
-    known = last_trials([one for one in trials if one.objective != "gradient"], config.parsed_targets)
+    first = dict.fromkeys([BASE, *(Mixture.subset([name]) for name in candidates), together])
+    scores = [one for one in trials if one.objective != "gradient"]
+    known = by_mixture(scores, config.parsed_targets)
     exact = scores_all(config, space)
-    missing: float
-    total: float
-    if exact:
-        wanted = list(islice(dict.fromkeys([*first, *space.subsets()]), config.max_trials))
-        missing = sum(mixture not in known for mixture in wanted)
-        total = len(wanted)
-    else:
-        total = min(config.max_trials or math.inf, len(first) + proposals(config, space))
-        if not space.continuous:
-            total = min(total, len({*first, *islice(space.subsets(), int(total))}))
-        missing = max(0, total - len(known))
+    most = min(config.max_trials or math.inf, math.inf if exact else len(first) + proposals(config, space))
+    if exact or not space.continuous:
+        possible = chain(first, (mixture for mixture in space.subsets() if mixture not in first))
+        wanted = list(islice(possible, None if most == math.inf else int(most)))
+        most = len(wanted)
+    missing = sum(mixture not in known for mixture in wanted) if exact else max(0, most - len(known))
     ahead = [mixture for mixture in first if mixture not in known]
     climbs = config.strategy == "gradient" or (config.strategy == "auto" and space.continuous)
-    spent = [one for one in trials if climbs or one.objective != "gradient"]
-    allowed = len(ahead) + affordable(config, spent, known.get(BASE, {}), ahead)
-    return Remaining(int(min(missing, allowed)), int(total), exact)
+    allowed = len(ahead) + affordable(config, trials if climbs else scores, known.get(BASE, {}), ahead)
+    return Remaining(int(min(missing, allowed)), int(most), exact)
 
 
 def scores_all(config: MergeToMixConfig, space: SearchSpace) -> bool:
@@ -354,16 +328,6 @@ def proposals(config: MergeToMixConfig, space: SearchSpace) -> int:
     if config.objective == "ensemble" and config.strategy in ("auto", "exhaustive"):
         return MAX_KEPT
     return default_budget(len(space.names))
-
-
-def last_trials(trials: Sequence[Trial], targets: Collection[str]) -> dict[Mixture, dict[str, Trial]]:
-    """Mixture -> target -> the trial that saw most rows, of mixtures that were scored on all targets."""
-    found: dict[Mixture, dict[str, Trial]] = {}
-    for trial in trials:
-        known = found.setdefault(trial.mixture, {})
-        if trial.target in targets and (trial.target not in known or known[trial.target].rung <= trial.rung):
-            known[trial.target] = trial
-    return {mixture: known for mixture, known in found.items() if len(known) == len(targets)}
 
 
 def affordable(

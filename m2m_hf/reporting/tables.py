@@ -6,9 +6,8 @@ from m2m_hf.analysis.fidelity import LARGER, VERDICTS, Agreement
 from m2m_hf.analysis.study_report import Baseline, BaselineScore, Figures, Resilience, StudyReport, Verification
 from m2m_hf.console import duration
 from m2m_hf.core.jsonable import Measurement
-from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.trial import Standing
-from m2m_hf.reporting.conclude import may_win
+from m2m_hf.reporting.conclude import SIGNIFICANT
 from m2m_hf.reporting.finished_run import FinishedRun, MixtureScore
 
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
@@ -144,15 +143,17 @@ def search_lines(run: FinishedRun) -> list[str]:
         found = f"{tied} of them may be as good as the chosen one" if tied else "none is close to the chosen one"
         lines.append(f"{len(pruned)} mixtures were pruned before all rows were scored; {found}")
     if run.counts.failed:
-        lines.append(
-            f"{run.counts.failed} trials failed; their mixtures cannot be chosen. The first: {first_reason(run.standings)}"
-        )
+        trials = [trial for one in run.standings.values() for trial in one.trials.values()]
+        reason = next((trial.reason for trial in trials if trial.state == "failed"), "see trials.jsonl")
+        lines.append(f"{run.counts.failed} trials failed; their mixtures cannot be chosen. The first: {reason}")
     return lines
 
 
-def first_reason(standings: Mapping[Mixture, Standing]) -> str:
-    trials = [trial for one in standings.values() for trial in one.trials.values() if trial.state == "failed"]
-    return trials[0].reason or "" if trials else "see trials.jsonl"
+def may_win(pruned: Standing, best: float) -> bool:
+    """True unless a mixture that left a race lies below the best by more than chance on the rows that it was shown."""
+    if pruned.estimate is None or pruned.score is None:
+        return False
+    return pruned.estimate >= best - SIGNIFICANT * (pruned.score.stderr or 0.0)
 
 
 def stand_in(run: FinishedRun) -> str:

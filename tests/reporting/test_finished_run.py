@@ -98,4 +98,4 @@ def test_failed_trials_are_standings_without_a_score(finished):
     path.write_text("".join(json.dumps(one) + "\n" for one in (*lines[:-1], line)))
     run = FinishedRun.from_pretrained(finished / "out")
     assert run.standings[Mixture.subset(line["names"])].score is None
-    assert len(run.order) == 6
+    assert len(run.scored) == 6

@@ -10,7 +10,7 @@ import yaml
 from pico import choice_rows, m2m, write_rows
 
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.reporting.finished_run import FinishedRun, estimate
+from m2m_hf.reporting.finished_run import FinishedRun
 
 VOID = {"meta", "br", "img", "link", "use", "path", "rect", "line", "circle", "image"}
 HOSTILE = '$\\frac{$<b>&<script>alert("x")</script><img src=x onerror=alert(1)> {{ 771*997 }}'
@@ -106,9 +106,9 @@ def test_the_page_says_what_the_summary_says(out):
         "sealed test",
     ):
         assert word in text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 6
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5
     names = {path.stem for path in (out / "pictures").glob("*.png")}
-    assert names == {"ranking", "shapley", "interactions", "history", "fidelity", "curves"}
+    assert names == {"ranking", "shapley", "interactions", "fidelity", "curves"}
 
 
 def test_it_is_one_file_that_asks_for_nothing(out):
@@ -158,7 +158,7 @@ def test_hostile_names_are_shown_as_text(out):
 
 def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):
     run = FinishedRun.from_pretrained(out)
-    assert len(run.order) == 7
+    assert len(run.scored) == 7
     line = json.loads((out / "trials.jsonl").read_text().splitlines()[0])
     del line["crc32"]  # as of a line made by hand
     foreign = {
@@ -173,7 +173,7 @@ def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):
         file.write(json.dumps(foreign) + "\n")
     again = FinishedRun.from_pretrained(out)
     assert [one.mixture for one in again.ranked] == [one.mixture for one in run.ranked]
-    assert all(estimate(one) < 9 for one in again.order)
+    assert all(one.score.value < 9 for one in again.scored)
     summary = json.loads((out / "summary.json").read_text())
     assert [{"mixture": one.mixture.weights, "score": one.score.value} for one in run.ranked] == [
         {key: one[key] for key in ("mixture", "score")} for one in summary["top"]
@@ -183,7 +183,7 @@ def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):
 def test_a_changed_adapter_makes_its_old_lines_foreign(out):
     change(out / "adapters" / "beta" / "training.json", lambda record: record.update(fingerprint="f" * 16))
     run = FinishedRun.from_pretrained(out)
-    assert {one.mixture for one in run.order} == {
+    assert {one.mixture for one in run.scored} == {
         Mixture.subset(names) for names in (["alpha"], ["gamma"], ["alpha", "gamma"])
     }
     assert m2m("report", out) == 0

@@ -32,11 +32,11 @@ class LazyArray(Sequence[float]):
     def __getitem__(self, index: int) -> float: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Sequence[float]: ...
+    def __getitem__(self, index: slice) -> tuple[float, ...]: ...
 
-    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
-        numbers: float | list[float] = self._load()[index].tolist()
-        return numbers
+    def __getitem__(self, index: int | slice) -> float | tuple[float, ...]:
+        item = self._load()[index]
+        return tuple(item.tolist()) if isinstance(index, slice) else float(item)
 
     def __iter__(self) -> Iterator[float]:
         return iter(self._load().tolist())

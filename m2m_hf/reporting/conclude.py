@@ -160,9 +160,9 @@ def conclude(
         standings=result.standings,
     )
     if run.final:
-        validation, test = (run.final_score("final", part) for part in ("validation", "test"))
-        values = replace(run.final, validation=validation and validation.value, test=test and test.value)
-        run = replace(run, final=values)
+        means = [run.final_score("final", part) for part in ("validation", "test")]
+        values = [one.value if one else None for one in means]
+        run = replace(run, final=replace(run.final, validation=values[0], test=values[1]))
     found = find_warnings(run, analysis, overlap, result.ended)
     return replace(run, warnings=tuple(RunWarning(code, text) for code, text in found))
 

@@ -201,14 +201,14 @@ def draw(run: FinishedRun, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         for name, picture in PICTURES.items():
-            path = folder / f"{name}.png"
-            if (figure := picture(run)) is None:
-                path.unlink(missing_ok=True)
-                continue
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # what was laid out once need not be for every file
-            figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
-            drawn[name] = svg(figure, name)
+            if (figure := picture(run)) is not None:
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")  # what was laid out once need not be for every file
+                figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white", metadata={"Software": None})
+                drawn[name] = svg(figure, name)
+    for path in folder.glob("*.png"):
+        if path.stem not in drawn:  # of an earlier state of the run
+            path.unlink()
     return drawn
 
 

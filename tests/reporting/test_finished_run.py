@@ -38,8 +38,8 @@ def test_rows_are_counted_also_where_the_scorer_brings_its_own(finished):
     targets = {
         name: dataclasses.replace(one, validation_rows=0) for name, one in run.targets.items()
     }  # as of a command
-    (warning,) = about_rows(dataclasses.replace(run, selection_bias=bias, targets=targets))
-    assert warning.text.endswith(f"rows, not {rows}")
+    ((_, text),) = about_rows(dataclasses.replace(run, selection_bias=bias, targets=targets))
+    assert text.endswith(f"rows, not {rows}")
 
 
 def test_the_example_of_its_docstring_runs(finished, capsys):

@@ -21,7 +21,7 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.errors import InputError
-from m2m_hf.modeling.devices import broadcast, shared_clock
+from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import EnsembleObjective
@@ -35,9 +35,11 @@ from m2m_hf.run.comparison import Verification, compare_with_baselines, read_stu
 from m2m_hf.run.context import RunContext
 from m2m_hf.run.final import FinalModel
 from m2m_hf.run.tasks import Classification
-from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl, StopTogether
+from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl
 from m2m_hf.search.loop import planned_mixtures, search
+from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES, SUBSETS, choose_strategy, ensemble_shortcut
+from m2m_hf.search.race import reasons_against_racing
 from m2m_hf.search.result import Budget, SearchResult
 from m2m_hf.search.strategies import SearchProblem, Strategy, exhaustive, listed
 from m2m_hf.storage.files import write_json
@@ -228,7 +230,7 @@ class MergeToMixSearcher:
         )
         race = strategy is not exhaustive if config.race is None else config.race
         if race and config.objective == "merged":
-            for reason in reasons_against_racing(objectives, config.one_standard_error):
+            for reason in reasons_against_racing([one.target for one in objectives], config.one_standard_error):
                 run.terminal.say(f"no racing: {reason}", "yellow")
         known = len(journal.trials)
         # A search that goes on is a run of its own, which shows the curve from its beginning.
@@ -239,21 +241,11 @@ class MergeToMixSearcher:
             run.terminal.progress("scoring mixtures", total) as bar,
         ):
             own = [RememberTargets(run), ProgressCallback(bar), SearchTracker(tracker)]
-            result = search(
-                strategy,
-                space,
-                objectives,
-                journal,
-                names=tuple(run.candidates),
-                costs=space.costs,
-                failed=run.failed,
-                one_standard_error=config.one_standard_error,
-                race=race,
-                budget=budget,
-                seed=run.args.seed,
-                callbacks=[*own, *callbacks, StopTogether(broadcast)],
-                clock=shared_clock,
+            state = SearchState(
+                space, objectives, journal, [*own, *callbacks], budget, failed=run.failed, broadcast=broadcast
             )
+            rule, seed = config.one_standard_error, run.args.seed
+            result = search(state, strategy, tuple(run.candidates), one_standard_error=rule, race=race, seed=seed)
         if (divisor := run.base.batch_divisor) > 1:
             less = max(1, run.tokens_per_batch // divisor)
             run.terminal.say(
@@ -438,13 +430,3 @@ class RememberTargets(SearchCallback):
         if not self._done:
             remember_targets(self._run)
             self._done = True
-
-
-def reasons_against_racing(objectives: Sequence[Objective], one_standard_error: bool) -> list[str]:
-    """Why a race cannot be run; empty where it can."""
-    reasons = {
-        "a target has no value for every row": not all(one.target.order for one in objectives),
-        "a target's min_delta needs scores of all rows": any(one.target.min_delta is not None for one in objectives),
-        "one_standard_error needs scores of all rows": one_standard_error,
-    }
-    return [reason for reason, holds in reasons.items() if holds]

@@ -28,6 +28,7 @@ from m2m_hf.core.trial import Standing
 from m2m_hf.reporting.conclude import joining
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.search.loop import search
+from m2m_hf.search.measure import SearchState
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.journal import Journal
 
@@ -86,10 +87,8 @@ def main() -> None:
         path = Path(folder) / "trials.jsonl"
         objective = LongValidation(names, given.rows)
         start = time.monotonic()
-        result = search(
-            exhaustive, SearchSpace(tuple(names)), [objective], Journal(path), names=names, costs=dict.fromkeys(names, 1.0),
-            callbacks=[pace],
-        )  # fmt: skip
+        space = SearchSpace(tuple(names))
+        result = search(SearchState(space, [objective], Journal(path), [pace]), exhaustive, names)
         paces = np.diff(pace.times)
         size = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e9
         first, last = (1000 * part.mean() for part in (paces[: len(paces) // 10], paces[-(len(paces) // 10) :]))
@@ -103,9 +102,7 @@ def main() -> None:
             f"journal read again: {time.monotonic() - start:.1f} s, {len(journal.trials):,} trials, {memory():.2f} GB"
         )
         start = time.monotonic()
-        again = search(
-            exhaustive, SearchSpace(tuple(names)), [objective], journal, names=names, costs=dict.fromkeys(names, 1.0)
-        )
+        again = search(SearchState(space, [objective], journal), exhaustive, names)
         same = [one.mixture for one in again.ranking] == [one.mixture for one in result.ranking]
         print(f"search resumed: {time.monotonic() - start:.1f} s, {again.measured} measured, the same ranking: {same}")
         start = time.monotonic()

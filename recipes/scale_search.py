@@ -38,6 +38,7 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.search.loop import search
+from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES, choose_strategy
 from m2m_hf.search.result import Budget
 from m2m_hf.search.strategies import exhaustive
@@ -64,18 +65,9 @@ def replay(
     """(the chosen mixture, examples scored, [examples scored, best score so far]) of one search."""
     watch = CurveCallback(objective)
     with tempfile.TemporaryDirectory() as folder:
-        result = search(
-            STRATEGIES[strategy],
-            SearchSpace(names),
-            [objective],
-            Journal(Path(folder) / "trials.jsonl", write=False),
-            names=names,
-            costs=dict.fromkeys(names, 1.0),
-            race=race,
-            budget=budget,
-            seed=seed,
-            callbacks=[watch],
-        )
+        journal = Journal(Path(folder) / "trials.jsonl", write=False)
+        state = SearchState(SearchSpace(names), [objective], journal, [watch], budget)
+        result = search(state, STRATEGIES[strategy], names, race=race, seed=seed)
     return result.best, result.evaluations, watch.curve
 
 
@@ -178,15 +170,7 @@ def loop_cost(terminal: Terminal) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trials.jsonl"
         start = time.monotonic()
-        search(
-            exhaustive,
-            SearchSpace(names),
-            [objective],
-            Journal(path),
-            names=names,
-            costs=dict.fromkeys(names, 1.0),
-            callbacks=[Moments()],
-        )
+        search(SearchState(SearchSpace(names), [objective], Journal(path), [Moments()]), exhaustive, names)
         total = time.monotonic() - start
         start = time.monotonic()
         Journal(path)

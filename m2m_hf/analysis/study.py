@@ -1,8 +1,7 @@
 """The correlation study: fine-tunes mixtures and compares their scores with the surrogates and with other ways of choosing."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from random import Random
 from typing import Any
@@ -49,8 +48,7 @@ class Study:
         trained: the trained objectives, one for every target.
         journal: remembers trials.
         progress: `Terminal.progress`.
-        failed: candidate -> why it has no adapter.
-        clock: see `search`.
+        broadcast: see `SearchState`.
         uniform: a merged single is an adapter that was trained like all other models, so that it shows the training noise.
     """
 
@@ -62,8 +60,7 @@ class Study:
         journal: Journal,
         *,
         progress: Callable[[str, int], Any],
-        failed: Mapping[str, str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        broadcast: Callable[[Any], Any],
         uniform: bool = True,
     ) -> None:
         self.space = space
@@ -74,8 +71,7 @@ class Study:
         self.worked = False  # True once anything was trained
         self._journal = journal
         self._progress = progress
-        self._failed = failed
-        self._clock = clock
+        self._broadcast = broadcast
 
     def standings(
         self, objectives: Sequence[Objective], mixtures: Sequence[Mixture], title: str, base: Standing | None = None
@@ -87,9 +83,10 @@ class Study:
         """
         with self._progress(title, len(mixtures)) as bar:
             state = SearchState(
-                self.space, objectives, self._journal, callbacks=[ProgressCallback(bar)], failed=self._failed,
-                clock=self._clock, base=base.trials if base else None,
-            )  # fmt: skip
+                self.space, objectives, self._journal, [ProgressCallback(bar)], broadcast=self._broadcast
+            )
+            if base is not None:
+                state.reference = replace(state.reference, base=base.trials)
             state.score_in_full(list(dict.fromkeys(mixtures)))
         return [state.standings[mixture] for mixture in mixtures]
 

@@ -1,6 +1,5 @@
 """Processes and memory."""
 
-import time
 from typing import Any
 
 from accelerate import PartialState
@@ -21,8 +20,3 @@ def is_sharded() -> bool:
 def broadcast(value: Any) -> Any:
     """Broadcasts the main process's value (collective)."""
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
-
-
-def shared_clock() -> float:
-    """The main process's time in seconds (collective)."""
-    return float(broadcast(time.monotonic()))

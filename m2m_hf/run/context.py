@@ -19,7 +19,7 @@ from m2m_hf.data.loading import pin_data, split_candidates
 from m2m_hf.data.rows import Candidate, Target, overlap
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
-from m2m_hf.modeling.devices import shared_clock
+from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.loading import make_plan, pin_revision, quantization_facts
 from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS, EnsembleObjective
 from m2m_hf.objectives.fine_tuned import FineTunedModels
@@ -302,8 +302,7 @@ class RunContext:
             self.trained_objectives(self.fine_tuned),
             self.journal,
             progress=self.terminal.progress,
-            failed=self.failed,
-            clock=shared_clock,
+            broadcast=broadcast,
             uniform=self.merge_method == AVERAGE and not mixed,
         )
 

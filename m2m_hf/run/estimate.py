@@ -16,8 +16,9 @@ from m2m_hf.console import duration
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.search.loop import planned_proposals
+from m2m_hf.search.loop import planned_mixtures
 from m2m_hf.search.model_based import STRATEGIES, choose_strategy
+from m2m_hf.search.result import Budget
 from m2m_hf.storage.records import experts_noun
 from m2m_hf.training.fine_tune import TrainingFailedError, planned_steps, train_expert
 
@@ -174,14 +175,15 @@ def detectable_differences(scorers: Mapping[str, Scorer], metrics: Mapping[str, 
 
 def show_estimate(run: RunContext) -> None:
     """Prints what `select` would do and about what it would cost, from a short measurement; writes nothing."""
-    space, config, known = run.space, run.config, 2 + len(run.candidates)
+    space, config = run.space, run.config
     strategy = config.strategy
     if strategy == "auto":
         strategy = choose_strategy(space, False, config.max_trials or 0)[0]
-    proposed = planned_proposals(STRATEGIES[strategy], space)
     if config.objective == "ensemble":
-        proposed, known = 0, 1 + len(run.candidates)  # passes; the rest is arithmetic
-    found = estimate(run, int(min(known + proposed, config.max_trials or math.inf)))
+        mixtures = 1 + len(run.candidates)  # passes; the rest is arithmetic
+    else:
+        mixtures = planned_mixtures(STRATEGIES[strategy], space, len(run.candidates), Budget())
+    found = estimate(run, int(min(mixtures, config.max_trials or math.inf)))
     metrics = {name: target.config.metric for name, target in run.targets.items()}
     for line in (*found.lines(), *detectable_differences(run.validation_scorers, metrics)):
         run.terminal.say(line)

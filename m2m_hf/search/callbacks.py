@@ -1,6 +1,5 @@
 """Callbacks that watch a search and may stop it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from m2m_hf.console import Bar
@@ -60,23 +59,3 @@ class ProgressCallback(SearchCallback):
     def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
         self._scored.add(standing.mixture)  # a finalist of a race stands twice
         self._bar.update(len(self._scored), f"best so far {score_of(best).value:.4f} {best.mixture}" if best else "")
-
-
-class StopTogether(SearchCallback):
-    """Has all processes stop a search together; the last of its callbacks.
-
-    Args:
-        agree: returns the main process's value on all of them (collective).
-    """
-
-    def __init__(self, agree: Callable[[bool], bool]) -> None:
-        self._agree = agree
-
-    def on_search_begin(self, space: SearchSpace, planned: int, control: SearchControl) -> None:
-        control.should_stop = self._agree(control.should_stop)
-
-    def on_trial(self, trial: Trial, recalled: bool, control: SearchControl) -> None:
-        control.should_stop = self._agree(control.should_stop)
-
-    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
-        control.should_stop = self._agree(control.should_stop)

@@ -1,21 +1,21 @@
 """The search loop: a strategy proposes mixtures, the journal or the objectives answer, and the best one is chosen."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp
 
 from m2m_hf.core.mixture import BASE, Mixture
-from m2m_hf.core.objective import Differentiable, Objective
+from m2m_hf.core.objective import Differentiable
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
-from m2m_hf.search.callbacks import SearchCallback
 from m2m_hf.search.measure import SearchState
-from m2m_hf.search.race import Race, may_race, plan_rungs
+from m2m_hf.search.race import plan_rungs, reasons_against_racing, run_race
 from m2m_hf.search.result import (
-    UNLIMITED,
     Budget,
     SearchEnded,
     SearchResult,
@@ -25,27 +25,19 @@ from m2m_hf.search.result import (
     score_of,
 )
 from m2m_hf.search.strategies import Screen, SearchProblem, Strategy, exhaustive, value
-from m2m_hf.storage.journal import Journal
 
 FINALISTS = 8  # pruned mixtures, possibly tied with the best, that are scored on all rows in the end
 SCREEN_ROWS = 1000  # rows of a target that the screen looks at
 
 
 def search(
+    state: SearchState,
     strategy: Callable[[SearchProblem], Strategy],
-    space: SearchSpace,
-    objectives: Sequence[Objective],
-    journal: Journal,
-    *,
     names: Sequence[str],
-    costs: Mapping[str, float],
-    failed: Mapping[str, str] | None = None,
+    *,
     one_standard_error: bool = False,
     race: bool = False,
-    budget: Budget = UNLIMITED,
     seed: int = 0,
-    callbacks: Sequence[SearchCallback] = (),
-    clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
     """Scores the base model, every single candidate, all together, and what the strategy proposes; then chooses.
 
@@ -53,81 +45,62 @@ def search(
     trial cannot be chosen, nor one that makes a target worse than the base model by more than its `min_delta`.
 
     Args:
+        state: a new one, which says what to search and with which means.
         strategy: proposes mixtures.
-        space: the mixtures that may be proposed and chosen.
-        objectives: one for every target; the search maximises the weighted mean of their scores.
-        journal: remembers trials.
         names: all candidates, including those that may not be in a mixture.
-        costs: name -> cost, of every candidate.
-        failed: name -> why the candidate has no adapter.
         one_standard_error: see `choose`.
-        race: let mixtures that are proposed together race, if every target's rows have values (see `race.py`).
-        budget: what may be spent after the mixtures that every search begins with.
+        race: let mixtures that are proposed together race, unless there are `reasons_against_racing`.
         seed: of everything random in the strategy.
-        callbacks: are told of every trial and standing, and may stop the search.
-        clock: the time in seconds; with several processes, the main one's on all.
 
     Raises:
         InputError: the base model or every mixture has no score; every mixture falls short of a `min_delta`; or the search ended
             before a mixture that is allowed was scored.
     """
-    state = SearchState(space, objectives, journal, callbacks=callbacks, budget=budget, failed=failed, clock=clock)
-    state.tell("on_search_begin", space, planned_mixtures(strategy, space, len(names), budget))
-    together = Mixture.subset([name for name in names if name not in (failed or {})])
-    with state.without_limits():
-        state.score_in_full([BASE])
-        first = dict.fromkeys([*(Mixture.subset([name]) for name in names), together])
-        state.score_in_full([mixture for mixture in first if mixture not in state.standings])
-    state.set_control(together)
-    targets = [one.target for one in objectives]
-    # `one_standard_error` needs the full scores of more mixtures than those that may win.
-    rungs = plan_rungs(targets) if race and not one_standard_error and may_race(targets) else []
-    proposals = strategy(make_problem(state, seed))
-    ended = "strategy"
-    try:
-        proposed = next(proposals)
-        while True:
-            proposed = proposals.send(score_proposed(state, proposed, rungs))
-    except StopIteration:
-        pass
-    except SearchEnded as end:
-        ended = end.by
+    state.tell("on_search_begin", state.space, planned_mixtures(strategy, state.space, len(names), state.budget))
+    together = Mixture.subset([name for name in names if name not in state.failed])
+    state.must_finish = True
+    state.score_in_full([BASE])
+    first = dict.fromkeys([*(Mixture.subset([name]) for name in names), together])
+    state.score_in_full([mixture for mixture in first if mixture not in state.standings])
+    state.must_finish = False
+    state.reference = replace(state.reference, control=state.standings[together].trials)
+    targets = [one.target for one in state.objectives]
+    rungs = plan_rungs(targets) if race and not reasons_against_racing(targets, one_standard_error) else []
+    ended = run_strategy(state, strategy(make_problem(state, seed)), rungs)
     try:
         score_finalists(state)
     except SearchEnded as end:
         if end.by == "callback":
             ended = end.by
-    settle_pruned(state)
-    ranking = rank(state, costs, ended)
+    # Now pruned mixtures that an earlier search scored on all rows; before, strategies would have been told too much.
+    for standing in [one for one in state.standings.values() if one.pruned]:
+        state.complete_from_journal(standing.mixture)
+    ranking = rank(state, ended)
     best = choose(ranking, one_standard_error)
     result = SearchResult(state.standings, best, ranking, state.measured, state.evaluations, state.seconds, ended)
     state.tell("on_search_end", result)
     return result
 
 
-def planned_proposals(strategy: Callable[[SearchProblem], Strategy], space: SearchSpace) -> int:
-    """About how many mixtures a strategy will propose."""
-    if strategy is not exhaustive:
-        return default_budget(len(space.names))
-    known = [*(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)]
-    return sum(mixture not in known for mixture in space.subsets())
-
-
 def planned_mixtures(
-    strategy: Callable[[SearchProblem], Strategy], space: SearchSpace, candidates: int, budget: Budget = UNLIMITED
+    strategy: Callable[[SearchProblem], Strategy], space: SearchSpace, candidates: int, budget: Budget
 ) -> int:
     """About how many mixtures a search will score: the base model, singles and all together among them."""
-    return int(min(2 + candidates + planned_proposals(strategy, space), budget.max_trials))
+    proposals = default_budget(len(space.names))
+    if strategy is exhaustive:
+        known = [*(Mixture.subset([name]) for name in space.names), Mixture.subset(space.names)]
+        proposals = sum(mixture not in known for mixture in space.subsets())
+    return int(min(2 + candidates + proposals, budget.max_trials))
 
 
 def make_problem(state: SearchState, seed: int) -> SearchProblem:
     """What the strategy is given, once the mixtures that every search begins with are scored."""
-    space = state.space
+    left = state.budget.max_trials - len(state.standings)
     return SearchProblem(
-        space,
+        state.space,
         {mixture: value(standing) for mixture, standing in state.standings.items() if mixture.items},
         seed,
-        int(min(state.budget.max_trials - len(state.standings), default_budget(len(space.names)))),
+        int(min(left, default_budget(len(state.space.names)))),
         make_screen(state),
         state.gradient if all(isinstance(one, Differentiable) for one in state.objectives) else None,
     )
@@ -135,45 +108,50 @@ def make_problem(state: SearchState, seed: int) -> SearchProblem:
 
 def make_screen(state: SearchState) -> Screen | None:
     """Estimates the log-likelihood of mixtures from what single candidates scored; None if scorers have no log-probabilities."""
-    estimates = []
+    targets = []
     for objective in state.objectives:
         singles, unit = {}, 1.0
         for name in state.space.names:
             score = state.standings[Mixture.subset([name])].trials[objective.target.name].score
             if score is None or not score.logprobs:
                 return None
-            singles[name] = score.logprobs
+            singles[name] = np.array(score.logprobs[:SCREEN_ROWS])
             if score.mean_logprob:
                 unit = objective.likelihood(score) / score.mean_logprob
-        estimates.append((state.share(objective) * unit, ensemble_screen(singles)))
-    return lambda mixtures: [
-        sum(share * mean for (share, _), mean in zip(estimates, means, strict=True))
-        for means in zip(*(estimate(mixtures) for _, estimate in estimates), strict=True)
-    ]
+        targets.append((state.share(objective) * unit, singles))
+
+    @cache
+    def screen(mixture: Mixture) -> float:
+        return sum(share * ensemble_likelihood(singles, mixture) for share, singles in targets)
+
+    return screen
 
 
-def ensemble_screen(singles: Mapping[str, Sequence[float]]) -> Screen:
-    """Estimates the mean log-likelihood of mixtures as that of the ensemble, which costs no forward pass.
+def ensemble_likelihood(singles: Mapping[str, Any], mixture: Mixture) -> float:
+    """The mean log-likelihood of a mixture's ensemble, which costs no forward pass.
 
     Args:
-        singles: name -> the log-probability of every row's right answer under that candidate's adapter.
+        singles: name -> the log-probability of every row's right answer under that candidate's adapter, an array.
     """
-    rows = {name: np.array(logprobs[:SCREEN_ROWS]) for name, logprobs in singles.items()}
+    # Sums of logarithms, since the probability of a long completion may be too small for a float.
+    parts = [singles[name] + np.log(weight) for name, weight in mixture.items]
+    return float(logsumexp(parts, axis=0).mean())
 
-    def estimate(mixtures: Sequence[Mixture]) -> list[float]:
-        # Sums of logarithms, since the probability of a long completion may be too small for a float.
-        return [
-            float(logsumexp([rows[name] + np.log(weight) for name, weight in mixture.items], axis=0).mean())
-            for mixture in mixtures
-        ]
 
-    return estimate
+def run_strategy(state: SearchState, strategy: Strategy, rungs: Sequence[Mapping[str, int]]) -> str:
+    """Scores what the strategy proposes; says what ended it."""
+    try:
+        proposed = next(strategy)
+        while True:
+            proposed = strategy.send(score_proposed(state, proposed, rungs))
+    except StopIteration:
+        return "strategy"
+    except SearchEnded as end:
+        return end.by
 
 
 def score_proposed(
-    state: SearchState,
-    mixtures: Sequence[Mixture],
-    rungs: Sequence[Mapping[str, int]],
+    state: SearchState, mixtures: Sequence[Mixture], rungs: Sequence[Mapping[str, int]]
 ) -> list[Standing]:
     """How the proposed mixtures stand. They race if there are several rungs.
 
@@ -183,13 +161,12 @@ def score_proposed(
     new = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in state.standings]
     if new and state.stopping:
         raise SearchEnded("callback")
-    room = max(0, min(len(new), state.budget.max_trials - len(state.standings)))
-    allowed = new[: int(room)]
-    if len(rungs) > 1 and len(allowed) + (state.best is not None) > 1:
-        Race(state, allowed, rungs).run()
+    room = int(max(0, min(len(new), state.budget.max_trials - len(state.standings))))
+    if len(rungs) > 1 and room + (state.best is not None) > 1:
+        run_race(state, new[:room], rungs)
     else:
-        state.score_in_full(allowed)
-    if len(allowed) < len(new):
+        state.score_in_full(new[:room])
+    if room < len(new):
         raise SearchEnded("budget")
     return [state.standings[mixture] for mixture in mixtures]
 
@@ -204,31 +181,22 @@ def score_finalists(state: SearchState) -> None:
         return
     best = score_of(state.best).value
     near = [
-        one
+        (-one.estimate, one.mixture.items)
         for one in state.standings.values()
-        if one.pruned
-        and one.score is not None
-        and one.mixture in state.space
-        and (one.estimate or 0.0) + 1.645 * (one.score.stderr or 0.0) > best
+        if one.pruned and one.estimate is not None and one.estimate + 1.645 * (score_of(one).stderr or 0.0) > best
     ]
-    for one in sorted(near, key=lambda one: (-(one.estimate or 0.0), one.mixture.items))[:FINALISTS]:
-        state.complete(one.mixture, one.trials)
+    for _, items in sorted(near)[:FINALISTS]:
+        state.complete(Mixture(items))
 
 
-def settle_pruned(state: SearchState) -> None:
-    """Settles pruned mixtures that an earlier search scored on all rows; earlier, strategies would have been told too much."""
-    for one in [one for one in state.standings.values() if one.pruned]:
-        state.settle_from_journal(one.mixture)
-
-
-def rank(state: SearchState, costs: Mapping[str, float], ended: str) -> list[Standing]:
+def rank(state: SearchState, ended: str) -> list[Standing]:
     """The mixtures that may be chosen, best first.
 
     Raises:
         InputError: there are none.
     """
     scored = [one for one in state.standings.values() if one.complete and one.mixture in state.space]
-    ranking = sorted((one for one in scored if one.may_be_chosen), key=lambda one: preference(one, costs))
+    ranking = sorted((one for one in scored if one.may_be_chosen), key=lambda one: preference(one, state.space))
     if ranking:
         return ranking
     if scored:

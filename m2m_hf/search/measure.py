@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,73 +17,53 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Reference, Standing, Trial
 from m2m_hf.errors import InputError
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
-from m2m_hf.search.result import UNLIMITED, Budget, SearchEnded, score_of, score_of_trial
+from m2m_hf.search.result import UNLIMITED, Budget, SearchEnded, score_of
 from m2m_hf.storage.journal import Journal
 
-Trials = Mapping[str, Trial]  # by target
+
+def unchanged(value: Any) -> Any:
+    """What a single process broadcasts."""
+    return value
 
 
+@dataclass
 class SearchState:
     """What is known of every mixture, and how to learn more.
 
     Args:
-        space: the mixtures that may be chosen.
-        objectives: one for every target.
+        space: the mixtures that may be proposed and chosen.
+        objectives: one for every target; the search maximises the weighted mean of their scores.
         journal: remembers trials.
-        callbacks: are told of every trial and standing.
-        budget: what may be spent.
-        failed: candidate -> why it has no adapter; mixtures with one of these are not measured.
-        clock: the time in seconds. With several processes it must be the main one's on all, since a budget depends on it.
-        base: the base model's trials, if they are known.
+        callbacks: are told of every trial and standing, and may stop the search.
+        budget: what may be spent after the mixtures that every search begins with.
+        failed: candidate -> why it has no adapter.
+        broadcast: returns the main process's value on all processes (collective). Budgets depend on its time, and it decides
+            whether a callback stops the search.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        objectives: Sequence[Objective],
-        journal: Journal,
-        *,
-        callbacks: Sequence[SearchCallback] = (),
-        budget: Budget = UNLIMITED,
-        failed: Mapping[str, str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        base: Trials | None = None,
-    ) -> None:
-        self.space = space
-        self.objectives = objectives
-        self.budget = budget
-        self.control = SearchControl()
-        self.stopping = False  # what all callbacks, and so all processes, have agreed on
-        self.reference = Reference([one.target for one in objectives], base or {})
+    space: SearchSpace
+    objectives: Sequence[Objective]
+    journal: Journal
+    callbacks: Sequence[SearchCallback] = ()
+    budget: Budget = UNLIMITED
+    failed: Mapping[str, str] = field(default_factory=dict)
+    broadcast: Callable[[Any], Any] = unchanged
+
+    def __post_init__(self) -> None:
+        self.reference = Reference([one.target for one in self.objectives])
+        self.trials: dict[Mixture, dict[str, Trial]] = defaultdict(dict)  # mixture -> target -> what saw most rows
         self.standings: dict[Mixture, Standing] = {}
         self.best: Standing | None = None
-        self.measured = 0
-        self.evaluations = 0
-        self.seconds = 0.0
-        self._journal = journal
-        self._callbacks = callbacks
-        self._failed = failed or {}
-        self._clock = clock
-        self._must_finish = False
-
-    @contextmanager
-    def without_limits(self) -> Iterator[None]:
-        """Measures whatever is asked for meanwhile, also when the budget is spent or a callback stops the search."""
-        before, self._must_finish = self._must_finish, True
-        try:
-            yield
-        finally:
-            self._must_finish = before
+        self.measured, self.evaluations, self.seconds = 0, 0, 0.0
+        self.must_finish = False  # measure also when the budget is spent or a callback stops the search
+        self.control = SearchControl()
+        self.stopping = False  # what the main process's `control` said when the callbacks were told last
 
     def tell(self, event: str, *facts: Any) -> None:
         """Calls this method of every callback."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             getattr(callback, event)(*facts, self.control)
-        self.stopping = self.control.should_stop
-
-    def set_control(self, mixture: Mixture) -> None:
-        """Makes a mixture that is scored in full the one that pruned mixtures are compared with."""
-        self.reference = replace(self.reference, control=self.standings[mixture].trials)
+        self.stopping = self.control.should_stop = self.broadcast(self.control.should_stop)
 
     def share(self, objective: Objective) -> float:
         """The target's part in the mean over the targets."""
@@ -97,7 +77,7 @@ class SearchState:
         """
         group: list[Mixture] = []
         for mixture in mixtures:
-            missing = [one for one in self.objectives if self._journal.get(one.key(mixture)) is None]
+            missing = [one for one in self.objectives if self.journal.get(one.key(mixture)) is None]
             group.append(mixture)
             if not missing or len(group) >= max(one.batch_size(one.target.examples) for one in missing):
                 self._score_group(group)
@@ -109,79 +89,70 @@ class SearchState:
             for objective in self.objectives:
                 self.score(objective, mixtures, objective.target.examples)
         except SearchEnded:  # what was measured before counts
-            self._settle_group(mixtures)
+            self.settle(mixtures)
             raise
-        self._settle_group(mixtures)
+        self.settle(mixtures)
 
-    def _settle_group(self, mixtures: Sequence[Mixture]) -> None:
-        for mixture in mixtures:
-            self.settle_from_journal(mixture)
-
-    def complete(self, mixture: Mixture, trials: Trials) -> None:
-        """Scores a mixture on all rows that its trials in a race have not seen."""
-        complete = {}
+    def complete(self, mixture: Mixture) -> None:
+        """Scores a mixture on all rows that it has not seen in a race."""
         for objective in self.objectives:
-            target, trial = objective.target, trials[objective.target.name]
-            if trial.state != "complete":
-                trial = self.score(objective, [mixture], target.examples, {mixture: trial})[mixture]
-            complete[target.name] = trial
-        self.settle(mixture, complete)
+            if self.trials[mixture][objective.target.name].state == "pruned":
+                self.score(objective, [mixture], objective.target.examples)
+        self.settle([mixture])
 
-    def settle(self, mixture: Mixture, trials: Trials) -> None:
-        """Records how a mixture stands, and tells the callbacks."""
-        standing = self.reference.standing(mixture, trials)
-        self.standings[mixture] = standing
-        if mixture == BASE:
-            self.reference = replace(self.reference, base=trials)
-        better = self.best is None or (standing.score and standing.score.value > score_of(self.best).value)
-        if better and standing.may_be_chosen and mixture in self.space:
-            self.best = standing
-        self.tell("on_standing", standing, self.best)
-
-    def settle_from_journal(self, mixture: Mixture) -> None:
-        """Settles a mixture if the journal holds a trial over all rows of every target."""
-        trials = {one.target.name: self._journal.get(one.key(mixture)) for one in self.objectives}
-        known = {name: trial for name, trial in trials.items() if trial is not None}
+    def complete_from_journal(self, mixture: Mixture) -> None:
+        """As `complete`, if the journal holds all that is missing."""
+        trials = {one.target.name: self.journal.get(one.key(mixture)) for one in self.objectives}
+        known = {target: trial for target, trial in trials.items() if trial is not None}
         if len(known) == len(trials):
-            self.settle(mixture, known)
+            self.trials[mixture] = known
+            self.settle([mixture])
 
-    def score(
-        self,
-        objective: Objective,
-        mixtures: Sequence[Mixture],
-        rung: int,
-        before: Mapping[Mixture, Trial] | None = None,
-    ) -> dict[Mixture, Trial]:
-        """The trials of mixtures on the first `rung` rows; what the journal does not hold is measured.
+    def settle(self, mixtures: Sequence[Mixture]) -> None:
+        """Records how mixtures stand that have a trial on every target, and tells the callbacks."""
+        for mixture in mixtures:
+            trials = dict(self.trials[mixture])
+            if len(trials) < len(self.objectives):
+                continue
+            standing = self.standings[mixture] = self.reference.standing(mixture, trials)
+            if mixture == BASE:
+                self.reference = replace(self.reference, base=trials)
+            better = self.best is None or (standing.score and standing.score.value > score_of(self.best).value)
+            if better and standing.may_be_chosen and mixture in self.space:
+                self.best = standing
+            self.tell("on_standing", standing, self.best)
 
-        Args:
-            before: their trials on the rung before.
+    def score(self, objective: Objective, mixtures: Sequence[Mixture], rung: int) -> None:
+        """Scores mixtures, which have seen equally many rows, on the first `rung` rows; asks the journal first.
 
         Raises:
-            SearchEnded: before all were measured. The journal holds what was.
+            SearchEnded: before all were measured.
         """
-        before = before or {}
-        rows = rung - next((trial.rung for trial in before.values()), 0)
-        trials = {mixture: self.recall(objective, mixture, rung) for mixture in mixtures}
-        missing = [mixture for mixture, trial in trials.items() if trial is None]
-        for trial in trials.values():
-            if trial is not None:
-                self._count(trial, objective.evaluations(trial.mixture, rows), recalled=True)
+        target = objective.target.name
+        seen = max((self.trials[one][target].rung for one in mixtures if target in self.trials[one]), default=0)
+        if seen >= rung:  # all rows of a target that has fewer than others
+            return
+        missing = []
+        for mixture in mixtures:
+            trial = self.recall(objective, mixture, rung)
+            if trial is None:
+                missing.append(mixture)
+            else:
+                self._keep(trial, objective.evaluations(mixture, rung - seen), recalled=True)
         while missing:
-            size = self._affordable(objective, rows)
-            group, missing = missing[:size], missing[size:]
-            for trial in self._measure(objective, group, rung, before):
-                self._count(trial, objective.evaluations(trial.mixture, rows))
-                trials[trial.mixture] = trial
-        return {mixture: trial for mixture, trial in trials.items() if trial is not None}
+            size = self._affordable(objective, rung - seen)
+            for trial in self._measure(objective, missing[:size], rung):
+                self._keep(trial, objective.evaluations(trial.mixture, rung - seen))
+            missing = missing[size:]
 
     def recall(self, objective: Objective, mixture: Mixture, rung: int) -> Trial | None:
         """The journal's trial on the first `rung` rows, if need be a part of one on all rows."""
         target = objective.target
+        whole = self.journal.get(objective.key(mixture))
         if rung == target.examples:
-            return self._journal.get(objective.key(mixture))
+            return whole
         key = objective.key(mixture, rung)
-        trial = self._journal.get(key) or self._journal.get(objective.key(mixture))
+        trial = self.journal.get(key) or whole
         if trial is None or trial.key == key or trial.score is None:
             return trial
         rows = list(target.order[:rung])
@@ -195,7 +166,7 @@ class SearchState:
         Raises:
             SearchEnded: none.
         """
-        if self._must_finish:
+        if self.must_finish:
             return objective.batch_size(rows)
         if self.stopping:
             raise SearchEnded("callback")
@@ -205,29 +176,21 @@ class SearchState:
         size = objective.batch_size(rows)
         return size if left == math.inf else min(size, math.ceil(left))
 
-    def _measure(
-        self, objective: Objective, mixtures: Sequence[Mixture], rung: int, before: Mapping[Mixture, Trial]
-    ) -> list[Trial]:
+    def _measure(self, objective: Objective, mixtures: Sequence[Mixture], rung: int) -> list[Trial]:
         """Measures mixtures together and writes their trials into the journal; they share the time that it takes."""
         target = objective.target
         step = None if rung == target.examples else rung
-        reasons = {mixture: self._why_not(mixture) for mixture in mixtures}
-        usable = [mixture for mixture, reason in reasons.items() if not reason]
-        start = self._clock()
-        known = {mixture: score_of_trial(before[mixture]) for mixture in usable if mixture in before}
-        scores = dict(zip(usable, objective(usable, step, known) if usable else [], strict=True))
-        seconds = (self._clock() - start) / len(mixtures)
-        trials = []
-        for mixture in mixtures:
-            result = scores[mixture] if mixture in scores else Failure(reasons[mixture])
-            key = objective.key(mixture, step)
-            trials.append(self._check(Trial.of(result, mixture, objective.name, target, key, step, seconds)))
-        return self._journal.extend(trials)
-
-    def _why_not(self, mixture: Mixture) -> str:
-        """Why a mixture cannot be scored at all; empty if it can."""
-        failed = [name for name in mixture.names if name in self._failed]
-        return "; ".join(f"{name} has no adapter: {self._failed[name]}" for name in failed)
+        failed = {Mixture.subset([name]): Failure(f"{name} has no adapter: {why}") for name, why in self.failed.items()}
+        usable = [mixture for mixture in mixtures if mixture not in failed]
+        before = {one: score_of(self.trials[one][target.name]) for one in usable if target.name in self.trials[one]}
+        start = self._now()
+        scores = dict(zip(usable, objective(usable, step, before) if usable else [], strict=True)) | failed
+        seconds = (self._now() - start) / len(mixtures)
+        trials = [
+            Trial.of(scores[mixture], mixture, objective.name, target, objective.key(mixture, step), step, seconds)
+            for mixture in mixtures
+        ]
+        return self.journal.extend([self._check(trial) for trial in trials])
 
     def _check(self, trial: Trial) -> Trial:
         """The trial; failed if it has another number of values than the base model.
@@ -235,16 +198,14 @@ class SearchState:
         Raises:
             InputError: it is the base model's and has no score.
         """
-        if trial.mixture == BASE:
-            if trial.score is None:
-                raise InputError(
-                    f"the base model has no score on {trial.target}, so nothing can be compared with it: {trial.reason}"
-                )
-            return trial
+        if trial.mixture == BASE and trial.score is None:
+            raise InputError(
+                f"the base model has no score on {trial.target}, so nothing can be compared with it: {trial.reason}"
+            )
         base = self.reference.base.get(trial.target)
-        if base is None or base.score is None or trial.state != "complete" or trial.score is None:
+        if trial.state != "complete" or base is None or base.score is None:
             return trial
-        ours, theirs = len(trial.score.values), len(base.score.values)
+        ours, theirs = len(score_of(trial).values), len(base.score.values)
         if ours == theirs:
             return trial
         reason = f"the scorer returned {ours} values, but {theirs} for the base model"
@@ -257,34 +218,40 @@ class SearchState:
         """
         total, slopes = 0.0, dict.fromkeys(mixture.names, 0.0)
         for objective in self.objectives:
-            assert isinstance(objective, Differentiable)
             try:
-                trial = self._gradient_trial(objective, mixture)
+                score = self._gradient_on(objective, mixture)
             except SearchEnded:
                 return None
-            if trial.score is None:
+            if score is None:
                 return None
-            total += self.share(objective) * objective.likelihood(trial.score)
-            for name, slope in zip(mixture.names, trial.score.gradient, strict=True):
+            total += self.share(objective) * objective.likelihood(score)
+            for name, slope in zip(mixture.names, score.gradient, strict=True):
                 slopes[name] += self.share(objective) * slope
         return total, slopes
 
-    def _gradient_trial(self, objective: Objective, mixture: Mixture) -> Trial:
+    def _gradient_on(self, objective: Objective, mixture: Mixture) -> Score | None:
         assert isinstance(objective, Differentiable)
         key = f"{objective.key(mixture)}/gradient"
-        trial = self._journal.get(key)
+        trial = self.journal.get(key)
         recalled = trial is not None
         if trial is None:
             self._affordable(objective, objective.target.examples)
-            start = self._clock()
+            start = self._now()
             result = objective.gradient(mixture)
-            seconds = self._clock() - start
-            trial = self._journal.append(Trial.of(result, mixture, "gradient", objective.target, key, seconds=seconds))
+            seconds = self._now() - start
+            trial = self.journal.append(Trial.of(result, mixture, "gradient", objective.target, key, seconds=seconds))
         self._count(trial, objective.target.examples, recalled)
-        return trial
+        return trial.score
 
-    def _count(self, trial: Trial, evaluations: int, recalled: bool = False) -> None:
+    def _keep(self, trial: Trial, evaluations: int, recalled: bool = False) -> None:
+        self.trials[trial.mixture][trial.target] = trial
+        self._count(trial, evaluations, recalled)
+
+    def _count(self, trial: Trial, evaluations: int, recalled: bool) -> None:
         self.measured += not recalled
         self.evaluations += evaluations
         self.seconds += trial.seconds
         self.tell("on_trial", trial, recalled)
+
+    def _now(self) -> float:
+        return float(self.broadcast(time.monotonic()))

@@ -10,16 +10,7 @@ from scipy.special import ndtr
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.search.strategies import (
-    SearchProblem,
-    Strategy,
-    beam,
-    climb,
-    exhaustive,
-    gradient,
-    greedy,
-    random_search,
-)
+from m2m_hf.search.strategies import SearchProblem, Strategy, beam, climb, exhaustive, gradient, greedy, random_search
 
 ENUMERABLE = 4096  # a space of up to so many mixtures is looked at as a whole
 PAIRS = 30  # the model has a term for every pair of so many candidates, the best single ones
@@ -41,7 +32,6 @@ class ScoreModel:
         best = sorted(range(len(self.names)), key=lambda n: (-problem.single(self.names[n]), n))[:PAIRS]
         self._pairs = np.array(list(combinations(sorted(best), 2)), dtype=int).reshape(-1, 2).T
         self.screen = problem.screen
-        self._screened: dict[Mixture, float] = {}
         from sklearn.linear_model import BayesianRidge  # takes a second to import
 
         self._model = BayesianRidge()
@@ -56,9 +46,7 @@ class ScoreModel:
         columns = [weights, weights > 0, 1 / np.maximum(1, (weights > 0).sum(1, keepdims=True))]
         columns.append(weights[:, self._pairs[0]] * weights[:, self._pairs[1]])
         if self.screen is not None:
-            new = [mixture for mixture in mixtures if mixture not in self._screened]
-            self._screened.update(zip(new, self.screen(new) if new else [], strict=True))
-            columns.append(np.array([[self._screened[mixture]] for mixture in mixtures]))
+            columns.append(np.array([[self.screen(mixture)] for mixture in mixtures]))
         return np.hstack(columns)
 
     def fit(self, known: Mapping[Mixture, float]) -> None:
@@ -113,8 +101,7 @@ def surrogate(problem: SearchProblem) -> Strategy:
     first = [mixture for _ in range(size) if (mixture := problem.draw_new()) is not None]
     if problem.screen is not None:
         mixtures = unscored(problem, everything)
-        screened = np.asarray(problem.screen(mixtures))
-        first = [mixtures[n] for n in np.argsort(-screened, kind="stable")[: 2 * size]] + first[: size // 2]
+        first = sorted(mixtures, key=problem.screen, reverse=True)[: 2 * size] + first[: size // 2]
     spent, low = len(dict.fromkeys(first)), 0
     yield from problem.ask(first)
     while spent < problem.budget and low < 2:

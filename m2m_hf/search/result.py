@@ -2,12 +2,12 @@
 
 import math
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.score import Score
+from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
 
 
@@ -48,35 +48,30 @@ class SearchResult:
 
         A mixture is beaten by one that is as good on all targets and better on one.
         """
-        complete = [standing for standing in self.standings.values() if standing.complete and standing.mixture.items]
-        scored = [(tuple(score_of_trial(trial).value for trial in one.trials.values()), one) for one in complete]
-        front: list[tuple[tuple[float, ...], Standing]] = []
-        # In descending order, a mixture comes after every mixture that beats it.
-        for values, standing in sorted(scored, key=lambda pair: pair[0], reverse=True):
-            if not any(other != values and all(map(operator.ge, other, values)) for other, _ in front):
-                front.append((values, standing))
-        return sorted(
-            (standing for _, standing in front),
-            key=lambda one: (-score_of(one).value, len(one.mixture), one.mixture.items),
-        )
+        scores = {
+            mixture: tuple(score_of(trial).value for trial in standing.trials.values())
+            for mixture, standing in self.standings.items()
+            if standing.complete and mixture.items
+        }
+        front: dict[Mixture, tuple[float, ...]] = {}
+        for mixture in sorted(scores, key=lambda one: scores[one], reverse=True):  # after every mixture that beats it
+            ours = scores[mixture]
+            if not any(theirs != ours and all(map(operator.ge, theirs, ours)) for theirs in front.values()):
+                front[mixture] = ours
+        standings = [self.standings[mixture] for mixture in front]
+        return sorted(standings, key=lambda one: (-score_of(one).value, len(one.mixture), one.mixture.items))
 
 
-def score_of_trial(trial: Trial) -> Score:
-    """The score of a trial that did not fail."""
-    assert trial.score is not None
-    return trial.score
+def score_of(scored: Standing | Trial) -> Score:
+    """The score of a mixture, or of a trial, that did not fail."""
+    assert scored.score is not None
+    return scored.score
 
 
-def score_of(standing: Standing) -> Score:
-    """The score of a mixture that did not fail."""
-    assert standing.score is not None
-    return standing.score
-
-
-def preference(standing: Standing, costs: Mapping[str, float]) -> tuple[Any, ...]:
+def preference(standing: Standing, space: SearchSpace) -> tuple[Any, ...]:
     """Sort key, best first: the score, then the smaller mixture, the likelier right answers, the lower cost, the name."""
     mixture = standing.mixture
-    cost = sum(costs[name] for name in mixture.names)
+    cost = sum(map(space.cost_of, mixture.names))
     return -score_of(standing).value, len(mixture), -standing.mean_logprob, cost, mixture.items
 
 
@@ -87,8 +82,8 @@ def choose(ranking: list[Standing], one_standard_error: bool) -> Standing:
     """
     if not one_standard_error:
         return ranking[0]
-    slack = score_of(ranking[0]).stderr or 0.0
-    tied = [standing for standing in ranking if score_of(standing).value >= score_of(ranking[0]).value - slack]
+    best = score_of(ranking[0])
+    tied = [standing for standing in ranking if score_of(standing).value >= best.value - (best.stderr or 0.0)]
     return min(tied, key=lambda standing: len(standing.mixture))  # the first of that size, so the best of them
 
 
@@ -111,11 +106,7 @@ UNLIMITED = Budget()
 
 
 class SearchEnded(Exception):  # noqa: N818 - not an error
-    """A search must not measure any more.
-
-    Args:
-        by: `budget` or `callback`.
-    """
+    """A search must not measure any more: `by` says whether a `budget` or a `callback` ended it."""
 
     def __init__(self, by: str) -> None:
         super().__init__(by)

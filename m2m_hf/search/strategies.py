@@ -17,8 +17,11 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
 
+BEAM_WIDTH = 4  # mixtures of every size that `beam` goes on from
+PASSES = 40  # for gradients, at most
+
 Strategy = Generator[list[Mixture], list[Standing], None]
-Screen = Callable[[Sequence[Mixture]], Sequence[float]]
+Screen = Callable[[Mixture], float]
 Gradient = Callable[[Mixture], tuple[float, Mapping[str, float]] | None]
 
 
@@ -31,7 +34,7 @@ class SearchProblem:
         known: mixture -> score, −∞ if it failed. At first the mixtures that every search begins with; `ask` adds to it.
         seed: of the random numbers.
         budget: about how many mixtures there is time for.
-        screen: estimates scores at almost no cost, in any unit; None if that is not possible.
+        screen: estimates a score at almost no cost, in any unit; None if that is not possible.
         gradient: the log-likelihood of a mixture and its derivative by each weight, or None if no more can be measured. Itself
             None if the objectives have no gradient.
     """
@@ -64,13 +67,10 @@ class SearchProblem:
         """The score of a candidate alone; −∞ if it is not known."""
         return self.known.get(Mixture.subset([name]), -math.inf)
 
-    def draw_new(self, tries: int = 200) -> Mixture | None:
+    def draw_new(self) -> Mixture | None:
         """A random mixture that is not known; None if many tries find none."""
-        for _ in range(tries):
-            mixture = self.space.draw(self.random)
-            if mixture not in self.known:
-                return mixture
-        return None
+        drawn = (self.space.draw(self.random) for _ in range(200))
+        return next((mixture for mixture in drawn if mixture not in self.known), None)
 
     def smallest(self) -> Mixture | None:
         """The smallest allowed mixture: the required candidates, and as many of the best single ones as it takes."""
@@ -140,7 +140,7 @@ def greedy(problem: SearchProblem) -> Strategy:
     yield from climb(problem, largest)
 
 
-def beam(problem: SearchProblem, width: int = 4) -> Strategy:
+def beam(problem: SearchProblem) -> Strategy:
     """The best few mixtures of every size, each made from the best few one smaller. Ends when two sizes bring nothing better."""
     space, known = problem.space, problem.known
     smallest = problem.smallest()
@@ -151,7 +151,7 @@ def beam(problem: SearchProblem, width: int = 4) -> Strategy:
     yield from problem.ask(level)
     best, without = problem.best_of(level), 0
     while level and without < 2:
-        level = sorted(level, key=lambda mixture: (-known[mixture], mixture.items))[:width]
+        level = sorted(level, key=lambda mixture: (-known[mixture], mixture.items))[:BEAM_WIDTH]
         level = list(dict.fromkeys(larger for mixture in level for larger in space.added(mixture)))
         if not level:
             return
@@ -161,7 +161,7 @@ def beam(problem: SearchProblem, width: int = 4) -> Strategy:
         best = problem.best_of([best, top])
 
 
-def gradient(problem: SearchProblem, passes: int = 40) -> Strategy:
+def gradient(problem: SearchProblem) -> Strategy:
     """Climbs the log-likelihood on the simplex, then proposes mixtures of the heaviest candidates.
 
     For every k it proposes the k heaviest candidates; with `continuous`, also the weights themselves.
@@ -170,7 +170,7 @@ def gradient(problem: SearchProblem, passes: int = 40) -> Strategy:
         InputError: the targets have no gradient.
     """
     space = problem.space
-    weights = best_weights(problem, passes)
+    weights = best_weights(problem)
     order = sorted(weights, key=lambda name: (-weights[name], name))
     heaviest = [space.nearest(order, size) for size in range(space.fewest, space.most + 1)]
     if not space.continuous:
@@ -180,7 +180,7 @@ def gradient(problem: SearchProblem, passes: int = 40) -> Strategy:
     yield from problem.ask(mixture for mixture in [space.weighted(weights, drop=True), *shares] if mixture in space)
 
 
-def best_weights(problem: SearchProblem, passes: int) -> dict[str, float]:
+def best_weights(problem: SearchProblem) -> dict[str, float]:
     """The weights with the highest log-likelihood, by exponentiated gradient ascent (Kivinen and Warmuth, 1997).
 
     Weights are multiplied by exp(η (gᵢ − ḡ)), with ḡ their weighted mean gradient; if that does not help, η shrinks. The
@@ -194,7 +194,7 @@ def best_weights(problem: SearchProblem, passes: int) -> dict[str, float]:
     names = problem.space.names
     weights = trying = dict.fromkeys(names, 1 / len(names))
     best, slope, rate, widest = -math.inf, dict.fromkeys(names, 0.0), 0.0, 0.0
-    for _ in range(passes):
+    for _ in range(PASSES):
         answer = problem.gradient(Mixture.of(trying))
         if answer is None:
             break

@@ -18,7 +18,7 @@ from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, subset_block
 from m2m_hf.objectives.merged import MergedObjective
 from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.forward import completion_logprobs, token_logprobs
-from m2m_hf.search.loop import ensemble_screen
+from m2m_hf.search.loop import ensemble_likelihood
 from m2m_hf.storage.keys import Keys
 
 NAMES = ("a", "b", "c")
@@ -160,20 +160,17 @@ def test_the_best_weights_keep_the_constraints():
 
 
 def test_long_completions_are_screened_too():
-    rows = {"a": [-900.0, -800.0], "b": [-905.0, -790.0], "c": [-1000.0, -1000.0]}
-    estimate = ensemble_screen(rows)
-    values = estimate([Mixture.subset(names) for names in ("a", "b", "c", "ab", "abc")])
+    rows = {"a": np.array([-900.0, -800.0]), "b": np.array([-905.0, -790.0]), "c": np.array([-1000.0, -1000.0])}
+    values = [ensemble_likelihood(rows, Mixture.subset(names)) for names in ("a", "b", "c", "ab", "abc")]
     assert len(set(values)) == 5
     assert values[3] == pytest.approx((-900 - 790) / 2 - math.log(2), abs=0.01)
 
 
 def test_the_screen_is_the_ensemble_of_what_the_singles_scored():
     ensemble = made_up(4, 25, accuracy=False)
-    singles = {name: ensemble.score(Mixture.subset([name])).logprobs for name in ensemble.names}
-    mixtures = list(SearchSpace(ensemble.names).subsets())
-    assert ensemble_screen(singles)(mixtures) == pytest.approx(
-        [ensemble.score(one).value for one in mixtures], abs=1e-4
-    )
+    singles = {name: np.array(ensemble.score(Mixture.subset([name])).logprobs) for name in ensemble.names}
+    for mixture in SearchSpace(ensemble.names).subsets():
+        assert ensemble_likelihood(singles, mixture) == pytest.approx(ensemble.score(mixture).value, abs=1e-4)
 
 
 @pytest.mark.parametrize("apart", [False, True])

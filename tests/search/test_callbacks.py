@@ -11,6 +11,7 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.errors import InputError
 from m2m_hf.search.callbacks import ProgressCallback, SearchCallback
 from m2m_hf.search.loop import search
+from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.storage.journal import Journal
 
@@ -52,9 +53,13 @@ class Log(SearchCallback):
 
 def run(path, *callbacks, strategy="exhaustive", race=False, objective=None, space=SPACE, **options):
     objective = objective or Replay(table())
-    options |= {"names": NAMES, "costs": dict.fromkeys(NAMES, 1.0), "race": race, "callbacks": callbacks}
-    options["clock"] = lambda: 0.0  # two runs differ in their times alone
-    return search(STRATEGIES[strategy], space, [objective], Journal(path), **options)
+    state = SearchState(space, [objective], Journal(path), callbacks, broadcast=without_time)
+    return search(state, STRATEGIES[strategy], NAMES, race=race, **options)
+
+
+def without_time(value):
+    """Two runs differ in their times alone."""
+    return 0.0 if isinstance(value, float) else value
 
 
 def lines(path) -> list[dict]:

@@ -19,7 +19,6 @@ from m2m_hf.storage.journal import Journal
 
 NAMES = ("a", "b", "c", "d")
 SPACE = SearchSpace(NAMES)
-COSTS = dict.fromkeys(NAMES, 1.0)
 
 
 class TableObjective(Objective):
@@ -57,8 +56,8 @@ class TableObjective(Objective):
 def run(objective, path, **options):
     space = options.pop("space", SPACE)
     objectives = objective if isinstance(objective, list) else [objective]
-    options = {"names": space.names, "costs": COSTS, **options}
-    return search(options.pop("strategy", exhaustive), space, objectives, Journal(path), **options)
+    state = SearchState(space, objectives, Journal(path), failed=options.pop("failed", {}))
+    return search(state, exhaustive, options.pop("names", space.names), **options)
 
 
 def test_every_subset_and_the_base_are_scored_once(tmp_path):
@@ -199,9 +198,9 @@ def make(names: str, value: float, logprob: float = -1.0, stderr: float = 0.05) 
     ids=["ties-smaller", "better", "one-stderr", "beyond-one-stderr", "likelier", "cheaper"],
 )
 def test_choice_among_ties(trials, rule, chosen):
-    costs = {"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0}
+    space = SearchSpace(NAMES, costs={"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0})
     for order in itertools.permutations(trials):
-        ranking = sorted(order, key=lambda trial: preference(trial, costs))
+        ranking = sorted(order, key=lambda trial: preference(trial, space))
         assert choose(ranking, rule).mixture == Mixture.subset(list(chosen))
 
 
@@ -293,6 +292,5 @@ def test_the_screen_is_in_the_unit_of_the_likelihood(tmp_path):
     for number, kind in enumerate((ByToken, ByRow)):
         state = SearchState(SPACE, [kind()], Journal(tmp_path / f"{number}.jsonl"))
         state.score_in_full([BASE, *(Mixture.subset([name]) for name in NAMES)])
-        (estimate,) = make_screen(state)([Mixture.subset("ab")])
-        estimates.append(estimate)
+        estimates.append(make_screen(state)(Mixture.subset("ab")))
     assert estimates[0] == pytest.approx(estimates[1] / 100)

@@ -9,12 +9,14 @@ import pytest
 from replay import Replay, tells_apart
 
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.objective import TargetInfo
 from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.search.loop import search
+from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES
-from m2m_hf.search.race import FIRST, Sample, judge, rungs
-from m2m_hf.search.result import Budget
+from m2m_hf.search.race import FIRST, Sample, judge, plan_rungs
+from m2m_hf.search.result import UNLIMITED, Budget
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage.journal import Journal
 
@@ -53,12 +55,17 @@ class Counting(Replay):
 
 
 def run(objective, path, strategy=exhaustive, **options):
-    options = {"names": NAMES, "costs": dict.fromkeys(NAMES, 1.0), "race": True, **options}
-    return search(strategy, SPACE, [objective], Journal(path), **options)
+    objectives = objective if isinstance(objective, list) else [objective]
+    state = SearchState(SPACE, objectives, Journal(path), budget=options.pop("budget", UNLIMITED))
+    return search(state, strategy, NAMES, **{"race": True, **options})
 
 
 def has_content(result) -> dict:
     return {mixture: (standing.score, standing.pruned) for mixture, standing in result.standings.items()}
+
+
+def rungs(examples: int) -> list[int]:
+    return [sizes["t"] for sizes in plan_rungs([TargetInfo("t", examples)])]
 
 
 def test_rungs_begin_at_64_grow_and_end_with_all():
@@ -74,24 +81,24 @@ def test_rungs_begin_at_64_grow_and_end_with_all():
 def test_what_is_far_behind_is_dropped_and_the_leader_never():
     draw = np.random.default_rng(0)
     values = draw.normal(size=(4, 64)) * 0.1 + np.array([[0.0], [0.02], [-1.0], [-0.5]])
-    verdict = judge([Sample(values, 300)], 4)
-    assert verdict.leader in (0, 1)
-    assert {2, 3} <= set(verdict.dropped)
-    assert verdict.leader not in verdict.dropped
+    leader, dropped = judge([Sample(values, 300)], 4)
+    assert leader in (0, 1)
+    assert {2, 3} <= set(dropped)
+    assert leader not in dropped
 
 
 def test_what_agrees_on_all_examples_is_a_tie():
-    assert judge([Sample(np.ones((3, 64)), 300)], 4).dropped == [1, 2]
+    assert judge([Sample(np.ones((3, 64)), 300)], 4)[1] == [1, 2]
     # One more right answer in 64 tells nothing of the other 236.
     values = np.ones((2, 64))
     values[1, 5] = 0
-    assert judge([Sample(values, 300)], 4).dropped == []
+    assert judge([Sample(values, 300)], 4)[1] == []
 
 
 def test_near_the_end_only_what_all_examples_could_tell_goes_on():
     draw = np.random.default_rng(1)
     values = draw.normal(size=(6, 290))
-    assert len(judge([Sample(values, 300)], 4).dropped) == 5  # ten examples more change nothing that a test could tell
+    assert len(judge([Sample(values, 300)], 4)[1]) == 5  # ten examples more change nothing that a test could tell
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -174,8 +181,7 @@ def test_several_targets_race_together(tmp_path):
         Counting(table(7 + number, rows=rows), seed=number, target=f"t{number}")
         for number, rows in enumerate((300, 120))
     ]
-    options = {"names": NAMES, "costs": dict.fromkeys(NAMES, 1.0), "race": True}
-    result = search(exhaustive, SPACE, objectives, Journal(tmp_path / "t"), **options)
+    result = run(objectives, tmp_path / "t")
     assert result.best.complete
     assert any(one.pruned for one in result.standings.values())
     assert result.evaluations < 32 * 420

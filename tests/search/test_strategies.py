@@ -13,8 +13,9 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
 from m2m_hf.search.loop import search
+from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES, ScoreModel, choose_strategy, expected_improvement
-from m2m_hf.search.result import Budget
+from m2m_hf.search.result import UNLIMITED, Budget
 from m2m_hf.search.strategies import SearchProblem
 from m2m_hf.storage.journal import Journal
 
@@ -71,8 +72,8 @@ class Smooth(Landscape):
 
 
 def run(strategy, space, path, objective=None, **options):
-    options = {"names": NAMES, "costs": COSTS, **options}
-    return search(strategy, space, [objective or Smooth()], Journal(path), **options)
+    state = SearchState(space, [objective or Smooth()], Journal(path), budget=options.pop("budget", UNLIMITED))
+    return search(state, strategy, NAMES, **options)
 
 
 def standing(mixture: Mixture) -> Standing:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from m2m_hf.core.arrays import LazyArray
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.objective import Differentiable, Objective
 from m2m_hf.core.score import Failure, Score
@@ -129,20 +128,21 @@ class SearchState:
             SearchEnded: before all were measured.
         """
         target = objective.target.name
-        seen = max((self.trials[one][target].rung for one in mixtures if target in self.trials[one]), default=0)
-        if seen >= rung:  # all rows of a target that has fewer than others
+        before = [self.trials[mixture][target] for mixture in mixtures if target in self.trials[mixture]]
+        if before and before[0].rung >= rung:  # a target that has fewer rows than others was seen as a whole
             return
+        rows = rung - (before[0].rung if before else 0)
         missing = []
         for mixture in mixtures:
             trial = self.recall(objective, mixture, rung)
             if trial is None:
                 missing.append(mixture)
             else:
-                self._keep(trial, objective.evaluations(mixture, rung - seen), recalled=True)
+                self._keep(trial, objective.evaluations(mixture, rows), recalled=True)
         while missing:
-            size = self._affordable(objective, rung - seen)
+            size = self._affordable(objective, rows)
             for trial in self._measure(objective, missing[:size], rung):
-                self._keep(trial, objective.evaluations(trial.mixture, rung - seen))
+                self._keep(trial, objective.evaluations(trial.mixture, rows))
             missing = missing[size:]
 
     def recall(self, objective: Objective, mixture: Mixture, rung: int) -> Trial | None:
@@ -152,13 +152,12 @@ class SearchState:
         if rung == target.examples:
             return whole
         key = objective.key(mixture, rung)
-        trial = self.journal.get(key) or whole
-        if trial is None or trial.key == key or trial.score is None:
-            return trial
+        part = self.journal.get(key)
+        if part is not None or whole is None or whole.score is None:
+            return part or whole
         rows = list(target.order[:rung])
-        values, logprobs = (np.asarray(numbers) for numbers in (trial.score.values, trial.score.logprobs))
-        score = Score.of(LazyArray.of(values[rows]), LazyArray.of(logprobs[rows]) if len(logprobs) else ())
-        return replace(trial, key=key, rung=rung, state="pruned", score=score, seconds=0.0)
+        lists = (np.asarray(one)[rows].tolist() if one else [] for one in (whole.score.values, whole.score.logprobs))
+        return replace(whole, key=key, rung=rung, state="pruned", score=Score.of(*lists), seconds=0.0)
 
     def _affordable(self, objective: Objective, rows: int) -> int:
         """How many mixtures to measure next, on so many rows.
@@ -218,30 +217,26 @@ class SearchState:
         """
         total, slopes = 0.0, dict.fromkeys(mixture.names, 0.0)
         for objective in self.objectives:
-            try:
-                score = self._gradient_on(objective, mixture)
-            except SearchEnded:
+            assert isinstance(objective, Differentiable)
+            key = f"{objective.key(mixture)}/gradient"
+            trial = self.journal.get(key)
+            recalled = trial is not None
+            if trial is None:
+                try:
+                    self._affordable(objective, objective.target.examples)
+                except SearchEnded:
+                    return None
+                start = self._now()
+                result = objective.gradient(mixture)
+                trial = Trial.of(result, mixture, "gradient", objective.target, key, seconds=self._now() - start)
+                trial = self.journal.append(trial)
+            self._count(trial, objective.target.examples, recalled)
+            if trial.score is None:
                 return None
-            if score is None:
-                return None
-            total += self.share(objective) * objective.likelihood(score)
-            for name, slope in zip(mixture.names, score.gradient, strict=True):
+            total += self.share(objective) * objective.likelihood(trial.score)
+            for name, slope in zip(mixture.names, trial.score.gradient, strict=True):
                 slopes[name] += self.share(objective) * slope
         return total, slopes
-
-    def _gradient_on(self, objective: Objective, mixture: Mixture) -> Score | None:
-        assert isinstance(objective, Differentiable)
-        key = f"{objective.key(mixture)}/gradient"
-        trial = self.journal.get(key)
-        recalled = trial is not None
-        if trial is None:
-            self._affordable(objective, objective.target.examples)
-            start = self._now()
-            result = objective.gradient(mixture)
-            seconds = self._now() - start
-            trial = self.journal.append(Trial.of(result, mixture, "gradient", objective.target, key, seconds=seconds))
-        self._count(trial, objective.target.examples, recalled)
-        return trial.score
 
     def _keep(self, trial: Trial, evaluations: int, recalled: bool = False) -> None:
         self.trials[trial.mixture][trial.target] = trial

@@ -19,13 +19,14 @@ from m2m_hf.console import Terminal
 from m2m_hf.core.objective import Differentiable, Objective
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
-from m2m_hf.data.mixture_rows import mixture_dataset
+from m2m_hf.data.mixture_rows import mixture_dataset, write_mixture
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
+from m2m_hf.publish.recipe import write_recipe
 from m2m_hf.reporting.conclude import Analysis, analyse, conclude
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.page import write_report
@@ -367,7 +368,9 @@ class MergeToMixSearcher:
         mixture = self.search().best.mixture
         if run.is_main:
             args, model_args = run.final_settings
-            run.task.write_recipe(mixture, run.training_settings(args, model_args), model_args)
+            train = write_mixture(run.folder.mixture, mixture, run.candidates, args.seed)
+            settings = run.training_settings(args, model_args)
+            write_recipe(run.folder, mixture, train, run.task.data, settings, model_args)
         return self._write_summary()
 
     def _write_summary(self) -> dict[str, Any]:

@@ -24,10 +24,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.analysis.study_statistics import compare
+from m2m_hf.analysis.study_report import compare
 from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.yaml_files import read_yaml
+from m2m_hf.core.jsonable import to_json
 from m2m_hf.errors import InputError
 from m2m_hf.reporting.tables import comparison_tables
 from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
@@ -92,7 +93,7 @@ def main() -> None:
     searcher.prepare()
     LOG.open(run.folder.log)
     mixtures, true, complete = fine_tuned_truth(run, searcher.search())
-    found = {"uniform": compare(mixtures, surrogate_standings(run, mixtures), true, complete)}
+    found = {"uniform": compare(surrogate_standings(run, mixtures), true, complete)}
     for asked, values in varied.items():
         terminal.say(f"\n{asked}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()), "bold")
         candidates = read_yaml(given.config)["candidates"]
@@ -111,11 +112,10 @@ def main() -> None:
         other.run.terminal = terminal
         other.train_adapters()
         other.prepare()
-        found[asked] = compare(mixtures, surrogate_standings(other.run, mixtures), true, complete)
+        found[asked] = compare(surrogate_standings(other.run, mixtures), true, complete)
         for table in comparison_tables("how well averages of mixed adapters predict what was fine-tuned", found):
             terminal.table(*table)
-        shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
-        write_json(run.folder.root / "ablation" / "ablation.json", shown)
+        write_json(run.folder.root / "ablation" / "ablation.json", to_json(found))
 
 
 if __name__ == "__main__":

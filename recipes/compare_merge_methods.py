@@ -20,10 +20,11 @@ LOG = LibraryLog()  # libraries have things to say when they are imported
 import argparse
 from pathlib import Path
 
-from m2m_hf.analysis.study_statistics import compare
+from m2m_hf.analysis.study_report import compare
 from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.run_config import MERGE_PARAMETERS, check_merge_parameters
+from m2m_hf.core.jsonable import to_json
 from m2m_hf.errors import InputError
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.reporting.tables import comparison_tables
@@ -71,15 +72,12 @@ def main() -> None:
     searcher.prepare()
     LOG.open(run.folder.log)
     mixtures, true, complete = fine_tuned_truth(run, searcher.search())
-    found = {
-        one.label: compare(mixtures, surrogate_standings(run, mixtures, method=one), true, complete) for one in methods
-    }
+    found = {one.label: compare(surrogate_standings(run, mixtures, method=one), true, complete) for one in methods}
     if "ensemble" in run.study.surrogates:
-        found["ensemble"] = compare(mixtures, surrogate_standings(run, mixtures, "ensemble"), true, complete)
+        found["ensemble"] = compare(surrogate_standings(run, mixtures, "ensemble"), true, complete)
     for table in comparison_tables("how well merged models predict what was fine-tuned", found):
         terminal.table(*table)
-    shown = {name: {key: one.to_json() for key, one in of.items()} for name, of in found.items()}
-    write_json(run.folder.root / "merge_methods.json", shown)
+    write_json(run.folder.root / "merge_methods.json", to_json(found))
 
 
 if __name__ == "__main__":

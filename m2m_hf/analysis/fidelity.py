@@ -10,8 +10,9 @@ A correlation over mixtures has two 95 % intervals, for two questions.
   simulations it holds the true value in 93 to 99 of 100 studies; an interval that takes mixtures as independent in 33 to 78.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from random import Random
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from m2m_hf.core.jsonable import to_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 
@@ -35,26 +35,31 @@ TOP = 3  # of the surrogate's ranking that every sample holds
 def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, seed: int) -> list[Mixture]:
     """The mixtures to fine-tune: all where there are few; else the top of the ranking, all together, singles and random ones.
 
-    Singles, the best ones first, are up to half of the rest.
+    Singles, the best ones first, are up to half of the rest. They and all together are taken whether or not they may be chosen.
 
     Args:
-        space: the mixtures that may be chosen; singles and all together are taken whether or not they may.
         ranking: the surrogate's, best first.
         count: how many (None: all up to 15, else 16).
         seed: of the random ones.
     """
     singles = [Mixture.subset([name]) for name in space.names]
     everything = Mixture.subset(space.names)
-    subsets = list(islice(space.subsets(), (count or ALL_UP_TO) + 1))
-    if len(subsets) <= (count or ALL_UP_TO):
+    most = count or ALL_UP_TO
+    subsets = list(islice(space.subsets(), most + 1))
+    if len(subsets) <= most:
         whole = list(dict.fromkeys([*subsets, everything, *singles]))
-        return whole[: max(count or ALL_UP_TO, len(subsets) + 1)]
+        return whole[: max(most, len(subsets) + 1)]
     count = count or SAMPLE
     top = ranking[: min(TOP, max(1, count // 4))]
     place = {mixture: number for number, mixture in enumerate(ranking)}
     singles.sort(key=lambda one: place.get(one, len(ranking)))
-    chosen = dict.fromkeys([*top, everything, *singles[: max(1, (count - len(top) - 1) // 2)]])
-    draw = Random(seed)
+    half = max(1, (count - len(top) - 1) // 2)
+    return filled(space, [*top, everything, *singles[:half]], count, seed)
+
+
+def filled(space: SearchSpace, mixtures: Sequence[Mixture], count: int, seed: int) -> list[Mixture]:
+    """`mixtures` and random ones, up to `count` different ones; fewer where hardly any others are left."""
+    chosen, draw = dict.fromkeys(mixtures), Random(seed)
     for _ in range(100 * count):
         if len(chosen) >= count:
             break
@@ -76,9 +81,8 @@ class Rows:
     """What the same mixtures scored on the rows of one target, as predicted and as trained.
 
     Args:
-        surrogate: of shape (mixtures, rows); the mean over the rows is the score. A single column, which is then not resampled,
-            where the scorer has no values by row.
-        trained: the same of the models that were fine-tuned.
+        surrogate, trained: of shape (mixtures, rows); the mean over the rows is the score. A single column, which is then not
+            resampled, where the scorer has no values by row.
         weight: the target's share in the mean over the targets.
     """
 
@@ -117,9 +121,6 @@ class Agreement:
     tied: bool | None
     above_random: bool | None
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(to_json(self))
-
 
 def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool = True, seed: int = 0) -> Agreement:
     """Compares a surrogate with the truth on at least three mixtures.
@@ -129,22 +130,16 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
         complete: whether these are all the mixtures that there are, and not a sample of them.
         seed: of the resamples.
     """
-    predicted = sum(one.weight * one.surrogate.mean(1) for one in rows)
-    true = sum(one.weight * one.trained.mean(1) for one in rows)
+    from scipy.stats import kendalltau, pearsonr, spearmanr  # slow to import
+
+    predicted, true = scores_by(rows)
     count = len(mixtures)
     by_row = all(one.trained.shape[1] > 1 for one in rows)
     draw = np.random.default_rng(seed)
-    again: tuple[Any, Any] = (np.zeros((RESAMPLES, count)), np.zeros((RESAMPLES, count)))
-    for one in rows:
-        size = one.trained.shape[1]
-        shares = draw.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size
-        for scores, values in zip(again, (one.surrogate, one.trained), strict=True):
-            scores += one.weight * shares @ values.T
+    again = resampled_scores(rows, draw)
     weights = np.ones((RESAMPLES, count))
     if not complete:
         weights = draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
-
-    from scipy.stats import kendalltau, pearsonr, spearmanr
 
     def correlation(statistic: Any, weighted: Any) -> Estimate:
         value = constant_aware(statistic, predicted, true)
@@ -153,37 +148,51 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
         row_ci = reflected(value, weighted(*again, weights)) if by_row or not complete else None
         return Estimate(value, row_ci, jackknife(statistic, mixtures, predicted, true))
 
+    def estimate(statistic: Any) -> Estimate:
+        """Of what is computed for every row of scores, here and resampled."""
+        (value,) = statistic(predicted[None], true[None])
+        return Estimate(float(value), interval(statistic(*again)) if by_row else None)
+
     first, best = int(predicted.argmax()), int(true.argmax())
-    tied = above_random = None
-    if by_row:
-        tied = not told(rows, lambda trained: trained[best] - trained[first])
-        above_random = told(rows, lambda trained: trained[first] - trained.mean(0))
     return Agreement(
-        count,
-        correlation(pearsonr, weighted_pearson),
-        correlation(spearmanr, weighted_spearman),
-        correlation(kendalltau, weighted_kendall),
-        across_halves(rows, draw) if by_row else None,
-        {
-            k: Estimate(
-                float(recalled(predicted[None], true[None], k)[0]), interval(recalled(*again, k)) if by_row else None
-            )
-            for k in (1, 3, 5)
-            if 2 * k < count
-        },
-        Estimate(float(true[best] - true[first]), interval(regrets(*again)) if by_row else None),
-        max(0.0, float(true[best] - true.mean())),
-        int((predicted > predicted[best]).sum()) + 1,
-        tied,
-        above_random,
+        mixtures=count,
+        pearson=correlation(pearsonr, weighted_pearson),
+        spearman=correlation(spearmanr, weighted_spearman),
+        kendall=correlation(kendalltau, weighted_kendall),
+        halves=across_halves(rows, draw) if by_row else None,
+        recall={k: estimate(partial(recalled, k=k)) for k in (1, 3, 5) if 2 * k < count},
+        regret=estimate(regrets),
+        random_regret=max(0.0, float(true[best] - true.mean())),
+        rank_of_best=int((predicted > predicted[best]).sum()) + 1,
+        tied=not told([one.weight * (one.trained[best] - one.trained[first]) for one in rows]) if by_row else None,
+        above_random=told([one.weight * (one.trained[first] - one.trained.mean(0)) for one in rows])
+        if by_row
+        else None,
     )
 
 
-def told(rows: Sequence[Rows], difference: Callable[[Any], Any]) -> bool:
-    """Whether a one-sided paired test at 5 % tells that a difference of trained scores, row by row, is above 0."""
-    found = [one.weight * difference(one.trained) for one in rows]
-    variance = sum(values.var(ddof=1) / len(values) for values in found)
-    return bool(sum(values.mean() for values in found) > ndtri(0.95) * variance**0.5)
+def scores_by(rows: Sequence[Rows]) -> tuple[Any, Any]:
+    """(predicted, trained) scores of the mixtures, the mean over the targets."""
+    predicted: Any = sum(one.weight * one.surrogate.mean(1) for one in rows)
+    trained: Any = sum(one.weight * one.trained.mean(1) for one in rows)
+    return predicted, trained
+
+
+def resampled_scores(rows: Sequence[Rows], draw: Any) -> tuple[Any, Any]:
+    """`scores_by` of resampled rows, the same for both and for all mixtures; of shape (resamples, mixtures)."""
+    predicted, trained = np.zeros((2, RESAMPLES, len(rows[0].trained)))
+    for one in rows:
+        size = one.trained.shape[1]
+        shares = draw.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size
+        predicted += one.weight * shares @ one.surrogate.T
+        trained += one.weight * shares @ one.trained.T
+    return predicted, trained
+
+
+def told(differences: Sequence[Any]) -> bool:
+    """Whether a one-sided paired test at 5 % tells that a difference, by target and row, is above 0."""
+    variance = sum(values.var(ddof=1) / len(values) for values in differences)
+    return bool(sum(values.mean() for values in differences) > ndtri(0.95) * variance**0.5)
 
 
 def constant_aware(statistic: Any, x: Any, y: Any) -> float:
@@ -299,30 +308,39 @@ VERDICTS = {
 }
 
 
-def verdict(whole: Agreement | None, larger: Agreement | None) -> tuple[str, str]:
-    """(a key of `VERDICTS`, why).
+@dataclass(frozen=True)
+class Verdict:
+    """A key of `VERDICTS`, and why."""
 
-    A surrogate must order mixtures of two or more candidates: the row interval of Spearman's ρ lies above 0. (Singles do not
+    verdict: str
+    why: str
+
+
+def verdict(whole: Agreement | None, larger: Agreement | None) -> Verdict:
+    """Whether a surrogate can be trusted.
+
+    It must order mixtures of two or more candidates: the row interval of Spearman's ρ lies above 0. (Singles do not
     count: there the merged model is itself a model trained on the mixture.) It is then trusted where its first mixture,
     fine-tuned, is better than a random one and not worse than the best, by paired tests. It is trusted to prune where the best
     is in the first third of its ranking, or where the tests say nothing. Otherwise it is not trusted.
 
     Args:
-        whole: over all mixtures that were trained.
-        larger: over those of two or more candidates, or None where there are too few.
+        whole, larger: over all mixtures that were trained, and over those of two or more candidates; None where they are too few.
     """
     if whole is None or larger is None or larger.mixtures < FEWEST:
-        return "unknown", f"fewer than {FEWEST} mixtures of two or more candidates were fine-tuned"
+        return Verdict("unknown", f"fewer than {FEWEST} mixtures of two or more candidates were fine-tuned")
     if whole.tied is None:
-        return "unknown", "the scorer gives no values by row, so chance cannot be measured"
+        return Verdict("unknown", "the scorer gives no values by row, so chance cannot be measured")
     interval = larger.spearman.row_ci
     if interval is None or not interval[0] > 0:
-        return "distrust", "on these rows it may not order mixtures of two or more candidates at all"
+        return Verdict("distrust", "on these rows it may not order mixtures of two or more candidates at all")
     if whole.tied and whole.above_random:
-        return "trust", "its first mixture is better than a random one and ties with the best that was fine-tuned"
+        return Verdict(
+            "trust", "its first mixture is better than a random one and ties with the best that was fine-tuned"
+        )
     if whole.tied:
-        return "prune", "the rows cannot tell its first mixture from the best, nor from a random one"
+        return Verdict("prune", "the rows cannot tell its first mixture from the best, nor from a random one")
     place = f"it ranks the best fine-tuned mixture at place {whole.rank_of_best} of {whole.mixtures}"
     if whole.rank_of_best <= -(-whole.mixtures // 3):
-        return "prune", place
-    return "distrust", place
+        return Verdict("prune", place)
+    return Verdict("distrust", place)

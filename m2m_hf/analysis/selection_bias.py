@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import paired
 from m2m_hf.core.trial import Standing, scores_of
+from m2m_hf.search.result import score_of
 
 RESAMPLES = 1000
 CONTENDERS = 256  # mixtures, the best ones, among which is chosen again
@@ -81,21 +81,17 @@ def selection_bias(
             where most are not known and differ from the known ones.
         seed: of the resamples.
     """
-    contenders = list(dict.fromkeys([best.mixture, *(one.mixture for one in ranking[:CONTENDERS])]))
-    by_mixture: dict[Mixture, Standing] = {one.mixture: one for one in (*ranking, best)}
-    standings = [by_mixture[mixture] for mixture in contenders]
-    total = sum(best.weights.values())
-    drawn = np.zeros((RESAMPLES, len(standings)))  # scores on the rows drawn
-    left = np.zeros((RESAMPLES, len(standings)))  # and on those left out
-    covariance = np.zeros((len(standings), len(standings)))  # of the scores less their mean, over the rows
+    contenders = [best, *(one for one in ranking[:CONTENDERS] if one.mixture != best.mixture)]
+    count, total = len(contenders), sum(best.weights.values())
+    drawn, left = np.zeros((2, RESAMPLES, count))  # scores on the rows drawn, and on those left out
+    covariance = np.zeros((count, count))  # of the scores less their mean, over the rows
     draw = np.random.default_rng(seed)
     for target, weight in best.weights.items():
-        values = [score.values for one in standings if (score := one.trials[target].score)]
-        if not all(values) or len(values[0]) < 2 or len(values) < len(standings):
+        values = [score.values for one in contenders if (score := one.trials[target].score)]
+        if not all(values) or len(values[0]) < 2 or len(values) < count:
             return None
-        table = np.array(values)
+        table, share = np.array(values), weight / total
         size = table.shape[1]
-        share = weight / total
         covariance += share**2 * np.cov(table - table.mean(0)).reshape(covariance.shape) / size
         for start in range(0, RESAMPLES, step := max(1, NUMBERS // size)):
             block = slice(start, min(start + step, RESAMPLES))
@@ -105,39 +101,43 @@ def selection_bias(
             left[block] += share * (out @ table.T) / np.maximum(out.sum(1, keepdims=True), 1)
     winners = np.isclose(drawn, drawn.max(1, keepdims=True), rtol=0, atol=1e-12)
     winners = winners / winners.sum(1, keepdims=True)
-    scores = np.array([one.score.value for one in standings if one.score])
+    scores = np.array([score_of(one).value for one in contenders])
     optimism = max(0.0, float(scores[0] - (winners * left).sum(1).mean()))
-    quantile = float(ndtri(0.975))
-    differences: dict[str, Difference] = {}
-
-    def compare(name: str, other: Standing, correction: float) -> tuple[float, float]:
-        value, stderr = paired(scores_of(best), scores_of(other), best.weights)
-        reach = quantile * (stderr or 0.0)
-        gain = value - correction
-        differences[name] = Difference(gain, gain - reach, gain + reach)
-        return value, stderr or 0.0
-
-    for name, other in against.items():
-        if other.score is not None and other.mixture != best.mixture:
-            compare(name, other, optimism)
-    rows_needed = None
-    rivals = [one for one in ranking if one.mixture != best.mixture]
-    if rivals:
-        value, stderr = compare("second", rivals[0], 0.0)
-        if value > 0 and stderr > 0:
-            rows_needed = float(((ndtri(1 - RISK / 2) + ndtri(POWER)) * stderr / value) ** 2)
+    differences = {
+        name: difference(best, other, optimism)
+        for name, other in against.items()
+        if other.score is not None and other.mixture != best.mixture
+    }
+    second = next((one for one in ranking if one.mixture != best.mixture), None)
+    if second is not None:
+        differences["second"] = difference(best, second, 0.0)
     probability = None
     if others is not None:
-        every = [one.score.value for one in ranking if one.score]
-        probability = probability_best(scores, covariance, np.array([*every, *others]), seed)
+        every = np.array([*(score_of(one).value for one in ranking), *others])
+        probability = probability_best(scores, covariance, every, seed)
     return SelectionBias(
         float(scores[0]) - optimism,
         optimism,
         probability,
         differences,
-        rows_needed,
+        None if second is None else rows_needed(best, second),
         sum(not told_apart(best, one) for one in ranking),
     )
+
+
+def difference(best: Standing, other: Standing, optimism: float) -> Difference:
+    """How much better the chosen mixture is than another, less by how much its score is too high."""
+    value, stderr = paired(scores_of(best), scores_of(other), best.weights)
+    gain, reach = value - optimism, float(ndtri(0.975)) * (stderr or 0.0)
+    return Difference(gain, gain - reach, gain + reach)
+
+
+def rows_needed(best: Standing, second: Standing) -> float | None:
+    """See `SelectionBias`."""
+    value, stderr = paired(scores_of(best), scores_of(second), best.weights)
+    if value <= 0 or not stderr:
+        return None
+    return float(((ndtri(1 - RISK / 2) + ndtri(POWER)) * stderr / value) ** 2)
 
 
 def probability_best(scores: Any, covariance: Any, every: Any, seed: int = 0) -> float:

@@ -47,16 +47,6 @@ class ShapleyValues:
     shapley: Mapping[str, Measurement]
     interactions: tuple[Interaction, ...]
 
-    @classmethod
-    def of(
-        cls, exact: bool, names: Sequence[str], values: Sequence[Measurement], pairs: Sequence[Measurement]
-    ) -> "ShapleyValues":
-        """From the values of `names` and of their pairs, in the order of `combinations`."""
-        found = zip(combinations(names, 2), pairs, strict=False)
-        interactions = [Interaction(pair, one.value, one.stderr) for pair, one in found]
-        interactions.sort(key=lambda one: -abs(one.value))
-        return cls(exact, dict(zip(names, values, strict=True)), tuple(interactions))
-
 
 def shapley_values(standings: Mapping[Mixture, Standing], names: Sequence[str]) -> ShapleyValues | None:
     """Shapley values from the mixtures that were scored; None where too few were.
@@ -64,8 +54,7 @@ def shapley_values(standings: Mapping[Mixture, Standing], names: Sequence[str]) 
     Exact where all 2^N subsets were scored in full. Otherwise estimated by weighted least squares with the Shapley kernel
     (Lundberg and Lee, 2017), interactions by least squares on pairs.
     """
-    base = standings[BASE]
-    if base.score is None:
+    if standings[BASE].score is None:
         return None
     known = {
         mixture: standing
@@ -75,6 +64,15 @@ def shapley_values(standings: Mapping[Mixture, Standing], names: Sequence[str]) 
     if len(known) == 2 ** len(names) and all(standing.complete for standing in known.values()):
         return exact(known, names)
     return estimated(known, names)
+
+
+def summarised(exact: bool, names: Sequence[str], found: Sequence[tuple[float, float | None]]) -> ShapleyValues:
+    """From (value, standard error) of the candidates, then of their pairs in the order of `combinations`."""
+    pairs = zip(combinations(names, 2), found[len(names) :], strict=False)  # too few trials tell nothing of pairs
+    interactions = [Interaction(pair, *one) for pair, one in pairs]
+    interactions.sort(key=lambda one: -abs(one.value))
+    shapley = {name: Measurement(*one) for name, one in zip(names, found, strict=False)}
+    return ShapleyValues(exact, shapley, tuple(interactions))
 
 
 def membership(mixtures: Sequence[Mixture], names: Sequence[str]) -> Any:
@@ -103,8 +101,8 @@ def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> ShapleyVal
     for start in range(0, len(scores), step := max(1, NUMBERS // width)):  # not all of them need fit into memory
         block = [score.values if by_row else (score.value,) for score in scores[start : start + step]]
         by_example += np.array(factors)[:, start : start + step] @ np.array(block)
-    found = [Measurement(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
-    return ShapleyValues.of(True, names, found[:count], found[count:])
+    found = [(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
+    return summarised(True, names, found)
 
 
 def estimated(known: Mapping[Mixture, Standing], names: Sequence[str]) -> ShapleyValues | None:
@@ -127,19 +125,14 @@ def estimated(known: Mapping[Mixture, Standing], names: Sequence[str]) -> Shaple
     with_pairs = len(inner) >= 3 * (1 + count + len(pairs))
     design = np.hstack([np.ones((len(inner), 1)), members, products])
 
-    def fit(chosen: Any) -> tuple[Any, Any]:
+    def fit(chosen: Any) -> Any:
+        """Of the candidates, then of their pairs."""
         root = np.sqrt(kernel[chosen])[:, None]
         values = np.linalg.lstsq(free[chosen] * root, rest[chosen] * root[:, 0], rcond=None)[0]
         both = np.linalg.lstsq(design[chosen], scores[chosen], rcond=None)[0][1 + count :] if with_pairs else []
-        return np.append(values, total - base - values.sum()), both
+        return np.array([*values, total - base - values.sum(), *both])
 
     draw = np.random.default_rng(0)
-    values, both = fit(np.arange(len(inner)))
     again = [fit(draw.integers(len(inner), size=len(inner))) for _ in range(RESAMPLES)]
-    spread = np.std([one for one, _ in again], axis=0, ddof=1)
-    apart = np.std([one for _, one in again], axis=0, ddof=1) if with_pairs else []
-    return ShapleyValues.of(False, names, measurements(values, spread), measurements(both, apart))
-
-
-def measurements(values: Sequence[float], errors: Sequence[float]) -> list[Measurement]:
-    return [Measurement(float(value), float(error)) for value, error in zip(values, errors, strict=True)]
+    found = np.stack([fit(np.arange(len(inner))), np.std(again, axis=0, ddof=1)], axis=1)
+    return summarised(False, names, found.tolist())

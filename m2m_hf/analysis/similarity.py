@@ -1,6 +1,6 @@
-"""Similarity to the target: a baseline that chooses candidates without scoring mixtures."""
+"""Similarity to the targets: a baseline that chooses candidates without scoring mixtures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -41,67 +41,60 @@ def target_content(rows: Sequence[Any], processing: Any, seed: int, classifies: 
     return [row.image if isinstance(row, ImageRow) else processing(row.prompt)["input_ids"] for row in chosen]
 
 
+@torch.inference_mode()
 def similarity(
     model: PreTrainedModel,
     candidates: Mapping[str, Sequence[Any]],
-    target: Sequence[Any],
+    targets: Mapping[str, Sequence[Any]],
+    weights: Mapping[str, float],
+    processing: Any,
     tokens_per_batch: int,
-    longest: int = 512,
-    processing: Any = None,
+    longest: int,
 ) -> dict[str, float]:
-    """Cosine between each candidate's centroid and the target's in the base model's hidden states, the most similar first.
+    """Cosine between each candidate's centroid and the targets', the weighted mean, the most similar first.
+
+    A centroid is the mean over rows of the mean over tokens of the base model's last hidden state.
 
     Args:
-        model: the base model.
-        candidates: name -> token ids of its rows, or images.
-        target: the same of the validation rows.
-        tokens_per_batch: budget of one forward pass.
+        candidates, targets: name -> content of its rows.
+        weights: of the targets.
         longest: tokens of a row that are looked at.
-        processing: the image processor.
     """
     model.eval()
-    centre = centroid(model, target, tokens_per_batch, longest, processing)
-    cosines = {
-        name: float(
-            torch.cosine_similarity(centroid(model, content, tokens_per_batch, longest, processing), centre, dim=0)
-        )
-        for name, content in candidates.items()
-    }
+
+    def centroid(content: Sequence[Any]) -> torch.Tensor:
+        if isinstance(content[0], list):
+            means = text_means(model, [text[:longest] for text in content], tokens_per_batch)
+        else:
+            means = image_means(model, content, processing)
+        total: Any = sum(mean.double().sum(0).cpu() for mean in means)
+        return torch.as_tensor(total / len(content))
+
+    centres = {target: centroid(content) for target, content in targets.items()}
+    cosines = dict.fromkeys(candidates, 0.0)
+    for name, content in candidates.items():
+        own = centroid(content)
+        for target, centre in centres.items():
+            share = weights[target] / sum(weights.values())
+            cosines[name] += share * float(torch.cosine_similarity(own, centre, dim=0))
     return dict(sorted(cosines.items(), key=lambda item: (-item[1], item[0])))
 
 
-@torch.inference_mode()
-def centroid(
-    model: PreTrainedModel, content: Sequence[Any], tokens_per_batch: int, longest: int, processing: Any
-) -> torch.Tensor:
-    """The mean over rows of the mean over tokens of the last hidden state; of shape (hidden,), float64."""
-    if isinstance(content[0], list):
-        means = text_means(model, [text[:longest] for text in content], tokens_per_batch)
-    else:
-        means = image_means(model, content, processing)
-    total: Any = sum(mean.double().sum(0).cpu() for mean in means)
-    return torch.as_tensor(total / len(content))
-
-
-def text_means(model: PreTrainedModel, texts: Sequence[list[int]], tokens_per_batch: int) -> list[torch.Tensor]:
+def text_means(model: PreTrainedModel, texts: Sequence[list[int]], tokens_per_batch: int) -> Iterator[torch.Tensor]:
     """By batch: the mean over a text's tokens, of shape (rows, hidden)."""
-    means = []
     for batch in batches([len(text) for text in texts], tokens_per_batch):
         rows = [texts[index] for index in batch]
         width = max(map(len, rows))
         mask = padded([[1] * len(row) for row in rows], width).to(model.device)
         hidden = model.base_model(input_ids=padded(rows, width).to(model.device), attention_mask=mask)[0]
-        means.append((hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-    return means
+        yield (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def image_means(model: PreTrainedModel, images: Sequence[Any], processing: Any) -> list[torch.Tensor]:
+def image_means(model: PreTrainedModel, images: Sequence[Any], processing: Any) -> Iterator[torch.Tensor]:
     """By batch: the mean over an image's patches, of shape (rows, hidden)."""
-    means = []
     for start in range(0, len(images), IMAGES):
         pixels = processing(images=list(images[start : start + IMAGES]), return_tensors="pt")["pixel_values"]
         hidden = model.base_model(pixel_values=pixels.to(model.device, model.dtype))[0]
         if hidden.ndim == 4:  # patches as a picture: (rows, features, height, width)
             hidden = hidden.flatten(2).transpose(1, 2)
-        means.append(hidden.float().mean(1) if hidden.ndim == 3 else hidden.float())
-    return means
+        yield hidden.float().mean(1) if hidden.ndim == 3 else hidden.float()

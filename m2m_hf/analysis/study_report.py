@@ -1,11 +1,16 @@
-"""What a correlation study found, as `fidelity.json` holds it; and what was fine-tuned to verify a choice."""
+"""What a correlation study found, as `fidelity.json` holds it; and what was fine-tuned to verify a choice. Statistics alone."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from m2m_hf.analysis.fidelity import Agreement
+import numpy as np
+
+from m2m_hf.analysis.fidelity import LARGER, Agreement, Rows, Verdict, agreement, scores_by
 from m2m_hf.core.jsonable import OPTIONAL, Measurement
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
+from m2m_hf.core.trial import Standing
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,17 @@ class Figures:
     stderr: float | None
     logprob: float | None = None
     targets: Mapping[str, float | None] | None = field(default=None, metadata=OPTIONAL)
+
+    @classmethod
+    def of(cls, standing: Standing) -> "Figures":
+        score = standing.score
+        targets = {name: trial.score.value if trial.score else None for name, trial in standing.trials.items()}
+        return cls(
+            score.value if score else None,
+            score.stderr if score else None,
+            standing.mean_logprob / sum(standing.weights.values()) if has_logprobs([standing]) else None,
+            targets if len(targets) > 1 else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -44,23 +60,23 @@ class FailedMixture:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A key of `fidelity.VERDICTS`, and why."""
-
-    verdict: str
-    why: str
-
-
-@dataclass(frozen=True)
 class Resilience:
-    """How the surrogate sees mixtures that hurt; see `study_statistics.resilience`."""
+    """How the surrogate sees mixtures that hurt: those whose trained model lies below the base model.
+
+    Args:
+        mixtures: how many were compared; `hurt` of them lie below the base on all rows, `noticed` by the surrogate too.
+        surrogate: its mean change from the base on these mixtures, and `trained` that of the fine-tuned models. The mixtures are
+            picked on one half of the rows and measured on the other, and the other way round, or they would be picked for
+            their bad luck too. None where no mixture hurts on a half, or there are no values by row.
+        shielded: how much less the surrogate falls, with its standard error over the rows.
+    """
 
     mixtures: int
     hurt: int
     noticed: int
-    surrogate: float | None
-    trained: float | None
-    shielded: Measurement | None
+    surrogate: float | None = None
+    trained: float | None = None
+    shielded: Measurement | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +123,8 @@ class StudyReport:
     verdict: Mapping[str, Verdict]
     training_noise: float | None
     resilience: Mapping[str, Mapping[str, Resilience]]
-    similarity: Mapping[str, float]
-    baselines: Mapping[str, Baseline]
+    similarity: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,3 +138,126 @@ class Verification:
     agreement: Mapping[str, Mapping[str, Agreement]]
     training_noise: float | None
     baselines: Mapping[str, Baseline] | None
+
+
+def compare(surrogate: Sequence[Standing], true: Sequence[Standing], complete: bool) -> dict[str, Agreement]:
+    """Agreement by measure, over all mixtures and over those of two or more candidates; of several targets also each alone.
+
+    Mixtures that the surrogate could not score are left out, and so are comparisons of fewer than three.
+
+    Args:
+        surrogate: standings, of the same mixtures in the same order as `true`.
+        complete: whether these are all mixtures that there are.
+    """
+    compared = {}
+    for suffix, fewest in (("", 1), (LARGER, 2)):
+        pairs = zip(surrogate, true, strict=True)
+        kept = [(one, other) for one, other in pairs if one.score is not None and len(one.mixture) >= fewest]
+        if len(kept) < 3:
+            continue
+        ours, theirs = [one for one, _ in kept], [one for _, one in kept]
+        mixtures = [one.mixture for one in ours]
+        by_target = by_rows(ours, theirs, "score")
+        compared["score" + suffix] = agreement(mixtures, by_target, complete)
+        if has_logprobs([*ours, *theirs]):
+            compared["logprob" + suffix] = agreement(mixtures, by_rows(ours, theirs, "logprob"), complete)
+        if len(by_target) > 1:
+            for target, rows in zip(ours[0].weights, by_target, strict=True):
+                compared[f"score of {target}{suffix}"] = agreement(mixtures, [replace(rows, weight=1.0)], complete)
+    return compared
+
+
+def by_rows(surrogate: Sequence[Standing], true: Sequence[Standing], measure: str) -> list[Rows]:
+    """What mixtures scored, row by row, of every target."""
+    weights = true[0].weights
+    total = sum(weights.values())
+    return [
+        Rows(values_of(surrogate, name, measure), values_of(true, name, measure), weight / total)
+        for name, weight in weights.items()
+    ]
+
+
+def values_of(standings: Sequence[Standing], target: str, measure: str) -> Any:
+    """Of shape (mixtures, rows); a single column where the scorer has no values by row."""
+    scores = [score for one in standings if (score := one.trials[target].score)]
+    return np.array(
+        [score.logprobs if measure == "logprob" else score.values or (score.value,) for score in scores], dtype=float
+    )
+
+
+def has_logprobs(standings: Sequence[Standing]) -> bool:
+    """Whether all scores hold the log-probability of the right answers, and as more than the score itself in another unit."""
+    scores = [trial.score for one in standings for trial in one.trials.values()]
+    known = [score for score in scores if score and score.logprobs]
+    return len(known) == len(scores) and not all(map(proportional, known))
+
+
+def proportional(score: Score) -> bool:
+    """Whether the values by row are the log-probabilities, but for a positive factor: see `LossScorer`."""
+    values, logprobs = np.array(score.values), np.array(score.logprobs)
+    if len(values) != len(logprobs) or values.sum() * logprobs.sum() <= 0:
+        return False
+    return np.allclose(values * logprobs.sum(), logprobs * values.sum(), rtol=1e-3)
+
+
+def training_noise(merged: Sequence[Standing], true: Sequence[Standing]) -> float | None:
+    """How far two trainings on the same rows in another order lie apart: the standard deviation of their scores' difference.
+
+    Of a single candidate the merged model is its adapter, which was trained on the same rows as the model fine-tuned on
+    that candidate. None where no single was fine-tuned.
+    """
+    apart = [
+        one.score.value - other.score.value
+        for one, other in zip(merged, true, strict=True)
+        if len(one.mixture) == 1 and one.score and other.score
+    ]
+    return float(np.sqrt(np.mean(np.square(apart)))) if apart else None
+
+
+def resilience(base: Standing, surrogate: Sequence[Standing], true: Sequence[Standing]) -> dict[str, Resilience]:
+    """By measure, `score` and `logprob` where there is one."""
+    kept = [(one, other) for one, other in zip(surrogate, true, strict=True) if one.score]
+    found = {}
+    for measure in ("score", *(["logprob"] if has_logprobs([base, *surrogate, *true]) else [])):
+        rows = by_rows([one for one, _ in kept], [one for _, one in kept], measure)
+        levels = [values_of([base], name, measure)[0] for name in base.weights]
+        above = [
+            replace(one, surrogate=one.surrogate - level, trained=one.trained - level)
+            for one, level in zip(rows, levels, strict=True)
+        ]
+        found[measure] = resilience_of(above)
+    return found
+
+
+def resilience_of(above: Sequence[Rows]) -> Resilience:
+    """From what mixtures score above the base model, row by row."""
+    predicted, true = scores_by(above)
+    hurt = true < 0
+    counts = len(hurt), int(hurt.sum()), int((predicted[hurt] < 0).sum())
+    if any(one.trained.shape[1] < 4 for one in above):
+        return Resilience(*counts)
+    draw = np.random.default_rng(0)
+    halves = [np.array_split(draw.permutation(one.trained.shape[1]), 2) for one in above]
+    first, second = [half[0] for half in halves], [half[1] for half in halves]
+    changes = [
+        change for picked, measured in ((first, second), (second, first)) if (change := falls(above, picked, measured))
+    ]
+    if not changes:
+        return Resilience(*counts)
+    surrogate, trained, variance = np.mean(changes, 0)
+    shielded = Measurement(float(surrogate - trained), float(np.sqrt(variance / len(changes))))
+    return Resilience(*counts, float(surrogate), float(trained), shielded)
+
+
+def falls(above: Sequence[Rows], picked: Sequence[Any], measured: Sequence[Any]) -> tuple[float, float, float] | None:
+    """(surrogate's mean change, trained's, variance of their difference) on some rows, of mixtures that hurt on others."""
+    hurt = sum(one.weight * one.trained[:, rows].mean(1) for one, rows in zip(above, picked, strict=True)) < 0
+    if not hurt.any():
+        return None
+    surrogate = trained = variance = 0.0
+    for one, rows in zip(above, measured, strict=True):
+        predicted, true = (side[hurt][:, rows].mean(0) for side in (one.surrogate, one.trained))
+        surrogate += one.weight * float(predicted.mean())
+        trained += one.weight * float(true.mean())
+        variance += float((one.weight * (predicted - true)).var(ddof=1) / len(rows))
+    return surrogate, trained, variance

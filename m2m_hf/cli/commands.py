@@ -178,9 +178,9 @@ def shorten(text: str, most: int = 48) -> str:
 
 
 def export_mixture(command: argparse.Namespace, log: LibraryLog) -> None:
-    from m2m_hf.publish.export import TRAINERS, export
+    from m2m_hf.publish.export import export
 
-    if command.to in TRAINERS:  # which import libraries
+    if command.to in ("axolotl", "llamafactory"):  # which import libraries
         log.silence_libraries()
     folder, lost = export(RunFolder(command.out), command.to, command.folder)
     if lost:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from m2m_hf.analysis import study_report
 from m2m_hf.analysis.fidelity import sample
 from m2m_hf.analysis.similarity import candidate_content, similarity
 from m2m_hf.analysis.study import RANDOM, Choice
+from m2m_hf.core.jsonable import to_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
@@ -51,7 +53,7 @@ def verify(run: RunContext, result: SearchResult) -> Verification:
     mixtures = list(dict.fromkeys([*list(top)[: run.config.verify_top_k], *scored]))
     run.terminal.say(f"verifying: {len(mixtures)} mixtures to fine-tune and score, {run.describe_steps()}")
     trained = study.trained_standings(mixtures, result.base)
-    found = study.run(trained, result.base)
+    found = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
     allowed = [one for one in trained if one.may_be_chosen]
     if not allowed:
         raise InputError(
@@ -62,20 +64,17 @@ def verify(run: RunContext, result: SearchResult) -> Verification:
     best = standings[0].mixture
     (merged,) = study.standings(run.objectives(run.config.objective), [best], "scoring mixtures")
     result.standings[best] = replace(merged, short=())
-    summary = {
-        "by_search": result.best.mixture.weights,
-        "uniform": run.describe_steps(),
-        **{key: found[key] for key in ("mixtures", "failed", "agreement", "training_noise")},
-        "baselines": None,
-    }
-    return Verification(replace(result, best=result.standings[best]), standings, summary)
+    summary = study_report.Verification(
+        result.best.mixture, found.uniform, found.mixtures, found.failed, found.agreement, found.training_noise, None
+    )
+    return Verification(replace(result, best=result.standings[best]), standings, to_json(summary))
 
 
 def compare_with_baselines(run: RunContext, verification: Verification) -> None:
     """At the very end of a verified run: every baseline's fine-tuned model on validation and sealed test rows."""
     result = verification.result
     choices = baseline_choices(run, result)
-    verification.summary["baselines"] = run.study.baselines(choices, result.base, run.test_scorers)
+    verification.summary["baselines"] = to_json(run.study.baselines(choices, result.base, run.test_scorers))
 
 
 def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[str, Any]:
@@ -96,21 +95,16 @@ def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[
     study = run.study
     run.terminal.say(f"fidelity: {len(mixtures)} mixtures to fine-tune and score, {run.describe_steps()}")
     trained = study.trained_standings(mixtures, result.base)
-    found = study.run(trained, result.base)
+    report = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
     choices = baseline_choices(run, result, random=RANDOM)
-    if found["all_mixtures"]:
+    if report.all_mixtures:
         allowed = [one for one in trained if one.may_be_chosen and one.mixture in run.space]
         if allowed:
             choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
     if run.test_scorers and not unseal:
         run.terminal.say("test set not scored: first train the final model (m2m select or m2m sft)", "dim")
-    found = {
-        "fingerprint": run.study_fingerprint,
-        "uniform": run.describe_steps(),
-        **found,
-        "similarity": target_similarity(run),
-        "baselines": study.baselines(choices, result.base, run.test_scorers if unseal else {}),
-    }
+    baselines = study.baselines(choices, result.base, run.test_scorers if unseal else {})
+    found: dict[str, Any] = to_json(replace(report, similarity=target_similarity(run), baselines=baselines))
     if run.is_main:
         write_json(run.folder.fidelity, found)
     run.state.wait_for_everyone()
@@ -152,12 +146,8 @@ def target_similarity(run: RunContext) -> dict[str, float]:
         return dict(known["cosine"])
     model, processing = run.base.plain(), run.task.processing
     candidates = {name: candidate_content(run.candidates[name], processing, run.args.seed) for name in names}
-    total = dict.fromkeys(names, 0.0)
-    for target, rows in content.items():
-        cosines = similarity(model, candidates, rows, run.tokens_per_batch, run.task.similarity_length, processing)
-        for name, cosine in cosines.items():
-            total[name] += weights[target] / sum(weights.values()) * cosine
-    found = dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+    limits = run.tokens_per_batch, run.task.similarity_length
+    found = similarity(model, candidates, content, weights, processing, *limits)
     if run.is_main:
         write_json(path, {"fingerprint": key, "cosine": found})
     run.state.wait_for_everyone()

@@ -12,7 +12,6 @@ from trl import ModelConfig, SFTConfig
 from m2m_hf.analysis.similarity import target_content
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.yaml_files import plain
-from m2m_hf.core.mixture import Mixture
 from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.data.classification import Length, label_words, load_classification_data, words_of
 from m2m_hf.data.rows import Candidate, LoadedData, Target
@@ -21,7 +20,6 @@ from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, own_head
 from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import load_config, load_head
 from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
-from m2m_hf.publish.recipe import write_label_recipe, write_recipe
 from m2m_hf.run.base_model import BaseModel
 from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.classification import ClassificationScorer
@@ -29,7 +27,6 @@ from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.storage.files import fingerprint
 from m2m_hf.storage.run_folder import RunFolder
 from m2m_hf.training.bank import tokenizer_facts
-from m2m_hf.training.trainers import Settings
 
 
 class Task(ABC):
@@ -118,14 +115,6 @@ class Task(ABC):
         """Some validation rows as the model reads them, to compare candidates with."""
         return target_content(target.rows, self.processing, self.args.seed, self.has_labels)
 
-    @abstractmethod
-    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
-        """Writes the chosen mixture and the recipe that trains on it.
-
-        Args:
-            settings: of the final fine-tune.
-        """
-
 
 class CausalLM(Task):
     """A language model, trained by TRL's SFTTrainer on prompts and completions, or conversations."""
@@ -152,10 +141,6 @@ class CausalLM(Task):
 
     def facts(self) -> dict[str, Any]:
         return tokenizer_facts(self.tokenizer, self.data.format in ("chat", "messages"))
-
-    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
-        data, how = self.data, (self.config.expert, self.config.trained_parameters)
-        write_recipe(self.folder, mixture, data.candidates, data.format, settings.args, model_args, *how)
 
 
 class Classification(Task):
@@ -283,9 +268,6 @@ class Classification(Task):
     def row_figures(self, candidate: Candidate) -> dict[str, int]:
         labels = {"labels": len(candidate.rows.unique("label"))}
         return {"rows": len(candidate.rows)} | labels if self.images else super().row_figures(candidate) | labels
-
-    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
-        write_label_recipe(self.folder, mixture, self.data.candidates, settings, model_args)
 
     def save_head(self) -> None:
         """Writes a head that is made of names to the run folder, where commands that score find it."""

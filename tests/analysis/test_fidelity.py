@@ -73,7 +73,7 @@ def test_what_does_not_vary_has_no_correlation_and_no_warning():
     one = agreement(mixtures, [Rows(constant_rows([0.5] * 15), constant_rows(range(15)))])
     assert np.isnan(one.pearson.value)
     assert to_json(one.pearson) == {"value": None, "row_ci": None, "candidate_ci": None}
-    assert verdict(one, one)[0] == "distrust"
+    assert verdict(one, one).verdict == "distrust"
 
 
 def test_without_values_by_row_there_is_no_interval_over_rows():
@@ -161,13 +161,13 @@ def made(low: float, tied: bool | None, place: int, above: bool = True, mixtures
 )
 def test_the_verdict_follows_its_rule(low, tied, above, place, expected):
     one = made(low, tied, place, above)
-    assert verdict(one, one)[0] == expected
+    assert verdict(one, one).verdict == expected
 
 
 def test_no_verdict_on_few_mixtures():
     one = made(0.5, True, 1, mixtures=5)
-    assert verdict(one, one)[0] == "unknown"
-    assert verdict(made(0.5, True, 1), None)[0] == "unknown"
+    assert verdict(one, one).verdict == "unknown"
+    assert verdict(made(0.5, True, 1), None).verdict == "unknown"
 
 
 def test_samples_hold_everything_where_that_is_little():

@@ -12,7 +12,7 @@ import yaml
 from pico import choice_rows, language_searcher, m2m, project_folder, write_rows
 
 from m2m_hf import InputError
-from m2m_hf.analysis.study_statistics import compare
+from m2m_hf.analysis.study_report import compare
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import fine_tuned
@@ -402,10 +402,10 @@ def test_comparisons_leave_out_what_the_surrogate_could_not_score(studied):
     mixtures, true, complete = fine_tuned_truth(one.run, one.search())
     ours = surrogate_standings(one.run, mixtures)
     assert complete
-    whole = compare(mixtures, ours, true, complete)
+    whole = compare(ours, true, complete)
     assert whole["score"].mixtures == 7
     assert whole["score, two or more"].mixtures == 4
     failed = replace(
         ours[0], trials={name: replace(trial, score=None, state="failed") for name, trial in ours[0].trials.items()}
     )
-    assert compare(mixtures, [failed, *ours[1:]], true, complete)["score"].mixtures == 6
+    assert compare([failed, *ours[1:]], true, complete)["score"].mixtures == 6

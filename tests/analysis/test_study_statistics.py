@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2m_hf.analysis.study_statistics import figures, has_logprobs
+from m2m_hf.analysis.study_report import Figures, has_logprobs
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Score
 from m2m_hf.core.trial import Standing, Trial
@@ -24,4 +24,4 @@ def test_log_probabilities_are_told_apart_only_where_the_score_is_something_else
     trial = Trial("key", mixture, "trained", "quiz", 2, "complete", score, 0.1)
     standing = Standing(mixture, {"quiz": trial}, {"quiz": 1.0})
     assert has_logprobs([standing]) is more
-    assert (figures(standing)["logprob"] is not None) is more
+    assert (Figures.of(standing).logprob is not None) is more

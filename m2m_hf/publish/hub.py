@@ -6,7 +6,6 @@ holds the rows of the chosen mixture where their licences allow it, and always i
 labels' names is in both. Nothing that names a place on this machine is published.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
@@ -15,7 +14,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.errors import InputError, first_line
-from m2m_hf.publish.repositories import FAILURES, OWN, check_name, plan
+from m2m_hf.publish.repositories import FAILURES, OWN, Repository, check_name, plan
 from m2m_hf.storage.files import read_json_or_empty
 from m2m_hf.storage.records import files_of
 from m2m_hf.storage.run_folder import RunFolder
@@ -37,46 +36,44 @@ def push(
     Raises:
         InputError: nothing to push, or the Hub does not let us.
     """
-    repositories = plan(run, repo_id)
-    api = HfApi()
     addresses = []
-    for one in repositories:
-        terminal.say(f"{one.kind} {repo_id}: {len(one.files)} files, {one.size / 1e6:,.1f} MB")
+    for one in plan(run, repo_id):
+        sizes = {
+            path: content.stat().st_size if isinstance(content, Path) else len(content)
+            for path, content in one.files.items()
+        }
+        terminal.say(f"{one.kind} {repo_id}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB")
         if dry_run:
-            for path, content in one.files.items():
-                size = content.stat().st_size if isinstance(content, Path) else len(content)
+            for path, size in sizes.items():
                 terminal.say(f"  {path}  {size:,} bytes")
         for note in one.notes:
             terminal.say(f"  {note}", "yellow")
-        if dry_run:
-            continue
-        try:
-            api.create_repo(repo_id, repo_type=one.kind, private=private, exist_ok=True)
-            there = set(api.list_repo_files(repo_id, repo_type=one.kind))
-            gone = sorted(put_before(repo_id, one.kind, there) - set(one.files))
-            if private and not api.repo_info(repo_id, repo_type=one.kind).private:
-                raise InputError(
-                    f"{one.kind} {repo_id} is there already and public; make it private on the Hub, or leave --private"
-                )
-            sent = {
-                path: content if isinstance(content, bytes) else str(content) for path, content in one.files.items()
-            }
-            done = api.create_commit(
-                repo_id,
-                [
-                    *(CommitOperationAdd(path, content) for path, content in sent.items()),
-                    *(CommitOperationDelete(path) for path in gone),
-                ],
-                commit_message=f"Merge to Mix: {record_title(run)}",
-                repo_type=one.kind,
-            )
-        except FAILURES as error:
-            raise refused(error, repo_id) from error
-        addresses.append(str(done.repo_url))
-        terminal.say(f"  {done.repo_url}")
+        if not dry_run:
+            chosen = Mixture.of(read_json_or_empty(run.summary)["best"]["mixture"])
+            addresses.append(send(one, repo_id, private, f"Merge to Mix: {str(chosen)[:60]}"))
+            terminal.say(f"  {addresses[-1]}")
     if dry_run:
         terminal.say("nothing was sent")
     return addresses
+
+
+def send(repository: Repository, repo_id: str, private: bool | None, message: str) -> str:
+    """Makes the repository where there is none, and puts everything there in one commit. Returns its address."""
+    api, kind = HfApi(), repository.kind
+    try:
+        api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+        there = set(api.list_repo_files(repo_id, repo_type=kind))
+        gone = sorted(put_before(repo_id, kind, there) - set(repository.files))
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
+            raise InputError(
+                f"{kind} {repo_id} is there already and public; make it private on the Hub, or leave --private"
+            )
+        new = [CommitOperationAdd(path, content) for path, content in repository.files.items()]
+        old = [CommitOperationDelete(path) for path in gone]
+        done = api.create_commit(repo_id, [*new, *old], commit_message=message, repo_type=kind)
+    except FAILURES as error:
+        raise refused(error, repo_id) from error
+    return str(done.repo_url)
 
 
 def put_before(repo_id: str, kind: str, there: set[str]) -> set[str]:
@@ -87,17 +84,8 @@ def put_before(repo_id: str, kind: str, there: set[str]) -> set[str]:
     return {path for path in there if path.startswith(OWN) or path in named}
 
 
-def record_title(run: RunFolder) -> str:
-    """The chosen mixture, for the name of a commit."""
-    return str(Mixture.of(read_json_or_empty(run.summary)["best"]["mixture"]))[:60]
-
-
 def check_login(repo_id: str) -> None:
-    """Refuses before anything is trained what could not be pushed in the end.
-
-    Raises:
-        InputError: nobody is logged in, or the Hub is out of reach.
-    """
+    """Refuses before anything is trained what could not be pushed in the end."""
     check_name(repo_id)
     try:
         HfApi().whoami()
@@ -118,23 +106,15 @@ def refused(error: Exception, repo_id: str) -> InputError:
     )
 
 
-def fetched(
-    source: str, inside: str, patterns: Sequence[str], what: str, key: str, but: list[str] | None = None
-) -> Path:
-    """A folder, or what a model repository `org/name` or `org/name@revision` has of these files, `but` not of those.
-
-    Raises:
-        InputError: there is none.
-    """
+def fetched(source: str, inside: str, patterns: list[str], but: list[str], key: str, what: str) -> Path:
+    """A folder, or what a model repository `org/name` or `org/name@revision` has of these files, `but` not of those."""
     local = Path(source).expanduser()
     if local.is_dir():
         return local
     path, _, revision = source.partition("@")
     repo_id = path.removesuffix(f"/{inside}") if inside else path
     try:
-        found = snapshot_download(
-            repo_id, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=but
-        )
+        found = snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=but)
         return Path(found) / inside
     except FAILURES as error:
         raise InputError(
@@ -147,14 +127,11 @@ def fetch_expert(source: str, key: str) -> Path:
 
     Args:
         key: `adapters`, or `experts` for a fine-tuned model.
-
-    Raises:
-        InputError: there is none.
     """
     inside = "/".join(source.partition("@")[0].split("/")[2:])
+    below = f"{inside}/" if inside else ""
     files, what = (["adapter_*"], "an adapter") if key == "adapters" else (["*.json", "*.safetensors"], "a model")
-    patterns = [f"{inside}/{one}" if inside else one for one in files]
-    found = fetched(source, inside, patterns, what, key, [f"{inside}/*/*" if inside else "*/*"])
+    found = fetched(source, inside, [below + one for one in files], [f"{below}*/*"], key, what)
     if key == "experts" and not (found / "config.json").is_file():
         raise InputError(
             f"experts: {source} has no config.json; expected a fine-tuned model. To use all experts of a "
@@ -163,13 +140,9 @@ def fetch_expert(source: str, key: str) -> Path:
     return found
 
 
-def fetch_bank(source: str, key: str = "adapters") -> Path:
-    """The folder with the experts of a published bank: `org/name`, `org/name@revision`, or a folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    root = fetched(source, "", ["adapters/*"], "a model repository", key)
+def fetch_bank(source: str, key: str) -> Path:
+    """The folder with the experts of a published bank: `org/name`, `org/name@revision`, or a folder."""
+    root = fetched(source, "", ["adapters/*"], [], key, "a model repository")
     folder = root / "adapters" if (root / "adapters").is_dir() else root
     if not any(folder.glob("*/training.json")):
         raise InputError(f"{key}: {source} holds no {key} with a training.json; expected what m2m push has put there")

@@ -5,13 +5,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import httpx2
 import jinja2
-import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, though in no __all__
@@ -21,10 +20,11 @@ from m2m_hf import __version__
 from m2m_hf.config.checks import exists, hub_field
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.core.jsonable import from_json
-from m2m_hf.errors import InputError, first_line, redact
+from m2m_hf.errors import InputError, redact
+from m2m_hf.publish.export import read_outcome
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.tables import score_figure, stand_in, with_error
-from m2m_hf.storage.files import digest_of, read_json_or_empty
+from m2m_hf.storage.files import read_json_or_empty
 from m2m_hf.storage.records import files_of, find_incomplete
 from m2m_hf.storage.run_folder import END, RunFolder
 
@@ -34,7 +34,6 @@ OWN = (
     "adapter_model.safetensors", "training.json",
 )  # fmt: skip
 
-
 # The Hub's name of a task, and the class that loads its models.
 TASKS = {
     "causal_lm": ("text-generation", "AutoModelForCausalLM"),
@@ -42,16 +41,12 @@ TASKS = {
     "image_classification": ("image-classification", "AutoModelForImageClassification"),
 }
 
-
 LABELS = ("labels", "id2label", "among")  # names, which may look like paths
-
 
 PATHS = re.compile(r"(?<![\w/:.~])(?:file://)?(?:\.{0,2}/|~/)(?:[^\s/'\"=:,;()\[\]]+/)+([^\s/'\"=:,;()\[\]]*)")
 
-
 # As the Hub spells them: those under which rows may be published again, with their source named.
 SHARE_ALIKE = ("cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odbl", "cdla-sharing-1.0", "gfdl")
-
 
 REPUBLISHABLE = {
     "apache-2.0", "mit", "isc", "bsd", "bsd-2-clause", "bsd-3-clause", "zlib", "unlicense", "wtfpl", "cc0-1.0", "pddl",
@@ -59,7 +54,7 @@ REPUBLISHABLE = {
     "cdla-permissive-1.0", "cdla-permissive-2.0", "afl-3.0", "artistic-2.0", "ecl-2.0", *SHARE_ALIKE,
 }  # fmt: skip
 
-
+Files = dict[str, bytes | Path]
 # The client wraps what goes wrong with a large file in a RuntimeError.
 FAILURES = (
     HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError, RuntimeError
@@ -68,22 +63,16 @@ FAILURES = (
 
 @dataclass
 class Repository:
-    """What one repository is to hold.
+    """What a repository of some kind, `model` or `dataset`, is to hold.
 
     Args:
-        kind: `model` or `dataset`.
         files: path in the repository -> content, or the file that has it.
         notes: what whoever pushes should know.
     """
 
     kind: str
-    files: dict[str, bytes | Path] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(one.stat().st_size if isinstance(one, Path) else len(one) for one in self.files.values())
+    files: Files
+    notes: list[str]
 
 
 def published(value: Any) -> Any:
@@ -137,16 +126,17 @@ def license_of(name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def expert_files(folder: Path, where: str) -> dict[str, bytes | Path]:
-    """What was trained, and its `training.json`, which tells how to recognise what is published of it.
+def license_fields(license: str | None, name: str, link: str | None) -> dict[str, Any]:
+    """Of a card's metadata: one that the Hub knows, or where to read about it."""
+    return {"license": license} if license else {"license": "other", "license_name": name, "license_link": link}
 
-    Raises:
-        InputError: it is not whole.
-    """
+
+def expert_files(folder: Path, where: str) -> Files:
+    """What was trained, and its `training.json`, which tells how to recognise what is published of it."""
     if reason := find_incomplete(folder):
         raise InputError(f"{folder}: {reason}; m2m select makes it again")
     training = read_json_or_empty(folder / "training.json")
-    files: dict[str, bytes | Path] = {}
+    files: Files = {}
     described = files_of(training)
     described.pop("README.md", None)  # we have our own
     for name in described:
@@ -154,29 +144,23 @@ def expert_files(folder: Path, where: str) -> dict[str, bytes | Path]:
         if name.endswith("config.json"):  # not every JSON: a vocabulary's tokens may look like paths
             content = as_json(published(json.loads((folder / name).read_text(encoding="utf-8"))))
             files[where + name] = content
-            described[name] = {"bytes": len(content), "sha256_16": digest(content)}
+            described[name] = {"bytes": len(content), "sha256_16": hashlib.sha256(content).hexdigest()[:16]}
     return files | {f"{where}training.json": as_json(published(training | {"files": described}))}
 
 
-def digest(content: bytes) -> str:
-    """As `file_fingerprint` of a file with that content."""
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def plan(run: RunFolder, repo_id: str) -> list[Repository]:
-    """What the repositories `repo_id` are to hold: first the dataset's, then the model's.
-
-    Raises:
-        InputError: no finished search in the run folder, or a name that the Hub does not allow.
-    """
+    """What the repositories `repo_id` are to hold: first the dataset's, then the model's."""
     check_name(repo_id)
     finished = FinishedRun.from_pretrained(run.root)
-    if not run.recipe.exists():
-        raise InputError(f"{run.recipe} is missing; m2m search writes it again")
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    if has_names(recipe) and not run.head.exists():
-        raise InputError(f"{run.head} is missing; m2m search writes it again")
-    return [mixture_repository(run, finished, repo_id, recipe), model_repository(run, finished, repo_id, recipe)]
+    recipe, manifest = read_outcome(run)
+    head: Files = {}
+    if has_names(recipe):
+        if not run.head.exists():
+            raise InputError(f"{run.head} is missing; m2m search writes it again")
+        head = {run.head.name: run.head}
+    dataset = mixture_repository(run, finished, repo_id, recipe, manifest)
+    model = model_repository(run, finished, repo_id, recipe)
+    return [replace(one, files=head | one.files) for one in (dataset, model)]
 
 
 def has_names(recipe: Mapping[str, Any]) -> bool:
@@ -185,50 +169,37 @@ def has_names(recipe: Mapping[str, Any]) -> bool:
 
 
 def check_name(repo_id: str) -> None:
-    """Refuses what can be no repository's id.
-
-    Raises:
-        InputError: see above.
-    """
-    if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", repo_id, re.ASCII):
-        raise InputError(f"repo_id: expected org/name, of letters, digits, '.', '-' and '_', got {repo_id!r}")
+    """Refuses what can be no repository's id."""
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(f"repo_id: {first_line(error)}") from error
+        valid = re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII)
+    except HFValidationError:
+        valid = None
+    if not valid:
+        raise InputError(
+            "repo_id: expected org/name, of letters, digits, '.', '-' and '_', no '--' or '..' and no .git at the end, got "
+            f"{repo_id!r}"
+        )
 
 
-def mixture_repository(run: RunFolder, finished: FinishedRun, repo_id: str, recipe: dict[str, Any]) -> Repository:
-    manifest = read_json_or_empty(run.mixture / "manifest.json")
-    if not manifest or manifest.get("sha256_16") != digest_of(run.rows):
-        raise InputError(f"{run.mixture}: not what its manifest says; m2m search writes it again")
+def mixture_repository(
+    run: RunFolder, finished: FinishedRun, repo_id: str, recipe: dict[str, Any], manifest: Mapping[str, Any]
+) -> Repository:
     licenses, refusal = row_licenses(manifest)
     rows, labelled = run.rows.name, finished.task != "causal_lm"
-    places: dict[str, Any]
-    if labelled:
-        head = recipe["head"] | ({"file": run.head.name} if has_names(recipe) else {})
-        made = Path(recipe["training"]["output_dir"]).name
-        places = {"train_file": rows, "head": head, "training": recipe["training"] | {"output_dir": made}}
-    else:
-        data = {"path": repo_id, "split": "train", "columns": recipe["datasets"][0]["columns"]}
-        places = {"datasets": [{**recipe["datasets"][0], "data_files": rows} if refusal else data], "output_dir": "trl"}
-    published_recipe = published(recipe | {"model_name_or_path": base_model(finished)[0]} | places)
     command = recipe_command(finished)
     comment = (
         f"The chosen mixture: {finished.best.mixture}\nRun it {'in this folder ' if labelled else ''}with: {command}"
     )
     if refusal:
         comment += f"\n{rows} is made from the sources in manifest.json; it may not be published."
+    link = f"https://huggingface.co/datasets/{repo_id}/blob/main/manifest.json"
+    sources = [one["source"] for one in manifest["sources"].values()]
     card = DatasetCardData(
-        license=licenses[0] if len(licenses) == 1 else "other",
-        license_name=None if len(licenses) == 1 else "see-sources",
-        license_link=None
-        if len(licenses) == 1
-        else f"https://huggingface.co/datasets/{repo_id}/blob/main/manifest.json",
+        **license_fields(licenses[0] if len(licenses) == 1 else None, "see-sources", link),
         tags=["merge-to-mix"] if labelled else ["merge-to-mix", "instruction-tuning"],
         task_categories=[TASKS[finished.task][0]],
-        source_datasets=[one["source"]["path"] for one in manifest["sources"].values() if on_hub(one["source"])]
-        or None,
+        source_datasets=[source["path"] for source in sources if on_hub(source)] or None,
         configs=None if refusal else [{"config_name": "default", "data_files": rows}],
         viewer=False if refusal else None,
     )
@@ -236,16 +207,30 @@ def mixture_repository(run: RunFolder, finished: FinishedRun, repo_id: str, reci
         "dataset_card.md.jinja", finished, repo_id, card, manifest=manifest, refusal=refusal, on_hub=on_hub,
         command=command, labelled=labelled, has_names=has_names(recipe),
     )  # fmt: skip
-    files: dict[str, bytes | Path] = {
+    moved = published(moved_recipe(run, finished, recipe, None if refusal else repo_id))
+    files: Files = {
         "README.md": text,
         "manifest.json": as_json(published(manifest)),
-        "recipe.yaml": dump_yaml(published_recipe, comment).encode(),
+        "recipe.yaml": dump_yaml(moved, comment).encode(),
     }
-    if has_names(recipe):
-        files[run.head.name] = run.head
     if not refusal:
         files[rows] = run.rows
     return Repository("dataset", files, [refusal] if refusal else [])
+
+
+def moved_recipe(run: RunFolder, finished: FinishedRun, recipe: dict[str, Any], dataset: str | None) -> dict[str, Any]:
+    """The recipe as it runs elsewhere: in a folder with its files, or with the rows of a dataset on the Hub."""
+    recipe = recipe | {"model_name_or_path": base_model(finished)[0]}
+    if finished.task != "causal_lm":
+        head = recipe["head"] | ({"file": run.head.name} if has_names(recipe) else {})
+        training = recipe["training"] | {"output_dir": Path(recipe["training"]["output_dir"]).name}
+        return recipe | {"train_file": run.rows.name, "head": head, "training": training}
+    (data,) = recipe["datasets"]
+    if dataset is None:
+        data = data | {"data_files": run.rows.name}
+    else:
+        data = {"path": dataset, "split": "train", "columns": data["columns"]}
+    return recipe | {"datasets": [data], "output_dir": "trl"}
 
 
 def recipe_command(finished: FinishedRun) -> str:
@@ -263,42 +248,33 @@ def on_hub(source: Mapping[str, Any]) -> bool:
 def model_repository(run: RunFolder, finished: FinishedRun, repo_id: str, recipe: Mapping[str, Any]) -> Repository:
     name, is_id = base_model(finished)
     license_name = license_of(str(finished.config["model_name_or_path"]))
-    results = []
-    for target, scores in finished.final.scores.items() if finished.final else ():
-        for part, one in scores["final"].items():
-            results.append(
-                EvalResult(
-                    task_type=TASKS[finished.task][0],
-                    dataset_type=target,
-                    dataset_name=target,
-                    dataset_split=part,
-                    metric_type=finished.targets[target].metric or "score",
-                    metric_value=one.score,
-                )
-            )
+    task = TASKS[finished.task][0]
+    results = [
+        EvalResult(
+            task_type=task, dataset_type=target, dataset_name=target, dataset_split=part,
+            metric_type=finished.targets[target].metric or "score", metric_value=one.score,
+        )
+        for target, scores in (finished.final.scores.items() if finished.final else ())
+        for part, one in scores["final"].items()
+    ]  # fmt: skip
     chosen = [finished.config["candidates"][one] for one in finished.best.mixture.names]
+    tags = [*([] if finished.full else ["lora"]), *(["sft", "trl"] if finished.task == "causal_lm" else [])]
     card = ModelCardData(
         base_model=name if is_id else None,
         library_name="transformers" if finished.full else "peft",
-        pipeline_tag=TASKS[finished.task][0],
-        license=license_name or "other",
-        license_name=None if license_name else "as-the-base-model",
-        license_link=None if license_name or not is_id else f"https://huggingface.co/{name}",
-        tags=[
-            "merge-to-mix",
-            *([] if finished.full else ["lora"]),
-            *(["sft", "trl"] if finished.task == "causal_lm" else []),
-        ],
+        pipeline_tag=task,
+        **license_fields(license_name, "as-the-base-model", f"https://huggingface.co/{name}" if is_id else None),
+        tags=["merge-to-mix", *tags],
         datasets=[repo_id, *sorted({one["path"] for one in chosen if on_hub(one)})],
         model_name=repo_id.split("/")[1] if results else None,
         eval_results=results or None,
     )
     pictures = sorted(run.pictures.glob("*.png"))
     config = published({key: one for key, one in finished.config.items() if not hub_field(key)}) | {"output_dir": "run"}
-    files: dict[str, bytes | Path] = {
+    files: Files = {
         "README.md": render(
             "model_card.md.jinja", finished, repo_id, card, pictures=[path.stem for path in pictures], base=name,
-            command=recipe_command(finished), use=use(run, finished, recipe),
+            command=recipe_command(finished), recipe=recipe, use=use(run, finished, recipe),
         ),
         "config.yaml": (dump_yaml(config, "The configuration of the run.") + END).encode(),
         "summary.json": as_json(published(finished.summary())),
@@ -306,26 +282,24 @@ def model_repository(run: RunFolder, finished: FinishedRun, repo_id: str, recipe
     }  # fmt: skip
     for candidate in finished.candidates:
         files |= expert_files(run.adapters / candidate, f"adapters/{candidate}/")
-    if has_names(recipe):
-        files[run.head.name] = run.head
+    notes = [] if is_id else [f"the base model is a local folder; only its name is published, {name}"]
     if finished.final:
         files |= expert_files(run.final, "")
-    notes = [] if is_id else [f"the base model is a local folder; only its name is published, {name}"]
-    if not finished.final:
+    else:
         notes.append("there is no final model yet; m2m sft makes it, and the same command then adds it")
     return Repository("model", files, notes)
 
 
 def use(run: RunFolder, finished: FinishedRun, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card's example of use is made of: the classes that load model and rows, and how a row's features are pooled."""
+    """What a card's example of use is made of beside the recipe: classes, how features are pooled, and labels."""
     names, head = has_names(recipe), recipe.get("head", {})
     pooling = None
     if names:
         with safe_open(run.head, "np") as file:
             pooling = json.loads(file.metadata()["head"])["pooling"]
     images = finished.task == "image_classification"
-    told = {name: one.get("labels") for name, one in finished.config["targets"].items()}
-    asked = {name: labels for name, labels in told.items() if labels} if finished.task != "causal_lm" else {}
+    targets = finished.config["targets"] if finished.task != "causal_lm" else {}
+    asked = {name: labels for name, one in targets.items() if (labels := one.get("labels"))}
     return {
         "loads": recipe["model_class"] if names else TASKS[finished.task][1],
         "prepares": "AutoImageProcessor" if images else "AutoTokenizer",
@@ -334,9 +308,6 @@ def use(run: RunFolder, finished: FinishedRun, recipe: Mapping[str, Any]) -> dic
         "pooling": pooling,
         "closed": head.get("closed"),
         "labels": head.get("labels") if finished.config.get("labels") else None,  # else all that the classifier has
-        "limit": recipe.get("max_length"),
-        "pad_token": recipe.get("pad_token"),
-        "image_mode": recipe.get("image_mode"),
         "asked": {
             name: sorted(set(labels.values() if isinstance(labels, dict) else labels)) for name, labels in asked.items()
         },

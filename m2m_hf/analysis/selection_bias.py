@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from m2m_hf.core.score import paired
-from m2m_hf.core.trial import Standing, scores_of
+from m2m_hf.core.trial import Standing
 from m2m_hf.search.result import score_of
 
 RESAMPLES = 1000
@@ -24,8 +23,8 @@ NUMBERS = 1 << 25  # in one temporary array
 
 def told_apart(better: Standing, worse: Standing) -> bool:
     """True if one mixture is better than another by a one-sided paired test at 5 %."""
-    value, stderr = paired(scores_of(better), scores_of(worse), better.weights)
-    return value > float(ndtri(1 - RISK)) * (stderr or 0.0)
+    gain = better.over(worse)
+    return gain.value > float(ndtri(1 - RISK)) * (gain.stderr or 0.0)
 
 
 @dataclass(frozen=True)
@@ -127,17 +126,17 @@ def selection_bias(
 
 def difference(best: Standing, other: Standing, optimism: float) -> Difference:
     """How much better the chosen mixture is than another, less by how much its score is too high."""
-    value, stderr = paired(scores_of(best), scores_of(other), best.weights)
-    gain, reach = value - optimism, float(ndtri(0.975)) * (stderr or 0.0)
-    return Difference(gain, gain - reach, gain + reach)
+    gain = best.over(other)
+    value, reach = gain.value - optimism, float(ndtri(0.975)) * (gain.stderr or 0.0)
+    return Difference(value, value - reach, value + reach)
 
 
 def rows_needed(best: Standing, second: Standing) -> float | None:
     """See `SelectionBias`."""
-    value, stderr = paired(scores_of(best), scores_of(second), best.weights)
-    if value <= 0 or not stderr:
+    gain = best.over(second)
+    if gain.value <= 0 or not gain.stderr:
         return None
-    return float(((ndtri(1 - RISK / 2) + ndtri(POWER)) * stderr / value) ** 2)
+    return float(((ndtri(1 - RISK / 2) + ndtri(POWER)) * gain.stderr / gain.value) ** 2)
 
 
 def probability_best(scores: Any, covariance: Any, every: Any, seed: int = 0) -> float:

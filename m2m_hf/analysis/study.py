@@ -81,9 +81,7 @@ class Study:
             base: the base model's standing, if `min_delta` counts.
         """
         with self.progress(title, len(mixtures)) as bar:
-            state = SearchState(
-                self.space, objectives, self.journal, [ProgressCallback(bar)], broadcast=self.broadcast
-            )
+            state = SearchState(self.space, objectives, self.journal, [ProgressCallback(bar)], broadcast=self.broadcast)
             if base is not None:
                 state.reference = replace(state.reference, base=base.trials)
             state.score_in_full(list(dict.fromkeys(mixtures)))

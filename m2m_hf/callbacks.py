@@ -4,9 +4,9 @@ import copy
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from m2m_hf.config.checks import check_name
-from m2m_hf.config.targets import TargetConfig
+from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure
@@ -35,10 +35,8 @@ from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import SUFFIX, own_head, plan_own
 from m2m_hf.modeling.inspection import positions
 from m2m_hf.modeling.processing import image_mode, patches
-from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
-from m2m_hf.scoring.classification import ClassificationScorer
-from m2m_hf.scoring.external import CallableScorer
-from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.scoring.make import make_scorers
+from m2m_hf.scoring.scorers import Setup
 from m2m_hf.storage.files import read_json_or_empty
 
 
@@ -73,24 +71,20 @@ class LiveTargets:
         self._refuse_unless_scorable(trainer, parsed, suffix)
         total = sum(target.weight for target in parsed.values())
         self.shares = {name: target.weight / total for name, target in parsed.items()}
-        loaded = self._causal(parsed) if suffix is None else self._classifiers(parsed)
-        self.scorers: dict[str, Scorer] = {
-            name: CallableScorer(target.config.scorer, target.rows, self.processing)
-            if target.config.kind == "callable"
-            else make(allow_metric_code=allow_metric_code, where=f"targets.{name}")
-            for name, (target, make) in loaded.items()
-        }
+        loaded, setup = self._causal(parsed) if suffix is None else self._classifiers(parsed)
+        setup = replace(setup, allow_metric_code=allow_metric_code)
+        self.scorers = {name: make_scorers(target, setup)["validation"] for name, target in loaded.items()}
         self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
 
     def _refuse_unless_scorable(
         self, trainer: Trainer, targets: Mapping[str, TargetConfig], suffix: str | None
     ) -> None:
         for name, target in targets.items():
-            if target.kind in ("command", "lm_eval"):
+            if "data" not in SCORERS[target.kind].options:
                 raise InputError(
                     f"targets.{name}.scorer: {target.kind} needs an adapter on the disk; expected another scorer"
                 )
-            if suffix is not None and target.kind not in ("classification", "callable"):
+            if suffix is not None and not SCORERS[target.kind].classifies:
                 raise InputError(
                     f"targets.{name}.scorer: the trainer's model is a {type(self.base).__name__}, which writes no text; expected "
                     f"classification, got {target.kind}"
@@ -100,19 +94,15 @@ class LiveTargets:
         if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
             raise InputError("trainer: its model learns prompts, which are not part of the model that is scored")
 
-    def _causal(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
-        """Loads every target's rows; returns them with a function that makes the scorer."""
-        length = positions(self.base)
+    def _causal(self, targets: Mapping[str, TargetConfig]) -> tuple[dict[str, Target], Setup]:
+        """Loads every target's rows; returns them with what scorers are made of."""
         seed = self.trainer.args.seed
         loaded = load_causal_lm_data(
             {}, targets, self.processing, seed=seed, max_length=None, assistant_only_loss=False
         ).targets
-        return {
-            name: (target, partial(make_causal_lm_scorer, target.config, target.rows, self.processing, length))
-            for name, target in loaded.items()
-        }
+        return loaded, Setup(self.processing, positions(self.base))
 
-    def _classifiers(self, targets: Mapping[str, TargetConfig]) -> dict[str, tuple[Target, Callable[..., Scorer]]]:
+    def _classifiers(self, targets: Mapping[str, TargetConfig]) -> tuple[dict[str, Target], Setup]:
         """Like `_causal` for a classifier; its own labels are those that a row may have."""
         config = self.base.config
         plan = plan_own(config, type(self.base), f"trainer: its model, a {type(self.base).__name__},")
@@ -131,10 +121,7 @@ class LiveTargets:
         loaded = load_classification_data(
             {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
         ).targets
-        return {
-            name: (target, partial(ClassificationScorer, target.config, target.rows, processing, lambda: head, length))
-            for name, target in loaded.items()
-        }
+        return loaded, Setup(processing, head=lambda: head, length=length)
 
     @property
     def model(self) -> Any:

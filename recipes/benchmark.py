@@ -45,14 +45,12 @@ from trl import ModelConfig
 
 from m2m_hf import InputError, MergeToMixSearcher
 from m2m_hf.config import parsing
-from m2m_hf.config.candidates import DataConfig
-from m2m_hf.config.targets import TargetConfig
 from m2m_hf.console import Terminal
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.modeling.processing import load_tokenizer
-from m2m_hf.scoring.causal_lm import CompletionScorer, make_causal_lm_scorer
+from m2m_hf.scoring.causal_lm import encode_rows
 
 
 def main() -> None:
@@ -118,15 +116,17 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
         config, args, model_args = parsing.parse(None, flags, values)
         tokenizer = load_tokenizer(model_args, args)
         rows = random_rows(given.rows or 200)
-        scorer = make_causal_lm_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
+        questions = encode_rows(rows, tokenizer, 2048).questions
         budget = config.tokens_per_batch
         base = load_base(model_args, args)
         adapters = None
     else:
         run = MergeToMixSearcher(*parsing.parse(given.config, flags), terminal).run
         target = next(iter(run.targets.values()))
+        if target.config.kind not in ("choice", "classification", "loss"):
+            raise InputError("the benchmark needs a target with scorer choice, classification or loss")
         rows = list(target.rows[: given.rows])
-        scorer = make_causal_lm_scorer(target.config, rows, run.task.tokenizer, 10**6)
+        questions = encode_rows(rows, run.task.tokenizer, 10**6).questions
         model_args, tokenizer, base = run.model_args, run.task.tokenizer, run.base.plain()
         budget = run.config.tokens_per_batch
         whole = {} if given.random_adapters or run.bank.check() else run.bank.load()
@@ -134,12 +134,10 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
         if adapters is None and not given.random_adapters:
             terminal.say("the run has no complete bank; random adapters stand in, which cost the same")
             given.random_adapters = len(run.candidates)
-    if not isinstance(scorer, CompletionScorer):
-        raise InputError("the benchmark needs a target with scorer choice, classification or loss")
     if adapters is None:
         adapters = random_adapters(base, given.random_adapters or 8, model_args.lora_r, lora_targets(model_args))
-    tokens = sum(len(request.ids) for question in scorer.questions for request in question.requests)
-    lengths = [question.shared for question in scorer.questions]
+    tokens = sum(len(request.ids) for question in questions for request in question.requests)
+    lengths = [question.shared for question in questions]
     terminal.say(
         f"{len(rows):,} rows, {statistics.mean(len(row.choices) for row in rows):.1f} completions each, prompts of "
         f"{statistics.median(lengths):.0f} tokens, {tokens:,} tokens in all; {len(adapters)} adapters of rank "
@@ -148,7 +146,7 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
     budget = budget or (1024 if base.device.type == "cpu" else 16384)
     plain = all(isinstance(row.prompt, str) for row in rows)
     return Workload(
-        base, tokenizer, adapters, scorer.questions, rows if plain else None, model_args.model_name_or_path, budget
+        base, tokenizer, adapters, questions, rows if plain else None, model_args.model_name_or_path, budget
     )
 
 

@@ -50,14 +50,12 @@ from scoring_methods import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.config.candidates import DataConfig
-from m2m_hf.config.targets import TargetConfig
 from m2m_hf.console import Terminal
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.modeling.lora import lora_config
-from m2m_hf.scoring.causal_lm import CompletionScorer, make_causal_lm_scorer
+from m2m_hf.scoring.causal_lm import encode_rows
 from m2m_hf.scoring.forward import Weights, completion_logprobs
 from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import train_expert
@@ -171,8 +169,7 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = random_rows(32, choices=2)
     data = Dataset.from_list([{"prompt": row.prompt, "completion": row.choices[0]} for row in rows])
-    scorer = make_causal_lm_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
-    assert isinstance(scorer, CompletionScorer)
+    questions = encode_rows(rows, tokenizer, 2048).questions
     values, trained = [], []
     for number in range(2):
         with Terminal(quiet=True).progress("", 3) as bar:
@@ -187,8 +184,8 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
         adapter = Adapter.load(out)
         trained.append(all(bool(tensor.any()) for name, tensor in adapter.tensors.items() if "lora_B" in name))
         stack = GatedStack(base, {"adapter": adapter})
-        values += completion_logprobs(stack, [{}], scorer.questions, 4096)
-        values += completion_logprobs(stack, [{"adapter": 1.0}], scorer.questions, 4096)
+        values += completion_logprobs(stack, [{}], questions, 4096)
+        values += completion_logprobs(stack, [{"adapter": 1.0}], questions, 4096)
         stack.detach()
     check(all(trained), "4-bit: every LoRA layer learns, also in a training after scoring")
     first, second, third, fourth = map(numbers, values)
@@ -224,12 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{place}, torch {torch.__version__}: {size / 1e6:,.0f} M parameters, {ADAPTERS} adapters of rank {RANK}"
         )
         rows = random_rows(200 if given.device == "cuda" else 8)
-        scorer = make_causal_lm_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
-        assert isinstance(scorer, CompletionScorer)
+        questions = encode_rows(rows, tokenizer, 2048).questions
         budget = 16384 if given.device == "cuda" else 1024
         for where, targets in (("attention", ATTENTION), ("all linear layers", "all-linear")):
             adapters = random_adapters(model, ADAPTERS, RANK, targets)
-            load = Workload(model, tokenizer, adapters, scorer.questions, rows, str(folder), budget)
+            load = Workload(model, tokenizer, adapters, questions, rows, str(folder), budget)
             if where == "attention":
                 exactness(load, folder, check)
                 together(load, check)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ from m2m_hf.console import Terminal
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.scoring.make import make_scorer
+from m2m_hf.scoring.scorers import Scorer, Setup
 from m2m_hf.searcher import MergeToMixSearcher
 
 ROOT = Path(__file__).parents[1]
@@ -284,6 +287,10 @@ def config(scorer: str, metric: str, **options) -> TargetConfig:
     return TargetConfig(scorer, metric, DataConfig(path="json"), **options)
 
 
+def scorer_on(rows, tokenizer, kind: str, metric: str, positions: int = 128, **options) -> Scorer:
+    return make_scorer(config(kind, metric, **options), rows, Setup(tokenizer, positions))
+
+
 def questions_of_many_shapes(tokenizer) -> list[TargetRow]:
     """Prompts of different lengths, choices of one token and of several, some with a common beginning."""
     rows = []
@@ -299,6 +306,30 @@ def build_stack(tmp_path, family: str, **lora) -> GatedStack:
         name: Adapter.load(build_adapter(family, tmp_path / name, seed, **lora)) for seed, name in enumerate("abc")
     }
     return GatedStack(build_model(family), adapters)
+
+
+def observed(model, look: Callable[[int], None]) -> None:
+    """Tells `look` the number of tokens of every forward pass."""
+
+    def hook(module, args, kwargs):
+        look(kwargs.get("input_ids", args[0] if args else None).numel())
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def small_memory(model, tokens: int) -> list[int]:
+    """Gives the model memory for so many tokens at a time; returns how many were tried."""
+    tried = []
+
+    def look(count: int) -> None:
+        tried.append(count)
+        if count > tokens:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+
+    observed(model, look)
+    return tried
 
 
 LAUNCH = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from forks import launch; launch()"

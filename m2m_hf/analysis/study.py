@@ -25,8 +25,7 @@ from m2m_hf.core.score import Score, mean_over_targets, paired
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial, scores_of
 from m2m_hf.errors import InputError
-from m2m_hf.objectives.fine_tuned import Counts, FineTunedModels
-from m2m_hf.objectives.trained import TrainedObjective
+from m2m_hf.objectives.trained import Counts, FineTunedModels, TrainedObjective
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.callbacks import ProgressCallback
 from m2m_hf.search.measure import SearchState

@@ -33,19 +33,7 @@ Every command continues from the state of the run folder. On all GPUs of a machi
 """
 
 
-SCORERS = """\
-targets: each has a scorer, and its options:
-  choice          data: rows of prompt, choices, answer (index or text); metric: accuracy or logprob; normalize: none,
-                  tokens or bytes
-  classification  data: rows of prompt, label; labels: {label: word}, or those in the data; metric and normalize as above. With
-                  task: sequence_classification rows of text, label, with image_classification of image, label (path: imagefolder,
-                  data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob
-  loss            data: rows of prompt, completion, or of messages; the score is the log-likelihood per token
-  generation      data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
-                  token_f1
-  command         command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output};
-                  timeout: 3600 (seconds); with expert: full "{model}" in place of "{adapter}"
-  lm_eval         task: a name, or a YAML of your own (with allow_metric_code); num_fewshot, limit; pip install 'm2m_hf[lm_eval]'
+TARGETS = """\
 The sealed test is test_data, test_command or test_task. A metric may also be the path or Hub id of an evaluate module; its
 code runs, so this needs allow_metric_code: true. Each of several targets has a weight, and min_delta: how far a mixture may
 fall below the base model on it. In Python a scorer may also be a function (model, tokenizer, rows) that returns a number, or
@@ -75,6 +63,17 @@ output_dir runs/<name of the YAML>.
 """
 
 
+def targets_text() -> str:
+    """The scorers and their options, for `--help`."""
+    from m2m_hf.config.targets import SCORERS
+
+    lines = ["targets: each has a scorer, and its options:"]
+    for name, kind in SCORERS.items():
+        first, *others = kind.help.splitlines() or [""]
+        lines += [f"  {name:<15} {first}", *(" " * 18 + line for line in others)] if first else []
+    return "\n".join(lines) + "\n" + TARGETS
+
+
 def fields_text() -> str:
     """The fields of a configuration, for `--help`."""
     from m2m_hf.config.run_config import MergeToMixConfig
@@ -85,7 +84,7 @@ def fields_text() -> str:
             default = f" [{item.default}]" if item.default not in (None, MISSING) else ""
             shown = f"  {item.name:23} {item.metadata['help']}{default}"
             lines.append(textwrap.fill(shown, 120, subsequent_indent=" " * 26))
-    return "\n".join(lines) + "\n\n" + SCORERS + "\n" + EXAMPLE
+    return "\n".join(lines) + "\n\n" + targets_text() + "\n" + EXAMPLE
 
 
 class CommandParser(argparse.ArgumentParser):

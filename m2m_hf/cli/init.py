@@ -12,9 +12,12 @@ from typing import Any
 import yaml
 
 from m2m_hf.config.checks import BUILDERS, check_name, exists, resolve_existing
+from m2m_hf.config.targets import SCORERS
 from m2m_hf.errors import InputError
 
-SCORERS = ("choice", "classification", "loss", "generation")
+SCORED = tuple(
+    name for name, kind in SCORERS.items() if kind.metrics
+)  # those that take rows, and a metric of their own
 COLUMNS = {
     "sequence_classification": "text and label",
     "image_classification": "image and label",
@@ -142,9 +145,9 @@ def complete(draft: Draft, ask: Ask | None, folder: Path) -> tuple[str, Source]:
         ask("3. Validation rows of the task that you care about? A file or a Hub id", "validation.jsonl")
     )
     scorer, task = guess_scorer(target[1], folder)
-    draft.scorer = draft.scorer or ask(f"4. How is it scored? {', '.join(SCORERS)}", scorer)
-    if draft.scorer not in SCORERS:
-        raise InputError(f"--scorer: expected {', '.join(SCORERS)}, got {draft.scorer!r}")
+    draft.scorer = draft.scorer or ask(f"4. How is it scored? {', '.join(SCORED)}", scorer)
+    if draft.scorer not in SCORED:
+        raise InputError(f"--scorer: expected {', '.join(SCORED)}, got {draft.scorer!r}")
     draft.task = task if draft.scorer == "classification" else None
     for name in (*draft.candidates, target[0]):
         check_name(name, "candidate or target")

@@ -19,7 +19,7 @@ import m2m_hf
 from m2m_hf.config.candidates import DataConfig
 from m2m_hf.config.checks import BUILDERS, exists
 from m2m_hf.config.run_config import MergeToMixConfig
-from m2m_hf.config.targets import METRICS, TargetConfig
+from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.errors import SECRET_NAMES
 from m2m_hf.storage.digests import NAME as DIGESTS
 from m2m_hf.storage.digests import stamp
@@ -119,9 +119,9 @@ def check_data(data: DataConfig, task: str) -> None:
 
 def check_target(target: TargetConfig) -> None:
     """Refuses the harness's tasks and metrics of the Hub, which may change there."""
-    known = METRICS.get(target.kind, ())
-    metric_of_hub = bool(known) and target.metric not in known and not exists(Path(target.metric))
-    if target.kind in ("lm_eval", "callable") or metric_of_hub:
+    kind = SCORERS[target.kind]
+    metric_of_hub = bool(kind.metrics) and target.metric not in kind.metrics and not exists(Path(target.metric))
+    if metric_of_hub or not kind.watchable:
         raise Unwatchable(target.kind)
 
 

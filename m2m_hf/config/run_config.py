@@ -14,7 +14,7 @@ from typing import Any
 from m2m_hf.config import checks
 from m2m_hf.config.candidates import CandidateConfig
 from m2m_hf.config.checks import BOOLEAN, LABELS, Rule, integer, mapping, number, one_of, option
-from m2m_hf.config.targets import OPTIONS, TargetConfig
+from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.core.jsonable import is_number
 from m2m_hf.errors import InputError
 
@@ -249,7 +249,7 @@ def task_problems(config: MergeToMixConfig) -> Iterator[str]:
             yield f"candidates.{name}.labels: belongs to {CLASSIFICATION}"
         if not language and candidate.data.template:
             yield f"candidates.{name}.template: belongs to task: causal_lm"
-    scorers = tuple(OPTIONS) if language else ("classification", "command", "callable")
+    scorers = tuple(name for name, kind in SCORERS.items() if language or kind.classifies)
     for name, target in config.parsed_targets.items():
         templates = any(data and data.template for data in (target.data, target.test_data))
         if not language and (templates or target.normalize != "none"):

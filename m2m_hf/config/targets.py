@@ -11,32 +11,90 @@ from m2m_hf.config.candidates import DataConfig, changed_options
 from m2m_hf.config.checks import Rule, absolute, mapping, option, text
 from m2m_hf.errors import InputError
 
-METRICS: dict[str, tuple[str, ...]] = {  # of each scorer the metrics that it computes itself, the default first
-    "choice": ("accuracy", "logprob"),
-    "classification": ("accuracy", "logprob", "macro_f1"),
-    "loss": ("loglikelihood",),
-    "generation": ("exact_match", "numeric_match", "token_f1"),
-    "command": (),
-    "lm_eval": (),
-}
 COMMON = ("scorer", "metric", "weight", "min_delta")
-OPTIONS: dict[str, tuple[str, ...]] = {  # what each scorer takes beside these, first what it cannot do without
-    "choice": ("data", "test_data", "normalize", "metric_key"),
-    "classification": ("data", "test_data", "normalize", "labels", "metric_key"),
-    "loss": ("data", "test_data"),
-    "generation": ("data", "test_data", "generation", "metric_key"),
-    "command": ("command", "test_command", "timeout"),
-    "lm_eval": ("task", "test_task", "num_fewshot", "limit"),
-    "callable": ("data", "test_data"),
-}
 NEEDED = {
     "data": "give the validation set as what load_dataset takes",
     "command": "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",
     "task": "give the name of a task, or the path of its YAML",
 }
+
+
+@dataclass(frozen=True)
+class ScorerKind:
+    """What configuration, data and help ask of a kind of scorer; `scoring/make.py` has its class.
+
+    Args:
+        options: what it takes beside `COMMON`, first what it cannot do without.
+        help: its options, as `m2m select --help` shows them.
+        metrics: those that it computes itself, the default first.
+        metric: the default where it computes none itself.
+        column: what its rows have beside a prompt.
+        described: what it runs, if it scores otherwise than by our own forward passes.
+        classifies: it can score classifiers too.
+        watchable: what it depends on can be watched for changes.
+    """
+
+    options: tuple[str, ...]
+    help: str = ""
+    metrics: tuple[str, ...] = ()
+    metric: str = "score"
+    column: str = "completion"
+    described: str = ""
+    classifies: bool = False
+    watchable: bool = True
+
+
+SCORERS = {
+    "choice": ScorerKind(
+        ("data", "test_data", "normalize", "metric_key"),
+        """\
+data: rows of prompt, choices, answer (index or text); metric: accuracy or logprob; normalize: none,
+tokens or bytes""",
+        metrics=("accuracy", "logprob"),
+        column="choices",
+    ),
+    "classification": ScorerKind(
+        ("data", "test_data", "normalize", "labels", "metric_key"),
+        """\
+data: rows of prompt, label; labels: {label: word}, or those in the data; metric and normalize as above. With
+task: sequence_classification rows of text, label, with image_classification of image, label (path: imagefolder,
+data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob""",
+        metrics=("accuracy", "logprob", "macro_f1"),
+        column="label",
+        classifies=True,
+    ),
+    "loss": ScorerKind(
+        ("data", "test_data"),
+        "data: rows of prompt, completion, or of messages; the score is the log-likelihood per token",
+        metrics=("loglikelihood",),
+    ),
+    "generation": ScorerKind(
+        ("data", "test_data", "generation", "metric_key"),
+        """\
+data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
+token_f1""",
+        metrics=("exact_match", "numeric_match", "token_f1"),
+    ),
+    "command": ScorerKind(
+        ("command", "test_command", "timeout"),
+        """\
+command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output};
+timeout: 3600 (seconds); with expert: full "{model}" in place of "{adapter}\"""",
+        described="scored by a command",
+        classifies=True,
+    ),
+    "lm_eval": ScorerKind(
+        ("task", "test_task", "num_fewshot", "limit"),
+        "task: a name, or a YAML of your own (with allow_metric_code); num_fewshot, limit; pip install 'm2m_hf[lm_eval]'",
+        metric="",
+        described="harness task {task}",
+        watchable=False,
+    ),
+    "callable": ScorerKind(("data", "test_data"), described="scored by a function", classifies=True, watchable=False),
+}
+NAMES = tuple(name for name in SCORERS if name != "callable")  # what `scorer:` may say
 SCORER = Rule(
-    f"one of {', '.join(METRICS)}",
-    lambda value: callable(value) or (isinstance(value, str) and value in METRICS),
+    f"one of {', '.join(NAMES)}", lambda value: callable(value) or (isinstance(value, str) and value in NAMES)
 )
 COMMAND = Rule("[program, argument, ...]", lambda value: isinstance(value, (list, tuple, str)))
 DATA = Rule("what load_dataset takes", lambda value: True)  # checked by DataConfig
@@ -49,7 +107,7 @@ class TargetConfig:
 
     # In Python also any callable `(model, tokenizer, rows) -> number, numbers of the rows, or Score`.
     scorer: str | Callable[..., Any] = option(SCORER, MISSING)
-    # One of METRICS, or path or Hub id of an `evaluate` module; of `command` the key of the number in its JSON (default
+    # One of the scorer's own, or path or Hub id of an `evaluate` module; of `command` the key of the number in its JSON (default
     # `score`), of `lm_eval` the task's own name for it (default: its first).
     metric: str = option(text("the name of a metric"), MISSING)
     data: DataConfig | None = option(DATA)  # the only rows that the search sees
@@ -83,7 +141,7 @@ class TargetConfig:
         kind = "callable" if callable(scorer) else str(scorer)
         check_options(entry, kind, where)
         values = checks.read_entry(entry, checks.rules(cls), where)
-        needed = OPTIONS[kind][0]
+        needed = SCORERS[kind].options[0]
         if kind != "callable" and not values.get(needed):
             raise InputError(f"{where}.{needed} is missing: {NEEDED[needed]}")
         values["metric"] = resolve_metric(values.get("metric"), kind, where, folder)
@@ -104,9 +162,9 @@ class TargetConfig:
 
 def check_options(entry: Mapping[str, Any], kind: str, where: str) -> None:
     """Refuses what the scorer does not take, by the scorers that do or the key that was probably meant."""
-    known = (*COMMON, *OPTIONS[kind])
+    known = (*COMMON, *SCORERS[kind].options)
     for key in entry:
-        takers = [scorer for scorer, options in OPTIONS.items() if key in options]
+        takers = [name for name, scorer in SCORERS.items() if key in scorer.options]
         if key not in known and takers:
             raise InputError(f"{where}.{key}: belongs to scorer {' or '.join(takers)}, not to {kind}")
         if key not in known:
@@ -115,14 +173,14 @@ def check_options(entry: Mapping[str, Any], kind: str, where: str) -> None:
 
 def resolve_metric(metric: str | None, kind: str, where: str, folder: Path) -> str:
     """The metric that a scorer uses: its default, one of its own, or the place of an `evaluate` module."""
-    own = METRICS.get(kind, ())
+    own = SCORERS[kind].metrics
     if metric is None:
-        return own[0] if own else "" if kind == "lm_eval" else "score"
+        return own[0] if own else SCORERS[kind].metric
     if not own or metric in own:
         return metric
-    if kind == "loss":
-        raise InputError(f"{where}.metric: expected loglikelihood for scorer loss, got {metric!r}")
-    if any(metric in metrics for metrics in METRICS.values()):
+    if "metric_key" not in SCORERS[kind].options:
+        raise InputError(f"{where}.metric: expected {', '.join(own)} for scorer {kind}, got {metric!r}")
+    if any(metric in scorer.metrics for scorer in SCORERS.values()):
         raise InputError(
             f"{where}.metric: expected {', '.join(own)}, or a module of your own, for scorer {kind}, got {metric!r}"
         )

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from m2m_hf.config.candidates import CandidateConfig
-from m2m_hf.config.targets import TargetConfig
+from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.loading import fill, load_rows
 from m2m_hf.data.rows import (
     FEATURES,
@@ -51,9 +51,8 @@ def load_causal_lm_data(
             if data is not None:
                 where = f"targets.{name}.{part}"
                 rows = raw_targets[name][part] = load_rows(data, where, seed)
-                column = {"choice": "choices", "classification": "label"}.get(config.kind, "completion")
                 if config.kind != "callable":
-                    conversational[where] = is_conversational(rows, where, column)
+                    conversational[where] = is_conversational(rows, where, SCORERS[config.kind].column)
     data_format = "chat" if any(conversational.values()) else "text"
     if data_format == "chat" and tokenizer.chat_template is None:
         first = next(name for name, value in conversational.items() if value)
@@ -190,7 +189,7 @@ def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, w
 
 def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str) -> TargetRow:
     """One question of a target, checked."""
-    if scorer in ("loss", "generation"):
+    if SCORERS[scorer].column == "completion":
         question, reference = split_row(row, data_format, where)
         return TargetRow(question, (reference,), 0)
     prompt, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")

@@ -16,19 +16,16 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 
-from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.objectives.merged import MergedObjective
-from m2m_hf.objectives.scored import ScorerObjective
-from m2m_hf.scoring.causal_lm import CompletionScorer
+from m2m_hf.objectives.merged import MergedObjective, ScorerObjective
+from m2m_hf.scoring.causal_lm import LossScorer
 from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer
 from m2m_hf.search.model_based import SUBSETS
 from m2m_hf.storage.files import readable, sync
 
 BLOCK = 1 << 24  # numbers in one temporary tensor
-ENSEMBLE_METRICS = ("accuracy", "logprob", "loglikelihood")
 
 
 class Ensemble:
@@ -153,18 +150,16 @@ class EnsembleObjective(ScorerObjective):
     Args:
         merged: the merged objective of the same target; shares its stack and keys.
         scorer: of the target's validation rows.
-        config: of the target.
         folder: keeps the probabilities.
     """
 
     name = "ensemble"
     _scorer: LogprobScorer
 
-    def __init__(self, merged: MergedObjective, scorer: LogprobScorer, config: TargetConfig, folder: Path) -> None:
+    def __init__(self, merged: MergedObjective, scorer: LogprobScorer, folder: Path) -> None:
         super().__init__(scorer, merged.keys, replace(merged.target, order=()))
         self._merged = merged
         self._folder = folder
-        self._metric = config.metric
         self._parts: dict[str, torch.Tensor] = {}
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
@@ -195,11 +190,10 @@ class EnsembleObjective(ScorerObjective):
         """The probabilities of these parts; each unknown one costs a forward pass."""
         scorer = self._scorer
         parts = torch.stack([self._part(name) for name in names])
-        if isinstance(scorer, AnswerScorer):
-            return Ensemble(names, parts, [row.answer for row in scorer.rows], self._metric == "accuracy")
-        assert isinstance(scorer, CompletionScorer)
-        counts = [question.requests[0].scored for question in scorer.questions]
-        return Ensemble(names, parts, [0] * parts.shape[1], False, counts)
+        if isinstance(scorer, LossScorer):
+            return Ensemble(names, parts, [0] * parts.shape[1], False, scorer.counts)
+        assert isinstance(scorer, AnswerScorer)
+        return Ensemble(names, parts, [row.answer for row in scorer.rows], scorer.metric is not None)
 
     def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
         return [self._score_one(mixture) for mixture in mixtures]

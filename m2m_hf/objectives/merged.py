@@ -1,28 +1,45 @@
-"""The merged objective: the score of the averaged parameters."""
+"""The merged objective: the score of the averaged parameters. And the base of all objectives that a target's scorer scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.objective import TargetInfo, race_order
+from m2m_hf.core.objective import Objective, TargetInfo, race_order
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.objectives.scored import ScorerObjective
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.storage.keys import Keys
+
+
+class ScorerObjective(Objective):
+    """Scores with the scorer of the target's validation rows; with several processes, all get the main one's result."""
+
+    def __init__(self, scorer: Scorer, keys: Keys, target: TargetInfo) -> None:
+        super().__init__(target)
+        self.keys = keys
+        self._scorer = scorer
+
+    def __call__(
+        self, mixtures: Sequence[Mixture], rung: int | None = None, before: Mapping[Mixture, Score] | None = None
+    ) -> list[Score | Failure]:
+        scores: list[Score | Failure] = broadcast(super().__call__(mixtures, rung, before))
+        return scores
+
+    def likelihood(self, score: Score) -> float:
+        return self._scorer.likelihood(score)
+
+    def _summarise(self, score: Score) -> Score:
+        return self._scorer.whole(score)
 
 
 class MergedObjective(ScorerObjective):
     """The paper's surrogate: the score of the base model plus the mixture's average of the experts' deltas.
 
-    It opens the stack only to measure; a search that the journal answers loads no model.
-
     Args:
-        open_stack: returns the experts' stack.
-        scorer, keys, target: see `ScorerObjective`.
+        open_stack: returns the experts' stack; called only to measure, so a search that the journal answers loads no model.
         tokens_per_batch: limit of one forward pass.
         method: how to merge; the paper takes the average.
         gated: the experts are LoRA adapters on a gated stack.
@@ -47,9 +64,7 @@ class MergedObjective(ScorerObjective):
         if scorer.needs_adapter and gated and not method.gated:
             raise InputError(f"merge_method: {method.name} makes no adapter to hand to a command; expected average")
         self.name = method.label
-        self._method = method
-        self._open_stack = open_stack
-        self._tokens_per_batch = tokens_per_batch
+        self._method, self._open_stack, self._tokens_per_batch = method, open_stack, tokens_per_batch
 
     def batch_size(self, rows: int) -> int:
         return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)

@@ -1,35 +1,114 @@
-"""The trained objective: the truth that the surrogates predict."""
+"""The trained objective: models really fine-tuned on mixtures, which is the truth that the surrogates predict."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedModel
+from trl import SFTConfig
 
-from m2m_hf.core.mixture import Mixture
+from m2m_hf.console import Bar
+from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.core.objective import TargetInfo
 from m2m_hf.core.score import Failure, Score
+from m2m_hf.data.mixture_rows import mixture_dataset
+from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack, open_stack
 from m2m_hf.merging.methods import AVERAGE
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.objectives.fine_tuned import Counts, FineTunedModels
-from m2m_hf.objectives.scored import ScorerObjective
+from m2m_hf.objectives.merged import ScorerObjective
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.storage.files import read_json_or_empty, write_json
+from m2m_hf.storage.files import read_json, read_json_or_empty, staging_path, write_json
 from m2m_hf.storage.keys import Keys
-from m2m_hf.training.fine_tune import TrainingFailedError, load_trained
+from m2m_hf.storage.records import find_incomplete, weights_of
+from m2m_hf.training.fine_tune import (
+    TrainingFailedError,
+    finished,
+    load_trained,
+    mixture_steps,
+    publish,
+    train_expert,
+)
+from m2m_hf.training.trainers import BankProgress, Settings
+
+Counts = Mapping[str, int]  # candidate -> how many of its rows a model is trained on
+
+
+@dataclass
+class FineTunedModels:
+    """Models fine-tuned on mixtures like the adapters, on the rows of the final fine-tune, in the same order; none twice."""
+
+    root: Path  # OUT/trained, where a model's folder is named by its fingerprint
+    candidates: Mapping[str, Candidate]
+    fingerprint: Callable[[Counts], str]
+    base: Callable[[], PreTrainedModel]  # to train
+    args: SFTConfig
+    settings: Callable[[], Settings]
+    launch: Sequence[str] = ()  # how this launch differs from the one that trained the adapters
+
+    def counts(self, mixture: Mixture) -> dict[str, int]:
+        """How many rows of each candidate the mixture trains on."""
+        return row_counts(mixture, {name: len(self.candidates[name].rows) for name in mixture.names})
+
+    def folder(self, counts: Counts) -> Path:
+        return self.root / self.fingerprint(counts)
+
+    def is_trained(self, counts: Counts) -> bool:
+        """True if the model is trained, or its training failed (collective)."""
+        return bool(broadcast(find_incomplete(self.folder(counts)) is None))
+
+    def steps(self, counts: Counts) -> int:
+        """How many optimizer steps training takes."""
+        return mixture_steps(self.args, self.candidates, counts)
+
+    def train(self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "", run: str = "") -> Path:
+        """The folder of the model; trains it if it is missing. `bar` counts steps after `before`; trackers call it `run`.
+
+        Raises:
+            TrainingFailedError: see `train_expert`.
+        """
+        folder = self.folder(counts)
+        if not finished(folder, folder.name):
+            if self.launch:  # another number of processes has another batch size
+                raise InputError(
+                    f"models to compare must be launched as the adapters were, got {'; '.join(self.launch)}: start as many "
+                    "processes"
+                )
+            callbacks = [] if bar is None else [BankProgress(bar, before, note)]
+            rows = mixture_dataset(counts, self.candidates, self.args.seed)
+            run = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
+            try:
+                record = train_expert(
+                    self.base(), rows, self.settings(), staging_path(folder), callbacks, folder.name, run
+                )
+            except TrainingFailedError as error:
+                record = {"steps": 0, "seconds": 0.0, "failed": f"training on {' + '.join(counts)}: {error}"}
+            publish(folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
+        if failed := self.record(counts).get("failed"):
+            raise TrainingFailedError(failed)
+        return folder
+
+    def record(self, counts: Counts) -> dict[str, Any]:
+        """The model's `training.json`: see `TrainingRecorder`."""
+        record: dict[str, Any] = read_json(self.folder(counts) / "training.json")
+        return record
+
+    def seconds(self, without: Mapping[str, Any] | None = None) -> float:
+        """Seconds spent on training all models here, except the one with the weights of the `training.json` `without`."""
+        paths = sorted(self.root.glob("[!.]*/training.json"))
+        records = [read_json_or_empty(path) for path in paths if find_incomplete(path.parent) is None]
+        return float(sum(one.get("seconds", 0.0) for one in records if weights_of(one) != weights_of(without)))
 
 
 class TrainedObjective(ScorerObjective):
     """The score of the model that is fine-tuned on a mixture.
 
     Args:
-        models: trains the models, or finds them.
         base: returns the base model, without any stack on it.
-        bare: returns the base model with the experts' stack, to score the base model itself.
-        scorer, keys, target: see `ScorerObjective`.
-        tokens_per_batch: limit of one forward pass.
+        bare: returns it with the experts' stack, to score the base model itself.
     """
 
     name = "trained"
@@ -46,10 +125,7 @@ class TrainedObjective(ScorerObjective):
         tokens_per_batch: int,
     ) -> None:
         super().__init__(scorer, keys, target)
-        self.models = models
-        self._base = base
-        self._bare = bare
-        self._tokens_per_batch = tokens_per_batch
+        self.models, self._base, self._bare, self._tokens_per_batch = models, base, bare, tokens_per_batch
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
         return self.keys.trained(self.models.counts(mixture))
@@ -58,11 +134,7 @@ class TrainedObjective(ScorerObjective):
         return [self.score(self.models.counts(mixture)) for mixture in mixtures]
 
     def score(self, counts: Counts, scorer: Scorer | None = None) -> Score | Failure:
-        """The score of the model fine-tuned on so many rows of each candidate; without rows, of the base model.
-
-        Args:
-            scorer: by default that of the validation rows.
-        """
+        """The score of the model fine-tuned on these rows, by default on the validation rows; without any, of the base model."""
         scorer = scorer or self._scorer
         if not counts:
             return scorer.score(self._bare(), [{}], self._tokens_per_batch)[0]
@@ -77,15 +149,7 @@ class TrainedObjective(ScorerObjective):
             stack.detach()
 
     def sealed(self, counts: Counts, scorer: Scorer) -> Score:
-        """The score on sealed test rows. Every model sees them once; its score is kept beside it.
-
-        Args:
-            counts: see `score`.
-            scorer: of the test rows.
-
-        Raises:
-            InputError: there is no score.
-        """
+        """The score on the sealed rows of `scorer`. Every model sees them once; its score is kept beside it."""
         path = self.models.folder(counts) / "test.json"
         scores = broadcast(read_json_or_empty(path))
         if scorer.fingerprint not in scores:

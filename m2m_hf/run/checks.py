@@ -18,9 +18,9 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.parsing import check_trl, trl_fields
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.targets import SCORERS
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.external import CommandScorer
 from m2m_hf.scoring.scorers import LogprobScorer
@@ -135,14 +135,9 @@ def show_data(run: RunContext) -> None:
 def describe_target(run: RunContext, name: str) -> str:
     """What a target is scored on, and how."""
     config, parts = run.targets[name].config, run.scorers[name]
-    runners = {
-        "command": "scored by a command",
-        "lm_eval": f"harness task {config.task}",
-        "callable": "scored by a function",
-    }
     counts = {part: f"{scorer.examples:,} " if scorer.examples else "" for part, scorer in parts.items()}
     words = [
-        runners.get(config.kind),
+        SCORERS[config.kind].described.format(task=config.task),
         f"{counts['validation']}validation rows" if counts["validation"] else None,
         f"{counts['test']}sealed test rows" if "test" in parts else "no test set",
         config.metric,
@@ -162,7 +157,7 @@ def check_search(run: RunContext) -> None:
         if config.objective == "ensemble" and not run.has_ensemble(name):
             raise InputError(
                 f"targets.{name}: objective ensemble averages the probabilities of right answers; expected scorer choice, "
-                f"classification or loss with metric {', '.join(ENSEMBLE_METRICS)}"
+                "classification or loss with metric accuracy, logprob, loglikelihood"
             )
     if not run.merge_method.gated:
         if run.model_args.load_in_4bit or run.model_args.load_in_8bit:

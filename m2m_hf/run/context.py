@@ -21,13 +21,12 @@ from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.loading import make_plan, pin_revision, quantization_facts
-from m2m_hf.objectives.ensemble import ENSEMBLE_METRICS, EnsembleObjective
-from m2m_hf.objectives.fine_tuned import FineTunedModels
+from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.objectives.merged import GatedObjective, MergedObjective
-from m2m_hf.objectives.trained import TrainedObjective
+from m2m_hf.objectives.trained import FineTunedModels, TrainedObjective
 from m2m_hf.run.base_model import BaseModel
 from m2m_hf.run.tasks import CausalLM, Classification, Task
-from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
+from m2m_hf.scoring.make import make_scorers
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.storage.files import fingerprint, read_json_or_empty
 from m2m_hf.storage.journal import Journal
@@ -167,34 +166,8 @@ class RunContext:
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Target -> `validation` and, where there are sealed rows, `test` -> scorer."""
         positions = self.expert().check_model(self.model_args, self.args, self.base.plan)
-        return {name: self._scorers(target, positions) for name, target in self.targets.items()}
-
-    def _scorers(self, target: Target, positions: int) -> dict[str, Scorer]:
-        config, where = target.config, f"targets.{target.name}"
-        if config.kind == "command":
-            base = str(self.model_args.model_name_or_path)
-            commands = {"validation": config.command, "test": config.test_command}
-            return {
-                part: CommandScorer(command, config.metric, base, config.timeout)
-                for part, command in commands.items()
-                if command
-            }
-        if config.kind == "lm_eval":
-            tasks = {"validation": config.task, "test": config.test_task}
-            allow = self.config.allow_metric_code
-            return {
-                part: HarnessScorer(config, task, self.task.tokenizer, allow, where)
-                for part, task in tasks.items()
-                if task
-            }
-        rows = {"validation": target.rows, "test": target.test_rows}
-        if config.kind == "callable":  # may bring its own rows
-            return {
-                part: CallableScorer(config.scorer, rows[part], self.task.processing)
-                for part in rows
-                if part == "validation" or rows[part]
-            }
-        return {part: self.task.scorer(target, rows[part], positions, where) for part in rows if rows[part]}
+        setup = self.task.scoring_setup(positions)
+        return {name: make_scorers(target, setup) for name, target in self.targets.items()}
 
     @property
     def validation_scorers(self) -> dict[str, Scorer]:
@@ -220,8 +193,7 @@ class RunContext:
 
     def has_ensemble(self, target: str) -> bool:
         """Whether the ensemble objective can score a target."""
-        scorer, metric = self.scorers[target]["validation"], self.targets[target].config.metric
-        return isinstance(scorer, LogprobScorer) and metric in ENSEMBLE_METRICS
+        return self.scorers[target]["validation"].has_ensemble
 
     def objectives(self, kind: str, method: MergeMethod | None = None) -> list[Objective]:
         """What scores mixtures on every target, `merged` (as the run merges, or by another method) or `ensemble`."""
@@ -244,7 +216,7 @@ class RunContext:
                 objectives.append(merged)
             else:
                 assert isinstance(scorer, LogprobScorer)
-                objectives.append(EnsembleObjective(merged, scorer, target.config, self.folder.root / "ensemble"))
+                objectives.append(EnsembleObjective(merged, scorer, self.folder.root / "ensemble"))
         return objectives
 
     def target_info(self, target: Target) -> TargetInfo:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +21,7 @@ from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import load_config, load_head
 from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
 from m2m_hf.run.base_model import BaseModel
-from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
-from m2m_hf.scoring.classification import ClassificationScorer
-from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.scoring.scorers import Setup
 from m2m_hf.storage.files import fingerprint
 from m2m_hf.storage.run_folder import RunFolder
 from m2m_hf.training.bank import tokenizer_facts
@@ -86,9 +84,10 @@ class Task(ABC):
     def data(self) -> LoadedData:
         """The candidates and targets, loaded and checked."""
 
-    @abstractmethod
-    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
-        """The scorer of some rows of a target, for scorers that score rows by forward passes."""
+    def scoring_setup(self, positions: int) -> Setup:
+        """What scorers are made of, for a model of so many positions."""
+        base, allowed = str(self.model_args.model_name_or_path), self.config.allow_metric_code
+        return Setup(self.processing, positions, base=base, allow_metric_code=allowed)
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -131,12 +130,6 @@ class CausalLM(Task):
             seed=self.args.seed,
             max_length=None if self.args.packing else self.args.max_length,
             assistant_only_loss=self.args.assistant_only_loss,
-        )
-
-    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
-        allowed = self.config.allow_metric_code
-        return make_causal_lm_scorer(
-            target.config, rows, self.tokenizer, positions, allow_metric_code=allowed, where=where
         )
 
     def facts(self) -> dict[str, Any]:
@@ -232,11 +225,8 @@ class Classification(Task):
             mode=image_mode(load_config(self.model_args)),
         )
 
-    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
-        allowed = self.config.allow_metric_code
-        return ClassificationScorer(
-            target.config, rows, self.processing, lambda: self.head, self.length, allow_metric_code=allowed, where=where
-        )
+    def scoring_setup(self, positions: int) -> Setup:
+        return replace(super().scoring_setup(positions), head=lambda: self.head, length=self.length)
 
     def facts(self) -> dict[str, Any]:
         if self.images:

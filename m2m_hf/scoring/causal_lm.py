@@ -1,118 +1,59 @@
-"""Scoring a causal LM's completions: `loss`, `choice`, and `classification` by label words."""
+"""Scoring a causal LM: completions (`loss`, `choice`, and `classification` by label words), and free answers (`generation`)."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from m2m_hf.config.targets import TargetConfig
-from m2m_hf.core.score import Score, mean_and_stderr
+from m2m_hf.core.score import Failure, Score, mean_and_stderr
 from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
-from m2m_hf.data.tokens import encode
+from m2m_hf.data.tokens import encode, first_token, render
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
-from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring.forward import Weights, completion_logprobs, token_logprobs, weight_gradient
-from m2m_hf.scoring.generation import GenerationScorer
-from m2m_hf.scoring.metrics.metric import Metric, load_metric, metric_fingerprint
-from m2m_hf.scoring.packing import Question, Request
-from m2m_hf.scoring.scorers import ROUND, AnswerScorer, Gradient, LogprobScorer, Scorer
+from m2m_hf.scoring.forward import Job, Pass, QuestionInputs, Weights, job_batches, measure
+from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
+from m2m_hf.scoring.packing import Question, Request, padded
+from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer, Scorer, Setup, metric_score
+
+MAX_NEW_TOKENS = 64  # default length of an answer
+DECODING = 4096  # tokens in a batch at least: every step adds one token to a row, which is cheap for many rows together
 
 
-def make_causal_lm_scorer(
-    config: TargetConfig,
-    rows: Sequence[TargetRow],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    allow_metric_code: bool = False,
-    where: str = "target",
-) -> Scorer:
-    """The scorer that `config` asks for, over `rows`.
-
-    Raises:
-        InputError: rows that do not fit the model, a metric that cannot be loaded or does not fit the scorer.
-    """
-    if config.kind == "loss":
-        return LossScorer(config, rows, tokenizer, max_length)
-    metric = load_metric(config, allow_metric_code, where)
-    if config.kind == "generation":
-        assert metric is not None
-        return GenerationScorer(config, rows, tokenizer, max_length, metric)
-    return ChoiceScorer(config, rows, tokenizer, max_length, metric)
+def encode_rows(rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> QuestionInputs:
+    """Rows as the model reads them. One longer than `max_length`, the model's positions, loses the beginning of its prompt."""
+    questions, truncated = [], 0
+    for number, row in enumerate(rows, start=1):
+        where = f"row {number} of the target"
+        encoded = [encode(tokenizer, row.prompt, choice, where) for choice in row.choices]
+        for ids, start in encoded:
+            if len(ids) - start >= max_length:
+                raise InputError(
+                    f"{where}: a completion of {len(ids) - start} tokens does not fit into the model's {max_length} positions"
+                )
+        # All completions lose the same tokens, so that they still share one prompt.
+        surplus = max(0, max(len(ids) for ids, _ in encoded) - max_length)
+        truncated += surplus > 0
+        drops = [(ids, start, min(surplus, start - 1)) for ids, start in encoded]
+        questions.append(Question([Request(tuple(ids[drop:]), start - drop) for ids, start, drop in drops]))
+    return QuestionInputs(questions, truncated)
 
 
-class CompletionScorer(LogprobScorer):
-    """Base of the scorers of a causal LM's completions.
-
-    A question longer than `max_length`, the model's positions, loses the beginning of its prompt, and counts as truncated.
-
-    Raises:
-        InputError: a completion that alone has more tokens than that.
-    """
-
-    def __init__(
-        self, config: TargetConfig, rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> None:
-        self.rows = rows
-        self.examples = len(rows)
-        self.fingerprint = content_fingerprint([config.kind, *self.settings(config), *rows])
-        self.questions: list[Question] = []
-        for number, row in enumerate(rows, start=1):
-            where = f"row {number} of the target"
-            encoded = [encode(tokenizer, row.prompt, choice, where) for choice in row.choices]
-            for ids, start in encoded:
-                if len(ids) - start >= max_length:
-                    raise InputError(
-                        f"{where}: a completion of {len(ids) - start} tokens does not fit into the model's {max_length} positions"
-                    )
-            # All completions lose the same tokens, so that they still share one prompt.
-            surplus = max(0, max(len(ids) for ids, _ in encoded) - max_length)
-            self.truncated += surplus > 0
-            drops = [(ids, start, min(surplus, start - 1)) for ids, start in encoded]
-            self.questions.append(
-                Question(tuple(Request(tuple(ids[drop:]), start - drop) for ids, start, drop in drops))
-            )
-        self.tokens = sum(
-            question.shared + sum(len(request.ids) - question.shared for request in question.requests)
-            for question in self.questions
-        )
-
-    def settings(self, config: TargetConfig) -> list[Any]:
-        """What of the configuration a score depends on."""
-        return [config.metric]
-
-    def measure(
-        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
-    ) -> list[list[tuple[float, ...]]]:
-        return completion_logprobs(stack, mixtures, [self.questions[row] for row in rows], tokens_per_batch)
-
-    def measure_gradient(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Gradient:
-        return weight_gradient(stack, weights, self.questions, tokens_per_batch, self.slopes)
-
-
-class LossScorer(CompletionScorer):
+class LossScorer(LogprobScorer):
     """Token-weighted log-likelihood of the completions, Σ log p / Σ tokens: the negative of the usual validation loss.
 
     An example's value is its log-probability over the mean number of scored tokens, so that the mean of the values is
     the score. The standard error is that of a ratio of means (delta method).
     """
 
-    @cached_property
-    def counts(self) -> list[int]:
-        """Scored tokens of every row."""
-        return [question.requests[0].scored for question in self.questions]
-
-    @cached_property
-    def total(self) -> int:
-        """Scored tokens of all rows."""
-        return sum(self.counts)
-
-    @property
-    def mean_count(self) -> float:
-        return self.total / len(self.counts)
+    def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
+        inputs = encode_rows(rows, setup.processing, setup.positions)
+        super().__init__(rows, inputs)
+        self.fingerprint = content_fingerprint([config.kind, config.metric, *rows])
+        self.counts = [question.requests[0].scored for question in inputs.questions]  # scored tokens of every row
+        self.total = sum(self.counts)
+        self.mean_count = self.total / len(rows)
 
     def reduce(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score:
         values = [round(value / self.mean_count, ROUND) for (value,) in logprobs]
@@ -126,7 +67,7 @@ class LossScorer(CompletionScorer):
 
     def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every scored token of all rows, of shape (tokens, 1)."""
-        rows = token_logprobs(stack, [weights], self.questions, tokens_per_batch)[0]
+        (rows,) = measure(stack, [weights], self.inputs, range(self.examples), tokens_per_batch)
         logprobs = torch.tensor([value for (tokens,) in rows for value in tokens], dtype=torch.float64)
         return logprobs.exp().float()[:, None]
 
@@ -136,26 +77,107 @@ class LossScorer(CompletionScorer):
         return Score(score.value, mean_and_stderr(residuals)[1], score.values, score.logprobs)
 
 
-class ChoiceScorer(AnswerScorer, CompletionScorer):
+class ChoiceScorer(AnswerScorer):
     """Multiple choice. The log-probability of a choice may be taken per token or per UTF-8 byte."""
 
-    def __init__(
-        self,
-        config: TargetConfig,
-        rows: Sequence[TargetRow],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        metric: Metric | None,
-    ) -> None:
-        CompletionScorer.__init__(self, config, rows, tokenizer, max_length)
+    def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
+        metric = load_metric(config, setup.allow_metric_code, setup.where)
+        inputs = encode_rows(rows, setup.processing, setup.positions)
         lengths = [
             [
                 {"none": 1, "tokens": request.scored, "bytes": len(text_of(choice).encode())}[config.normalize]
                 for choice, request in zip(row.choices, question.requests, strict=True)
             ]
-            for row, question in zip(rows, self.questions, strict=True)
+            for row, question in zip(rows, inputs.questions, strict=True)
         ]
-        AnswerScorer.__init__(self, rows, metric, lengths)
+        super().__init__(rows, inputs, metric, lengths)
+        self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), config.normalize, *rows])
 
-    def settings(self, config: TargetConfig) -> list[Any]:
-        return [metric_fingerprint(config), config.normalize]
+
+class GenerationScorer(Scorer):
+    """The model answers freely, greedily by default, and a metric compares with the reference answers.
+
+    A prompt that leaves no room for the answer within the model's positions loses its beginning.
+    """
+
+    def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
+        metric = load_metric(config, setup.allow_metric_code, setup.where)
+        assert metric is not None
+        fields: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **config.generation}
+        self.settings = generation_config(fields)
+        self.tokenizer = tokenizer = setup.processing
+        self.metric, self.by_row = metric, metric.by_example
+        self.examples = len(rows)
+        self.references = [text_of(row.choices[0]).strip() for row in rows]
+        new, positions = int(self.settings.max_new_tokens), setup.positions
+        if positions <= new:
+            raise InputError(f"generation.max_new_tokens: {new} do not fit into the model's {positions} positions")
+        prompts = [
+            render(tokenizer, row.prompt, f"row {number} of the target", answering=True) or [first_token(tokenizer)]
+            for number, row in enumerate(rows, start=1)
+        ]
+        self.truncated = sum(len(ids) > positions - new for ids in prompts)
+        self.prompts = [ids[new - positions :] for ids in prompts]
+        self._sizes = [len(ids) + new for ids in self.prompts]
+        alone = self.settings.do_sample or self.settings.num_beams not in (None, 1)
+        self.tokens = 0 if alone else sum(self._sizes)
+        self.fingerprint = content_fingerprint(["generation", metric_fingerprint(config), fields, *rows])
+
+    @torch.inference_mode()
+    def score(
+        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
+    ) -> list[Score | Failure]:
+        chosen = range(self.examples) if rows is None else rows
+        ends = stack.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None})
+        self.settings.pad_token_id = self.tokenizer.pad_token_id
+        work = Pass(stack, mixtures, chosen, max(tokens_per_batch, DECODING))
+
+        def answers(jobs: list[Job]) -> list[str]:
+            work.set_gates(jobs)
+            return self._generate(stack.model, [row for _, row in jobs])
+
+        # What is sampled goes alone, seeded by its row, so that it depends neither on batches nor on which rows are asked.
+        alone = ([job] for job in work.jobs)
+        batches = alone if self.settings.do_sample else job_batches(work.jobs, self._sizes, work.budget)
+        references = [self.references[row] for row in chosen]
+        return [metric_score(self.metric, texts, references) for texts in work.run(batches, answers)]
+
+    def _generate(self, model: Any, rows: Sequence[int]) -> list[str]:
+        """Answers without special tokens, up to a stop string. Prompts are padded on the left."""
+        asked = [self.prompts[row] for row in rows]
+        width = max(map(len, asked))
+        ids = padded(asked, width, left=True).to(model.device)
+        mask = padded([[1] * len(prompt) for prompt in asked], width, left=True).to(model.device)
+        if self.settings.do_sample:
+            set_seed(rows[0])
+        output = model.generate(ids, attention_mask=mask, generation_config=self.settings, tokenizer=self.tokenizer)
+        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return [before_stop(text, self.settings.stop_strings).strip() for text in texts]
+
+
+def before_stop(text: str, stop: Sequence[str] | str | None) -> str:
+    """`text` before the first of the stop strings."""
+    for string in [stop] if isinstance(stop, str) else stop or ():
+        text = text.split(string)[0]
+    return text
+
+
+def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
+    """transformers' `GenerationConfig` with these fields; it would itself accept a field that it does not know."""
+    known = GenerationConfig().to_dict()
+    for key in fields:
+        if key not in known or key.startswith("_"):
+            raise InputError(
+                f"generation: GenerationConfig has no field {key!r}; usual ones are max_new_tokens, stop_strings"
+            )
+    new = fields["max_new_tokens"]
+    if not isinstance(new, int) or new < 1:
+        raise InputError(f"generation.max_new_tokens: expected an integer of at least 1, got {new!r}")
+    try:
+        settings = GenerationConfig(**fields)
+        settings.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"generation: {error}") from error
+    return settings

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,10 +31,10 @@ from m2m_hf.data.rows import content_fingerprint
 from m2m_hf.errors import InputError, StoppedError, redact
 from m2m_hf.merging.adapter import Adapter, write_adapter
 from m2m_hf.merging.dense_stack import Stack
-from m2m_hf.modeling.devices import out_of_memory
-from m2m_hf.scoring.forward import Weights
+from m2m_hf.modeling.devices import broadcast, out_of_memory
+from m2m_hf.scoring.forward import Weights, agree_on_memory
 from m2m_hf.scoring.metrics.metric import bootstrap
-from m2m_hf.scoring.scorers import MAX_REASON, Scorer
+from m2m_hf.scoring.scorers import MAX_REASON, Scorer, Setup
 from m2m_hf.storage.files import digest_of
 from m2m_hf.storage.run_folder import disk_is_full
 
@@ -47,38 +46,32 @@ class ExternalScorer(Scorer):
 
     @abstractmethod
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
-        """The score of the mixture that the stack is set to.
-
-        Raises:
-            InputError: it has none.
-        """
+        """The score of the mixture that the stack is set to; an `InputError` says why it has none."""
 
     def score(
         self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
     ) -> list[Score | Failure]:
         assert rows is None, "an external scorer scores all its rows"
-        results: list[Score | Failure] = []
-        for weights in mixtures:
-            stack.set(weights)
-            stack.model.eval()
-            try:
-                measured = [self.measure(stack, weights, tokens_per_batch)]
-            except InputError as error:
-                measured = [Failure(redact(str(error))[:MAX_REASON])]
-            if PartialState().num_processes > 1:
-                broadcast_object_list(measured)
-                stack.shrink = max(gather_object([stack.shrink]))  # or batches would differ between processes
-            score = measured[0]
-            if isinstance(score, Score) and not score.finite:
-                score = Failure(f"the score is not finite: {score.value}")
-            results.append(score)
-        return results
+        return [self._score(stack, weights, tokens_per_batch) for weights in mixtures]
+
+    def _score(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score | Failure:
+        stack.set(weights)
+        stack.model.eval()
+        score: Score | Failure
+        try:
+            score = self.measure(stack, weights, tokens_per_batch)
+        except InputError as error:
+            score = Failure(redact(str(error))[:MAX_REASON])
+        score = broadcast(score)
+        agree_on_memory(stack)
+        if isinstance(score, Score) and not score.finite:
+            return Failure(f"the score is not finite: {score.value}")
+        return score
 
 
 @contextmanager
 def failures_of(what: str) -> Iterator[None]:
-    """Turns whatever foreign code raises into an `InputError`: the trial fails, and the search goes on. A full disk is no
-    mixture's fault, and stays what it is."""
+    """Turns what foreign code raises into an `InputError`, which fails the trial. A full disk is no mixture's fault."""
     try:
         yield
     except InputError:
@@ -96,10 +89,11 @@ class CallableScorer(ExternalScorer):
     identifies the function by its code and what that refers to. The rows are as they were loaded; a target without data has none.
     """
 
-    def __init__(self, function: Any, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.function, self.rows, self.tokenizer = function, list(rows), tokenizer
+    def __init__(self, config: TargetConfig, rows: Sequence[Mapping[str, Any]], setup: Setup) -> None:
+        self.function: Any = config.scorer
+        self.rows, self.tokenizer = list(rows), setup.processing
         self.examples = len(self.rows)
-        self.fingerprint = content_fingerprint(["callable", Hasher.hash(function), *self.rows])
+        self.fingerprint = content_fingerprint(["callable", Hasher.hash(self.function), *self.rows])
 
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score:
         with failures_of("the scorer"):
@@ -127,21 +121,15 @@ class CommandScorer(ExternalScorer):
     `{base_model}` the base model, and `{output}` the file to write. With full experts there is no adapter, and `{model}` becomes
     the folder of the merged model. Without `{output}` the command's standard output is read. The JSON may also hold `stderr`, and
     `values`: one number per example, whose mean is then the score.
-
-    Args:
-        command: program and arguments.
-        key: which number of the JSON is the score.
-        base: the base model's folder or Hub id.
-        timeout: seconds after which the command is stopped.
     """
 
     needs_adapter = True
 
-    def __init__(self, command: Sequence[str], key: str, base: str, timeout: float = 3600) -> None:
-        self.command, self.key, self.base, self.timeout = tuple(command), key, base, timeout
+    def __init__(self, config: TargetConfig, command: Sequence[str], setup: Setup) -> None:
+        self.command, self.key, self.base, self.timeout = tuple(command), config.metric, setup.base, config.timeout
         self.examples = 0
         files = [digest_of(Path(part)) for part in command if Path(part).is_absolute() and Path(part).is_file()]
-        self.fingerprint = content_fingerprint(["command", list(command), key, *files])
+        self.fingerprint = content_fingerprint(["command", list(command), self.key, *files])
 
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
         if not PartialState().is_main_process:
@@ -223,17 +211,12 @@ class HarnessScorer(ExternalScorer):
     """A task of EleutherAI's lm-evaluation-harness (its name, or the path of its YAML), run in this process on the gated model.
 
     A metric for which lower is better is negated. Of a group of tasks, all samples count alike.
-
-    Raises:
-        InputError: the harness is not installed, has no such task or metric, or would run code that is not allowed.
     """
 
-    def __init__(
-        self, config: TargetConfig, task: str, tokenizer: PreTrainedTokenizerBase, allow_code: bool, where: str
-    ) -> None:
+    def __init__(self, config: TargetConfig, task: str, setup: Setup) -> None:
         local = Path(task).suffix in (".yaml", ".yml")
-        self.tasks = load_tasks(task, local, allow_code, where)
-        self.limit, self.tokenizer = config.limit, tokenizer
+        self.tasks = load_tasks(task, local, setup.allow_metric_code, setup.where)
+        self.limit, self.tokenizer = config.limit, setup.processing
         members = list(self.tasks["tasks"].values())
         for member in members:
             if config.num_fewshot is not None or member.get_config("num_fewshot") is None:
@@ -245,7 +228,9 @@ class HarnessScorer(ExternalScorer):
         self.metric, _, self.filter = config.metric.partition(",")
         self.metric = self.metric or next(iter(higher_is_better))
         if self.metric not in higher_is_better:
-            raise InputError(f"{where}.metric: task {task!r} has {', '.join(higher_is_better)}; got {self.metric!r}")
+            raise InputError(
+                f"{setup.where}.metric: task {task!r} has {', '.join(higher_is_better)}; got {self.metric!r}"
+            )
         self.sign = 1.0 if higher_is_better[self.metric] else -1.0
         self.aggregate = members[0].aggregation()[self.metric]
         source = digest_of(Path(task)) if local else task
@@ -287,11 +272,7 @@ class HarnessScorer(ExternalScorer):
 
 
 def load_tasks(task: str, local: bool, allow_code: bool, where: str) -> Any:
-    """The harness's task, or group of tasks; `local` means a YAML file.
-
-    Raises:
-        InputError: see `HarnessScorer`.
-    """
+    """The harness's task, or group of tasks; `local` means a YAML file."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -331,6 +312,5 @@ def quiet_harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
     quiet = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        method = getattr(quiet, name)
-        setattr(quiet, name, lambda requests, disable_tqdm=True, method=method: method(requests, disable_tqdm=True))
+        setattr(quiet, name, functools.partial(getattr(quiet, name), disable_tqdm=True))
     return quiet

@@ -22,66 +22,44 @@ class Request:
         return len(self.ids) - self.start
 
 
-@dataclass(frozen=True)
-class Row:
-    """A question as one row of tokens: its prompt, then all but the last token of every completion.
+class Question:
+    """Completions of one prompt as one row of tokens: the prompt, then all but the last token of every completion.
 
-    Args:
-        ids: the tokens.
+    Attributes:
+        requests: prompt and completion, of every completion.
+        shared: how many tokens all requests share at their beginning, none of them scored.
+        ids: the row's tokens.
         places: every token's position in the text that it belongs to.
         branches: 0 for the prompt's tokens, k for those of the k-th completion, which see the prompt and each other.
         scored: (index in this row, token that follows there, index of the completion) of every scored token.
     """
 
-    ids: list[int]
-    places: list[int]
-    branches: list[int]
-    scored: list[tuple[int, int, int]]
-
-    @cached_property
-    def heads(self) -> int:
-        """Positions whose logits are needed."""
-        return len({index for index, _, _ in self.scored})
-
-
-@dataclass(frozen=True)
-class Question:
-    """Completions of one prompt."""
-
-    requests: tuple[Request, ...]
-
-    @cached_property
-    def shared(self) -> int:
-        """How many tokens all requests share at their beginning, none of them scored."""
-        starts = (request.ids[: request.start] for request in self.requests)
-        return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*starts)))  # noqa: B905 - the shortest
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt with its longest completion."""
-        return max(len(request.ids) for request in self.requests)
-
-    @cached_property
-    def parts(self) -> list["Question"]:
-        """Every completion as a question of its own."""
-        return [Question((request,)) for request in self.requests]
-
-    @cached_property
-    def row(self) -> Row:
-        """The question as one row."""
-        shared = self.shared
-        row = Row(list(self.requests[0].ids[:shared]), list(range(shared)), [0] * shared, [])
-        for number, request in enumerate(self.requests):
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = tuple(requests)
+        starts = zip(*(request.ids[: request.start] for request in requests))  # noqa: B905 - the shortest
+        self.shared = shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, starts))
+        self.ids, self.places, self.branches = list(requests[0].ids[:shared]), list(range(shared)), [0] * shared
+        self.scored: list[tuple[int, int, int]] = []
+        for number, request in enumerate(requests):
             # Where a token of this completion stands in the row; the prompt's last token predicts its first one.
-            offset = len(row.ids) - shared
+            offset = len(self.ids) - shared
             for place in range(max(request.start, shared), len(request.ids)):
                 index = place - 1 if place == shared else offset + place - 1
-                row.scored.append((index, request.ids[place], number))
+                self.scored.append((index, request.ids[place], number))
             tail = request.ids[shared:-1]
-            row.ids.extend(tail)
-            row.places.extend(range(shared, shared + len(tail)))
-            row.branches.extend([number + 1] * len(tail))
-        return row
+            self.ids += tail
+            self.places += range(shared, shared + len(tail))
+            self.branches += [number + 1] * len(tail)
+        self.heads = len({index for index, _, _ in self.scored})  # positions whose logits are needed
+
+    def within(self, span: float) -> Sequence["Question"]:
+        """The question itself where prompt and completion have at most `span` tokens, else one question for every completion."""
+        whole = len(self.requests) == 1 or max(len(request.ids) for request in self.requests) <= span
+        return [self] if whole else self._parts
+
+    @cached_property
+    def _parts(self) -> list["Question"]:
+        return [Question([request]) for request in self.requests]
 
 
 def batches(sizes: Sequence[int], tokens_per_batch: int, scored: Sequence[int] | None = None) -> Iterator[list[int]]:

@@ -1,30 +1,42 @@
-"""Scorers: a model in, a score of one target out, with the values of all examples where there are any.
+"""The contract of all scorers: a model in, a score of one target out, with the values of all examples where there are any.
 
-A scorer prepares its target's rows once. To score is then to run forward passes over the gated stack (`forward.py`) and to reduce
-their results. `causal_lm.py`, `generation.py` and `classification.py` hold the scorers; those that run something else (a command,
-the lm-evaluation-harness, a Python function) are in `external.py`.
+A scorer prepares its target's rows once. To score is then to run forward passes over the stack (`forward.py`) and to reduce their
+results. `causal_lm.py` and `classification.py` hold the scorers; those that run something else are in `external.py`.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from m2m_hf.core.score import Failure, Score
+from m2m_hf.data.classification import Length
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.errors import redact
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring.forward import Weights
+from m2m_hf.modeling.heads import Head
+from m2m_hf.scoring.forward import Inputs, Weights, measure, measure_gradient, sums
 from m2m_hf.scoring.metrics.metric import Metric
 
 ROUND = 6  # decimals kept of a log-probability, so that what is compared now is what the journal will hold
-
-Gradient = tuple[list[tuple[float, ...]], dict[str, float]]  # (log-probabilities by row, derivatives by adapter)
-
 MAX_REASON = 1000  # characters of a failure's reason
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What scorers are made of, beside a target and its rows."""
+
+    processing: Any  # the tokenizer, or the image processor
+    positions: int = 0  # tokens that the model takes
+    head: Callable[[], Head] | None = None  # of a classifier, whose head may not be there yet
+    length: Length | None = None  # of a classifier
+    base: str = ""  # the base model's folder or Hub id
+    allow_metric_code: bool = False
+    where: str = "target"  # for messages
 
 
 class Scorer(ABC):
@@ -37,6 +49,7 @@ class Scorer(ABC):
         fingerprint: of everything a score depends on beside the model.
         by_row: whether a row's value does not depend on the other rows, so that some of them can be scored alone.
         needs_adapter: whether the scorer gets the mixture as a LoRA adapter rather than as a model.
+        has_ensemble: whether the ensemble objective can score the target, from the probabilities of right answers.
     """
 
     examples: int
@@ -45,6 +58,7 @@ class Scorer(ABC):
     fingerprint: str
     by_row: bool = False
     needs_adapter: bool = False
+    has_ensemble: bool = False
 
     @abstractmethod
     def score(
@@ -72,19 +86,19 @@ class Scorer(ABC):
 
 
 class LogprobScorer(Scorer):
-    """Base of the scorers that need only log-probabilities: of given completions, or of a classifier's labels."""
+    """Base of the scorers that need only log-probabilities: of given completions, or of a classifier's labels.
+
+    Args:
+        rows: the questions.
+        inputs: the same as the model reads them; gives the log-probabilities of a row's possible answers, up to a constant.
+    """
 
     by_row = True
+    has_ensemble = True
 
-    @abstractmethod
-    def measure(
-        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
-    ) -> list[list[tuple[float, ...]]]:
-        """By mixture and row: the log-probabilities of the possible answers, up to a constant for the row."""
-
-    @abstractmethod
-    def measure_gradient(self, stack: GatedStack, weights: Weights, tokens_per_batch: int) -> Gradient:
-        """The log-probabilities of all rows under one mixture, and the derivative of the `likelihood` by every weight."""
+    def __init__(self, rows: Sequence[TargetRow], inputs: Inputs) -> None:
+        self.rows, self.inputs = rows, inputs
+        self.examples, self.tokens, self.truncated = len(rows), inputs.tokens, inputs.truncated
 
     @abstractmethod
     def reduce(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:
@@ -103,7 +117,8 @@ class LogprobScorer(Scorer):
     ) -> list[Score | Failure]:
         chosen = range(self.examples) if rows is None else rows
         results: list[Score | Failure] = []
-        for logprobs in self.measure(stack, mixtures, tokens_per_batch, chosen):
+        for answers in measure(stack, mixtures, self.inputs, chosen, tokens_per_batch):
+            logprobs = sums(answers)
             if all(math.isfinite(value) for values in logprobs for value in values):
                 score = self.reduce(logprobs, chosen)
                 results.append(self._whole(score) if rows is None else score)
@@ -116,10 +131,11 @@ class LogprobScorer(Scorer):
     ) -> tuple[Score | Failure, dict[str, float]]:
         """The score, and the derivative of the `likelihood` with respect to every adapter's weight."""
         assert isinstance(stack, GatedStack)
-        logprobs, slopes = self.measure_gradient(stack, weights, tokens_per_batch)
+        every = range(self.examples)
+        logprobs, slopes = measure_gradient(stack, weights, self.inputs, every, tokens_per_batch, self.slopes)
         if not all(map(math.isfinite, (*slopes.values(), *(value for values in logprobs for value in values)))):
             return Failure("the model gives gradients that are not finite"), {}
-        return self._whole(self.reduce(logprobs, range(len(logprobs)))), slopes
+        return self._whole(self.reduce(logprobs, every)), slopes
 
     def _whole(self, score: Score | Failure) -> Score | Failure:
         return self.whole(score) if isinstance(score, Score) and score.values else score
@@ -132,17 +148,17 @@ class AnswerScorer(LogprobScorer):
     possible ones.
 
     Args:
-        rows: the questions.
         metric: compares indices; None for `logprob`.
         lengths: of every row, the numbers by which the log-probabilities of its choices are divided.
     """
 
-    def __init__(self, rows: Sequence[TargetRow], metric: Metric | None, lengths: Sequence[Sequence[float]]) -> None:
-        self.rows = rows
-        self.examples = len(rows)
-        self.metric = metric
+    def __init__(
+        self, rows: Sequence[TargetRow], inputs: Inputs, metric: Metric | None, lengths: Sequence[Sequence[float]]
+    ) -> None:
+        super().__init__(rows, inputs)
+        self.metric, self.lengths = metric, lengths
         self.by_row = metric is None or metric.by_example
-        self.lengths = lengths
+        self.has_ensemble = metric is None or metric.name == "accuracy"
 
     def _distribution(self, row: int, logprobs: Sequence[float]) -> torch.Tensor:
         """Log-probabilities of a row's choices, normalised over them."""
@@ -155,9 +171,9 @@ class AnswerScorer(LogprobScorer):
 
     def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every choice, of shape (rows, most choices); 0 where a row has fewer."""
-        logprobs = self.measure(stack, [weights], tokens_per_batch, range(self.examples))[0]
-        probabilities = torch.zeros(len(logprobs), max(map(len, logprobs)))
-        for row, values in enumerate(logprobs):
+        (answers,) = measure(stack, [weights], self.inputs, range(self.examples), tokens_per_batch)
+        probabilities = torch.zeros(len(answers), max(map(len, answers)))
+        for row, values in enumerate(sums(answers)):
             probabilities[row, : len(values)] = self._distribution(row, values).exp().float()
         return probabilities
 

@@ -15,7 +15,7 @@ from m2m_hf import InputError
 from m2m_hf.analysis.study_report import compare
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.merging.methods import MergeMethod
-from m2m_hf.objectives import fine_tuned
+from m2m_hf.objectives import trained
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
 from m2m_hf.scoring.causal_lm import ChoiceScorer
@@ -96,7 +96,7 @@ def test_the_study_fine_tunes_compares_and_tells(project, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr(fine_tuned, "train_expert", fail)
+    monkeypatch.setattr(trained, "train_expert", fail)
     monkeypatch.setattr(bank, "train_expert", fail)
     monkeypatch.setattr(ChoiceScorer, "score", fail)
     assert m2m("fidelity", "--config", path) == 0
@@ -108,7 +108,7 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
     whole = json.loads((project / "out" / "fidelity.json").read_text())
     again = project / "again"
     done = 0
-    real = fine_tuned.train_expert
+    real = trained.train_expert
 
     def stops(*args, **kwargs):
         nonlocal done
@@ -117,7 +117,7 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(fine_tuned, "train_expert", stops)
+    monkeypatch.setattr(trained, "train_expert", stops)
     assert m2m("fidelity", "--config", path, "--output_dir", again) == 130
     assert m2m("fidelity", "--config", path, "--output_dir", again) == 0
     found = json.loads((again / "fidelity.json").read_text())
@@ -271,7 +271,7 @@ def test_verification_obeys_min_delta(studied, capsys):
 
 def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, capsys):
     path = project / "run.yaml"
-    real = fine_tuned.train_expert
+    real = trained.train_expert
 
     def diverges(base, rows, *rest):
         if (
@@ -282,19 +282,19 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
             raise TrainingFailedError("training for x diverged: loss nan, weights not finite")
         return real(base, rows, *rest)
 
-    monkeypatch.setattr(fine_tuned, "train_expert", diverges)
+    monkeypatch.setattr(trained, "train_expert", diverges)
     assert m2m("fidelity", "--config", path) == 0
     assert "left out: alpha + beta could not be fine-tuned" in capsys.readouterr().out
     found = json.loads((project / "out" / "fidelity.json").read_text())
     assert len(found["mixtures"]) == 6
     assert found["failed"][0]["mixture"] == {"alpha": 0.5, "beta": 0.5}
-    monkeypatch.setattr(fine_tuned, "train_expert", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trained, "train_expert", lambda *args: pytest.fail("trained again"))
     assert m2m("fidelity", "--config", path) == 0
 
 
 def test_what_diverges_is_called_by_its_mixture(studied):
     one = language_searcher(studied)
-    one.run.fine_tuned._args.learning_rate = 1e30
+    one.run.fine_tuned.args.learning_rate = 1e30
     with pytest.raises(TrainingFailedError, match=r"training on alpha \+ beta: it diverged"):
         one.run.fine_tuned.train({"alpha": 11, "beta": 11})
 

@@ -6,18 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from pico import build_model, build_stack, choice_rows, config, questions_of_many_shapes
+from pico import build_model, build_stack, choice_rows, questions_of_many_shapes, scorer_on
 
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.objective import TargetInfo
+from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.causal_lm import target_row
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, subset_blocks
 from m2m_hf.objectives.merged import MergedObjective
-from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
-from m2m_hf.scoring.forward import completion_logprobs, token_logprobs
+from m2m_hf.scoring.forward import QuestionInputs, completion_logprobs, measure
 from m2m_hf.search.loop import ensemble_likelihood
 from m2m_hf.storage.keys import Keys
 
@@ -26,43 +26,38 @@ MIXTURES = [Mixture.subset(s) for size in (1, 2, 3) for s in itertools.combinati
 MIXTURES.append(Mixture.of({"a": 0.7, "c": 0.3}))
 
 
-def scorers(tokenizer) -> dict:
+METRICS = ["accuracy", "logprob", "loglikelihood"]
+
+
+def scorer_for(metric: str, tokenizer):
     rows = questions_of_many_shapes(tokenizer)
-    single = [TargetRow(row.prompt, row.choices[-1:], 0) for row in rows]
-    return {
-        "accuracy": make_causal_lm_scorer(config("choice", "accuracy"), rows, tokenizer, 128),
-        "logprob": make_causal_lm_scorer(config("choice", "logprob", normalize="tokens"), rows, tokenizer, 128),
-        "loglikelihood": make_causal_lm_scorer(config("loss", "loglikelihood"), single, tokenizer, 128),
-    }
+    if metric == "loglikelihood":
+        return scorer_on([TargetRow(row.prompt, row.choices[-1:], 0) for row in rows], tokenizer, "loss", metric)
+    return scorer_on(rows, tokenizer, "choice", metric, normalize="none" if metric == "accuracy" else "tokens")
 
 
-def objective_of(stack: GatedStack, scorer, metric: str, folder) -> EnsembleObjective:
+def objective_of(stack: GatedStack, scorer, folder) -> EnsembleObjective:
     keys = Keys("b", scorer.fingerprint, scorer.examples, dict.fromkeys(NAMES, "x"))
     target = TargetInfo("t", scorer.examples)
     merged = MergedObjective(lambda: stack, scorer, keys, target, tokens_per_batch=500)
-    kind = "loss" if metric == "loglikelihood" else "choice"
-    return EnsembleObjective(merged, scorer, config(kind, metric), folder)
+    return EnsembleObjective(merged, scorer, folder)
 
 
 def direct(stack: GatedStack, scorer, metric: str, mixture: Mixture) -> list[float]:
     """Values of the rows, from one adapter after another."""
-    weights = mixture.weights or {None: 1.0}
+    parts = [({name: 1.0}, weight) for name, weight in mixture.items] or [({}, 1.0)]
     rows = []
-    for number, question in enumerate(scorer.questions):
+    for number, question in enumerate(scorer.inputs.questions):
         if metric == "loglikelihood":
-            each = [
-                [math.exp(v) for v in token_logprobs(stack, [{n: 1.0} if n else {}], [question], 500)[0][0][0]]
-                for n in weights
-            ]
-            mixed = [
-                sum(w * p for w, p in zip(weights.values(), token, strict=True)) for token in zip(*each, strict=True)
-            ]
-            rows.append(sum(map(math.log, mixed)))
+            inputs = QuestionInputs([question])
+            tokens = [torch.tensor(measure(stack, [part], inputs, [0], 500)[0][0][0]).exp() for part, _ in parts]
+            mixed = sum(weight * each for each, (_, weight) in zip(tokens, parts, strict=True))
+            rows.append(float(mixed.log().sum()))
             continue
         lengths = torch.tensor(scorer.lengths[number])
         mixed = 0.0
-        for name, weight in weights.items():
-            sums = torch.tensor(completion_logprobs(stack, [{name: 1.0} if name else {}], [question], 500)[0][0])
+        for part, weight in parts:
+            sums = torch.tensor(completion_logprobs(stack, [part], [question], 500)[0][0])
             mixed = mixed + weight * (sums / lengths).softmax(0)
         answer = scorer.rows[number].answer
         rows.append(float(mixed.argmax() == answer) if metric == "accuracy" else math.log(mixed[answer]))
@@ -72,11 +67,11 @@ def direct(stack: GatedStack, scorer, metric: str, mixture: Mixture) -> list[flo
     return rows
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "logprob", "loglikelihood"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_scores_are_those_of_averaged_probabilities(tmp_path, tokenizer, metric):
     stack = build_stack(tmp_path, "llama")
-    scorer = scorers(tokenizer)[metric]
-    objective = objective_of(stack, scorer, metric, tmp_path / "kept")
+    scorer = scorer_for(metric, tokenizer)
+    objective = objective_of(stack, scorer, tmp_path / "kept")
     for mixture in (BASE, *MIXTURES):
         (score,) = objective([mixture])
         assert list(score.values) == pytest.approx(direct(stack, scorer, metric, mixture), abs=1e-4)
@@ -88,23 +83,14 @@ def test_scores_are_those_of_averaged_probabilities(tmp_path, tokenizer, metric)
     assert alone.stderr == pytest.approx(merged.stderr, abs=1e-4)
 
 
-def test_every_adapter_costs_one_pass_and_that_is_kept(tmp_path, tokenizer):
+def test_every_adapter_costs_one_pass_and_that_is_kept(tmp_path, tokenizer, monkeypatch):
     stack = build_stack(tmp_path, "llama")
-    scorer = scorers(tokenizer)["logprob"]
-    passes = 0
-    real = scorer.probabilities
-
-    def counted(*args):
-        nonlocal passes
-        passes += 1
-        return real(*args)
-
-    scorer.probabilities = counted
-    first = objective_of(stack, scorer, "logprob", tmp_path / "kept")(MIXTURES)
-    assert passes == 3
-    assert objective_of(stack, scorer, "logprob", tmp_path / "kept")(MIXTURES) == first
-    assert passes == 3
-    objective = objective_of(stack, scorer, "logprob", tmp_path / "kept")
+    scorer = scorer_for("logprob", tokenizer)
+    first = objective_of(stack, scorer, tmp_path / "kept")(MIXTURES)
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    monkeypatch.setattr(scorer, "probabilities", None)  # not asked again
+    objective = objective_of(stack, scorer, tmp_path / "kept")
+    assert objective(MIXTURES) == first
     assert [objective.evaluations(mixture, 7) for mixture in MIXTURES[2:4]] == [7, 0]
 
 
@@ -134,29 +120,25 @@ def test_the_best_subsets_are_the_best_of_all(accuracy, monkeypatch):
 def test_the_best_weights_are_better_than_any_others():
     ensemble = made_up(5, 60, accuracy=False)
     space = SearchSpace(ensemble.names, continuous=True)
-    best = ensemble.best_weights(space)[0]
-    found = ensemble.score(best).value
+    found = ensemble.score(ensemble.best_weights(space)[0]).value
     rng = np.random.default_rng(0)
     for _ in range(200):
-        weights = rng.dirichlet(np.ones(5) * rng.choice([0.2, 1, 5]))
-        weights = (weights + 1e-9) / (weights + 1e-9).sum()
-        assert (
-            ensemble.score(Mixture.of(dict(zip(ensemble.names, weights.tolist(), strict=True)))).value <= found + 1e-4
-        )
+        weights = rng.dirichlet(np.ones(5) * rng.choice([0.2, 1, 5])) + 1e-9
+        other = Mixture.of(dict(zip(ensemble.names, (weights / weights.sum()).tolist(), strict=True)))
+        assert ensemble.score(other).value <= found + 1e-4
     assert found >= max(ensemble.score(mixture).value for mixture in SearchSpace(ensemble.names).subsets()) - 1e-6
 
 
-def test_the_best_weights_keep_the_constraints():
+@pytest.mark.parametrize(
+    "limits", [{"max_datasets": 2}, {"required": frozenset({"n5"}), "min_datasets": 3, "max_datasets": 4}]
+)
+def test_the_best_weights_keep_the_constraints(limits):
     ensemble = made_up(6, 60, accuracy=False)
-    for space in (
-        SearchSpace(ensemble.names, max_datasets=2, continuous=True),
-        SearchSpace(ensemble.names, frozenset({"n5"}), 3, 4, continuous=True),
-    ):
-        found = ensemble.best_weights(space)
-        assert found
-        assert all(mixture in space for mixture in found)
-        subsets = [ensemble.score(mixture).value for mixture in space.subsets() if mixture.names == found[0].names]
-        assert ensemble.score(found[0]).value >= max(subsets) - 1e-4
+    space = SearchSpace(ensemble.names, continuous=True, **limits)
+    found = ensemble.best_weights(space)
+    assert all(mixture in space for mixture in found)
+    subsets = [ensemble.score(mixture).value for mixture in space.subsets() if mixture.names == found[0].names]
+    assert ensemble.score(found[0]).value >= max(subsets) - 1e-4
 
 
 def test_long_completions_are_screened_too():
@@ -174,12 +156,12 @@ def test_the_screen_is_the_ensemble_of_what_the_singles_scored():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("metric", ["accuracy", "logprob", "loglikelihood"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_gradients_are_differences(tmp_path, tokenizer, metric, apart, monkeypatch):
     if apart:
         monkeypatch.setattr("m2m_hf.scoring.forward.shared_span", lambda model: 0)
     stack = build_stack(tmp_path, "llama")
-    scorer = scorers(tokenizer)[metric]
+    scorer = scorer_for(metric, tokenizer)
     weights = {"a": 0.5, "b": 0.2, "c": 0.3}
     score, slope = scorer.gradient(stack, weights, 60)
     plain = scorer.score(stack, [weights], 60)[0]
@@ -198,29 +180,25 @@ def test_gradients_are_differences(tmp_path, tokenizer, metric, apart, monkeypat
     assert scorer.score(stack, [weights], 60)[0] == plain
 
 
-@pytest.mark.parametrize("kind", ["choice", "loss", "generation"])
-def test_some_rows_score_as_they_do_among_all(tmp_path, tokenizer, kind):
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("choice", "accuracy"), ("loss", "loglikelihood"), ("generation", "token_f1")]
+)
+def test_some_rows_score_as_they_do_among_all(tmp_path, tokenizer, kind, metric):
     stack = build_stack(tmp_path, "llama")
     rows = questions_of_many_shapes(tokenizer)
-    if kind == "choice":
-        scorer = make_causal_lm_scorer(config("choice", "accuracy"), rows, tokenizer, 128)
-    else:
-        single = [TargetRow(row.prompt, row.choices[:1], 0) for row in rows]
-        metric = {"loss": "loglikelihood", "generation": "token_f1"}[kind]
-        options = {"generation": {"max_new_tokens": 3}} if kind == "generation" else {}
-        scorer = make_causal_lm_scorer(config(kind, metric, **options), single, tokenizer, 128)
+    if kind != "choice":
+        rows = [TargetRow(row.prompt, row.choices[:1], 0) for row in rows]
+    options = {"generation": {"max_new_tokens": 3}} if kind == "generation" else {}
+    scorer = scorer_on(rows, tokenizer, kind, metric, **options)
     assert scorer.by_row
     mixtures = [{"a": 1.0}, {"a": 0.5, "c": 0.5}]
-    for whole, first, second in zip(
-        scorer.score(stack, mixtures, 60),
-        scorer.score(stack, mixtures, 60, [5, 0, 3]),
-        scorer.score(stack, mixtures, 60, [1, 2, 4, 6]),
-        strict=True,
-    ):
-        assert first.values == pytest.approx([whole.values[row] for row in (5, 0, 3)], abs=2e-5)
-        place = dict(zip((5, 0, 3, 1, 2, 4, 6), first.values + second.values, strict=True))
-        logprobs = dict(zip((5, 0, 3, 1, 2, 4, 6), first.logprobs + second.logprobs, strict=False))
-        joined = type(whole).of([place[n] for n in range(7)], [logprobs[n] for n in range(7)] if logprobs else [])
+    order = [5, 0, 3, 1, 2, 4, 6]
+    parts = [scorer.score(stack, mixtures, 60, rows) for rows in (None, order[:3], order[3:])]
+    for whole, first, second in zip(*parts, strict=True):
+        assert first.values == pytest.approx([whole.values[row] for row in order[:3]], abs=2e-5)
+        place = dict(zip(order, first.values + second.values, strict=True))
+        logprobs = dict(zip(order, first.logprobs + second.logprobs, strict=False))
+        joined = Score.of([place[n] for n in range(7)], [logprobs[n] for n in range(7)] if logprobs else [])
         again = scorer.whole(joined)
         assert (again.value, again.stderr) == pytest.approx((whole.value, whole.stderr), abs=2e-5)
 
@@ -229,7 +207,7 @@ def test_a_model_in_bfloat16_has_gradients_too(tokenizer, tmp_path):
     stack = build_stack(tmp_path, "llama")
     half = GatedStack(build_model("llama").to(torch.bfloat16), stack.adapters)
     rows = [target_row(row, "text", "choice", "row") for row in choice_rows(9)]
-    scorer = make_causal_lm_scorer(config("choice", "logprob"), rows, tokenizer, 128)
+    scorer = scorer_on(rows, tokenizer, "choice", "logprob")
     weights = dict.fromkeys(NAMES, 1 / 3)
     exact, rough = (scorer.gradient(one, weights, 100)[1] for one in (stack, half))
     for name in NAMES:

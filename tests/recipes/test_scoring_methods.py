@@ -23,9 +23,7 @@ from scoring_methods import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from m2m_hf.config.candidates import DataConfig
-from m2m_hf.config.targets import TargetConfig
-from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
+from m2m_hf.scoring.causal_lm import encode_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,9 +47,9 @@ def test_all_methods_score_the_same(tmp_path, monkeypatch, targets, methods):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = random_rows(5)
-    scorer = make_causal_lm_scorer(TargetConfig("choice", "logprob", DataConfig()), rows, tokenizer, 2048)
+    questions = encode_rows(rows, tokenizer, 2048).questions
     adapters = random_adapters(model, 3, 4, targets)
-    load = Workload(model, tokenizer, adapters, scorer.questions, rows, str(folder), 200)
+    load = Workload(model, tokenizer, adapters, questions, rows, str(folder), 200)
     mixtures = spread_mixtures(list(adapters), 3)
     assert [len(one) for one in mixtures] == [1, 2, 3]
     results = compare(load, mixtures, methods)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -9,19 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
-from pico import build_adapter, build_model, choice_rows, write_rows
+from pico import build_adapter, build_model, choice_rows, scorer_on, small_memory, write_rows
 
-from m2m_hf.config.candidates import DataConfig
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.data.causal_lm import target_row
-from m2m_hf.data.tokens import encode
+from m2m_hf.data.rows import TargetRow
 from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.merging.adapter import Adapter, write_adapter
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
+from m2m_hf.scoring.scorers import Setup
 
 VARIANTS = {
     "plain": {},
@@ -56,6 +57,10 @@ def test_an_exported_mixture_is_the_gated_model(tmp_path, family, variant):
         assert config["base_model_name_or_path"] == "some/base"
 
 
+def calling(function, rows=(), tokenizer=None) -> CallableScorer:
+    return CallableScorer(TargetConfig(function, "score"), rows, Setup(tokenizer))
+
+
 def test_a_function_is_given_the_gated_model(tmp_path, tokenizer):
     stack = build(tmp_path)
     seen = []
@@ -68,7 +73,7 @@ def test_a_function_is_given_the_gated_model(tmp_path, tokenizer):
             return model(input_ids=IDS).logits[0, :, 7]
 
     rows = [{"anything": 1}]
-    scores = CallableScorer(function, rows, tokenizer).score(stack, MIXTURES, 100)
+    scores = calling(function, rows, tokenizer).score(stack, MIXTURES, 100)
     assert seen == [rows] * 3
     for weights, score in zip(MIXTURES, scores, strict=True):
         stack.set(weights)
@@ -79,18 +84,8 @@ def test_a_function_is_given_the_gated_model(tmp_path, tokenizer):
     assert len({score.value for score in scores}) == 3
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (0.5, Score(0.5)),
-        ([0.0, 1.0], Score(0.5, 0.5, (0.0, 1.0))),
-        (Score(0.1, 0.2), Score(0.1, 0.2)),
-        (float("nan"), Failure("the score is not finite: nan")),
-    ],
-)
-def test_what_a_function_may_give(tmp_path, tokenizer, given, expected):
-    scorer = CallableScorer(lambda model, tokenizer, rows: given, [], tokenizer)
-    assert scorer.score(build(tmp_path), [{}], 100) == [expected]
+def raising(model, tokenizer, rows):
+    raise KeyError("odd")
 
 
 def failure(scorer, stack: GatedStack) -> str:
@@ -100,31 +95,29 @@ def failure(scorer, stack: GatedStack) -> str:
     return found.reason
 
 
-def raising(model, tokenizer, rows):
-    raise KeyError("odd")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(0.5, Score(0.5)), ([0.0, 1.0], Score(0.5, 0.5, (0.0, 1.0))), (Score(0.1, 0.2), Score(0.1, 0.2))],
+)
+def test_what_a_function_may_give(tmp_path, given, expected):
+    assert calling(lambda model, tokenizer, rows: given).score(build(tmp_path), [{}], 100) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("given", "message"),
     [
-        (lambda model, tokenizer, rows: "good", "expected a number, one number for each row, or a Score"),
-        (lambda model, tokenizer, rows: [0.5, "x"], "expected a number"),
-        (lambda model, tokenizer, rows: None, "expected a number"),
-        (lambda model, tokenizer, rows: [0.5, float("inf")], "not finite"),
-        (lambda model, tokenizer, rows: Score(0.5, float("nan")), "not finite"),
+        ("good", "expected a number, one number for each row, or a Score"),
+        ([0.5, "x"], "expected a number"),
+        (None, "expected a number"),
+        (float("nan"), "the score is not finite: nan"),
+        ([0.5, float("inf")], "not finite"),
+        (Score(0.5, float("nan")), "not finite"),
         (raising, "the scorer raised KeyError: 'odd'"),
     ],
 )
-def test_a_function_that_raises_or_gives_nonsense_has_no_score(tmp_path, tokenizer, function, message):
-    assert message in failure(CallableScorer(function, [], tokenizer), build(tmp_path))
-
-
-def test_a_function_is_recognised_by_its_code(tokenizer):
-    def one(factor: float):
-        return lambda model, tokenizer, rows: factor
-
-    prints = [CallableScorer(function, [], tokenizer).fingerprint for function in (one(1.0), one(1.0), one(2.0))]
-    assert prints[0] == prints[1] != prints[2]
+def test_a_function_that_raises_or_gives_nonsense_has_no_score(tmp_path, given, message):
+    function = given if given is raising else lambda model, tokenizer, rows: given
+    assert message in failure(calling(function), build(tmp_path))
 
 
 SCORE = """
@@ -147,21 +140,23 @@ def test_a_command_is_given_the_mixture_as_an_adapter(tmp_path, out):
     script = tmp_path / "score.py"
     script.write_text(SCORE)
     command = (sys.executable, str(script), "{adapter}", "{base_model}", out)
-    scores = CommandScorer(command, "score", "some/base; touch hacked").score(stack, MIXTURES, 100)
+    scores = running(*command, base="some/base; touch hacked").score(stack, MIXTURES, 100)
+    sizes = {  # of B, times the scaling
+        name: 2 * sum(float(tensor.abs().sum()) for key, tensor in adapter.tensors.items() if "lora_B" in key)
+        for name, adapter in stack.adapters.items()
+    }
     for weights, score in zip(MIXTURES, scores, strict=True):
-        parts = [
-            w * (b * stack.adapters[n].config.lora_alpha / 4) for n, w in weights.items() for b in lora_b(stack, n)
-        ]
-        assert score == Score(pytest.approx(sum(float(part.abs().sum()) for part in parts), rel=1e-5), 0.25)
+        expected = sum(weight * sizes[name] for name, weight in weights.items())
+        assert score == Score(pytest.approx(expected, rel=1e-5), 0.25)
     assert not Path("hacked").exists()
 
 
-def lora_b(stack: GatedStack, name: str) -> list[torch.Tensor]:
-    return [tensor for key, tensor in stack.adapters[name].tensors.items() if "lora_B" in key]
+def running(*command: str, base: str = "b", timeout: float = 60) -> CommandScorer:
+    return CommandScorer(TargetConfig("command", "score", timeout=timeout), command, Setup(None, base=base))
 
 
 def python(code: str, *arguments: str, timeout: float = 60) -> CommandScorer:
-    return CommandScorer((sys.executable, "-c", code, *arguments), "score", "b", timeout)
+    return running(sys.executable, "-c", code, *arguments, timeout=timeout)
 
 
 @pytest.mark.parametrize(
@@ -201,22 +196,21 @@ def test_who_ends_the_run_or_a_full_disk_is_no_fault_of_the_mixture(tmp_path):
         raise RuntimeError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(RuntimeError, match="cannot write"):
-        CallableScorer(function, [], None).score(stack, [{}], 100)
+        calling(function).score(stack, [{}], 100)
 
 
 def test_processes_agree_on_what_fits_into_memory(tmp_path, tokenizer, monkeypatch):
     """Or the next pass would be cut into other batches on each of them."""
     stack = build(tmp_path)
-    monkeypatch.setattr("m2m_hf.scoring.external.PartialState", lambda: SimpleNamespace(num_processes=2))
-    monkeypatch.setattr("m2m_hf.scoring.external.broadcast_object_list", lambda found: found)
-    monkeypatch.setattr("m2m_hf.scoring.external.gather_object", lambda found: [*found, 4])
-    CallableScorer(lambda model, tokenizer, rows: 0.5, [], tokenizer).score(stack, [{}], 100)
+    monkeypatch.setattr("m2m_hf.scoring.forward.PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("m2m_hf.scoring.forward.gather_object", lambda found: [*found, 4])
+    calling(lambda model, tokenizer, rows: 0.5).score(stack, [{}], 100)
     assert stack.shrink == 4
 
 
 def test_commands_that_cannot_run_or_leave_nothing(tmp_path):
     stack = build(tmp_path)
-    assert "'no-such-program' cannot be run" in failure(CommandScorer(("no-such-program",), "score", "b"), stack)
+    assert "'no-such-program' cannot be run" in failure(running("no-such-program"), stack)
     assert "did not write {output}" in failure(python("pass", "{output}"), stack)
     values = python("print('{\"values\": [0, 1]}')").score(stack, [{}], 100)
     assert values == [Score(0.5, 0.5, (0.0, 1.0))]
@@ -240,44 +234,45 @@ def test_secrets_that_a_command_tells_are_not_passed_on(tmp_path, monkeypatch):
     assert "key *** token *** https://***@host/x" in reason.splitlines()[-1]
 
 
-def test_a_command_is_recognised_by_the_files_that_it_names(tmp_path):
+def test_functions_and_commands_are_recognised_by_their_code(tmp_path):
+    def one(factor: float):
+        return lambda model, tokenizer, rows: factor
+
+    same, again, other = (calling(one(factor)).fingerprint for factor in (1.0, 1.0, 2.0))
+    assert same == again != other
     script = tmp_path / "score.py"
-    script.write_text("1")
-    first = CommandScorer(("python", str(script)), "score", "b").fingerprint
-    assert CommandScorer(("python", str(script)), "score", "b").fingerprint == first
-    script.write_text("2")
-    assert CommandScorer(("python", str(script)), "score", "b").fingerprint != first
+    prints = []
+    for content in "112":
+        script.write_text(content)
+        prints.append(running("python", str(script)).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
 
 
-TASK = """
-task: colours
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: {data}
-validation_split: validation
-output_type: multiple_choice
-doc_to_text: "{{{{prompt}}}}"
-doc_to_choice: choices
-doc_to_target: answer
-target_delimiter: ""
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-"""
+def task_file(folder: Path, rows: list[dict], metrics: list[str], **fields) -> Path:
+    """A task of the harness, over these rows."""
+    data = str(write_rows(folder / "rows.jsonl", rows))
+    given = {"task": "words", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": data}}}
+    given |= {"validation_split": "validation", "metric_list": [{"metric": metric} for metric in metrics]}
+    path = folder / "words.yaml"
+    path.write_text(yaml.safe_dump(given | fields))
+    return path
 
 
 @pytest.fixture
 def task(tmp_path) -> Path:
-    data = write_rows(tmp_path / "rows.jsonl", choice_rows(12))
-    (tmp_path / "colours.yaml").write_text(TASK.format(data=data))
-    return tmp_path / "colours.yaml"
+    choice = {
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+    }
+    return task_file(tmp_path, choice_rows(12), ["acc", "acc_norm"], output_type="multiple_choice", **choice)
 
 
 def harness(task: Path, tokenizer, **options) -> HarnessScorer:
     allow = options.pop("allow_code", True)
     config = TargetConfig("lm_eval", options.pop("metric", ""), task=str(task), **options)
-    return HarnessScorer(config, str(task), tokenizer, allow, "targets.t")
+    return HarnessScorer(config, str(task), Setup(tokenizer, allow_metric_code=allow, where="targets.t"))
 
 
 def test_the_harness_scores_the_gated_model_as_our_own_scorer_does(tmp_path, tokenizer, task):
@@ -285,7 +280,7 @@ def test_the_harness_scores_the_gated_model_as_our_own_scorer_does(tmp_path, tok
     scorer = harness(task, tokenizer)
     assert scorer.examples == 12
     rows = [target_row(row, "text", "choice", "row") for row in choice_rows(12)]
-    ours = make_causal_lm_scorer(TargetConfig("choice", "accuracy", DataConfig(path="json")), rows, tokenizer, 128)
+    ours = scorer_on(rows, tokenizer, "choice", "accuracy")
     for weights in MIXTURES:
         theirs = scorer.score(stack, [weights], 100)[0]
         assert theirs.values == ours.score(stack, [weights], 100)[0].values
@@ -294,68 +289,35 @@ def test_the_harness_scores_the_gated_model_as_our_own_scorer_does(tmp_path, tok
     assert harness(task, tokenizer, metric="acc_norm").fingerprint != scorer.fingerprint
 
 
-LOSS = """
-task: words
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: {data}
-validation_split: validation
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list:
-  - metric: byte_perplexity
-"""
-
-
 def test_harness_metrics_of_a_whole_corpus_are_negated_where_lower_is_better(tmp_path, tokenizer):
-    data = write_rows(tmp_path / "rows.jsonl", [{"text": f"red green {n}"} for n in range(6)])
-    task = tmp_path / "words.yaml"
-    task.write_text(LOSS.format(data=data))
-    score = harness(task, tokenizer).score(build(tmp_path), [{}], 100)[0]
-    model = build_model("llama")
-    total, count = 0.0, 0
-    for n in range(6):
-        ids, start = encode(tokenizer, "", f"red green {n}")
-        with torch.no_grad():
-            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        total += sum(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids)))
-        count += len(f"red green {n}".encode())
-    assert score.value == pytest.approx(-torch.tensor(-total / count).exp().item(), rel=1e-4)
+    texts = [f"red green {n}" for n in range(6)]
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    task = task_file(tmp_path, [{"text": text} for text in texts], ["byte_perplexity"], **rolling)
+    stack = build(tmp_path)
+    (score,) = harness(task, tokenizer).score(stack, [{}], 100)
+    ours = scorer_on([TargetRow("", (text,), 0) for text in texts], tokenizer, "loss", "loglikelihood")
+    by_byte = sum(ours.score(stack, [{}], 100)[0].logprobs) / sum(map(len, texts))
+    assert score.value == pytest.approx(-math.exp(-by_byte), rel=1e-4)
     assert score.values == ()
     assert 0 < score.stderr < 100
-
-
-def test_harness_tasks_of_ones_own_are_refused_unless_allowed(tokenizer, task):
-    """They may name functions in many spellings, and their templates are code too."""
-    with pytest.raises(InputError, match="allow_metric_code: true if you trust it"):
-        harness(task, tokenizer, allow_code=False)
 
 
 def test_the_harness_goes_on_with_smaller_batches_where_memory_does_not_suffice(tmp_path, tokenizer, task):
     expected = harness(task, tokenizer).score(build(tmp_path), [MIXTURES[1]], 100 * 128)
     stack = build(tmp_path / "small")
-
-    def look(module, args, kwargs):
-        if (kwargs.get("input_ids", args[0] if args else None)).numel() > 150:
-            raise RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-            )
-
-    stack.model.register_forward_pre_hook(look, with_kwargs=True)
+    small_memory(stack.model, 150)
     assert harness(task, tokenizer).score(stack, [MIXTURES[1]], 100 * 128) == expected
     assert stack.shrink > 1
 
 
-def test_harness_tasks_that_are_not_there(tokenizer, task):
+def test_harness_tasks_that_cannot_be_used_are_refused(tokenizer, task, monkeypatch):
     with pytest.raises(InputError, match="there is no file"):
         harness(task.with_name("nothing.yaml"), tokenizer)
     with pytest.raises(InputError, match="has acc, acc_norm; got 'f1'"):
         harness(task, tokenizer, metric="f1")
-
-
-def test_without_the_harness_the_message_says_what_to_type(tokenizer, task, monkeypatch):
+    # It may name functions in many spellings, and its templates are code too.
+    with pytest.raises(InputError, match="allow_metric_code: true if you trust it"):
+        harness(task, tokenizer, allow_code=False)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InputError, match=r"pip install 'm2m_hf\[lm_eval\]'"):
         harness(task, tokenizer)

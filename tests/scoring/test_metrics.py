@@ -2,13 +2,10 @@
 
 import evaluate
 import pytest
-from pico import (
-    config,
-)
+from pico import scorer_on
 
 from m2m_hf import InputError
 from m2m_hf.core.score import mean_and_stderr
-from m2m_hf.scoring.causal_lm import make_causal_lm_scorer
 from m2m_hf.scoring.metrics.metric import SHIPPED_FILE, Metric, bootstrap
 
 
@@ -19,6 +16,13 @@ def test_shipped_accuracy_is_an_evaluate_module():
     assert result == {"accuracy": pytest.approx(2 / 3), "per_example": [1.0, 0.0, 1.0]}
     with pytest.raises(ValueError, match=r"config_name: expected one of accuracy, .*, got 'default'"):
         evaluate.load(str(SHIPPED_FILE))
+
+
+def test_macro_f1_counts_every_label_alike_and_has_no_values_of_examples():
+    value, stderr, each = Metric("macro_f1", None, False, "t")([0, 0, 1, 1, 3], [0, 1, 1, 2, 1])
+    assert value == pytest.approx((2 / 3 + 2 / 5 + 0 + 0) / 4)
+    assert stderr > 0
+    assert each == ()
 
 
 def test_shipped_text_metrics():
@@ -80,10 +84,9 @@ def test_bootstrap_agrees_with_the_formula_for_a_mean():
 
 def test_a_metric_that_does_not_fit_its_scorer_is_refused(tokenizer, questions):
     with pytest.raises(InputError, match="compares texts, and scorer choice gives indices"):
-        make_causal_lm_scorer(config("choice", "exact_match"), questions, tokenizer, 128)
+        scorer_on(questions, tokenizer, "choice", "exact_match")
 
 
 def test_mean_and_stderr():
     assert mean_and_stderr((1.0,)) == (1.0, 0.0)
-    mean, stderr = mean_and_stderr((0.0, 1.0, 1.0, 0.0))
-    assert (mean, stderr) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))
+    assert mean_and_stderr((0.0, 1.0, 1.0, 0.0)) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.config.targets import TargetConfig
+from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.errors import InputError
 from m2m_hf.storage.files import digest_of
 
@@ -99,7 +99,7 @@ def load_metric(config: TargetConfig, allow_code: bool, where: str) -> Metric | 
     if config.metric == "logprob":
         return None
     metric = Metric(config.metric, config.metric_key, allow_code, where)
-    if metric.takes_text != (config.kind == "generation"):
+    if metric.takes_text != (SCORERS[config.kind].column == "completion"):
         compared, given = ("texts", "indices") if metric.takes_text else ("indices", "texts")
         raise InputError(
             f"{where}.metric: {config.metric!r} compares {compared}, and scorer {config.kind} gives {given}"

@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES, SUBSETS, choose_strategy, ensemble_shortcut
 from m2m_hf.search.race import reasons_against_racing
 from m2m_hf.search.result import Budget, SearchResult
-from m2m_hf.search.strategies import SearchProblem, Strategy, exhaustive, listed
+from m2m_hf.search.strategies import Strategy, exhaustive, listed
 from m2m_hf.storage.files import write_json
 from m2m_hf.storage.records import experts_noun
 from m2m_hf.training.imported_experts import check_sources, make_importer
@@ -258,7 +258,7 @@ class MergeToMixSearcher:
             run.terminal.say(f"scored {result.measured} {what}: {os.path.relpath(run.folder.trials)}\n")
         return result
 
-    def _strategy(self, space: SearchSpace, objectives: list[Objective]) -> Callable[[SearchProblem], Strategy]:
+    def _strategy(self, space: SearchSpace, objectives: list[Objective]) -> Strategy:
         """What proposes mixtures; a choice of ours is printed with its reason."""
         run = self.run
         chosen = run.config.strategy

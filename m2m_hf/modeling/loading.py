@@ -22,7 +22,7 @@ from trl.trainer.utils import create_model_from_path
 from m2m_hf.errors import InputError, first_line
 from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import Head, HeadPlan, head_of_names, plan_head
-from m2m_hf.storage.files import file_fingerprint
+from m2m_hf.storage.files import digest_of
 
 
 def load_config(model_args: ModelConfig, auto_class: Any = transformers.AutoConfig) -> Any:
@@ -181,7 +181,7 @@ def base_fingerprint(model_args: ModelConfig) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").exists():
         raise InputError(f"{folder}: expected config.json and *.safetensors in it; other weight files are not loaded")
-    return file_fingerprint([folder / "config.json", *weights])
+    return digest_of(folder / "config.json", *weights)
 
 
 def quantization_facts(model_args: ModelConfig) -> dict[str, Any] | None:

@@ -163,7 +163,7 @@ class EnsembleObjective(ScorerObjective):
         self._parts: dict[str, torch.Tensor] = {}
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return self.keys.ensemble(mixture)
+        return self.keys.of("ensemble", mixture)
 
     def evaluations(self, mixture: Mixture, rows: int) -> int:
         """Only the parts themselves cost a forward pass."""

@@ -70,7 +70,7 @@ class MergedObjective(ScorerObjective):
         return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return self.keys.merged(mixture, rung, self.name)
+        return self.keys.of(self.name, mixture, rung)
 
     def model(self, mixture: Mixture) -> tuple[Stack, dict[str, float], int]:
         """What a scorer needs to score one mixture: the stack, the weights, and the limit of a forward pass."""

@@ -24,7 +24,7 @@ from m2m_hf.search.model_based import FEW, choose_strategy
 from m2m_hf.search.result import default_budget
 from m2m_hf.storage.digests import Digests
 from m2m_hf.storage.files import checkpoints, read_json, read_json_or_empty, readable, staging_path
-from m2m_hf.storage.journal import Journal, damaged_values
+from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, weights_of
 from m2m_hf.storage.run_folder import RunFolder, read_config
@@ -153,7 +153,7 @@ class Status:
         except InputError as error:
             self.damage.append(str(error))
             return None
-        for key in damaged_values(path):
+        for key in journal.damaged_values():
             reason = f"the values of trial {key} are not what was measured; delete its line to have it measured again"
             self.damaged(path, reason)
         if journal.lost and not self.busy:  # a process at work may be writing that line

@@ -1,6 +1,6 @@
 """The search loop: a strategy proposes mixtures, the journal or the objectives answer, and the best one is chosen."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ from m2m_hf.search.result import (
     preference,
     score_of,
 )
-from m2m_hf.search.strategies import Screen, SearchProblem, Strategy, exhaustive, value
+from m2m_hf.search.strategies import Proposals, Screen, SearchProblem, Strategy, exhaustive, value
 
 FINALISTS = 8  # pruned mixtures, possibly tied with the best, that are scored on all rows in the end
 SCREEN_ROWS = 1000  # rows of a target that the screen looks at
@@ -32,7 +32,7 @@ SCREEN_ROWS = 1000  # rows of a target that the screen looks at
 
 def search(
     state: SearchState,
-    strategy: Callable[[SearchProblem], Strategy],
+    strategy: Strategy,
     names: Sequence[str],
     *,
     one_standard_error: bool = False,
@@ -82,9 +82,7 @@ def search(
     return result
 
 
-def planned_mixtures(
-    strategy: Callable[[SearchProblem], Strategy], space: SearchSpace, candidates: int, budget: Budget
-) -> int:
+def planned_mixtures(strategy: Strategy, space: SearchSpace, candidates: int, budget: Budget) -> int:
     """About how many mixtures a search will score: the base model, singles and all together among them."""
     proposals = default_budget(len(space.names))
     if strategy is exhaustive:
@@ -128,22 +126,18 @@ def make_screen(state: SearchState) -> Screen | None:
 
 
 def ensemble_likelihood(singles: Mapping[str, Any], mixture: Mixture) -> float:
-    """The mean log-likelihood of a mixture's ensemble, which costs no forward pass.
-
-    Args:
-        singles: name -> the log-probability of every row's right answer under that candidate's adapter, an array.
-    """
+    """The mean log-likelihood of a mixture's ensemble, from the log-probabilities of right answers under each of its adapters."""
     # Sums of logarithms, since the probability of a long completion may be too small for a float.
     parts = [singles[name] + np.log(weight) for name, weight in mixture.items]
     return float(logsumexp(parts, axis=0).mean())
 
 
-def run_strategy(state: SearchState, strategy: Strategy, rungs: Sequence[Mapping[str, int]]) -> str:
-    """Scores what the strategy proposes; says what ended it."""
+def run_strategy(state: SearchState, proposals: Proposals, rungs: Sequence[Mapping[str, int]]) -> str:
+    """Scores what a strategy proposes; says what ended it."""
     try:
-        proposed = next(strategy)
+        proposed = next(proposals)
         while True:
-            proposed = strategy.send(score_proposed(state, proposed, rungs))
+            proposed = proposals.send(score_proposed(state, proposed, rungs))
     except StopIteration:
         return "strategy"
     except SearchEnded as end:
@@ -153,11 +147,7 @@ def run_strategy(state: SearchState, strategy: Strategy, rungs: Sequence[Mapping
 def score_proposed(
     state: SearchState, mixtures: Sequence[Mixture], rungs: Sequence[Mapping[str, int]]
 ) -> list[Standing]:
-    """How the proposed mixtures stand. They race if there are several rungs.
-
-    Raises:
-        SearchEnded: before all were looked at.
-    """
+    """How the proposed mixtures stand. They race if there are several rungs."""
     new = [mixture for mixture in dict.fromkeys(mixtures) if mixture not in state.standings]
     if new and state.stopping:
         raise SearchEnded("callback")
@@ -172,11 +162,7 @@ def score_proposed(
 
 
 def score_finalists(state: SearchState) -> None:
-    """Scores the best few pruned mixtures that may be tied with the best on all rows.
-
-    Raises:
-        SearchEnded: before all were scored.
-    """
+    """Scores the best few pruned mixtures that may be tied with the best on all rows."""
     if state.best is None:
         return
     best = score_of(state.best).value
@@ -190,11 +176,7 @@ def score_finalists(state: SearchState) -> None:
 
 
 def rank(state: SearchState, ended: str) -> list[Standing]:
-    """The mixtures that may be chosen, best first.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The mixtures that may be chosen, best first; refuses to go on if there are none."""
     scored = [one for one in state.standings.values() if one.complete and one.mixture in state.space]
     ranking = sorted((one for one in scored if one.may_be_chosen), key=lambda one: preference(one, state.space))
     if ranking:

@@ -69,11 +69,7 @@ class SearchState:
         return objective.target.weight / sum(one.target.weight for one in self.objectives)
 
     def score_in_full(self, mixtures: Sequence[Mixture]) -> None:
-        """Scores mixtures on all rows, several at once where that fills a batch.
-
-        Raises:
-            SearchEnded: before all were scored.
-        """
+        """Scores mixtures on all rows, several at once where that fills a batch, unless the search ends before."""
         group: list[Mixture] = []
         for mixture in mixtures:
             missing = [one for one in self.objectives if self.journal.get(one.key(mixture)) is None]
@@ -122,11 +118,7 @@ class SearchState:
             self.tell("on_standing", standing, self.best)
 
     def score(self, objective: Objective, mixtures: Sequence[Mixture], rung: int) -> None:
-        """Scores mixtures, which have seen equally many rows, on the first `rung` rows; asks the journal first.
-
-        Raises:
-            SearchEnded: before all were measured.
-        """
+        """Scores mixtures, which have seen equally many rows, on the first `rung` rows; asks the journal first."""
         target = objective.target.name
         before = [self.trials[mixture][target] for mixture in mixtures if target in self.trials[mixture]]
         if before and before[0].rung >= rung:  # a target that has fewer rows than others was seen as a whole
@@ -160,11 +152,7 @@ class SearchState:
         return replace(whole, key=key, rung=rung, state="pruned", score=Score.of(*lists), seconds=0.0)
 
     def _affordable(self, objective: Objective, rows: int) -> int:
-        """How many mixtures to measure next, on so many rows.
-
-        Raises:
-            SearchEnded: none.
-        """
+        """How many mixtures to measure next, on so many rows; if none, the search ends."""
         if self.must_finish:
             return objective.batch_size(rows)
         if self.stopping:
@@ -192,11 +180,7 @@ class SearchState:
         return self.journal.extend([self._check(trial) for trial in trials])
 
     def _check(self, trial: Trial) -> Trial:
-        """The trial; failed if it has another number of values than the base model.
-
-        Raises:
-            InputError: it is the base model's and has no score.
-        """
+        """The trial; failed if it has another number of values than the base model, which must have a score."""
         if trial.mixture == BASE and trial.score is None:
             raise InputError(
                 f"the base model has no score on {trial.target}, so nothing can be compared with it: {trial.reason}"

@@ -1,7 +1,7 @@
 """Strategies that fit a model to the scores so far and propose where it expects an improvement; the list of all strategies."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,7 +10,17 @@ from scipy.special import ndtr
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.search.strategies import SearchProblem, Strategy, beam, climb, exhaustive, gradient, greedy, random_search
+from m2m_hf.search.strategies import (
+    Proposals,
+    SearchProblem,
+    Strategy,
+    beam,
+    climb,
+    exhaustive,
+    gradient,
+    greedy,
+    random_search,
+)
 
 ENUMERABLE = 4096  # a space of up to so many mixtures is looked at as a whole
 PAIRS = 30  # the model has a term for every pair of so many candidates, the best single ones
@@ -88,7 +98,7 @@ def unscored(problem: SearchProblem, everything: list[Mixture] | None) -> list[M
     return [mixture for mixture in dict.fromkeys([*near, *far]) if mixture not in known]
 
 
-def surrogate(problem: SearchProblem) -> Strategy:
+def surrogate(problem: SearchProblem) -> Proposals:
     """Bayesian optimisation with `ScoreModel`: fits, proposes the largest expected improvements, fits again.
 
     Begins with a few random mixtures and, if there is a screen, with the best by it. Ends when it has twice expected less than a
@@ -121,7 +131,7 @@ def surrogate(problem: SearchProblem) -> Strategy:
         yield from climb(problem, problem.best_of(inside))
 
 
-def bayes(problem: SearchProblem) -> Strategy:
+def bayes(problem: SearchProblem) -> Proposals:
     """Optuna's tree-structured Parzen estimator over which candidates are in, or over their weights."""
     import optuna
 
@@ -165,7 +175,7 @@ def bayes(problem: SearchProblem) -> Strategy:
         tell(proposal)
 
 
-STRATEGIES: dict[str, Callable[[SearchProblem], Strategy]] = {
+STRATEGIES: dict[str, Strategy] = {
     "exhaustive": exhaustive,
     "random": random_search,
     "greedy": greedy,
@@ -186,12 +196,7 @@ def ensemble_shortcut(space: SearchSpace, strategy: str, targets: int) -> str | 
 
 
 def choose_strategy(space: SearchSpace, likelihoods: bool, max_trials: float = 0) -> tuple[str, str]:
-    """The strategy that `auto` takes, and why.
-
-    Args:
-        likelihoods: all targets have log-probabilities, hence gradients and a screen.
-        max_trials: the budget, if one is given.
-    """
+    """The strategy that `auto` takes, and why. With `likelihoods` all targets have gradients and a screen."""
     if space.continuous:
         if likelihoods:
             return "gradient", "the likelihood has a gradient in the weights"

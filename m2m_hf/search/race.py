@@ -112,11 +112,7 @@ def judge(samples: Sequence[Sample], looks: int) -> tuple[int, list[int]]:
 def run_race(state: SearchState, mixtures: Sequence[Mixture], rungs: Sequence[Mapping[str, int]]) -> None:
     """Scores mixtures rung by rung, and settles those that cannot win where they are. The best one so far takes part.
 
-    Args:
-        rungs: see `plan_rungs`.
-
-    Raises:
-        SearchEnded: before the end. Then the leader is scored on all rows, or the race would have been in vain.
+    If the search ends before, the leader is scored on all rows, or the race would have been in vain.
     """
     running = list(mixtures)
     champion = [state.best.mixture] if state.best else []  # until it is dropped

@@ -106,7 +106,7 @@ UNLIMITED = Budget()
 
 
 class SearchEnded(Exception):  # noqa: N818 - not an error
-    """A search must not measure any more: `by` says whether a `budget` or a `callback` ended it."""
+    """Raised where a search must not measure any more: `by` says whether a `budget` or a `callback` ended it."""
 
     def __init__(self, by: str) -> None:
         super().__init__(by)

@@ -20,7 +20,8 @@ from m2m_hf.errors import InputError
 BEAM_WIDTH = 4  # mixtures of every size that `beam` goes on from
 PASSES = 40  # for gradients, at most
 
-Strategy = Generator[list[Mixture], list[Standing], None]
+Proposals = Generator[list[Mixture], list[Standing], None]
+Strategy = Callable[["SearchProblem"], Proposals]
 Screen = Callable[[Mixture], float]
 Gradient = Callable[[Mixture], tuple[float, Mapping[str, float]] | None]
 
@@ -88,21 +89,21 @@ def value(standing: Standing) -> float:
     return -math.inf if standing.estimate is None or standing.short else standing.estimate
 
 
-def exhaustive(problem: SearchProblem) -> Strategy:
+def exhaustive(problem: SearchProblem) -> Proposals:
     """Every mixture of the space once: the paper's search over all 2^N − 1 subsets (arXiv 2505.16066)."""
     yield from problem.ask(problem.space.subsets())
 
 
-def listed(mixtures: Sequence[Mixture]) -> Callable[[SearchProblem], Strategy]:
+def listed(mixtures: Sequence[Mixture]) -> Strategy:
     """A strategy that proposes just these mixtures."""
 
-    def strategy(problem: SearchProblem) -> Strategy:
+    def strategy(problem: SearchProblem) -> Proposals:
         yield from problem.ask(mixture for mixture in mixtures if mixture in problem.space)
 
     return strategy
 
 
-def random_search(problem: SearchProblem) -> Strategy:
+def random_search(problem: SearchProblem) -> Proposals:
     """Random mixtures, uniform over the sizes, until the budget or the space is spent."""
     for _ in range(problem.budget):
         mixture = problem.draw_new()
@@ -111,7 +112,7 @@ def random_search(problem: SearchProblem) -> Strategy:
         yield from problem.ask([mixture])
 
 
-def climb(problem: SearchProblem, here: Mixture) -> Generator[list[Mixture], list[Standing], None]:
+def climb(problem: SearchProblem, here: Mixture) -> Proposals:
     """Goes uphill from `here`: adds or drops one candidate, and swaps two if neither helps."""
     yield from problem.ask([here])
     space = problem.space
@@ -126,7 +127,7 @@ def climb(problem: SearchProblem, here: Mixture) -> Generator[list[Mixture], lis
             return
 
 
-def greedy(problem: SearchProblem) -> Strategy:
+def greedy(problem: SearchProblem) -> Proposals:
     """Steepest ascent, forward from the smallest mixture and backward from the largest, by adding, dropping and swapping."""
     smallest = problem.smallest()
     if smallest is None:
@@ -140,7 +141,7 @@ def greedy(problem: SearchProblem) -> Strategy:
     yield from climb(problem, largest)
 
 
-def beam(problem: SearchProblem) -> Strategy:
+def beam(problem: SearchProblem) -> Proposals:
     """The best few mixtures of every size, each made from the best few one smaller. Ends when two sizes bring nothing better."""
     space, known = problem.space, problem.known
     smallest = problem.smallest()
@@ -161,13 +162,10 @@ def beam(problem: SearchProblem) -> Strategy:
         best = problem.best_of([best, top])
 
 
-def gradient(problem: SearchProblem) -> Strategy:
+def gradient(problem: SearchProblem) -> Proposals:
     """Climbs the log-likelihood on the simplex, then proposes mixtures of the heaviest candidates.
 
     For every k it proposes the k heaviest candidates; with `continuous`, also the weights themselves.
-
-    Raises:
-        InputError: the targets have no gradient.
     """
     space = problem.space
     weights = best_weights(problem)

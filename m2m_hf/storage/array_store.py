@@ -5,6 +5,7 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,34 @@ import numpy as np
 from m2m_hf.core.arrays import TYPE, LazyArray
 
 
-def append_bytes(path: Path, content: bytes, place: int | None = None, durable: bool = True) -> None:
-    """Writes `content` at the end of a file, or at `place` and cuts off the rest; on failure the file ends there.
-
-    Args:
-        durable: wait until it is on the disk.
-    """
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        start = os.lseek(file, 0, os.SEEK_END) if place is None else os.lseek(file, place, os.SEEK_SET)
-        os.ftruncate(file, start)
+def append_bytes(path: Path, content: bytes, place: int | None = None) -> None:
+    """Writes `content` at the end of a file, or at `place` and cuts off the rest; on failure the file ends there."""
+    with open(path, "ab", buffering=0) as file:
+        start = file.truncate(place)
         try:
             left = memoryview(content)
             while left:
-                left = left[os.write(file, left) :]
-            if durable:
-                os.fsync(file)
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
         except BaseException:
-            os.ftruncate(file, start)
+            file.truncate(start)
             raise
-    finally:
-        os.close(file)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a list stands in the file: the number of its first value, how many there are, the checksum of their bytes."""
+
+    place: int
+    count: int
+    crc32: int
 
 
 class ArrayStore:
     """An append-only file of float64 numbers (little-endian), read through the system's page cache."""
 
-    def __init__(self, path: Path, durable: bool = True) -> None:
-        self.path, self._durable = path, durable
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._map: Any = np.empty(0, TYPE)
 
     @classmethod
@@ -48,8 +49,8 @@ class ArrayStore:
         """A store in a temporary file, which is deleted with it."""
         handle, name = tempfile.mkstemp(prefix="m2m-values-")
         os.close(handle)
-        store = cls(Path(name), durable=False)
-        weakref.finalize(store, Path(name).unlink, missing_ok=True)
+        store = cls(Path(name))
+        weakref.finalize(store, store.path.unlink, missing_ok=True)
         return store
 
     @property
@@ -57,21 +58,28 @@ class ArrayStore:
         """How many whole numbers the file holds; a crash may have left part of another."""
         return self.path.stat().st_size // TYPE.itemsize if self.path.exists() else 0
 
-    def append(self, values: Sequence[float]) -> tuple[int, int]:
-        """Writes `values`, and returns their (place, checksum)."""
+    def append(self, values: Sequence[float]) -> Place:
         content = np.asarray(values, dtype=TYPE).tobytes()
         place = self.count
-        append_bytes(self.path, content, place * TYPE.itemsize, self._durable)
-        return place, zlib.crc32(content)
+        append_bytes(self.path, content, place * TYPE.itemsize)
+        return Place(place, len(values), zlib.crc32(content))
 
-    def numbers(self, place: int, count: int) -> LazyArray:
-        """`count` numbers from `place` on, read when they are used."""
-        return LazyArray(lambda: self.view(place, count), count)
+    def numbers(self, where: Place) -> LazyArray:
+        """A list, read when it is used.
 
-    def view(self, place: int, count: int) -> Any:
-        """`count` numbers from `place` on, as an array."""
-        if not count:
-            return self._map[:0]
-        if place + count > len(self._map):
+        Raises:
+            EOFError: it is not in the file.
+        """
+        if min(where.place, where.count) < 0 or where.place + where.count > self.count:
+            raise EOFError(f"{self.path} does not hold {where}")
+        return LazyArray(lambda: self._view(where), where.count)
+
+    def is_intact(self, where: Place) -> bool:
+        """True if a list is what was written."""
+        return zlib.crc32(self._view(where).tobytes()) == where.crc32
+
+    def _view(self, where: Place) -> Any:
+        end = where.place + where.count
+        if end > len(self._map):
             self._map = np.memmap(self.path, dtype=TYPE, mode="r", shape=(self.count,))
-        return self._map[place : place + count]
+        return self._map[where.place : end]

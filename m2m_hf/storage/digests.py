@@ -1,6 +1,7 @@
 """Files that have kept their size and times: their digests are remembered, and need not be computed again."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from m2m_hf.storage.files import digest_of, read_json_or_empty, write_json
@@ -28,20 +29,15 @@ class Digests:
         self._seen: dict[str, list[int | str]] = {}
 
     def of(self, path: Path) -> str:
-        """The digest of a file, as `file_fingerprint` gives it."""
+        """The digest of a file, see `digest_of`."""
         name = Path(os.path.relpath(path, self.root)).as_posix()
-        now = stamp(path)
-        known = self._known.get(name)
-        if isinstance(known, list) and len(known) == 4 and known[:3] == now and isinstance(known[3], str):
-            digest = known[3]
-        else:
-            digest = digest_of(path)
-        self._seen[name] = [*now, digest]
-        return digest
+        known, now = self._known.get(name), stamp(path)
+        if not (isinstance(known, list) and len(known) == 4 and known[:3] == now and isinstance(known[3], str)):
+            known = [*now, digest_of(path)]
+        self._seen[name] = known
+        return str(known[3])
 
     def save(self) -> None:
         """Remembers every digest that was asked for; a folder that cannot be written to stays as it is."""
-        try:
+        with suppress(OSError):
             write_json(self.root / NAME, self._seen)
-        except OSError:
-            return

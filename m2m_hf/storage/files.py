@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,14 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def file_fingerprint(paths: Iterable[Path]) -> str:
-    """16 hex digits of the SHA-256 of the bytes of `paths`, in this order."""
+def digest_of(*files: Path) -> str:
+    """16 hex digits of the SHA-256 of the bytes of files, in this order."""
     digest = hashlib.sha256()
-    for path in paths:
+    for path in files:
         with open(path, "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def digest_of(path: Path) -> str:
-    """`file_fingerprint` of one file."""
-    return file_fingerprint([path])
 
 
 def write_atomic(path: Path, text: str) -> None:

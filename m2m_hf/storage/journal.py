@@ -5,27 +5,35 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.core.arrays import LazyArray
+from m2m_hf.core.jsonable import from_json, to_json
 from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
-from m2m_hf.storage.array_store import ArrayStore, append_bytes
+from m2m_hf.storage.array_store import ArrayStore, Place, append_bytes
 from m2m_hf.storage.files import sync
 
 INLINE = 500  # longer lists of values stand in `trials.values`
-LISTS = ("values", "logprobs")
 CHECK = b', "crc32": '  # precedes the checksum of the line up to it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the lists of a line stand in `trials.values`, and the mean log-probability, for which ranking would read all."""
+
+    mean_logprob: float
+    values: Place
+    logprobs: Place
 
 
 class Journal:
     """Append-only JSON lines of trials. A line that was written stays true, and is never written again.
 
     Up to `INLINE` values by example stand in the line itself. Longer lists stand in `trials.values` beside it, as float64
-    numbers; the line's `stored` then gives `place`, `count` and `crc32` of each list, and their mean log-probability. Trials in
-    memory hold views of the disk, so that very many of them need no memory.
+    numbers; the line's `stored` then says where. Trials in memory hold views of the disk, so that very many of them need no
+    memory.
 
     Args:
         path: of the journal.
@@ -39,48 +47,42 @@ class Journal:
             InputError: a damaged line, named by its number.
         """
         self.path = path
-        self._write = write
         self.trials: dict[str, Trial] = {}
-        self.store = ArrayStore(path.with_suffix(".values"))
-        self._temporary: ArrayStore | None = None  # holds the values of a process that does not write
+        self._write = write
+        self._stored: dict[str, Stored] = {}
         self._lost: set[int] = set()  # numbers of the dropped lines
-        available = self.store.count
+        self._store = ArrayStore(path.with_suffix(".values"))
         for number, line in numbered_lines(path):
-            if not line.endswith(b"\n"):
-                self._lost.add(number)
-                break
             try:
-                if is_altered(line):
-                    raise InputError("it is not what was written")
-                trial = self._parse(json.loads(line), available)
+                self._add(read_line(line))
+            except EOFError:
+                self._lost.add(number)
             except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{path}, line {number} is damaged ({error}); delete that line and its trial will be measured again"
                 ) from error
-            if trial is None:
-                self._lost.add(number)
-            else:
-                self.trials[trial.key] = trial
+        if not write:  # what this process appends goes elsewhere
+            self._store = ArrayStore.temporary()
 
-    def _parse(self, record: Any, available: int) -> Trial | None:
-        """The trial of a line; None if its values are missing."""
-        stored = record.get("stored") if isinstance(record, dict) else None
-        if not stored:
-            return Trial.from_json(record)
-        try:
-            places = {name: (int(stored[name]["place"]), int(stored[name]["count"])) for name in LISTS}
-            mean = float(stored["mean_logprob"])
-            valid = math.isfinite(mean) and all(isinstance(stored[name]["crc32"], int) for name in LISTS)
-        except (KeyError, TypeError, OverflowError) as error:
-            raise InputError(f"not a trial: stored is {stored!r:.80}") from error
-        if not valid or any(place < 0 or count < 0 for place, count in places.values()):
-            raise InputError(f"not a trial: stored is {stored!r:.80}")
-        if any(place + count > available for place, count in places.values()):
-            return None
-        lists = {name: self.store.numbers(place, count) for name, (place, count) in places.items()}
-        trial = Trial.from_json(record | lists)
-        if trial.score is not None:
-            vars(trial.score)["mean_logprob"] = mean  # or ranking would read all lists
+    def _add(self, record: Any) -> Trial:
+        """Remembers the trial of a line.
+
+        Raises:
+            EOFError: its values were cut short.
+        """
+        if not isinstance(record, dict) or not record.get("stored"):
+            trial = Trial.from_json(record)
+            self._stored.pop(trial.key, None)
+        else:
+            stored = from_json(Stored, record["stored"])
+            if not math.isfinite(stored.mean_logprob):
+                raise ValueError("mean_logprob: expected a finite number")
+            lists = {name: self._store.numbers(getattr(stored, name)) for name in ("values", "logprobs")}
+            trial = Trial.from_json(record | lists)
+            if trial.score is not None:
+                vars(trial.score)["mean_logprob"] = stored.mean_logprob
+            self._stored[trial.key] = stored
+        self.trials[trial.key] = trial
         return trial
 
     @property
@@ -88,16 +90,13 @@ class Journal:
         """The number of dropped lines."""
         return len(self._lost)
 
-    def _repair(self) -> None:
-        """Deletes the dropped lines, before anything is written in their place."""
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with open(partial, "wb") as file:
-            file.writelines(line for number, line in numbered_lines(self.path) if number not in self._lost)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
-        sync(self.path.parent, files=False)
-        self._lost.clear()
+    def damaged_values(self) -> list[str]:
+        """The keys of the trials whose values in `trials.values` are not what was written; reads all values."""
+        return [
+            key
+            for key, stored in self._stored.items()
+            if not (self._store.is_intact(stored.values) and self._store.is_intact(stored.logprobs))
+        ]
 
     def get(self, key: str) -> Trial | None:
         """The trial with this key. A failed one counts too: it would fail again."""
@@ -117,38 +116,30 @@ class Journal:
         """
         if self._write and self._lost:
             self._repair()
-        pairs = [self._format(trial) for trial in trials]
+        records = [self._record(trial) for trial in trials]
         if self._write:
-            append_bytes(self.path, b"".join(line for _, line in pairs))
-        kept = [trial for trial, _ in pairs]
-        self.trials |= {trial.key: trial for trial in kept}
-        return kept
+            append_bytes(self.path, b"".join(map(write_line, records)))
+        return [self._add(record) for record in records]
 
-    def _format(self, trial: Trial) -> tuple[Trial, bytes]:
-        """(the trial as the journal holds it, its line)."""
-        record = trial.to_json() | {"stored": None}
-        if (score := trial.score) is not None:
-            if max(len(score.values), len(score.logprobs)) <= INLINE:
-                lists = {name: LazyArray.of(getattr(score, name)) for name in LISTS}
-            else:
-                lists, record["stored"] = {}, {"mean_logprob": score.mean_logprob}
-                for name in LISTS:
-                    lists[name], record["stored"][name] = self._store(getattr(score, name))
-                    record[name] = None
-            kept = replace(score, values=lists["values"], logprobs=lists["logprobs"])
-            vars(kept)["mean_logprob"] = score.mean_logprob
-            trial = replace(trial, score=kept)
-        seconds = record.pop("seconds")  # not checked: equal runs differ in it
-        text = json.dumps(record)
-        return trial, f'{text[:-1]}{CHECK.decode()}{zlib.crc32(text.encode())}, "seconds": {seconds}}}\n'.encode()
+    def _record(self, trial: Trial) -> dict[str, Any]:
+        """A line; writes long lists of values first."""
+        score = trial.score
+        if score is None or max(len(score.values), len(score.logprobs)) <= INLINE:
+            return trial.to_json() | {"stored": None}
+        stored = Stored(score.mean_logprob, self._store.append(score.values), self._store.append(score.logprobs))
+        record = replace(trial, score=replace(score, values=(), logprobs=())).to_json()
+        return record | {"values": None, "logprobs": None, "stored": to_json(stored)}
 
-    def _store(self, values: Sequence[float]) -> tuple[LazyArray, dict[str, int]]:
-        """Writes a long list; (its view, its entry in `stored`)."""
-        if not self._write:
-            self._temporary = self._temporary or ArrayStore.temporary()
-        store = self.store if self._write or self._temporary is None else self._temporary
-        place, checksum = store.append(values)
-        return store.numbers(place, len(values)), {"place": place, "count": len(values), "crc32": checksum}
+    def _repair(self) -> None:
+        """Deletes the dropped lines, before anything is written in their place."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with open(partial, "wb") as file:
+            file.writelines(line for number, line in numbered_lines(self.path) if number not in self._lost)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+        sync(self.path.parent, files=False)
+        self._lost.clear()
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -158,22 +149,23 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from enumerate(lines, start=1)
 
 
-def is_altered(line: bytes) -> bool:
-    """True if a line of a journal differs from what was written, by its checksum."""
+def read_line(line: bytes) -> Any:
+    """The record of a line.
+
+    Raises:
+        EOFError: the line was cut short.
+        ValueError: it is not what was written.
+    """
+    if not line.endswith(b"\n"):
+        raise EOFError("a torn line")
     text, found, rest = line.rpartition(CHECK)
-    return bool(found) and str(zlib.crc32(text + b"}")).encode() != rest.split(b",")[0]
+    if found and str(zlib.crc32(text + b"}")).encode() != rest.split(b",")[0]:
+        raise ValueError("it is not what was written")
+    return json.loads(line)
 
 
-def damaged_values(path: Path) -> list[str]:
-    """The keys of the trials whose values in `trials.values` are not what was written; reads all values."""
-    store, damaged = ArrayStore(path.with_suffix(".values")), []
-    available = store.count
-    for _, line in numbered_lines(path):
-        record = json.loads(line) if line.endswith(b"\n") else {}
-        lists = [stored for stored in (record.get("stored") or {}).values() if isinstance(stored, dict)]
-        if any(stored["place"] + stored["count"] > available for stored in lists):
-            continue  # the journal has dropped this line
-        arrays = [store.view(stored["place"], stored["count"]) for stored in lists]
-        if any(zlib.crc32(array.tobytes()) != stored["crc32"] for array, stored in zip(arrays, lists, strict=True)):
-            damaged.append(record["key"])
-    return list(dict.fromkeys(damaged))
+def write_line(record: dict[str, Any]) -> bytes:
+    checked = json.dumps(
+        {name: value for name, value in record.items() if name != "seconds"}
+    )  # in which equal runs differ
+    return f'{checked[:-1]}{CHECK.decode()}{zlib.crc32(checked.encode())}, "seconds": {record["seconds"]}}}\n'.encode()

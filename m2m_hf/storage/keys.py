@@ -41,16 +41,14 @@ class Keys:
     examples: int
     adapters: Mapping[str, str]
 
-    def merged(self, mixture: Mixture, rung: int | None = None, method: str = "merged") -> str:
-        """The key of a merged score on `rung` rows (None: all)."""
+    def of(self, objective: str, mixture: Mixture, rung: int | None = None) -> str:
+        """The key of a surrogate's score, or of the merged score's gradient, on `rung` rows (None: all)."""
+        if objective == "ensemble":
+            return fingerprint(["ensemble", self.of("merged", mixture, rung)])
+        if objective == "gradient":
+            return f"{self.of('merged', mixture, rung)}/gradient"
         parts = [[name, weight, self.adapters[name]] for name, weight in mixture.items]
-        return fingerprint([method, self.base, self.scorer, self.examples if rung is None else rung, parts])
-
-    def ensemble(self, mixture: Mixture, rung: int | None = None) -> str:
-        return fingerprint(["ensemble", self.merged(mixture, rung)])
-
-    def gradient(self, mixture: Mixture, rung: int | None = None) -> str:
-        return f"{self.merged(mixture, rung)}/gradient"
+        return fingerprint([objective, self.base, self.scorer, self.examples if rung is None else rung, parts])
 
     def trained(self, counts: Mapping[str, int]) -> str:
         """The key of a model fine-tuned on so many rows of each candidate."""
@@ -64,10 +62,5 @@ class Keys:
 
     def own(self, trial: Trial) -> bool:
         """True if a line of the journal belongs to this run as it is now."""
-        if not set(trial.mixture.names) <= set(self.adapters):
-            return False
-        if trial.objective == "ensemble":
-            return trial.key == self.ensemble(trial.mixture, trial.rung)
-        if trial.objective == "gradient":
-            return trial.key == self.gradient(trial.mixture, trial.rung)
-        return trial.key == self.merged(trial.mixture, trial.rung, trial.objective)
+        known = set(trial.mixture.names) <= set(self.adapters)
+        return known and trial.key == self.of(trial.objective, trial.mixture, trial.rung)

@@ -26,7 +26,7 @@ from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.heads import SUFFIX, HeadPlan
 from m2m_hf.modeling.inspection import is_trained
 from m2m_hf.modeling.lora import lora_facts
-from m2m_hf.storage.files import file_fingerprint, fingerprint, read_json_or_empty, staging_path
+from m2m_hf.storage.files import digest_of, fingerprint, read_json_or_empty, staging_path
 from m2m_hf.training.bank import Bank, differing, lost_to_dtype
 from m2m_hf.training.experts import ExpertKind
 from m2m_hf.training.fine_tune import publish
@@ -61,7 +61,7 @@ def check_sources(bank: Bank, sources: Mapping[str, str], key: str) -> None:
             files = sorted(Path(source).expanduser().glob("*.safetensors"))
             if record.get("source") != source:
                 problem = f"came from {record['source']}" if record.get("source") else "was trained here"
-            elif files and record.get("source_files") not in (None, file_fingerprint(files)):
+            elif files and record.get("source_files") not in (None, digest_of(*files)):
                 problem = "differs from it: its files have changed since it was taken"
         if problem := broadcast(problem):
             raise InputError(
@@ -99,7 +99,7 @@ class Importer(ABC):
                 shutil.rmtree(partial, ignore_errors=True)
             known, more = self.stage(name, folder, partial, f"{self.key}.{name}: {source}")
             files = [partial / file for file in (*ADAPTER_FILES, DELTA_FILE) if (partial / file).exists()]
-            weights = broadcast(file_fingerprint(files) if PartialState().is_main_process else None)
+            weights = broadcast(digest_of(*files) if PartialState().is_main_process else None)
             facts, candidate = self.bank.facts[name], self.bank.candidates[name]
             record = {
                 "candidate": name,
@@ -110,7 +110,7 @@ class Importer(ABC):
                 "steps": 0,
                 "seconds": 0.0,
                 "source": source,
-                "source_files": file_fingerprint(sorted(folder.glob("*.safetensors"))),
+                "source_files": digest_of(*sorted(folder.glob("*.safetensors"))),
                 "unknown": [fact for fact in facts if fact not in known],
                 **more,
                 "uniform": facts,

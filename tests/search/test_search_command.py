@@ -3,34 +3,22 @@
 import json
 
 import pytest
-import yaml
-from pico import candidate_rows, choice_rows, language_searcher, m2m, write_rows
+from pico import candidate_rows, changed, choice_rows, language_searcher, m2m, trials, write_rows
 
 from m2m_hf import MergeToMixSearcher, SearchCallback
 from m2m_hf.storage.journal import Journal
-
-
-def change(project, **fields) -> None:
-    config = yaml.safe_load((project / "run.yaml").read_text())
-    for name, value in fields.pop("candidates", {}).items():
-        config["candidates"].setdefault(name, {}).update(value)
-    (project / "run.yaml").write_text(yaml.safe_dump(config | fields))
 
 
 def summary(project) -> dict:
     return json.loads((project / "out" / "summary.json").read_text())
 
 
-def trials(project) -> list[dict]:
-    return [json.loads(line) for line in (project / "out" / "trials.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("strategy", ["auto", "random", "greedy", "beam", "surrogate", "bayes", "gradient"])
 def test_every_strategy_in_one_folder(finished, capsys, strategy):
     best = summary(finished)["best"]
-    before = trials(finished)
+    before = trials(finished / "out")
     assert m2m("search", "--config", finished / "run.yaml", "--strategy", strategy, "--max_trials", "20") == 0
-    after = trials(finished)
+    after = trials(finished / "out")
     assert after[: len(before)] == before
     assert {line["objective"] for line in after[len(before) :]} <= {"gradient"}  # all mixtures are known already
     assert summary(finished)["best"]["score"] <= best["score"]
@@ -40,11 +28,11 @@ def test_every_strategy_in_one_folder(finished, capsys, strategy):
 
 def test_a_race_prunes_and_says_so(project, capsys):
     write_rows(project / "validation.jsonl", choice_rows(150))
-    change(project, race=True, learning_rate=0.05, max_steps=6)
+    changed(project, "run", race=True, learning_rate=0.05, max_steps=6)
     assert m2m("select", "--config", project / "run.yaml") == 0
     printed = capsys.readouterr().out
-    assert "pruned" in {line["state"] for line in trials(project)}
-    whole = {tuple(line["names"]) for line in trials(project) if line["state"] == "complete"}
+    assert "pruned" in {line["state"] for line in trials(project / "out")}
+    whole = {tuple(line["names"]) for line in trials(project / "out") if line["state"] == "complete"}
     assert ("not scored on all examples, since they could not win" in printed) == (len(whole) < 8)
     assert summary(project)["costs"]["example_evaluations"] <= 8 * 150
     assert m2m("select", "--config", project / "run.yaml") == 0
@@ -72,49 +60,27 @@ def test_a_corpus_metric_switches_racing_off_and_says_so(project, tmp_path, caps
         "metric": str(module.parent),
         "generation": {"max_new_tokens": 2},
     }
-    change(project, targets={"t": target}, race=True, allow_metric_code=True)
+    changed(project, "run", targets={"t": target}, race=True, allow_metric_code=True)
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert "no racing: a target has no value for every row" in capsys.readouterr().out
-    assert {line["state"] for line in trials(project)} == {"complete"}
+    assert {line["state"] for line in trials(project / "out")} == {"complete"}
 
 
 def test_the_ensemble_objective(project, capsys):
     assert m2m("select", "--config", project / "run.yaml", "--objective", "ensemble") == 0
-    assert {line["objective"] for line in trials(project)} == {"ensemble"}
+    assert {line["objective"] for line in trials(project / "out")} == {"ensemble"}
     assert summary(project)["costs"]["example_evaluations"] == 4 * 10  # three adapters and the base
     assert len(list((project / "out" / "ensemble").iterdir())) == 4
-    singles = {line["names"][0]: line for line in trials(project) if len(line["names"]) == 1}
+    singles = {line["names"][0]: line for line in trials(project / "out") if len(line["names"]) == 1}
     assert m2m("search", "--config", project / "run.yaml") == 0  # merged, in the same folder
-    for line in trials(project):
+    for line in trials(project / "out"):
         if line["objective"] == "merged" and len(line["names"]) == 1:
             assert line["logprobs"] == pytest.approx(singles[line["names"][0]]["logprobs"], abs=1e-4)
-    rows = [{"prompt": row["prompt"], "completion": row["choices"][0]} for row in choice_rows()]
-    write_rows(project / "generation.jsonl", rows)
-    target = {"data": {"path": "json", "data_files": "generation.jsonl"}, "scorer": "generation"}
-    change(project, targets={"g": target})
-    for flags, message in (
-        (("--objective", "ensemble"), "objective ensemble averages the probabilities of right answers"),
-        (
-            ("--strategy", "gradient"),
-            "gradient needs expert: lora, objective: merged, merge_method: average and targets",
-        ),
-    ):
-        capsys.readouterr()
-        assert m2m("search", "--config", project / "run.yaml", *flags, "--output_dir", project / "fresh") == 2
-        assert message in capsys.readouterr().err
-        assert not (project / "fresh").exists()
-
-
-def test_bayes_without_optuna_says_what_to_type(project, capsys, monkeypatch):
-    monkeypatch.setattr("m2m_hf.run.checks.find_spec", lambda name: None)
-    assert m2m("search", "--config", project / "run.yaml", "--strategy", "bayes") == 2
-    assert "pip install 'm2m_hf[bayes]'" in capsys.readouterr().err
-    assert not (project / "out").exists()
 
 
 @pytest.mark.parametrize("objective", ["merged", "ensemble"])
 def test_continuous_weights_become_shares_of_the_data(project, objective):
-    change(project, weights="continuous", strategy="auto", objective=objective, learning_rate=0.05)
+    changed(project, "run", weights="continuous", strategy="auto", objective=objective, learning_rate=0.05)
     assert m2m("select", "--config", project / "run.yaml") == 0
     best = summary(project)["best"]["mixture"]
     manifest = json.loads((project / "out" / "mixture" / "manifest.json").read_text())
@@ -132,50 +98,36 @@ def test_continuous_weights_become_shares_of_the_data(project, objective):
 
 
 def test_a_pool_grows_and_shrinks(project, capsys, monkeypatch):
-    change(project, strategy="greedy", race=False)
+    candidates = changed(project, "run", strategy="greedy", race=False)["candidates"]
     assert m2m("search", "--config", project / "run.yaml") == 0
     write_rows(project / "delta.jsonl", candidate_rows("delta"))
-    change(project, candidates={"delta": {"path": "json", "data_files": "delta.jsonl"}})
-    known = {tuple(line["names"]) for line in trials(project)}
+    changed(project, "run", candidates=candidates | {"delta": {"path": "json", "data_files": "delta.jsonl"}})
+    known = {tuple(line["names"]) for line in trials(project / "out")}
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert "trained 1 adapter:" in capsys.readouterr().out
-    assert all("delta" in line["names"] for line in trials(project) if tuple(line["names"]) not in known)
-    config = yaml.safe_load((project / "run.yaml").read_text())
-    del config["candidates"]["beta"]
-    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    assert all("delta" in line["names"] for line in trials(project / "out") if tuple(line["names"]) not in known)
+    del candidates["beta"]
+    changed(project, "run", candidates=candidates)
     monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an adapter was trained"))
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert "beta" not in summary(project)["singles"]
 
 
-def test_constraints_hold_and_what_may_not_be_chosen_is_shown(project, capsys):
-    change(
-        project,
-        candidates={
-            "alpha": {"license": "mit"},
-            "beta": {"license": "mit", "required": True},
-            "gamma": {"license": "gpl"},
-        },
-        licenses=["mit"],
-        max_datasets=2,
-    )
+LICENSED = {"alpha": {"license": "mit"}, "beta": {"license": "mit", "required": True}, "gamma": {"license": "gpl"}}
+
+
+def licensed(**more) -> dict:
+    """Candidates with licenses, one of them required, and the constraint."""
+    files = {name: {"path": "json", "data_files": f"{name}.jsonl", **facts} for name, facts in LICENSED.items()}
+    return {"candidates": files, "licenses": ["mit"], "max_datasets": 2, **more}
+
+
+def test_constraints_hold_and_what_may_not_be_chosen_is_shown(project):
+    changed(project, "run", **licensed())
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert all("beta" in one["mixture"] and "gamma" not in one["mixture"] for one in summary(project)["top"])
     assert "gamma" in summary(project)["singles"]
     assert summary(project)["worth"] is None or set(summary(project)["worth"]["shapley"]) == {"alpha", "beta", "gamma"}
-    for fields, message in (
-        ({"min_datasets": 3}, "no mixture is possible: min_datasets or required asks for at least 3"),
-        ({"max_cost": 1.0}, "the cheapest mixture costs"),
-        ({"licenses": ["apache-2.0"]}, "candidates.beta: it is required, but its license 'mit' is not among licenses"),
-        ({"max_trials": 3, "min_datasets": 2}, "max_trials: expected at least 5"),
-    ):
-        text = (project / "run.yaml").read_text()
-        change(project, **fields)
-        capsys.readouterr()
-        assert m2m("search", "--config", project / "run.yaml", "--output_dir", project / "fresh") == 2
-        assert message in capsys.readouterr().err
-        assert not (project / "fresh").exists()  # an error at the start, before anything is trained
-        (project / "run.yaml").write_text(text)
 
 
 def test_worth_is_in_the_table_and_the_summary(project, capsys):
@@ -201,11 +153,11 @@ def test_callbacks_of_a_search_that_is_done_are_told_of_its_trials(finished):
             self.ended += 1
 
     searcher = MergeToMixSearcher.from_yaml(finished / "run.yaml")
-    before, seen = trials(finished), Seen()
+    before, seen = trials(finished / "out"), Seen()
     best = searcher.search().best
     assert searcher.search(callbacks=[seen]).best.mixture == best.mixture
     assert (len(seen.mixtures), seen.recalled, seen.ended) == (len(before), {True}, 1)
-    assert trials(finished) == before
+    assert trials(finished / "out") == before
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "linear"])
@@ -220,8 +172,11 @@ def test_other_merge_methods_search_too(method, project):
     assert len(keys) == len(Journal(one.run.folder.trials).trials) == 16
 
 
+GENERATION = {"g": {"data": {"path": "json", "data_files": "generation.jsonl"}, "scorer": "generation"}}
+
+
 @pytest.mark.parametrize(
-    ("given", "word"),
+    ("given", "message"),
     [
         ({"merge_parameters": {"density": 0.5}}, "takes none"),
         ({"merge_method": "ties", "merge_parameters": {"density": 1.5}}, "at most 1"),
@@ -230,12 +185,24 @@ def test_other_merge_methods_search_too(method, project):
         ({"merge_method": "tise"}, "expected one of average, "),
         ({"merge_method": "ties", "weights": "continuous", "strategy": "random"}, "needs merge_method: average"),
         ({"merge_method": "ties", "strategy": "gradient"}, "merge_method: average"),
+        ({"targets": GENERATION, "strategy": "gradient"}, "objective: merged, merge_method: average and targets"),
+        ({"targets": GENERATION, "objective": "ensemble"}, "ensemble averages the probabilities of right answers"),
+        ({"strategy": "bayes"}, "pip install 'm2m_hf[bayes]'"),
         ({"verify_top_k": -1}, "at least 0"),
         ({"fidelity_mixtures": 2}, "at least 4"),
+        (licensed(min_datasets=3), "no mixture is possible: min_datasets or required asks for at least 3"),
+        (licensed(max_cost=1.0), "the cheapest mixture costs"),
+        (
+            licensed(licenses=["apache-2.0"]),
+            "candidates.beta: it is required, but its license 'mit' is not among licenses",
+        ),
+        ({"max_trials": 3, "min_datasets": 2}, "max_trials: expected at least 5"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_is_trained(given, word, project, capsys):
-    change(project, **given)
+def test_wrong_settings_are_refused_before_anything_is_trained(given, message, project, capsys, monkeypatch):
+    monkeypatch.setattr("m2m_hf.run.checks.find_spec", lambda name: None)  # as without Optuna
+    write_rows(project / "generation.jsonl", [{"prompt": "question:", "completion": " red"}])
+    changed(project, "run", **given)
     assert m2m("search", "--config", project / "run.yaml") == 2
-    assert word in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (project / "out").exists()

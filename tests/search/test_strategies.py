@@ -145,18 +145,16 @@ class TestContract:
         assert result.best.score.value >= best - (0.1 if name in ("random", "bayes") else 0.02)
 
 
-def test_budgets(tmp_path):
-    for budget, trials in ((Budget(max_trials=20), 20), (Budget(max_example_evaluations=30), 30)):
-        result = run(STRATEGIES["exhaustive"], SPACES["all"], tmp_path / str(trials), budget=budget)
-        assert len(result.standings) == trials
-        assert result.ended == "budget"
-    assert (
-        len(run(STRATEGIES["exhaustive"], SPACES["all"], tmp_path / "s", budget=Budget(max_seconds=0)).standings) == 9
-    )
-    # A larger budget goes on from there.
+@pytest.mark.parametrize(
+    ("budget", "trials"),
+    [(Budget(max_trials=20), 20), (Budget(max_example_evaluations=30), 30), (Budget(max_seconds=0), 9)],
+)
+def test_a_budget_ends_a_search_and_a_larger_one_goes_on_from_there(tmp_path, budget, trials):
+    result = run(STRATEGIES["exhaustive"], SPACES["all"], tmp_path / "t", budget=budget)
+    assert (len(result.standings), result.ended) == (trials, "budget")
     objective = Smooth()
-    assert run(STRATEGIES["exhaustive"], SPACES["all"], tmp_path / "20", objective).ended == "strategy"
-    assert len(objective.asked) == 128 - 20
+    assert run(STRATEGIES["exhaustive"], SPACES["all"], tmp_path / "t", objective).ended == "strategy"
+    assert len(objective.asked) == 128 - trials
 
 
 def test_a_budget_too_small_for_anything_that_is_allowed(tmp_path):

@@ -1,16 +1,15 @@
-"""What each command does: those that train and score, and those that write a configuration or read a run folder."""
+"""What each command does: those that train and score, and those that read a run folder."""
 
-import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2m_hf.cli import unchanged
 from m2m_hf.cli.exits import DamagedError
 from m2m_hf.cli.launch import relaunched, replace_process
-from m2m_hf.console import LibraryLog, Terminal
+from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
@@ -18,61 +17,60 @@ if TYPE_CHECKING:  # it imports torch
     from m2m_hf.searcher import MergeToMixSearcher
 
 
-def run(command: argparse.Namespace, flags: Sequence[str], log: LibraryLog, arguments: Sequence[str]) -> None:
-    """Carries out a command, in other processes if an accelerate configuration is named."""
+def work(step: Callable[["MergeToMixSearcher"], None], command: Namespace) -> None:
+    """Carries out a step of the method, in other processes if an accelerate configuration is named."""
     if command.accelerate_config:
-        replace_process(relaunched(arguments))
+        replace_process(relaunched(command.words))
     if command.command == "sft":
-        config, flags = config_of(command.out), [*flags, "--output_dir", str(command.out)]
+        config, flags = config_of(command.out), [*command.flags, "--output_dir", str(command.out)]
     else:
-        config = command.config
-    select = command.command == "select" and not command.dry_run
-    if select and (known := unchanged.recall(config, flags)):
+        config, flags = command.config, command.flags
+    dry_run = step is select and command.dry_run
+    whole = step is select and not dry_run
+    if whole and (known := unchanged.recall(config, flags)):
         root, closing = known
         Terminal().replay(closing)
         Terminal().say(f"nothing to do: {os.path.relpath(root)} is complete", "green")
         return
-    fingerprint = unchanged.command_fingerprint(config, flags) if select else None
+    fingerprint = unchanged.command_fingerprint(config, flags) if whole else None
 
     from m2m_hf.config.parsing import parse
     from m2m_hf.searcher import MergeToMixSearcher
 
-    log.silence_libraries()
+    command.log.silence_libraries()
     ours, args, model_args = parse(config, flags)
     inputs = unchanged.watch(ours, vars(args) | vars(model_args), Path(args.output_dir)) if fingerprint else None
     searcher = MergeToMixSearcher(ours, args, model_args)
     searcher.check()
     context = searcher.run
-    if command.command == "select" and command.dry_run:
+    if dry_run:
         from m2m_hf.run.estimate import show_estimate
 
         show_estimate(context)
         return
-    if command.command in ("select", "sft") and context.args.push_to_hub:
+    if step in (select, sft) and context.args.push_to_hub:
         from m2m_hf.publish.hub import check_login
 
         check_login(context.args.hub_model_id)
     searcher.prepare()
     if context.is_main:
-        log.open(context.folder.log)
-    {"adapters": adapters, "search": search, "fidelity": fidelity, "sft": sft, "select": MergeToMixSearcher.select}[
-        command.command
-    ](searcher)
+        command.log.open(context.folder.log)
+    step(searcher)
     if fingerprint and inputs is not None and context.is_main:
         unchanged.remember(context.folder, fingerprint, inputs, searcher.closing)
 
 
 def config_of(out: Path) -> Path:
-    """`OUT/config.yaml`, readable.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """`OUT/config.yaml`, readable."""
     config = out / "config.yaml"
     if not config.exists():
         raise InputError(f"{out} is no run folder: it has no config.yaml; expected the output_dir of m2m select")
     read_config(config)
     return config
+
+
+def select(searcher: "MergeToMixSearcher") -> None:
+    searcher.select()
 
 
 def adapters(searcher: "MergeToMixSearcher") -> None:
@@ -114,26 +112,7 @@ def sft(searcher: "MergeToMixSearcher") -> None:
         searcher.push_to_hub()
 
 
-def init(command: argparse.Namespace, log: LibraryLog) -> None:
-    from m2m_hf.cli.init import Draft, init, parse_source, parse_sources, read_trainer_config
-
-    def ask(text: str, default: str) -> str:
-        try:
-            return input(f"{text} [{default}]: ").strip() or default
-        except EOFError:
-            raise InputError("no answer, so nothing was written") from None
-
-    draft = read_trainer_config(command.origin) if command.origin else Draft()
-    draft.model = command.model or draft.model
-    draft.candidates |= parse_sources(command.data)
-    draft.target = parse_source(command.target) if command.target else None
-    draft.scorer = command.scorer
-    folder = command.origin.parent if command.origin else Path.cwd()
-    init(draft, command.output, ask if sys.stdin.isatty() else None, folder)
-    Terminal().say(f"written: {command.output}; continue with: m2m select --config {command.output}")
-
-
-def show_status(command: argparse.Namespace, log: LibraryLog) -> None:
+def show_status(command: Namespace) -> None:
     """Raises DamagedError, once everything is said, if the folder is damaged."""
     from m2m_hf.reporting.status import status
 
@@ -145,13 +124,13 @@ def show_status(command: argparse.Namespace, log: LibraryLog) -> None:
         raise DamagedError
 
 
-def make_report(command: argparse.Namespace, log: LibraryLog) -> None:
+def make_report(command: Namespace) -> None:
     from m2m_hf.reporting.page import write_report
 
     Terminal().say(f"report: {os.path.relpath(write_report(command.out))}")
 
 
-def show_comparison(command: argparse.Namespace, log: LibraryLog) -> None:
+def show_comparison(command: Namespace) -> None:
     from m2m_hf.reporting.compare import MOST, compare
     from m2m_hf.reporting.finished_run import FinishedRun
 
@@ -177,29 +156,19 @@ def shorten(text: str, most: int = 48) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
 
 
-def export_mixture(command: argparse.Namespace, log: LibraryLog) -> None:
+def export_mixture(command: Namespace) -> None:
     from m2m_hf.publish.export import export
 
     if command.to in ("axolotl", "llamafactory"):  # which import libraries
-        log.silence_libraries()
+        command.log.silence_libraries()
     folder, lost = export(RunFolder(command.out), command.to, command.folder)
     if lost:
         Terminal().say(f"no counterpart in {command.to}: {', '.join(lost)}", "yellow")
     Terminal().say(f"exported: {os.path.relpath(folder)}")
 
 
-def push_to_hub(command: argparse.Namespace, log: LibraryLog) -> None:
+def push_to_hub(command: Namespace) -> None:
     from m2m_hf.publish.hub import push
 
-    log.silence_libraries()
+    command.log.silence_libraries()
     push(RunFolder(command.out), command.repo_id, Terminal(), command.private, command.dry_run)
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace, LibraryLog], None]] = {
-    "init": init,
-    "status": show_status,
-    "report": make_report,
-    "compare": show_comparison,
-    "export": export_mixture,
-    "push": push_to_hub,
-}

@@ -10,6 +10,9 @@ from typing import NoReturn
 
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError, StoppedError, first_line, printable, redact
+from m2m_hf.storage.files import read_json_or_empty
+from m2m_hf.storage.records import experts_noun
+from m2m_hf.storage.run_folder import RunFolder, disk_is_full
 
 PATIENCE = 5.0  # seconds a launcher takes to end the other processes once one has ended
 
@@ -28,10 +31,6 @@ def terminate(signum: int, frame: object) -> NoReturn:
 
 def what_is_safe() -> str:
     """What an interruption leaves, and how to go on."""
-    from m2m_hf.storage.files import read_json_or_empty
-    from m2m_hf.storage.records import experts_noun
-    from m2m_hf.storage.run_folder import RunFolder
-
     folder = RunFolder.held
     kept = "finished work is safe"
     if folder is not None:
@@ -41,12 +40,6 @@ def what_is_safe() -> str:
         trials = len(folder.trials.read_bytes().splitlines()) if folder.trials.exists() else 0
         kept = f"{len(trained)} {noun} and {trials:,} scored trials are safe in {os.path.relpath(folder.root)}"
     return f"{kept}; the same command continues from there"
-
-
-def disk_is_full(error: BaseException) -> bool:
-    from m2m_hf.storage.run_folder import disk_is_full
-
-    return disk_is_full(error)
 
 
 def lost_a_process(error: Exception) -> bool:
@@ -72,7 +65,7 @@ def report_errors(work: Callable[[], None]) -> int:
     try:
         work()
     except BaseException as error:
-        message, code = explain(error, os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")))
+        message, code = explain(error)
         if message:
             print(message, file=sys.stderr)
         return code
@@ -81,12 +74,9 @@ def report_errors(work: Callable[[], None]) -> int:
     return 0
 
 
-def explain(error: BaseException, rank: str, processes: int) -> tuple[str, int]:
-    """(message, empty if another process or the terminal says it; exit code).
-
-    Args:
-        rank, processes: as the launcher sets them.
-    """
+def explain(error: BaseException) -> tuple[str, int]:
+    """(message, empty if another process or the terminal says it; exit code)."""
+    rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
     where = f"process {rank} of {processes}"
     match error:
         case DamagedError():

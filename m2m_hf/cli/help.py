@@ -2,30 +2,24 @@
 
 import argparse
 import textwrap
+from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from m2m_hf import __version__
-from m2m_hf.cli.launch import FLAGS
+from m2m_hf.cli import commands
+from m2m_hf.cli.init import init
+from m2m_hf.cli.launch import FLAGS, recipe
+from m2m_hf.config.run_config import MergeToMixConfig
 
 DESCRIPTION = """\
 Which datasets belong in the fine-tuning mixture? Trains one expert per candidate dataset (a LoRA adapter, or a fine-tune
 of all parameters) of a language model or a classifier of texts or images, scores the exact average of every subset on
 your target's validation set, and fine-tunes once on the best subset (Merge to Mix).
 
-  m2m init                       write a configuration, from four questions or another trainer's file
-  m2m select   --config x.yaml   everything: adapters, search, recipe, final fine-tune
-  m2m adapters --config x.yaml   train only the missing adapters
-  m2m search   --config x.yaml   adapters and search, without the final fine-tune
-  m2m fidelity --config x.yaml   fine-tune a sample of mixtures for real: can the scores be trusted here?
-  m2m sft OUT                    the final fine-tune of the run in OUT, scored on the sealed test set
-  m2m push OUT --repo_id ORG/NAME   adapters, final model and the chosen mixture on the Hub, with cards
-  m2m compare OUT1 OUT2          two runs side by side
-  m2m export OUT --to TRAINER    the chosen mixture for trl, axolotl, llamafactory, or as jsonl
-  m2m report OUT                 rebuild OUT/report.html from the files in OUT
-  m2m status OUT                 what is done, left and spent, and whether any file in OUT is damaged
-  m2m recipe [NAME]              shipped scripts and configurations: the demo, benchmarks, studies
+{commands}
 
 Every command continues from the state of the run folder. On all GPUs of a machine, or on several machines (docs/multi_gpu.md):
   m2m select --config x.yaml --accelerate_config multi_gpu
@@ -76,8 +70,6 @@ def targets_text() -> str:
 
 def fields_text() -> str:
     """The fields of a configuration, for `--help`."""
-    from m2m_hf.config.run_config import MergeToMixConfig
-
     lines = ["fields:"]
     for item in fields(MergeToMixConfig):
         if item.name != "folder":
@@ -87,113 +79,93 @@ def fields_text() -> str:
     return "\n".join(lines) + "\n\n" + targets_text() + "\n" + EXAMPLE
 
 
-class CommandParser(argparse.ArgumentParser):
-    """The parser of one command; one that takes a configuration explains its fields when help is asked for."""
-
-    def format_help(self) -> str:
-        if "--config" in self._option_string_actions:
-            self.epilog = fields_text()
-        return super().format_help()
+def shared(*names: str, **options: Any) -> argparse.ArgumentParser:
+    """An argument that several commands take."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(*names, **options)
+    return parent
 
 
-def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """What `add_argument` takes."""
-    return names, options
-
-
-CONFIG = argument("--config", required=True, type=Path, help="the YAML")
-OUT = argument("out", type=Path, metavar="OUT", help="the run folder")
-LAUNCH = argument(
+CONFIG = shared("--config", required=True, type=Path, help="the YAML")
+OUT = shared("out", type=Path, metavar="OUT", help="the run folder")
+LAUNCH = shared(
     "--accelerate_config",
     metavar="NAME",
     help="start it under accelerate launch, with this configuration: cpu_2proc, single_gpu, multi_gpu, fsdp2, zero3 or a "
     f"file. Then also: {', '.join(f'--{name}' for name in FLAGS)}",
 )
-COMMANDS: dict[str, tuple[str, tuple[tuple[tuple[str, ...], dict[str, Any]], ...]]] = {
-    "select": (
-        "adapters, search, recipe, final fine-tune",
-        (
-            CONFIG,
-            LAUNCH,
-            argument("--dry_run", action="store_true", help="show what would be done and its cost, and end"),
-        ),
-    ),
-    "adapters": ("train the missing adapters", (CONFIG, LAUNCH)),
-    "search": ("adapters and search, without the final fine-tune", (CONFIG, LAUNCH)),
-    "fidelity": (
-        "search, then fine-tune a sample of mixtures and show how well their scores were predicted",
-        (CONFIG, LAUNCH),
-    ),
-    "init": (
-        "write a configuration that runs: from four answers, from flags, or from another trainer's configuration",
-        (
-            argument("--output", type=Path, default=Path("m2m.yaml"), help="the file to write (default: m2m.yaml)"),
-            argument(
-                "--from", dest="origin", type=Path, metavar="FILE", help="a YAML of TRL, axolotl or LLaMA-Factory"
-            ),
-            argument("--model", default="", help="the base model: a Hub id or a folder"),
-            argument(
-                "--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids"
-            ),
-            argument("--target", metavar="NAME=PATH", help="validation rows of the task that you care about"),
-            argument(
-                "--scorer", default="", help="choice, classification, loss or generation (default: as the rows suggest)"
-            ),
-        ),
-    ),
-    "sft": ("the final fine-tune of a searched run, scored on the sealed test set", (OUT, LAUNCH)),
-    "report": ("rebuild report.html of a searched run from its files", (OUT,)),
-    "status": (
-        "what of a run is done, left and spent; checks every adapter and every line of the journal",
-        (
-            OUT,
-            argument(
-                "--full", action="store_true", help="read every file again, also those unchanged since the last time"
-            ),
-        ),
-    ),
-    "push": (
-        "upload adapters, final model and the chosen mixture of a searched run to the Hub, each with a card",
-        (
-            OUT,
-            argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset"),
-            argument("--private", action="store_true", default=None, help="make the repositories private"),
-            argument("--dry_run", action="store_true", help="only show what would be uploaded"),
-        ),
-    ),
-    "compare": (
-        "two finished runs side by side: their settings and their results",
-        (
-            argument("out", type=Path, metavar="OUT1", help="a run folder"),
-            argument("other", type=Path, metavar="OUT2", help="another one"),
-        ),
-    ),
-    "export": (
-        "the chosen mixture and its settings for another trainer",
-        (
-            OUT,
-            argument("--to", required=True, help="trl, axolotl, llamafactory, or jsonl (the rows alone)"),
-            argument("--folder", type=Path, help="where to write (default: OUT/export/<trainer>)"),
-        ),
-    ),
-    "recipe": (
-        "run a shipped recipe, print one that is a configuration, or list all",
-        (
-            argument("name", nargs="?", metavar="NAME", help="such as gpu_check or demo/data; NAME --help says more"),
-            argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="for the recipe"),
-        ),
-    ),
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of commands; TRL's parser reads what follows `--config`."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("m2m", description=DESCRIPTION, formatter_class=raw)
+    parser = argparse.ArgumentParser("m2m", formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"m2m_hf {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
-    for name, (text, arguments) in COMMANDS.items():
-        command = subparsers.add_parser(name, help=text, description=text, formatter_class=raw, allow_abbrev=False)
-        for names, options in arguments:
-            command.add_argument(*names, **options)
+    parsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help="m2m COMMAND --help says more"
+    )
+    lines = []
+
+    def add(
+        usage: str, text: str, run: Callable[[argparse.Namespace], None], *parents: argparse.ArgumentParser
+    ) -> Callable[..., argparse.Action]:
+        """Adds a command, and returns what adds an argument of its own to it."""
+        lines.append(f"  m2m {usage:27} {text}")
+        epilog = fields_text() if CONFIG in parents else None
+        name = usage.split()[0]
+        command = parsers.add_parser(
+            name, parents=parents, description=text, epilog=epilog, formatter_class=raw, allow_abbrev=False
+        )
+        command.set_defaults(run=run, takes_flags=LAUNCH in parents or run is recipe)
+        return command.add_argument
+
+    argument = add("init", "write a configuration, from four questions, flags or another trainer's file", init)
+    argument("--output", type=Path, default=Path("m2m.yaml"), help="the file to write (default: m2m.yaml)")
+    argument("--from", dest="origin", type=Path, metavar="FILE", help="a YAML of TRL, axolotl or LLaMA-Factory")
+    argument("--model", default="", help="the base model: a Hub id or a folder")
+    argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids")
+    argument("--target", metavar="NAME=PATH", help="validation rows of the task that you care about")
+    argument("--scorer", default="", help="choice, classification, loss or generation (default: as the rows suggest)")
+
+    text = "everything: adapters, search, recipe, final fine-tune"
+    argument = add("select   --config x.yaml", text, partial(commands.work, commands.select), CONFIG, LAUNCH)
+    argument("--dry_run", action="store_true", help="show what would be done and its cost, and end")
+
+    text = "train only the missing adapters"
+    add("adapters --config x.yaml", text, partial(commands.work, commands.adapters), CONFIG, LAUNCH)
+    text = "adapters and search, without the final fine-tune"
+    add("search   --config x.yaml", text, partial(commands.work, commands.search), CONFIG, LAUNCH)
+    text = "search, then fine-tune a sample of mixtures for real: can the scores be trusted here?"
+    add("fidelity --config x.yaml", text, partial(commands.work, commands.fidelity), CONFIG, LAUNCH)
+    text = "the final fine-tune of the run in OUT, scored on the sealed test set"
+    add("sft OUT", text, partial(commands.work, commands.sft), OUT, LAUNCH)
+
+    text = "upload adapters, final model and the chosen mixture to the Hub, each with a card"
+    argument = add("push OUT --repo_id ORG/NAME", text, commands.push_to_hub, OUT)
+    argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset")
+    argument("--private", action="store_true", default=None, help="make the repositories private")
+    argument("--dry_run", action="store_true", help="only show what would be uploaded")
+
+    text = "two finished runs side by side: their settings and their results"
+    argument = add("compare OUT1 OUT2", text, commands.show_comparison)
+    argument("out", type=Path, metavar="OUT1", help="a run folder")
+    argument("other", type=Path, metavar="OUT2", help="another one")
+
+    text = "the chosen mixture and its settings for trl, axolotl or llamafactory, or its rows as jsonl"
+    argument = add("export OUT --to TRAINER", text, commands.export_mixture, OUT)
+    argument("--to", required=True, help="trl, axolotl, llamafactory, or jsonl (the rows alone)")
+    argument("--folder", type=Path, help="where to write (default: OUT/export/<trainer>)")
+
+    add("report OUT", "rebuild OUT/report.html from the files in OUT", commands.make_report, OUT)
+
+    text = "what is done, left and spent; checks every adapter and every line of the journal"
+    argument = add("status OUT", text, commands.show_status, OUT)
+    argument("--full", action="store_true", help="read every file again, also those unchanged since the last time")
+
+    text = "run a shipped recipe (demo, benchmarks, studies), print one that is a configuration, or list all"
+    argument = add("recipe [NAME]", text, recipe)
+    argument("name", nargs="?", metavar="NAME", help="such as gpu_check or demo/data; NAME --help says more")
+    argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="for the recipe")
+
+    parser.description = DESCRIPTION.format(commands="\n".join(lines))
     return parser

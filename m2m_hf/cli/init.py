@@ -1,10 +1,12 @@
 """`m2m init`: writes a configuration that runs, from answers or from a configuration of TRL, axolotl or LLaMA-Factory."""
 
+import argparse
 import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,15 @@ import yaml
 
 from m2m_hf.config.checks import BUILDERS, check_name, exists, resolve_existing
 from m2m_hf.config.targets import SCORERS
+from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 
-SCORED = tuple(
-    name for name, kind in SCORERS.items() if kind.metrics
-)  # those that take rows, and a metric of their own
+SCORED = tuple(name for name, kind in SCORERS.items() if kind.metrics)  # those that take rows
 COLUMNS = {
     "sequence_classification": "text and label",
     "image_classification": "image and label",
     None: "prompt and completion, or messages",
 }
-Ask = Callable[[str, str], str]  # (question, default answer) -> answer
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
 DATA_KEYS = ("path", "name", "data_dir", "data_files", "split", "revision")
 SAME = {
@@ -48,6 +48,7 @@ TRL_LOST = {
     "output_dir", "eval_strategy", "eval_steps", "test_split_size", "streaming", "push_to_hub", "hub_model_id", "env",
     "dataset_train_split", "dataset_test_split",
 }  # fmt: skip
+AXOLOTL_REPLACED = {"base_model", "datasets", "adapter"}
 FACTORY_REPLACED = {
     "model_name_or_path", "dataset", "dataset_dir", "lora_target", "stage", "do_train", "finetuning_type",
 }  # fmt: skip
@@ -57,44 +58,56 @@ Source = dict[str, Any]  # what load_dataset takes
 
 @dataclass
 class Draft:
-    """A configuration in the making.
-
-    Args:
-        model: a Hub id or a local folder.
-        candidates: name -> what load_dataset takes.
-        target: name and what load_dataset takes.
-        scorer: how the target is scored.
-        settings: fields of TRL's configurations.
-        lost: fields of the other trainer's configuration that have no counterpart.
-        task: a classification's task; None for a language model.
-    """
+    """A configuration in the making."""
 
     model: str = ""
     candidates: dict[str, Source] = field(default_factory=dict)
-    target: tuple[str, Source] | None = None
-    scorer: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)
-    task: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of TRL's configurations
+    lost: list[str] = field(default_factory=list)  # fields of the other trainer that have no counterpart
 
 
-def init(draft: Draft, output: Path, ask: Ask | None, origin: Path = Path()) -> None:
-    """Completes a draft and writes it as a configuration.
-
-    Args:
-        ask: asks a question; None where nobody can answer.
-        origin: the folder that paths in the draft are relative to.
-
-    Raises:
-        InputError: the file exists already, or answers are missing.
-    """
+def init(command: argparse.Namespace) -> None:
+    """Asks for what neither the flags nor another trainer's file say, and writes the configuration."""
+    output: Path = command.output
     if output.exists():
         raise InputError(f"--output: {output} exists already; choose another name")
-    name, source = complete(draft, ask, Path.cwd())
-    draft.candidates = {key: relocate(candidate, origin, output.parent) for key, candidate in draft.candidates.items()}
-    draft.target = name, relocate(source, Path.cwd(), output.parent)
+    draft = read_trainer_config(command.origin) if command.origin else Draft()
+    draft.model = command.model or draft.model
+    draft.candidates |= parse_sources(command.data)
+    if not sys.stdin.isatty():
+        given = {"--model": draft.model, "--data": draft.candidates, "--target": command.target}
+        if missing := [flag for flag, value in given.items() if not value]:
+            raise InputError(f"{' and '.join(missing)}: nothing given, and nobody to ask; see m2m init --help")
+    if not draft.model:
+        draft.model = ask("1. Which model? A Hub id or a folder", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    if not draft.candidates:
+        answer = ask("2. Which candidate datasets? Files, folders or Hub ids, separated by commas", "a.jsonl, b.jsonl")
+        draft.candidates = parse_sources(part.strip() for part in answer.split(",") if part.strip())
+    question = "3. Validation rows of the task that you care about? A file or a Hub id"
+    target, rows = parse_source(command.target or ask(question, "validation.jsonl"))
+    guess, task = guess_scorer(rows)
+    scorer = command.scorer or ask(f"4. How is it scored? {', '.join(SCORED)}", guess)
+    if scorer not in SCORED:
+        raise InputError(f"--scorer: expected {', '.join(SCORED)}, got {scorer!r}")
+    for name in (*draft.candidates, target):
+        check_name(name, "candidate or target")
+    origin = command.origin.parent if command.origin else Path.cwd()
+    draft.candidates = {name: relocate(source, origin, output.parent) for name, source in draft.candidates.items()}
+    rows = relocate(rows, Path.cwd(), output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(write_config(draft, *draft.target, output), encoding="utf-8")
+    text = write_config(draft, target, rows, scorer, task if scorer == "classification" else None, output)
+    output.write_text(text, encoding="utf-8")
+    Terminal().say(f"written: {output}; continue with: m2m select --config {output}")
+
+
+def ask(question: str, default: str) -> str:
+    """The answer to a question; the default where nobody can answer."""
+    if not sys.stdin.isatty():
+        return default
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:
+        raise InputError("no answer, so nothing was written") from None
 
 
 def parse_source(text: str) -> tuple[str, Source]:
@@ -108,11 +121,7 @@ def parse_source(text: str) -> tuple[str, Source]:
 
 
 def parse_sources(texts: Iterable[str]) -> dict[str, Source]:
-    """Candidates by name.
-
-    Raises:
-        InputError: two of one name.
-    """
+    """Candidates by name."""
     candidates: dict[str, Source] = {}
     for text in texts:
         name, source = parse_source(text)
@@ -124,43 +133,9 @@ def parse_sources(texts: Iterable[str]) -> dict[str, Source]:
     return candidates
 
 
-def complete(draft: Draft, ask: Ask | None, folder: Path) -> tuple[str, Source]:
-    """Fills in what a draft lacks, and returns its target.
-
-    Raises:
-        InputError: something is missing, and nobody can be asked.
-    """
-    if ask is None:
-        needed = {"--model": draft.model, "--data": draft.candidates, "--target": draft.target}
-        missing = [flag for flag, value in needed.items() if not value]
-        if missing:
-            raise InputError(f"{' and '.join(missing)}: nothing given, and nobody to ask; see m2m init --help")
-        ask = take_default
-    if not draft.model:
-        draft.model = ask("1. Which model? A Hub id or a folder", "HuggingFaceTB/SmolLM2-135M-Instruct")
-    if not draft.candidates:
-        answer = ask("2. Which candidate datasets? Files, folders or Hub ids, separated by commas", "a.jsonl, b.jsonl")
-        draft.candidates = parse_sources(part.strip() for part in answer.split(",") if part.strip())
-    target = draft.target or parse_source(
-        ask("3. Validation rows of the task that you care about? A file or a Hub id", "validation.jsonl")
-    )
-    scorer, task = guess_scorer(target[1], folder)
-    draft.scorer = draft.scorer or ask(f"4. How is it scored? {', '.join(SCORED)}", scorer)
-    if draft.scorer not in SCORED:
-        raise InputError(f"--scorer: expected {', '.join(SCORED)}, got {draft.scorer!r}")
-    draft.task = task if draft.scorer == "classification" else None
-    for name in (*draft.candidates, target[0]):
-        check_name(name, "candidate or target")
-    return target
-
-
-def take_default(question: str, default: str) -> str:
-    return default
-
-
-def guess_scorer(source: Source, folder: Path) -> tuple[str, str | None]:
+def guess_scorer(source: Source) -> tuple[str, str | None]:
     """The scorer that fits local rows, `loss` if unknown; and their task, if it is not a language model's."""
-    columns = read_columns(source, folder)
+    columns = read_columns(source)
     if "choices" in columns:
         return "choice", None
     if "label" not in columns:
@@ -170,9 +145,9 @@ def guess_scorer(source: Source, folder: Path) -> tuple[str, str | None]:
     return "classification", "sequence_classification" if "text" in columns else "image_classification"
 
 
-def read_columns(source: Source, folder: Path) -> set[str]:
+def read_columns(source: Source) -> set[str]:
     """The columns of local data as datasets reads them; none if they cannot be read."""
-    path = folder / str(source.get("data_files") or source["path"])
+    path = Path(source.get("data_files") or source["path"])
     if not exists(path):
         return set()
     try:
@@ -186,9 +161,7 @@ def read_columns(source: Source, folder: Path) -> set[str]:
 
         if (path / "state.json").exists():
             return set(datasets.load_from_disk(str(path)).column_names)
-        place = {"path": source["path"], "data_files": str(path)} if "data_files" in source else {"path": str(path)}
-        rows = datasets.load_dataset(**place, split=source.get("split", "train"), streaming=True)
-        return set(next(iter(rows)))
+        return set(next(iter(datasets.load_dataset(**source, split="train", streaming=True))))
     except Exception:  # datasets may raise anything over a file; the search will name the reason
         return set()
 
@@ -196,46 +169,44 @@ def read_columns(source: Source, folder: Path) -> set[str]:
 def relocate(source: Source, origin: Path, folder: Path) -> Source:
     """`source` with local paths as seen from `folder`; now they are relative to `origin` or the working directory."""
 
-    def moved(path: str) -> str:
-        resolved = resolve_existing(path, origin)
-        if os.path.isabs(path) or not os.path.isabs(resolved):
-            return path
+    def moved(place: Any) -> Any:
+        if isinstance(place, list):
+            return [moved(path) for path in place]
+        resolved = resolve_existing(str(place), origin)
+        if os.path.isabs(str(place)) or not os.path.isabs(resolved):
+            return str(place)
         return os.path.relpath(resolved, folder.absolute())
 
-    places = {key: source[key] for key in ("path", "data_dir", "data_files") if source.get(key)}
-    return source | {
-        key: [moved(str(path)) for path in place] if isinstance(place, list) else moved(str(place))
-        for key, place in places.items()
-    }
+    return source | {key: moved(source[key]) for key in ("path", "data_dir", "data_files") if source.get(key)}
 
 
-def write_config(draft: Draft, target: str, source: Source, output: Path) -> str:
+def write_config(draft: Draft, target: str, rows: Source, scorer: str, task: str | None, output: Path) -> str:
     """The YAML, with comments on what may be changed."""
     settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-4, "num_train_epochs": 1}
-    settings |= ({"lora_target_modules": "all-linear"} if draft.task else {}) | draft.settings
+    settings |= ({"lora_target_modules": "all-linear"} if task else {}) | draft.settings
     if draft.settings.get("max_steps", -1) > 0:
         settings.pop("num_train_epochs")
-    task = f"task: {draft.task}\n" if draft.task else ""
+    task_line = f"task: {task}\n" if task else ""
     candidates = "\n".join(f"  {quoted(name)}: {flow(entry)}" for name, entry in draft.candidates.items())
     lost = f"\n# Not taken over: {', '.join(draft.lost)}\n" if draft.lost else ""
     return f"""\
 # Which of these datasets belong in the mixture? m2m select --config {output}
 model_name_or_path: {json.dumps(draft.model)}
-{task}output_dir: runs/{output.stem}
+{task_line}output_dir: runs/{output.stem}
 
 # The same for every adapter and for the final fine-tune: fields of TRL's SFTConfig and ModelConfig.
 {yaml.safe_dump(settings, sort_keys=False).strip()}
 
-# name: what load_dataset takes. Rows have {COLUMNS[draft.task]}; rename with columns: {{theirs: ours}}.
+# name: what load_dataset takes. Rows have {COLUMNS[task]}; rename with columns: {{theirs: ours}}.
 # Also: max_examples, split, where: {{column: value}}, split_by: column, license, cost, required, excluded.
 candidates:
 {candidates}
 
 targets:
   {quoted(target)}:
-    data: {flow(source)}
+    data: {flow(rows)}
     # test_data: {{...}}       # sealed: scored once, at the end
-    scorer: {draft.scorer}
+    scorer: {scorer}
 
 # strategy: auto           # needed for more than 16 candidates; how to search, see m2m select --help
 # verify_top_k: 3          # really fine-tune the best three before choosing
@@ -253,11 +224,7 @@ def quoted(name: str) -> str:
 
 
 def read_trainer_config(path: Path) -> Draft:
-    """Reads a configuration that was written for TRL, axolotl or LLaMA-Factory.
-
-    Raises:
-        InputError: it is none of them.
-    """
+    """Reads a configuration that was written for TRL, axolotl or LLaMA-Factory."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -277,40 +244,19 @@ def read_trainer_config(path: Path) -> Draft:
 def from_trl(config: Mapping[str, Any]) -> Draft:
     datasets = config.get("datasets") or [{"path": config.get("dataset_name"), "name": config.get("dataset_config")}]
     settings = {key: value for key, value in config.items() if key not in TRL_REPLACED | TRL_LOST}
-    return Draft(
-        model=str(config.get("model_name_or_path") or ""),
-        candidates=read_datasets(datasets),
-        settings=TRL_DEFAULTS | settings,
-        lost=sorted(TRL_LOST & set(config)),
-    )
+    model = str(config.get("model_name_or_path") or "")
+    return Draft(model, read_datasets(datasets), TRL_DEFAULTS | settings, sorted(TRL_LOST & set(config)))
 
 
 def from_axolotl(config: Mapping[str, Any]) -> Draft:
     datasets = config.get("datasets") or []
     candidates = read_datasets(datasets)
     lost = {f"datasets.{key}" for entry in datasets for key in entry if key not in (*DATA_KEYS, "ds_type")}
-    return Draft(
-        model=str(config["base_model"]),
-        candidates=candidates,
-        settings=translate(config, AXOLOTL),
-        lost=sorted(lost | set(config) - {*AXOLOTL, "base_model", "datasets", "adapter"}),
-    )
+    lost |= set(config) - {*AXOLOTL, *AXOLOTL_REPLACED}
+    return Draft(str(config["base_model"]), candidates, translate(config, AXOLOTL), sorted(lost))
 
 
 def from_llamafactory(config: Mapping[str, Any], folder: Path) -> Draft:
-    index, info = read_dataset_info(config, folder)
-    names = config.get("dataset") or []
-    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    candidates: dict[str, Source] = {}
-    lost = sorted(set(config) - {*FACTORY, *FACTORY_REPLACED})
-    for name in names:
-        entry = info.get(name)
-        if not isinstance(entry, Mapping):
-            raise InputError(f"dataset: {name!r} is not in {index}; it has {', '.join(info)}")
-        candidates[parse_source(name)[0]] = read_dataset_entry(name, entry, index.parent)
-        columns = entry.get("columns") or {}
-        lost += [f"{name}.columns.{key}" for key in columns if key not in ("prompt", "response", "messages")]
-        lost += [f"{name}.{key}" for key in entry if key in ("folder", "tags", "ranking")]
     settings = FACTORY_DEFAULTS | translate(config, FACTORY)
     settings.setdefault("lora_alpha", 2 * settings["lora_r"])
     modules = config.get("lora_target")
@@ -318,7 +264,19 @@ def from_llamafactory(config: Mapping[str, Any], folder: Path) -> Draft:
         settings["lora_target_modules"] = [module.strip() for module in modules.split(",")]
     elif modules:
         settings["lora_target_modules"] = "all-linear"
-    return Draft(model=str(config["model_name_or_path"]), candidates=candidates, settings=settings, lost=lost)
+    draft = Draft(str(config["model_name_or_path"]), settings=settings)
+    draft.lost = sorted(set(config) - {*FACTORY, *FACTORY_REPLACED})
+    index, info = read_dataset_info(str(config.get("dataset_dir") or "data"), folder)
+    names = config.get("dataset") or []
+    for name in [name.strip() for name in names.split(",")] if isinstance(names, str) else names:
+        entry = info.get(name)
+        if not isinstance(entry, Mapping):
+            raise InputError(f"dataset: {name!r} is not in {index}; it has {', '.join(info)}")
+        draft.candidates[parse_source(name)[0]] = read_dataset_entry(name, entry, index.parent)
+        columns = entry.get("columns") or {}
+        draft.lost += [f"{name}.columns.{key}" for key in columns if key not in ("prompt", "response", "messages")]
+        draft.lost += [f"{name}.{key}" for key in entry if key in ("folder", "tags", "ranking")]
+    return draft
 
 
 def translate(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -336,18 +294,16 @@ def read_datasets(datasets: Any) -> dict[str, Source]:
         if path not in BUILDERS and Path(path).suffix in SUFFIXES:
             source = {"path": entry.get("ds_type") or SUFFIXES[Path(path).suffix], "data_files": path}
         files = source.get("data_files") or path
-        base = parse_source(str(files[0] if isinstance(files, list) else files))[0]
+        base = name = parse_source(str(files[0] if isinstance(files, list) else files))[0]
         number = 2
-        name = base
         while name in candidates:
             name, number = f"{base}_{number}", number + 1
         candidates[name] = source
     return candidates
 
 
-def read_dataset_info(config: Mapping[str, Any], folder: Path) -> tuple[Path, Any]:
+def read_dataset_info(name: str, folder: Path) -> tuple[Path, Any]:
     """LLaMA-Factory's `dataset_info.json`, its path and content; its own examples name it from where it is started."""
-    name = str(config.get("dataset_dir") or "data")
     index = folder / name / "dataset_info.json"
     if not index.exists():
         index = Path(name).absolute() / "dataset_info.json"

@@ -1,5 +1,6 @@
 """Files that ship with the package, by name: accelerate's configurations and the recipes."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from m2m_hf.errors import InputError
 
 FLAGS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")  # accelerate's own
 HIDDEN = ("__pycache__", "support")  # folders without recipes
+RECIPES = (".py", ".sh", ".yaml")
 
 
 def shipped(folder: str) -> Path:
@@ -27,11 +29,7 @@ def names(folder: str, *endings: str) -> dict[str, Path]:
 
 
 def find(folder: str, name: str, *endings: str) -> Path:
-    """The file of this name or path.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The file of this name or path."""
     if (path := Path(name)).suffix and path.exists():
         return path
     known = names(folder, *endings)
@@ -40,25 +38,9 @@ def find(folder: str, name: str, *endings: str) -> Path:
     return known[name.removesuffix(path.suffix)]
 
 
-def split_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(arguments of `m2m`, flags of accelerate by name).
-
-    Raises:
-        InputError: a flag without its value.
-    """
-    ours: list[str] = []
-    theirs: dict[str, str] = {}
-    words = iter(arguments)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag not in {f"--{name}" for name in ("accelerate_config", *FLAGS)}:
-            ours.append(word)
-            continue
-        following = value if equals else next(words, None)
-        if following is None:
-            raise InputError(f"{flag}: expected a value")
-        theirs[flag[2:]] = following
-    return ours, theirs
+class LaunchParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def relaunched(arguments: Sequence[str]) -> list[str]:
@@ -67,19 +49,18 @@ def relaunched(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: of `m2m`, including `--accelerate_config`. Without `--num_processes`, a shipped configuration starts one
             process for each GPU of every machine, or as many as it says.
-
-    Raises:
-        InputError: no such configuration, or a flag without its value.
     """
-    ours, theirs = split_flags(arguments)
-    config = find("accelerate_configs", theirs.pop("accelerate_config"), ".yaml")
-    machines = int(theirs.get("num_machines", "1")) if theirs.get("num_machines", "1").isdigit() else 1
+    parser = LaunchParser(add_help=False, allow_abbrev=False)
+    for name in ("accelerate_config", *FLAGS):
+        parser.add_argument(f"--{name}", type=int if name == "num_machines" else str)
+    given, ours = parser.parse_known_args(list(arguments))
+    config = find("accelerate_configs", given.accelerate_config, ".yaml")
+    machines = given.num_machines or 1
     if config.parent == shipped("accelerate_configs"):  # a user's file is complete by itself
-        if "num_processes" not in theirs and (gpus := gpus_here(config)):
-            theirs["num_processes"] = str(gpus * machines)
+        given.num_processes = given.num_processes or gpus_here(config) * machines
         if machines == 1:
-            theirs.setdefault("main_process_port", "0")  # any free port
-    flags = [word for name, value in theirs.items() for word in (f"--{name}", value)]
+            given.main_process_port = given.main_process_port or "0"  # any free port
+    flags = [word for name in FLAGS if (value := getattr(given, name)) for word in (f"--{name}", str(value))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return [*launcher, *flags, "--module", "m2m_hf.cli.main", *ours]
 
@@ -93,27 +74,19 @@ def gpus_here(config: Path) -> int:
     return torch.cuda.device_count()
 
 
-def run_recipe(name: str | None, arguments: Sequence[str]) -> None:
-    """Runs a recipe that is a script, prints one that is a configuration, or lists all."""
-    if name is None:
-        terminal = Terminal()
-        for line in ("recipes; m2m recipe NAME runs a script, and prints a configuration:", *shown_recipes()):
-            terminal.say(line)
+def recipe(command: argparse.Namespace) -> None:
+    """Runs a recipe that is a script, prints one that is a configuration, or lists all with their first lines."""
+    if command.name is None:
+        Terminal().say("recipes; m2m recipe NAME runs a script, and prints a configuration:")
+        for name, path in names("recipes", *RECIPES).items():
+            first = next(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
+            Terminal().say(f"  {name:24} {first.strip(chr(34)).lstrip('# ')}")
         return
-    path = find("recipes", name, ".py", ".sh", ".yaml")
+    path = find("recipes", command.name, *RECIPES)
     if path.suffix == ".py":
-        replace_process([sys.executable, str(path), *arguments])
+        replace_process([sys.executable, str(path), *command.arguments, *command.flags])
     # In a checkout its paths start from the folder of recipes; printed, they start from the working directory.
     print(path.read_text(encoding="utf-8").replace("../.demo", ".demo"), end="")
-
-
-def shown_recipes() -> list[str]:
-    """Name and first line of every recipe."""
-    lines = []
-    for name, path in names("recipes", ".py", ".sh", ".yaml").items():
-        first = next(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
-        lines.append(f"  {name:24} {first.strip(chr(34)).lstrip('# ')}")
-    return lines
 
 
 def replace_process(command: Sequence[str]) -> NoReturn:

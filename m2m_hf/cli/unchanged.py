@@ -1,5 +1,6 @@
 """Recognises a finished `m2m select` whose inputs have not changed, without importing any library that is slow to import."""
 
+import argparse
 import glob
 import os
 import platform
@@ -36,10 +37,6 @@ BESIDE_RESULTS = {".lock", ".unchanged.json", DIGESTS, "log.txt", "export", "ten
 Stamps = dict[str, dict[str, list[int]]]
 
 
-class Unwatchable(Exception):  # noqa: N818 - no error: it only means that the run has to be looked at in full
-    """An input that may change without a trace on this disk."""
-
-
 def command_fingerprint(config: Path, flags: Sequence[str]) -> str | None:
     """Fingerprint of a command, its environment and the code that carries it out; None if it cannot be repeated by it."""
     if any(os.environ.get(name, "1") != "1" for name in PROCESSES):
@@ -58,89 +55,71 @@ def command_fingerprint(config: Path, flags: Sequence[str]) -> str | None:
     return fingerprint([text, list(flags), place, environment, libraries, code])
 
 
-def output_folder(config: Path, flags: Sequence[str]) -> Path | None:
-    """The run folder that a command names; None if its YAML cannot be read."""
-    folder: str | None = None
-    words = iter(flags)
-    for word in words:
-        flag, _, value = word.partition("=")
-        if flag == "--output_dir":
-            folder = value or next(words, None)
-    try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        folder = folder or content.get("output_dir") or f"runs/{config.stem}"
-        return Path(folder).absolute()
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        return None
+def output_folder(config: Path, flags: Sequence[str]) -> Path:
+    """The run folder that a command names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--output_dir", "--output-dir")
+    said, _ = parser.parse_known_args(list(flags))
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return Path(said.output_dir or content.get("output_dir") or f"runs/{config.stem}").absolute()
 
 
 def watch(config: MergeToMixConfig, settings: Mapping[str, Any], run: Path) -> Stamps | None:
-    """Stamps of all local inputs; take them before the inputs are read. None if an input cannot be watched.
+    """Stamps of all local inputs but the run folder `run`; take them before the inputs are read.
 
-    Args:
-        config: as it was given, before Hub ids are resolved.
-        settings: TRL's fields.
-        run: the run folder, which is no input.
+    None if an input may change without a trace on this disk, or there are too many files. `config` and TRL's `settings` are as
+    they were given, before Hub ids are resolved.
     """
+    candidates, targets = config.parsed_candidates.values(), config.parsed_targets.values()
+    data = [one.data for one in candidates] + [
+        one for target in targets for one in (target.data, target.test_data) if one
+    ]
+    if any(data_may_change(one, config.task) for one in data) or any(map(target_may_change, targets)):
+        return None
+    if model_may_change(settings):
+        return None
     try:
-        for data in data_of(config):
-            check_data(data, config.task)
-        for target in config.parsed_targets.values():
-            check_target(target)
-        check_model(settings)
         places = {text for text in texts([config.to_yaml(), dict(settings)]) if is_place(text, run)}
         return {place: stamps_of(place, run) for place in sorted(places)}
-    except (Unwatchable, OSError, ValueError):
+    except (OSError, ValueError):
         return None
-
-
-def data_of(config: MergeToMixConfig) -> Iterator[DataConfig]:
-    for candidate in config.parsed_candidates.values():
-        yield candidate.data
-    for target in config.parsed_targets.values():
-        yield from (data for data in (target.data, target.test_data) if data is not None)
 
 
 def is_commit(revision: Any) -> bool:
     return isinstance(revision, str) and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
-def check_data(data: DataConfig, task: str) -> None:
-    """Refuses rows in memory, at addresses, from an unpinned dataset, or that name image files."""
+def data_may_change(data: DataConfig, task: str) -> bool:
+    """True for rows in memory, at addresses, from a dataset without a commit, or that name image files."""
     path, files = data.path, data.data_files or ()
     if not path:
-        raise Unwatchable("rows in memory")
-    local = path in BUILDERS or exists(Path(path))
+        return True
+    if path not in BUILDERS and not exists(Path(path)):
+        return not is_commit(data.revision)
     names_files = task == "image_classification" and path not in ("imagefolder", "parquet")
-    elsewhere = any("://" in file or ".." in Path(file).parts for file in files)
-    if (local and (names_files or elsewhere)) or not (local or is_commit(data.revision)):
-        raise Unwatchable(path)
+    return names_files or any("://" in file or ".." in Path(file).parts for file in files)
 
 
-def check_target(target: TargetConfig) -> None:
-    """Refuses the harness's tasks and metrics of the Hub, which may change there."""
+def target_may_change(target: TargetConfig) -> bool:
+    """True for functions, the harness's tasks and metrics of the Hub."""
     kind = SCORERS[target.kind]
     metric_of_hub = bool(kind.metrics) and target.metric not in kind.metrics and not exists(Path(target.metric))
-    if metric_of_hub or not kind.watchable:
-        raise Unwatchable(target.kind)
+    return metric_of_hub or not kind.watchable
 
 
-def check_model(settings: Mapping[str, Any]) -> None:
-    """Refuses models of the Hub without a commit, chat templates of the Hub, and pushing."""
-    model, template = Path(str(settings["model_name_or_path"])), settings.get("chat_template_path")
-    unpinned = not exists(model) and not is_commit(settings.get("model_revision"))
-    if unpinned or (template and not exists(Path(template))) or settings.get("push_to_hub"):
-        raise Unwatchable(str(model))
+def model_may_change(settings: Mapping[str, Any]) -> bool:
+    """True for a model of the Hub without a commit and a chat template of the Hub; what is pushed may change there, too."""
+    template = settings.get("chat_template_path")
+    unpinned = not exists(Path(str(settings["model_name_or_path"]))) and not is_commit(settings.get("model_revision"))
+    return bool(unpinned or (template and not exists(Path(template))) or settings.get("push_to_hub"))
 
 
 def texts(value: Any) -> Iterator[str]:
     """All texts in nested mappings and lists."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        yield from texts(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from texts(item)
 
 
@@ -151,17 +130,13 @@ def is_place(text: str, run: Path) -> bool:
 
 
 def stamps_of(place: str, run: Path) -> dict[str, list[int]]:
-    """File -> stamp, of everything that a path or a pattern names.
-
-    Raises:
-        Unwatchable: these are too many files.
-    """
+    """File -> stamp, of everything that a path or a pattern names."""
     path = Path(place)
     found: Iterable[Path] = [path] if exists(path) else map(Path, glob.iglob(str(path), recursive=True))
     files = (file for one in found for file in files_in(one, run))
     stamps = {str(file): stamp(file) for file in islice(files, MAX_FILES + 1)}
     if len(stamps) > MAX_FILES:
-        raise Unwatchable(place)
+        raise ValueError(f"{place} holds too many files")
     return stamps
 
 
@@ -182,10 +157,7 @@ def results(run: Path) -> dict[str, list[int]]:
 
 
 def remember(run: RunFolder, command: str, inputs: Stamps, closing: Sequence[Mapping[str, Any]]) -> None:
-    """Writes down, at the end of a complete `select`, what it was made from and what it printed at its end.
-
-    Where that is not possible nothing is lost: the same command looks at the run in full.
-    """
+    """Writes down what a complete `select` was made from and what it printed at its end; if not possible, nothing is lost."""
     with suppress(OSError, ValueError):
         facts = {"command": command, "inputs": inputs, "results": results(run.root), "closing": list(closing)}
         write_json(run.unchanged, facts)
@@ -193,15 +165,14 @@ def remember(run: RunFolder, command: str, inputs: Stamps, closing: Sequence[Map
 
 def recall(config: Path, flags: Sequence[str]) -> tuple[Path, list[dict[str, Any]]] | None:
     """(run folder, what its last `select` printed at the end) if the same command would find nothing to do."""
-    root = output_folder(config, flags)
-    known = read_json_or_empty(RunFolder(root).unchanged) if root else {}
     try:
-        if not root or not known or known["command"] != command_fingerprint(config, flags):
-            return None
-        if known["results"] != results(root):
-            return None
-        if any(stamps_of(place, root) != stamps for place, stamps in known["inputs"].items()):
-            return None
-        return root, list(known["closing"])
-    except (Unwatchable, OSError, ValueError, LookupError, TypeError, AttributeError):
+        root = output_folder(config, flags)
+        known = read_json_or_empty(RunFolder(root).unchanged)
+        same = (
+            known["command"] == command_fingerprint(config, flags)
+            and known["results"] == results(root)
+            and all(stamps_of(place, root) == stamps for place, stamps in known["inputs"].items())
+        )
+        return (root, list(known["closing"])) if same else None
+    except Exception:  # it cannot be told, for whatever reason, so the run is looked at in full
         return None

@@ -45,15 +45,12 @@ def test_two_machines_give_the_result_of_one(project, tmp_path, forks):
     assert done.stdout.count("scored 8 mixtures") == 1  # one process of one machine speaks
     one = forks.run("-c", LAUNCH, *arguments(project, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
+    here, there = project / "out", tmp_path / "one"
     for name in ("adapters/alpha", "adapters/beta", "adapters/gamma", "final"):
-        weights = [
-            (folder / name / "adapter_model.safetensors").read_bytes() for folder in (project / "out", tmp_path / "one")
-        ]
-        assert weights[0] == weights[1], name
-    lines = [trials(folder) for folder in (project / "out", tmp_path / "one")]
-    for line in (*lines[0], *lines[1]):
-        del line["seconds"]
-    assert lines[0] == lines[1]
+        weights = f"{name}/adapter_model.safetensors"
+        assert (here / weights).read_bytes() == (there / weights).read_bytes(), name
+    first, second = ([line | {"seconds": 0} for line in trials(folder)] for folder in (here, there))
+    assert first == second
 
 
 def test_a_machine_with_another_folder_or_other_rows_is_refused(project, monkeypatch):
@@ -80,31 +77,33 @@ def test_a_machine_with_another_folder_or_other_rows_is_refused(project, monkeyp
     check_machines(here.run)
 
 
-def test_the_command_of_accelerate(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("multi_gpu --num_machines 2 --machine_rank=1", "--num_processes 8 --num_machines 2 --machine_rank 1"),
+        ("cpu_2proc", "--main_process_port 0"),
+        ("multi_gpu --num_processes 3", "--num_processes 3 --main_process_port 0"),
+        ("mine.yaml", ""),  # a file of one's own is complete by itself
+    ],
+)
+def test_the_command_of_accelerate(monkeypatch, tmp_path, given, told):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    flags = ["--accelerate_config", "multi_gpu", "--config", "x.yaml", "--machine_rank=1", "--num_machines", "2"]
-    command = relaunched(["select", *flags, "--seed", "1"])
-    config = ROOT / "accelerate_configs/multi_gpu.yaml"
-    assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    assert command[5:] == [
-        "--machine_rank", "1", "--num_machines", "2", "--num_processes", "8",
-        "--module", "m2m_hf.cli.main", "select", "--config", "x.yaml", "--seed", "1",
-    ]  # fmt: skip
-    command = relaunched(["search", "--accelerate_config=cpu_2proc", "--config", "x.yaml"])
-    assert command[5:] == ["--main_process_port", "0", "--module", "m2m_hf.cli.main", "search", "--config", "x.yaml"]
-    own = tmp_path / "mine.yaml"  # complete by itself
-    own.write_text("num_machines: 2\nnum_processes: 16\nmain_process_port: 29500\n")
-    command = relaunched(["search", f"--accelerate_config={own}"])
-    assert command[4:] == [str(own), "--module", "m2m_hf.cli.main", "search"]
-    command = relaunched(["search", "--accelerate_config=multi_gpu", "--num_processes", "3"])
-    assert command[5:9] == ["--num_processes", "3", "--main_process_port", "0"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("num_machines: 2\nnum_processes: 16\nmain_process_port: 29500\n")
+    name, *flags = given.split()
+    command = relaunched(["select", "--accelerate_config", name, "--config", "x.yaml", *flags, "--seed", "1"])
+    config = name if name == "mine.yaml" else str(ROOT / f"accelerate_configs/{name}.yaml")
+    assert command[1:5] == ["-m", "accelerate.commands.launch", "--config_file", config]
+    ours = "--module m2m_hf.cli.main select --config x.yaml --seed 1"
+    assert command[5:] == [*told.split(), *ours.split()]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--accelerate_config", "multi_gpus"], "multi_gpus: expected one of cpu, cpu_2proc, fsdp2, multi_gpu"),
-        (["--accelerate_config", "cpu", "--num_processes"], "--num_processes: expected a value"),
+        (["--accelerate_config", "cpu", "--num_processes"], "--num_processes: expected one argument"),
+        (["--accelerate_config", "cpu", "--num_machines=a"], "--num_machines: invalid int value: 'a'"),
     ],
 )
 def test_an_unknown_configuration_or_a_missing_value_is_refused(project, capsys, flags, words):
@@ -113,7 +112,7 @@ def test_an_unknown_configuration_or_a_missing_value_is_refused(project, capsys,
     assert not (project / "out").exists()
 
 
-def test_recipes_are_listed_and_found_by_name(capsys, tmp_path):
+def test_recipes_are_listed_and_found_by_name(capsys):
     assert main(["recipe"]) == 0
     printed = capsys.readouterr().out
     for name in ("demo", "demo/data", "gpu_check", "slurm"):
@@ -128,9 +127,6 @@ def test_recipes_are_listed_and_found_by_name(capsys, tmp_path):
     assert main(["recipe", "demos"]) == 2
     assert "demos: expected one of ablate_uniformity," in capsys.readouterr().err
     assert set(names("accelerate_configs", ".yaml")) == {*"cpu cpu_2proc fsdp2 multi_gpu single_gpu zero3".split()}
-    own = tmp_path / "mine.yaml"
-    own.write_text("num_processes: 2\n")
-    assert find("accelerate_configs", str(own), ".yaml") == own
     assert find("accelerate_configs", "zero3.yaml", ".yaml").name == "zero3.yaml"
 
 

@@ -16,36 +16,32 @@ from trl import ModelConfig, SFTConfig
 from m2m_hf.config import parsing
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
-from m2m_hf.core.objective import Differentiable, Objective
+from m2m_hf.core.objective import Objective
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.core.trial import Standing
-from m2m_hf.data.mixture_rows import mixture_dataset, write_mixture
+from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
-from m2m_hf.publish.recipe import write_recipe
-from m2m_hf.reporting.conclude import Analysis, analyse, conclude
+from m2m_hf.reporting.conclude import conclude
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.page import write_report
 from m2m_hf.reporting.tables import baselines_table, end_table, remarks, verified_table
-from m2m_hf.run.checks import check_run, check_settings, check_values, claim_folder, remember_targets
-from m2m_hf.run.comparison import Verification, compare_with_baselines, read_study, study_fidelity, verify
+from m2m_hf.run.checks import RememberTargets, check_run, check_settings, check_values, claim_folder
+from m2m_hf.run.comparison import Selection, baseline_scores, read_study, study_fidelity, verify
 from m2m_hf.run.context import RunContext
-from m2m_hf.run.final import FinalModel
-from m2m_hf.run.tasks import Classification
-from m2m_hf.search.callbacks import ProgressCallback, SearchCallback, SearchControl
+from m2m_hf.run.final import make_final, read_final
+from m2m_hf.search.callbacks import ProgressCallback, SearchCallback
 from m2m_hf.search.loop import planned_mixtures, search
 from m2m_hf.search.measure import SearchState
-from m2m_hf.search.model_based import STRATEGIES, SUBSETS, choose_strategy, ensemble_shortcut
+from m2m_hf.search.model_based import STRATEGIES, SUBSETS
 from m2m_hf.search.race import reasons_against_racing
 from m2m_hf.search.result import Budget, SearchResult
 from m2m_hf.search.strategies import Strategy, exhaustive, listed
 from m2m_hf.storage.files import write_json
-from m2m_hf.storage.records import experts_noun
-from m2m_hf.training.imported_experts import check_sources, make_importer
+from m2m_hf.training.imported_experts import make_importer
 from m2m_hf.training.trackers import SearchTracker, Tracker
 
 
@@ -82,11 +78,8 @@ class MergeToMixSearcher:
         check_values(config, args, model_args)
         self.run = RunContext(config, args, model_args, terminal)
         check_settings(self.run)
-        self._final = FinalModel(self.run)
         self._checked = self._worked = False
-        self._searched: SearchResult | None = None
-        self._verification: Verification | None = None
-        self._analysis: tuple[SearchResult, Analysis] | None = None
+        self._selection: Selection | None = None
         self.closing: list[dict[str, Any]] = []  # what `select` printed at its end
 
     @classmethod
@@ -163,18 +156,11 @@ class MergeToMixSearcher:
         Raises:
             InputError: the run folder holds adapters that were trained differently.
         """
-        self.check()
-        run = self.run
-        source = run.config.bank
-        if isinstance(source, Mapping):
-            check_sources(run.bank, source, experts_noun(run.facts))
-        missing = run.bank.check()
-        if missing and source:
-            self.prepare()
+        self.prepare()
+        run, source = self.run, self.run.config.bank
+        if source and (missing := run.bank.check()):
             self._import_experts(source, missing)
-            missing = run.bank.check()
-        if missing:
-            self.prepare()
+        if missing := run.bank.check():
             run.bank.train_missing(
                 run.base.to_train, lambda name: run.training_settings(*run.candidate_settings(name)), run.terminal
             )
@@ -184,8 +170,7 @@ class MergeToMixSearcher:
 
     def _import_experts(self, source: str | Mapping[str, str], missing: Sequence[str]) -> None:
         """Takes missing experts from a published bank, or each from where somebody else has it."""
-        run = self.run
-        key = experts_noun(run.facts)
+        run, key = self.run, self.run.expert().noun()
         if isinstance(source, str):
             with run.state.local_main_process_first():  # one process of every machine fetches
                 bank = fetch_bank(source, key)
@@ -207,23 +192,23 @@ class MergeToMixSearcher:
             callbacks: are told of every scored trial and mixture, and may stop the search. Where the search is done already,
                 they are told of its trials as the journal has them.
         """
-        if self._searched is None or callbacks:
-            self._searched, self._verification = self._search(callbacks), None
-        if not self.run.config.verify_top_k:
-            return self._searched
-        if self._verification is None:
-            self._verification = verify(self.run, self._searched)
-        return self._verification.result
+        return self._select(callbacks).result
+
+    def _select(self, callbacks: Sequence[SearchCallback] = ()) -> Selection:
+        """See `search`."""
+        if self._selection is None or callbacks:
+            self.train_adapters()
+            result = self._search(callbacks)
+            verified = self.run.config.verify_top_k
+            self._selection = verify(self.run, result) if verified else Selection(self.run, result)
+        return self._selection
 
     def _search(self, callbacks: Sequence[SearchCallback]) -> SearchResult:
-        self.train_adapters()
-        self.prepare()
         run, config = self.run, self.run.config
-        if run.is_main and isinstance(run.task, Classification):
-            run.task.save_head()  # before commands score, which classify by it
-        space, objectives = run.space, run.objectives(config.objective)
+        if run.is_main:
+            run.task.save_head()
+        space, objectives, journal = run.space, run.objectives(config.objective), run.journal
         strategy = self._strategy(space, objectives)
-        journal = run.journal
         budget = Budget(
             config.max_trials or math.inf,
             config.max_example_evaluations or math.inf,
@@ -260,19 +245,16 @@ class MergeToMixSearcher:
 
     def _strategy(self, space: SearchSpace, objectives: list[Objective]) -> Strategy:
         """What proposes mixtures; a choice of ours is printed with its reason."""
-        run = self.run
-        chosen = run.config.strategy
-        if isinstance(objectives[0], EnsembleObjective):
-            shortcut = ensemble_shortcut(space, chosen, len(objectives))
-            if shortcut == "weights":
-                run.terminal.say("strategy: the best weights, since those of an ensemble are a convex problem")
-                return listed(objectives[0].ensemble(space.names).best_weights(space))
-            if shortcut == "subsets":
-                run.terminal.say(f"strategy: all subsets, keeping the best {SUBSETS}, since they cost no forward pass")
-                return listed(objectives[0].ensemble(space.names).best_subsets(space))
-        if chosen == "auto":
-            likelihoods = all(isinstance(one, Differentiable) for one in objectives)
-            chosen, why = choose_strategy(space, likelihoods, run.config.max_trials or 0)
+        run, first = self.run, objectives[0]
+        shortcut = run.ensemble_shortcut()
+        if isinstance(first, EnsembleObjective) and shortcut == "weights":
+            run.terminal.say("strategy: the best weights, since those of an ensemble are a convex problem")
+            return listed(first.ensemble(space.names).best_weights(space))
+        if isinstance(first, EnsembleObjective) and shortcut == "subsets":
+            run.terminal.say(f"strategy: all subsets, keeping the best {SUBSETS}, since they cost no forward pass")
+            return listed(first.ensemble(space.names).best_subsets(space))
+        chosen, why = run.choose_strategy()
+        if why:
             run.terminal.say(f"strategy: {chosen}, since {why}")
         return STRATEGIES[chosen]
 
@@ -283,7 +265,7 @@ class MergeToMixSearcher:
             The content of `OUT/fidelity.json`.
         """
         result = self.search()
-        found = study_fidelity(self.run, result, unseal=self._final.read(result.best.mixture) is not None)
+        found = study_fidelity(self.run, result, unseal=read_final(self.run, result.best.mixture) is not None)
         self.write_outcome()
         return found
 
@@ -295,14 +277,14 @@ class MergeToMixSearcher:
         Returns:
             The summary, as in `OUT/summary.json`.
         """
-        mixture = self.search().best.mixture
+        selection = self._select()
         summary = self.write_outcome()
         if summary["final"] is None:
             self._worked = True
-            self._final.train(mixture)
+            make_final(self.run, selection.result.best.mixture)
             summary = self._write_summary()
-        if self._verification is not None:
-            compare_with_baselines(self.run, self._verification)
+        if selection.verified is not None:
+            selection.verified["baselines"] = baseline_scores(self.run, selection.result)
             summary = self._write_summary()
         return summary
 
@@ -315,8 +297,6 @@ class MergeToMixSearcher:
         run = self.run
         if run.args.push_to_hub:
             check_login(run.args.hub_model_id)
-        self.check()
-        self.search()
         summary = self.train_final() if run.config.train_final else self.write_outcome()
         with run.terminal.keep() as self.closing:
             self.show()
@@ -381,15 +361,11 @@ class MergeToMixSearcher:
         return summary
 
     def _finished_run(self) -> FinishedRun:
-        run, result, verification = self.run, self.search(), self._verification
-        standings = verification.standings if verification else []
-        if self._analysis is None or self._analysis[0] is not result:  # takes long with very many trials
-            usable = sorted(set(run.candidates) - set(run.failed), key=list(run.candidates).index)
-            self._analysis = result, analyse(result, run.space, usable, standings)
-        final = self._final.read(result.best.mixture)
+        run, selection = self.run, self._select()
+        final = read_final(run, selection.result.best.mixture)
         return conclude(
-            result,
-            self._analysis[1],
+            selection.result,
+            selection.analysis,
             config=yaml.safe_load(run.config_yaml()),
             targets={name: one.config for name, one in run.targets.items()},
             rows={name: {part: one.examples for part, one in parts.items()} for name, parts in run.scorers.items()},
@@ -399,7 +375,7 @@ class MergeToMixSearcher:
             study=run.study_fingerprint,
             overlap=run.overlap,
             fidelity=read_study(run),
-            verified=verification.summary if verification else None,
+            verified=selection.verified,
             final=final,
             compare_seconds=run.fine_tuned.seconds(without=final),
         )
@@ -407,13 +383,15 @@ class MergeToMixSearcher:
     def show(self) -> None:
         """Prints the end table, what was chosen and why, and what to do next."""
         run, finished = self.run, self._finished_run()
-        run.terminal.table(*end_table(finished))
+        tables = [end_table(finished)]
         if finished.verified:
-            run.terminal.say("")
-            run.terminal.table(*verified_table(finished.verified))
+            tables.append(verified_table(finished.verified))
             if finished.verified.baselines:
+                tables.append(baselines_table(finished.verified.baselines))
+        for number, table in enumerate(tables):
+            if number:
                 run.terminal.say("")
-                run.terminal.table(*baselines_table(finished.verified.baselines))
+            run.terminal.table(*table)
         for line in remarks(finished):
             run.terminal.say(line)
         if run.is_main:
@@ -421,15 +399,3 @@ class MergeToMixSearcher:
         run.terminal.say(f"recipe: {run.task.recipe_runner} --config {os.path.relpath(run.folder.recipe)}")
         if finished.final is None:
             run.terminal.say(f"next: m2m sft {os.path.relpath(run.folder.root)}")
-
-
-class RememberTargets(SearchCallback):
-    """Writes down what the targets are, once a mixture has been scored on them."""
-
-    def __init__(self, run: RunContext) -> None:
-        self._run, self._done = run, False
-
-    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
-        if not self._done:
-            remember_targets(self._run)
-            self._done = True

@@ -6,7 +6,7 @@ python recipes/benchmark.py --config x.yaml --random-adapters 8 --lora_r 16 --lo
 python recipes/benchmark.py --random 1b --random-adapters 8       # nothing is downloaded
 ```
 
-The methods are told in `m2m_hf/benchmark.py`. Fields of the configuration can be given as `--field value`.
+`support/scoring_methods.py` has the methods. Fields of the configuration can be given as `--field value`.
 """
 
 import sys

@@ -11,7 +11,7 @@ trained; every score is a line of the journal, so that the comparison goes on fr
 
 import sys
 
-sys.path.pop(0)  # this folder holds a file that would stand in for the standard library's `select`
+sys.path[0] += "/support"  # not this folder, whose select.py would hide the standard library's
 
 from m2m_hf.console import LibraryLog, Terminal
 
@@ -20,7 +20,9 @@ LOG = LibraryLog()  # libraries have things to say when they are imported
 import argparse
 from pathlib import Path
 
-from m2m_hf.analysis.study_report import compare
+from study_truth import fine_tuned_truth, surrogate_standings
+
+from m2m_hf.analysis.study_statistics import compare
 from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.run_config import MERGE_PARAMETERS, check_merge_parameters
@@ -28,7 +30,6 @@ from m2m_hf.core.jsonable import to_json
 from m2m_hf.errors import InputError
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.reporting.tables import comparison_tables
-from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.files import write_json
 

@@ -12,12 +12,12 @@ from trl import SFTConfig
 
 from m2m_hf import InputError, MergeToMixSearcher
 
-SCRIPT = {"candidates": ("alpha", "beta", "gamma"), "r": 4, "lora_dropout": 0.05, "lora_alpha": 32}
+NAMES = ("alpha", "beta", "gamma")
 
 
 def from_script(project, pico, lora=None, **options):
     """What a script of TRL's has, as a search."""
-    given = {name: {"path": "json", "data_files": str(project / f"{name}.jsonl")} for name in SCRIPT["candidates"]}
+    given = {name: {"path": "json", "data_files": str(project / f"{name}.jsonl")} for name in NAMES}
     data = {"path": "json", "data_files": str(project / "validation.jsonl")}
     args = {
         "output_dir": str(project / "mine"), "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4,
@@ -30,28 +30,21 @@ def from_script(project, pico, lora=None, **options):
 
 def test_a_script_of_trl_becomes_a_search(project, pico, monkeypatch):
     assert m2m("search", "--config", project / "run.yaml") == 0
-    extra = {
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "eval_on_start": True,
-        "load_best_model_at_end": True,
-        "save_steps": 1,
-    }
-    searcher = from_script(project, pico, push_to_hub=True, hub_model_id="org/x", **extra)
+    options = {
+        "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "load_best_model_at_end": True, "save_steps": 1,
+        "push_to_hub": True, "hub_model_id": "org/x",
+    }  # fmt: skip
+    searcher = from_script(project, pico, **options)
     rows = searcher.chosen_rows()
     assert not (project / "mine").exists()  # which a push of the script's would publish
-    for name in SCRIPT["candidates"]:
-        ours, theirs = (
-            (out / "adapters" / name / "adapter_model.safetensors").read_bytes()
-            for out in (project / "out", project / "mine-m2m")
-        )
-        assert ours == theirs, name
+    for name in NAMES:
+        files = [project / out / "adapters" / name / "adapter_model.safetensors" for out in ("out", "mine-m2m")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
     lines = (project / "mine-m2m" / "mixture" / "train.jsonl").read_text().splitlines()
     assert rows.to_list() == [json.loads(line) for line in lines]
     assert searcher.run.base._model is None  # or the script would have it in memory twice
-    again = from_script(project, pico, push_to_hub=True, hub_model_id="org/x", **extra)
     monkeypatch.setattr("m2m_hf.run.base_model.load_base", lambda *_: pytest.fail("a model is loaded for nothing"))
-    assert again.chosen_rows().to_list() == rows.to_list()
+    assert from_script(project, pico, **options).chosen_rows().to_list() == rows.to_list()
 
 
 def test_one_layer_and_the_base_as_the_script_loads_it(project, pico):

@@ -20,8 +20,6 @@ class BaseModel:
     """Loads the base model when it is first needed.
 
     Args:
-        args: the training arguments, which say the device.
-        model_args: which model, in which dtype.
         plan: where a classifier's head comes from; None for a causal LM.
         prepare: completes the model once it is loaded.
         say: prints a line.
@@ -43,7 +41,6 @@ class BaseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the weights."""
         return base_fingerprint(self._model_args)
 
     def _load(self, to_train: bool = False) -> Any:
@@ -73,11 +70,7 @@ class BaseModel:
         return load_base(other, self._args, plan=self.plan)
 
     def stack(self, experts: Callable[[], Mapping[str, Expert]], method: MergeMethod) -> Stack:
-        """The experts on the model, ready to be merged by `method`; an open stack of another kind is closed first.
-
-        Args:
-            experts: reads them; called only when a stack must be opened.
-        """
+        """The experts on the model, ready to be merged by `method`; they are read only when no such stack is open."""
         wanted = AVERAGE if method.gated else method
         if self._stack is None or self._method != wanted:
             self._stack = open_stack(self.plain(), experts(), wanted)
@@ -85,7 +78,6 @@ class BaseModel:
         return self._stack
 
     def close_stack(self) -> None:
-        """Takes the stack off the model."""
         if self._stack is not None:
             self._stack.detach()
             self._stack = None

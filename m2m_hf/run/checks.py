@@ -18,39 +18,23 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.parsing import check_trl, trl_fields
 from m2m_hf.config.run_config import MergeToMixConfig
-from m2m_hf.config.targets import SCORERS
+from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.external import CommandScorer
-from m2m_hf.scoring.scorers import LogprobScorer
-from m2m_hf.search.model_based import choose_strategy
+from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.storage.files import write_atomic, write_json
 from m2m_hf.storage.run_folder import read_config
-from m2m_hf.training.bank import OPERATIONAL, differing
+from m2m_hf.training.bank import differing
 from m2m_hf.training.experts import expert_kind
 from m2m_hf.training.fine_tune import planned_steps
+from m2m_hf.training.imported_experts import check_sources
 from m2m_hf.training.trackers import check_trackers
-
-# What may change between two starts on one run folder: nothing that a finished expert or trial depends on.
-MUTABLE_FIELDS = {
-    "strategy", "objective", "weights", "race", "max_trials", "max_example_evaluations", "max_seconds", "min_datasets",
-    "max_datasets", "max_cost", "licenses", "one_standard_error", "tokens_per_batch", "train_final", "final",
-    "allow_overlap", "allow_metric_code", "candidates", "verify_top_k", "fidelity_mixtures",
-    "merge_method", "merge_parameters", "allow_mixed_training", "adapters", "experts",
-    "output_dir",
-    "model_name_or_path", "model_revision",  # the experts' fingerprints identify the weights themselves
-}  # fmt: skip
-# Of a target: a sealed test may come later, and the others only choose among scores.
-MUTABLE_TARGET_FIELDS = ("test_data", "test_command", "test_task", "weight", "min_delta", "timeout")
 
 
 def check_values(config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig) -> None:
-    """Refuses values that no run can use, before anything is read or fetched.
-
-    Raises:
-        InputError: naming the field.
-    """
+    """Refuses values that no run can use, before anything is read or fetched."""
     check_trl(args, model_args)
     check_trackers(args)
     for name, value in {**trl_fields(args, model_args), **config.to_yaml()}.items():
@@ -61,17 +45,10 @@ def check_values(config: MergeToMixConfig, args: SFTConfig, model_args: ModelCon
 
 
 def check_settings(run: RunContext) -> None:
-    """Refuses settings that this kind of run cannot use, before any data are read.
-
-    Raises:
-        InputError: with the reason.
-    """
-    args, model_args, config = run.args, run.model_args, run.config
-    overrides: dict[str, Mapping[str, Any]] = {"final": config.final}
-    overrides |= {f"candidates.{name}.training": one.training for name, one in config.parsed_candidates.items()}
-    expert_kind(config.expert).check_settings(args, model_args, overrides)
-    if run.task.has_labels and (model_args.load_in_4bit or model_args.load_in_8bit):
-        raise InputError(f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs, and task is {config.task}")
+    """Refuses settings that this kind of run cannot use, before any data are read."""
+    overrides: dict[str, Mapping[str, Any]] = {"final": run.config.final}
+    overrides |= {f"candidates.{name}.training": one.training for name, one in run.config.parsed_candidates.items()}
+    expert_kind(run.config.expert).check_settings(run.args, run.model_args, overrides)
     run.task.check_settings()
     run.expert()  # refuses shapes that cannot be averaged
 
@@ -82,9 +59,8 @@ def check_run(run: RunContext) -> None:
     Raises:
         InputError: anything that would make the run fail or mislead later.
     """
-    config, candidates, targets = run.config, run.candidates, run.targets
-    scorers = run.scorers
-    least = len(candidates) + 2
+    config, scorers = run.config, run.scorers
+    least = len(run.candidates) + 2
     if config.max_trials is not None and config.max_trials < least:
         raise InputError(
             f"max_trials: expected at least {least}, for the base model, every single candidate and all together; "
@@ -100,19 +76,20 @@ def check_run(run: RunContext) -> None:
         for part, scorer in parts.items():
             if scorer.truncated:
                 run.terminal.say(f"{target}, {part}: {scorer.truncated} {run.task.truncation}", "yellow")
-    for name, candidate in candidates.items():
+    for name, candidate in run.candidates.items():
         if candidate.dropped:
             run.terminal.say(f"{name}: left out {candidate.dropped} rows whose prompt alone fills max_length", "yellow")
-    for target in targets:
-        shared = [f"{name} ({run.overlap[name, target]})" for name in candidates if run.overlap[name, target]]
+    for target in run.targets:
+        shared = [f"{name} ({run.overlap[name, target]})" for name in run.candidates if run.overlap[name, target]]
         if shared and not config.allow_overlap:
             raise InputError(
                 f"rows of target {target!r} are also in {', '.join(shared)}: a candidate that contains target questions gets an "
                 "inflated score. Remove those rows, or set allow_overlap: true"
             )
     check_folder(run)
-    check_targets(run)
     run.bank.check()
+    if isinstance(config.bank, Mapping):
+        check_sources(run.bank, config.bank, run.expert().noun())
 
 
 def show_data(run: RunContext) -> None:
@@ -125,7 +102,7 @@ def show_data(run: RunContext) -> None:
         titles = ["", *figures]
         rows.append([name, *(f"{figure:,}" for figure in figures.values())])
     run.terminal.table(f"candidates ({run.task.data.format} format)", titles, rows)
-    if (head := run.task.describe_head()) is not None:
+    if head := run.task.describe_head():
         run.terminal.say(head)
     for name in run.targets:
         run.terminal.say(f"target {name}: {describe_target(run, name)}")
@@ -148,11 +125,9 @@ def describe_target(run: RunContext, name: str) -> str:
 
 
 def check_search(run: RunContext) -> None:
-    """Refuses objectives and strategies that the targets do not allow, before anything is trained."""
-    config, kind, scorers = run.config, expert_kind(run.config.expert), run.validation_scorers
-    space = run.space  # refuses impossible constraints
-    likelihoods = config.objective == "merged" and config.merge_method == "average" and kind.gated
-    likelihoods = likelihoods and all(isinstance(scorer, LogprobScorer) for scorer in scorers.values())
+    """Refuses objectives, merge methods and strategies that the targets do not allow."""
+    config, scorers = run.config, run.validation_scorers
+    _ = run.space  # refuses impossible constraints
     for name in scorers:
         if config.objective == "ensemble" and not run.has_ensemble(name):
             raise InputError(
@@ -164,111 +139,78 @@ def check_search(run: RunContext) -> None:
             raise InputError(
                 f"merge_method: {config.merge_method} writes merged weights into a quantised base; expected average"
             )
-        if not kind.whole_model and any(isinstance(scorer, CommandScorer) for scorer in scorers.values()):
+        if run.expert().gated and any(isinstance(scorer, CommandScorer) for scorer in scorers.values()):
             raise InputError(
                 f"merge_method: {config.merge_method} gives no adapter to hand to a command; expected average"
             )
-    strategy = config.strategy
-    if strategy == "gradient" and not likelihoods:
+    if config.strategy == "gradient" and not run.has_gradients:
         raise InputError(
             "strategy: gradient needs expert: lora, objective: merged, merge_method: average and targets whose scorer is "
             "choice, classification or loss"
         )
-    convex = config.objective == "ensemble" and len(scorers) == 1
-    if strategy == "auto" and config.weights == "continuous" and not convex:
-        strategy = choose_strategy(space, likelihoods)[0]
-    if strategy == "bayes" and find_spec("optuna") is None:
+    replaced = run.ensemble_shortcut() is not None
+    if not replaced and run.choose_strategy()[0] == "bayes" and find_spec("optuna") is None:
         raise InputError("strategy bayes needs Optuna. Type: pip install 'm2m_hf[bayes]'")
 
 
-def comparable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved configuration without what may change between two starts."""
-    kept = {key: value for key, value in config.items() if key not in MUTABLE_FIELDS | OPERATIONAL}
-    kept["targets"] = {
-        name: {key: value for key, value in target.items() if key not in MUTABLE_TARGET_FIELDS}
-        for name, target in config["targets"].items()
-    }
-    for target in kept["targets"].values():
-        if target.get("data"):  # the fingerprints know the rows themselves
-            target["data"] = {key: value for key, value in target["data"].items() if key != "revision"}
-    return kept
-
-
 def check_folder(run: RunContext) -> None:
-    """Refuses a folder whose run was configured otherwise.
+    """Refuses links out of the folder, and scores that were made otherwise than they would be now.
 
-    Raises:
-        InputError: naming every field that differs.
+    Experts say how they were trained (see `Bank.check`), `targets.json` what they were scored on. Only the attention stands in
+    neither.
     """
     run.folder.refuse_links()
-    if not run.folder.config.exists() or len(run.bank.check()) == len(run.candidates):
-        return  # nothing is there yet that another configuration could spoil
-    try:
-        there = comparable_config(read_config(run.folder.config))
-    except InputError:
-        return  # a crash cut it short; it is written again, and every expert says how it was trained
-    now = comparable_config(yaml.safe_load(run.config_yaml()))
-    # Targets may join and leave; the journal keeps what was scored. But a name stands for one thing.
-    common = set(now["targets"]) & set(there["targets"])
-    for config in (now, there):
-        config["targets"] = {name: target for name, target in config["targets"].items() if name in common}
-    if differences := differing(now, there):
-        hint = ", or rename the changed target" if now["targets"] != there["targets"] else ""
-        raise InputError(
-            f"{run.folder.root} holds a run with another configuration: {'; '.join(differences)}. "
-            f"Restore these fields, or choose another --output_dir{hint}"
-        )
-
-
-def check_targets(run: RunContext) -> None:
-    """Refuses a target whose rows have changed since they were scored: old and new scores must not be compared.
-
-    Raises:
-        InputError: naming it.
-    """
     known = run.folder.known_targets()
     for name, parts in run.target_fingerprints().items():
         for part, now in parts.items():
             there = known.get(name, {}).get(part, now)
             if there != now:
                 raise InputError(
-                    f"targets.{name}: its {part} rows, or the code of its metric, have changed since they were scored "
-                    f"({there} there, {now} now). Restore them, or give the target another name"
+                    f"targets.{name}: its {part} rows, or the code of its metric, have changed since they were scored, or how "
+                    f"they are scored has ({there} there, {now} now). Restore it, or give the target another name"
                 )
+    try:
+        attention = read_config(run.folder.config).get("attn_implementation")
+    except InputError:
+        return  # there is none yet, or a crash cut it short; it is written again
+    if attention != run.model_args.attn_implementation and len(run.bank.check()) < len(run.candidates):
+        raise InputError(
+            f"attn_implementation: {run.folder.root} was made with another one ({attention} there, "
+            f"{run.model_args.attn_implementation} now). Restore it, or choose another --output_dir"
+        )
 
 
-def remember_targets(run: RunContext) -> None:
-    """Writes down what the targets are, once something has been scored on them."""
-    path = run.folder.targets
-    known = run.folder.known_targets()
-    if not known and path.exists():
-        run.terminal.say(f"{os.path.relpath(path)} was damaged; rewritten with the current targets", "yellow")
-    if run.is_main:
-        now = run.target_fingerprints()
-        write_json(path, known | {name: known.get(name, {}) | parts for name, parts in now.items()})
+class RememberTargets(SearchCallback):
+    """Writes down what the targets are, once a mixture has been scored on them."""
+
+    def __init__(self, run: RunContext) -> None:
+        self._run, self._done = run, False
+
+    def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
+        run, path = self._run, self._run.folder.targets
+        if self._done:
+            return
+        self._done = True
+        known = run.folder.known_targets()
+        if not known and path.exists():
+            run.terminal.say(f"{os.path.relpath(path)} was damaged; rewritten with the current targets", "yellow")
+        if run.is_main:
+            now = run.target_fingerprints()
+            write_json(path, known | {name: known.get(name, {}) | parts for name, parts in now.items()})
 
 
 def claim_folder(run: RunContext) -> None:
-    """Locks the run folder for this process, checks it once more, and writes the resolved configuration (collective).
-
-    Raises:
-        InputError: another process is at work in it, or another machine sees other files.
-    """
+    """Locks the run folder for this process, checks it once more, and writes the resolved configuration (collective)."""
     if run.is_main:
         run.folder.lock()
         check_folder(run)  # another process may have been at work since the first check
-        check_targets(run)
         write_atomic(run.folder.config, run.config_yaml())
     run.state.wait_for_everyone()
     check_machines(run)
 
 
 def check_machines(run: RunContext) -> None:
-    """Refuses machines that do not see what the first one does (collective).
-
-    Raises:
-        InputError: on the machine where it is so.
-    """
+    """Refuses machines that do not see what the first one does (collective)."""
     ours = {
         "configuration": yaml.safe_load(run.config_yaml()),
         "settings": run.facts,

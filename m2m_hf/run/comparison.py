@@ -2,39 +2,46 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from m2m_hf.analysis import study_report
 from m2m_hf.analysis.fidelity import sample
-from m2m_hf.analysis.similarity import candidate_content, similarity
+from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
-from m2m_hf.core.jsonable import to_json
-from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
-from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.modeling.devices import broadcast
+from m2m_hf.reporting.conclude import Analysis, analyse
 from m2m_hf.run.context import RunContext
 from m2m_hf.search.result import SearchResult, score_of
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 
 
 @dataclass
-class Verification:
-    """What fine-tuning the best mixtures has shown.
+class Selection:
+    """What a run has chosen: by the search alone, or among its best mixtures once they were fine-tuned.
 
     Args:
-        result: the search, with the best of the fine-tuned mixtures as its choice.
-        standings: the fine-tuned mixtures that may be chosen, best first.
-        summary: `verified` of `summary.json`.
+        result: the search, with the chosen mixture as its best.
+        fine_tuned: the fine-tuned mixtures that may be chosen, best first.
+        verified: what fine-tuning them has shown, for `summary.json`.
     """
 
+    run: RunContext
     result: SearchResult
-    standings: list[Standing]
-    summary: dict[str, Any]
+    fine_tuned: Sequence[Standing] = ()
+    verified: dict[str, Any] | None = None
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Shapley values and selection bias, which take long with very many trials."""
+        failed = self.run.failed
+        usable = [name for name in self.run.candidates if name not in failed]
+        return analyse(self.result, self.run.space, usable, self.fine_tuned)
 
 
-def verify(run: RunContext, result: SearchResult) -> Verification:
+def verify(run: RunContext, result: SearchResult) -> Selection:
     """Fine-tunes the `verify_top_k` best mixtures and the baselines, and chooses by what these score.
 
     A mixture that makes a target worse than the base model by more than its `min_delta` cannot be chosen. The stratified
@@ -60,21 +67,22 @@ def verify(run: RunContext, result: SearchResult) -> Verification:
             "fine-tuned, every mixture makes a target worse than the base model by more than its min_delta; raise min_delta or "
             "verify_top_k. What was trained and scored is kept"
         )
-    standings = sorted(allowed, key=lambda one: -score_of(one).value)  # stable: among equals the search's order holds
-    best = standings[0].mixture
+    allowed.sort(key=lambda one: -score_of(one).value)  # stable: among equals the search's order holds
+    best = allowed[0].mixture
     (merged,) = study.standings(run.objectives(run.config.objective), [best], "scoring mixtures")
     result.standings[best] = replace(merged, short=())
-    summary = study_report.Verification(
-        result.best.mixture, found.uniform, found.mixtures, found.failed, found.agreement, found.training_noise, None
-    )
-    return Verification(replace(result, best=result.standings[best]), standings, to_json(summary))
+    verified = {
+        "by_search": result.best.mixture.weights,
+        "uniform": run.describe_steps(),
+        **{key: found[key] for key in ("mixtures", "failed", "agreement", "training_noise")},
+        "baselines": None,
+    }
+    return Selection(run, replace(result, best=result.standings[best]), allowed, verified)
 
 
-def compare_with_baselines(run: RunContext, verification: Verification) -> None:
-    """At the very end of a verified run: every baseline's fine-tuned model on validation and sealed test rows."""
-    result = verification.result
-    choices = baseline_choices(run, result)
-    verification.summary["baselines"] = to_json(run.study.baselines(choices, result.base, run.test_scorers))
+def baseline_scores(run: RunContext, result: SearchResult) -> dict[str, Any]:
+    """Every baseline's fine-tuned model on validation and sealed test rows: once all is chosen and the final model there."""
+    return run.study.baselines(baseline_choices(run, result), result.base, run.test_scorers)
 
 
 def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[str, Any]:
@@ -97,10 +105,9 @@ def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[
     trained = study.trained_standings(mixtures, result.base)
     report = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
     choices = baseline_choices(run, result, random=RANDOM)
-    if report.all_mixtures:
-        allowed = [one for one in trained if one.may_be_chosen and one.mixture in run.space]
-        if allowed:
-            choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
+    allowed = [one for one in trained if one.may_be_chosen and one.mixture in run.space]
+    if found["all_mixtures"] and allowed:
+        choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
     if run.test_scorers and not unseal:
         run.terminal.say("test set not scored: first train the final model (m2m select or m2m sft)", "dim")
     baselines = study.baselines(choices, result.base, run.test_scorers if unseal else {})
@@ -123,39 +130,28 @@ def baseline_choices(run: RunContext, result: SearchResult, random: int = 0) -> 
     return run.study.choices(result, objectives, list(target_similarity(run)), random, run.args.seed)
 
 
-def surrogate_standings(
-    run: RunContext, mixtures: Sequence[Mixture], kind: str = "merged", method: MergeMethod | None = None
-) -> list[Standing]:
-    """How mixtures stand by a surrogate, `merged` (by another merge method if given) or `ensemble`, on all rows."""
-    label = (method or run.merge_method).label if kind == "merged" else kind
-    return run.study.standings(run.objectives(kind, method), mixtures, f"scoring mixtures, {label}")
-
-
 def target_similarity(run: RunContext) -> dict[str, float]:
     """Candidate -> cosine with the targets in the base model's hidden states, most similar first; kept in the run folder."""
-    content = {name: run.task.validation_content(target) for name, target in run.targets.items()}
-    content = {name: rows for name, rows in content.items() if rows}
-    if not content:
+    processing, seed, classifies = run.task.processing, run.args.seed, run.base.plan is not None
+    targets = {name: target_content(one.rows, processing, seed, classifies) for name, one in run.targets.items()}
+    weights = {name: run.targets[name].config.weight for name, rows in targets.items() if rows}
+    if not weights:
         return {}
     names = run.space.names
-    weights = {name: run.targets[name].config.weight for name in content}
     path = run.folder.trained / "similarity.json"
     key = fingerprint([weights, {name: asdict(keys) for name, keys in run.keys.items()}, list(names)])
     known = broadcast(read_json_or_empty(path))
     if known.get("fingerprint") == key:
         return dict(known["cosine"])
-    model, processing = run.base.plain(), run.task.processing
-    candidates = {name: candidate_content(run.candidates[name], processing, run.args.seed) for name in names}
-    limits = run.tokens_per_batch, run.task.similarity_length
-    found = similarity(model, candidates, content, weights, processing, *limits)
+    model, longest = run.base.plain(), min(512, run.task.limit or 512)
+    candidates = {name: candidate_content(run.candidates[name], processing, seed) for name in names}
+    total = dict.fromkeys(names, 0.0)
+    for target, weight in weights.items():
+        cosines = similarity(model, candidates, targets[target], run.tokens_per_batch, longest, processing)
+        for name, cosine in cosines.items():
+            total[name] += weight / sum(weights.values()) * cosine
+    found = dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
     if run.is_main:
         write_json(path, {"fingerprint": key, "cosine": found})
     run.state.wait_for_everyone()
     return found
-
-
-def fine_tuned_truth(run: RunContext, result: SearchResult) -> tuple[list[Mixture], list[Standing], bool]:
-    """(mixtures, how they stand fine-tuned, whether these are all) of the correlation study, made where it is missing."""
-    found = read_study(run) or study_fidelity(run, result, unseal=False)
-    mixtures = [Mixture.of(one["mixture"]) for one in found["mixtures"]]
-    return mixtures, run.study.trained_standings(mixtures, result.base), found["all_mixtures"]

@@ -25,9 +25,10 @@ from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.objectives.merged import GatedObjective, MergedObjective
 from m2m_hf.objectives.trained import FineTunedModels, TrainedObjective
 from m2m_hf.run.base_model import BaseModel
-from m2m_hf.run.tasks import CausalLM, Classification, Task
-from m2m_hf.scoring.make import make_scorers
+from m2m_hf.run.tasks import Classification, Task
+from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
+from m2m_hf.search.model_based import choose_strategy, ensemble_shortcut
 from m2m_hf.storage.files import fingerprint, read_json_or_empty
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
@@ -38,16 +39,9 @@ from m2m_hf.training.trainers import Settings
 
 
 class RunContext:
-    """What the steps of a run share: data, base model, scorers, objectives. Nothing is loaded before it is used.
+    """What the steps of a run share: data, base model, experts, scorers, objectives. Nothing is loaded before it is used.
 
-    Args:
-        config: candidates, targets and how to search.
-        args: TRL's training arguments, the same for every expert and for the final fine-tune.
-        model_args: base model and LoRA shape.
-        terminal: where to print; by default standard output, and nothing on processes other than the main one.
-
-    Raises:
-        InputError: from any property, for whatever is wrong with what was given.
+    Any property raises an InputError for whatever is wrong with what was given.
     """
 
     def __init__(
@@ -68,18 +62,16 @@ class RunContext:
             args, self.model_args, plan, lambda model: self.task.prepare(model), partial(self.terminal.say, style="dim")
         )
         parts = config, args, self.model_args, self.folder, self.base
-        self.task: Task = CausalLM(*parts, None) if plan is None else Classification(*parts, plan)
+        self.task = Task(*parts) if plan is None else Classification(*parts, plan)
 
     # Data
 
     @property
     def candidates(self) -> dict[str, Candidate]:
-        """The candidates by name, loaded and checked."""
         return self.task.data.candidates
 
     @property
     def targets(self) -> dict[str, Target]:
-        """The targets by name, loaded and checked."""
         return self.task.data.targets
 
     @cached_property
@@ -95,23 +87,12 @@ class RunContext:
 
     def expert(self, model_args: ModelConfig | None = None) -> ExpertKind:
         """The kind of the experts, with the run's settings or others."""
-        kind, parameters, dtype = (
-            expert_kind(self.config.expert),
-            self.config.trained_parameters,
-            self.config.delta_dtype,
-        )
-        return kind.of(model_args or self.model_args, self.base.plan, parameters, dtype)
+        kind, config = expert_kind(self.config.expert), self.config
+        return kind.of(model_args or self.model_args, self.base.plan, config.trained_parameters, config.delta_dtype)
 
     def training_settings(self, args: SFTConfig | None = None, model_args: ModelConfig | None = None) -> Settings:
         """How a model is fine-tuned, with the run's own arguments or with others."""
-        return Settings(
-            args or self.args,
-            self.task.processing,
-            self.expert(model_args),
-            self.task.head,
-            self.task.limit,
-            self.task.labels_by_source(),
-        )
+        return self.task.settings(args or self.args, self.expert(model_args))
 
     def candidate_settings(self, name: str) -> tuple[SFTConfig, ModelConfig]:
         """What a candidate's expert is trained with: the same for all, unless mixed training is allowed."""
@@ -127,20 +108,18 @@ class RunContext:
 
     def training_facts(self, args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
         """What a model depends on beside its rows: see `uniform_facts`."""
-        more: dict[str, Any] = {}
-        if quantization := quantization_facts(model_args):
-            more["quantization"] = fingerprint(quantization)
+        quantization = quantization_facts(model_args)
+        more = {"quantization": fingerprint(quantization)} if quantization else {}
         base, dtype, data_format = self.base.fingerprint, model_args.dtype, self.task.data.format
         return uniform_facts(args, self.expert(model_args), self.task.facts(), base, dtype, data_format, more)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What all experts have in common: see `uniform_facts`."""
+        """What all experts have in common."""
         return self.training_facts(self.args, self.model_args)
 
     @cached_property
     def bank(self) -> Bank:
-        """The experts of this run."""
         mixed = {
             name: self.training_facts(*self.candidate_settings(name))
             for name, candidate in self.candidates.items()
@@ -155,19 +134,36 @@ class RunContext:
         reasons = {name: read_json_or_empty(path).get("failed") for name, path in paths.items()}
         return {name: str(reason) for name, reason in reasons.items() if reason}
 
-    # Scoring
-
     def open_stack(self, method: MergeMethod) -> Stack:
         """The experts on the base model, ready to be merged by `method`."""
         _ = self.task.head  # may need the plain base model
         return self.base.stack(self.bank.load, method)
 
+    # Scoring
+
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Target -> `validation` and, where there are sealed rows, `test` -> scorer."""
         positions = self.expert().check_model(self.model_args, self.args, self.base.plan)
-        setup = self.task.scoring_setup(positions)
-        return {name: make_scorers(target, setup) for name, target in self.targets.items()}
+        scorers: dict[str, dict[str, Scorer]] = {}
+        for name, target in self.targets.items():
+            parts = {part: self._scorer(target, part == "test", positions) for part in ("validation", "test")}
+            scorers[name] = {part: scorer for part, scorer in parts.items() if scorer is not None}
+        return scorers
+
+    def _scorer(self, target: Target, sealed: bool, positions: int) -> Scorer | None:
+        """What scores the validation rows of a target, or its sealed test rows; None where it has none."""
+        config, where = target.config, f"targets.{target.name}"
+        rows = target.test_rows if sealed else target.rows
+        command = config.test_command if sealed else config.command
+        task = config.test_task if sealed else config.task
+        if command:
+            return CommandScorer(command, config.metric, str(self.model_args.model_name_or_path), config.timeout)
+        if task:
+            return HarnessScorer(config, task, self.task.tokenizer, self.config.allow_metric_code, where)
+        if config.kind == "callable" and (rows or not sealed):  # it may bring its own rows
+            return CallableScorer(config.scorer, rows, self.task.processing)
+        return self.task.scorer(target, rows, positions, where) if rows else None
 
     @property
     def validation_scorers(self) -> dict[str, Scorer]:
@@ -193,36 +189,45 @@ class RunContext:
 
     def has_ensemble(self, target: str) -> bool:
         """Whether the ensemble objective can score a target."""
-        return self.scorers[target]["validation"].has_ensemble
+        scorer, metric = self.validation_scorers[target], self.targets[target].config.metric
+        return isinstance(scorer, LogprobScorer) and metric in ENSEMBLE_METRICS
+
+    def has_gradient(self, target: str, method: MergeMethod) -> bool:
+        """Whether merged scores of a target have a gradient in the mixture's weights."""
+        likelihoods = isinstance(self.validation_scorers[target], LogprobScorer)
+        return likelihoods and method.name == "average" and expert_kind(self.config.expert).gated
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the search's objectives have gradients."""
+        merged = self.config.objective == "merged"
+        return merged and all(self.has_gradient(target, self.merge_method) for target in self.targets)
 
     def objectives(self, kind: str, method: MergeMethod | None = None) -> list[Objective]:
         """What scores mixtures on every target, `merged` (as the run merges, or by another method) or `ensemble`."""
         method = (method or self.merge_method) if kind == "merged" else AVERAGE
         objectives: list[Objective] = []
-        for name, target in self.targets.items():
-            scorer = self.scorers[name]["validation"]
-            gated = self.expert().gated
-            differentiable = gated and method.name == "average" and isinstance(scorer, LogprobScorer)
-            merged = (GatedObjective if differentiable else MergedObjective)(
+        for name, scorer in self.validation_scorers.items():
+            merged = (GatedObjective if self.has_gradient(name, method) else MergedObjective)(
                 partial(self.open_stack, method),
                 scorer,
                 self.keys[name],
-                self.target_info(target),
+                self._target_info(name),
                 tokens_per_batch=self.tokens_per_batch,
                 method=method,
-                gated=gated,
+                gated=self.expert().gated,
             )
             if kind == "merged":
                 objectives.append(merged)
             else:
                 assert isinstance(scorer, LogprobScorer)
-                objectives.append(EnsembleObjective(merged, scorer, self.folder.root / "ensemble"))
+                config = self.targets[name].config
+                objectives.append(EnsembleObjective(merged, scorer, config, self.folder.root / "ensemble"))
         return objectives
 
-    def target_info(self, target: Target) -> TargetInfo:
-        """A target as the search sees it."""
-        examples = self.scorers[target.name]["validation"].examples
-        return TargetInfo(target.name, examples, target.config.weight, target.config.min_delta)
+    def _target_info(self, name: str) -> TargetInfo:
+        config = self.targets[name].config
+        return TargetInfo(name, self.validation_scorers[name].examples, config.weight, config.min_delta)
 
     # Fine-tuned mixtures
 
@@ -230,14 +235,13 @@ class RunContext:
     def fine_tuned(self) -> FineTunedModels:
         """Models fine-tuned on mixtures, to compare with; all experts must be there."""
         model_key = next(iter(self.keys.values())).model
-        settings = partial(self.training_settings, self.args, self.model_args)
         return FineTunedModels(
             self.folder.trained,
             self.candidates,
             model_key,
             self.base.to_train,
             self.args,
-            settings,
+            self.training_settings,
             self.launch_changes(),
         )
 
@@ -253,12 +257,12 @@ class RunContext:
                 models,
                 self.base.plain,
                 partial(self.open_stack, AVERAGE),
-                self.scorers[name]["validation"],
+                scorer,
                 self.keys[name],
-                self.target_info(target),
+                self._target_info(name),
                 tokens_per_batch=self.tokens_per_batch,
             )
-            for name, target in self.targets.items()
+            for name, scorer in self.validation_scorers.items()
         ]
 
     @cached_property
@@ -289,12 +293,20 @@ class RunContext:
 
     @property
     def space(self) -> SearchSpace:
-        """The mixtures that may be proposed, of candidates that have or will have an expert.
-
-        Raises:
-            InputError: there are none.
-        """
+        """The mixtures that may be proposed, of candidates that have or will have an expert; refuses to have none."""
         return search_space(self.config, {name: one.tokens for name, one in self.candidates.items()}, self.failed)
+
+    def choose_strategy(self) -> tuple[str, str | None]:
+        """(name of the strategy, why, where `auto` takes it)."""
+        if self.config.strategy != "auto":
+            return self.config.strategy, None
+        return choose_strategy(self.space, self.has_gradients, self.config.max_trials or 0)
+
+    def ensemble_shortcut(self) -> str | None:
+        """What the ensemble objective works out in place of a strategy."""
+        if self.config.objective != "ensemble":
+            return None
+        return ensemble_shortcut(self.space, self.config.strategy, len(self.targets))
 
     @cached_property
     def journal(self) -> Journal:

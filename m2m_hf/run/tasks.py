@@ -1,15 +1,13 @@
-"""What a model learns and is scored on: `CausalLM` and `Classification` carry all differences between tasks."""
+"""What a model learns and is scored on: `Task`, a causal LM, and `Classification` carry all differences between tasks."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from functools import cached_property
 from typing import Any
 
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.analysis.similarity import target_content
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.yaml_files import plain
 from m2m_hf.data.causal_lm import load_causal_lm_data
@@ -25,23 +23,23 @@ from m2m_hf.scoring.scorers import Setup
 from m2m_hf.storage.files import fingerprint
 from m2m_hf.storage.run_folder import RunFolder
 from m2m_hf.training.bank import tokenizer_facts
+from m2m_hf.training.experts import ExpertKind
+from m2m_hf.training.trainers import Settings
 
 
-class Task(ABC):
-    """What a run's models learn. Its parts are loaded when they are first asked for.
+class Task:
+    """What a run's models learn, with its parts loaded when they are first asked for.
+
+    As it stands, a causal LM: trained by TRL's SFTTrainer on prompts and completions, or conversations.
 
     Args:
-        config, args, model_args: of the run.
         folder: the run folder, which may hold a head.
-        base: the base model.
         plan: where a classifier's head comes from.
     """
 
-    recipe_runner: str
-    truncation: str  # what happens to rows that are too long for the model
-    has_labels = False
+    recipe_runner = "trl sft"
+    truncation = "prompts with their answers exceed the model's context; truncated at the start"
     limit = 0  # tokens that a row is cut to; 0 where the Trainer cuts it
-    similarity_length = 512  # tokens of a row that a comparison with the target reads
 
     def __init__(
         self,
@@ -50,7 +48,7 @@ class Task(ABC):
         model_args: ModelConfig,
         folder: RunFolder,
         base: BaseModel,
-        plan: HeadPlan | None,
+        plan: HeadPlan | None = None,
     ) -> None:
         self.config, self.args, self.model_args = config, args, model_args
         self.folder, self.base, self.plan = folder, base, plan
@@ -70,36 +68,48 @@ class Task(ABC):
         """The frozen head of a classifier."""
         return None
 
-    def prepare(self, model: Any) -> None:  # noqa: B027 - nothing to do is a good default
+    def save_head(self) -> None:
+        """Writes a head that is made of names to the run folder, where commands that score find it."""
+
+    def prepare(self, model: Any) -> None:
         """Completes a freshly loaded base model."""
 
-    def check_settings(self) -> None:  # noqa: B027
+    def check_settings(self) -> None:
         """Refuses training arguments that this task has no use for."""
 
-    def check_labels(self) -> None:  # noqa: B027
+    def check_labels(self) -> None:
         """Refuses labels that the model cannot tell apart."""
 
     @cached_property
-    @abstractmethod
     def data(self) -> LoadedData:
         """The candidates and targets, loaded and checked."""
+        return load_causal_lm_data(
+            self.config.parsed_candidates,
+            self.config.parsed_targets,
+            self.tokenizer,
+            seed=self.args.seed,
+            max_length=None if self.args.packing else self.args.max_length,
+            assistant_only_loss=self.args.assistant_only_loss,
+        )
 
-    def scoring_setup(self, positions: int) -> Setup:
-        """What scorers are made of, for a model of so many positions."""
-        base, allowed = str(self.model_args.model_name_or_path), self.config.allow_metric_code
-        return Setup(self.processing, positions, base=base, allow_metric_code=allowed)
+    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
+        """The scorer of some rows of a target, for scorers that score rows by forward passes."""
+        allowed = self.config.allow_metric_code
+        return make_causal_lm_scorer(
+            target.config, rows, self.tokenizer, positions, allow_metric_code=allowed, where=where
+        )
 
-    @abstractmethod
+    def settings(self, args: SFTConfig, expert: ExpertKind) -> Settings:
+        """How a model is fine-tuned."""
+        return Settings(args, self.tokenizer, expert)
+
     def facts(self) -> dict[str, Any]:
         """What an expert depends on because of the task, beside its rows."""
+        return tokenizer_facts(self.tokenizer, self.data.format in ("chat", "messages"))
 
-    def labels_by_source(self) -> dict[str, list[str]]:
-        """Candidate -> the labels that a row of it may have."""
-        return {}
-
-    def describe_head(self) -> str | None:
+    def describe_head(self) -> str:
         """What classifies, as a line for people."""
-        return None
+        return ""
 
     def row_figures(self, candidate: Candidate) -> dict[str, int]:
         """Title -> figure, for the table of candidates."""
@@ -110,30 +120,10 @@ class Task(ABC):
             "truncated": candidate.truncated,
         }
 
-    def validation_content(self, target: Target) -> list[Any]:
-        """Some validation rows as the model reads them, to compare candidates with."""
-        return target_content(target.rows, self.processing, self.args.seed, self.has_labels)
-
-
-class CausalLM(Task):
-    """A language model, trained by TRL's SFTTrainer on prompts and completions, or conversations."""
-
-    recipe_runner = "trl sft"
-    truncation = "prompts with their answers exceed the model's context; truncated at the start"
-
-    @cached_property
-    def data(self) -> LoadedData:
-        return load_causal_lm_data(
-            self.config.parsed_candidates,
-            self.config.parsed_targets,
-            self.tokenizer,
-            seed=self.args.seed,
-            max_length=None if self.args.packing else self.args.max_length,
-            assistant_only_loss=self.args.assistant_only_loss,
-        )
-
-    def facts(self) -> dict[str, Any]:
-        return tokenizer_facts(self.tokenizer, self.data.format in ("chat", "messages"))
+    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
+        """Writes the chosen mixture and the recipe that trains on it, with the settings of the final fine-tune."""
+        data, how = self.data, (self.config.expert, self.config.trained_parameters)
+        write_recipe(self.folder, mixture, data.candidates, data.format, settings.args, model_args, *how)
 
 
 class Classification(Task):
@@ -141,7 +131,6 @@ class Classification(Task):
 
     recipe_runner = "m2m recipe classify"
     truncation = "texts exceed max_length or the model's context; truncated at the end"
-    has_labels = True
     plan: HeadPlan
 
     @property
@@ -175,6 +164,10 @@ class Classification(Task):
         base = [self.base.fingerprint, self.model_args.dtype, tokenizer_facts(self.tokenizer, False)]
         return fingerprint([*base, *parts])
 
+    def save_head(self) -> None:
+        if self.head.vectors is not None:
+            self.head.save(self.folder.head, self.head_fingerprint)
+
     @cached_property
     def length(self) -> Length:
         """Counts the tokens of the model's input."""
@@ -187,10 +180,6 @@ class Classification(Task):
     @property
     def limit(self) -> int:  # type: ignore[override]
         return self.length.limit
-
-    @property
-    def similarity_length(self) -> int:  # type: ignore[override]
-        return 512 if self.images else min(512, self.limit)
 
     @cached_property
     def label_space(self) -> dict[str, str] | None:
@@ -225,28 +214,34 @@ class Classification(Task):
             mode=image_mode(load_config(self.model_args)),
         )
 
-    def scoring_setup(self, positions: int) -> Setup:
-        return replace(super().scoring_setup(positions), head=lambda: self.head, length=self.length)
+    @cached_property
+    def labels(self) -> dict[str, list[str]]:
+        """Candidate -> the labels of its rows."""
+        return {name: sorted(one.rows.unique("label")) for name, one in self.data.candidates.items()}
+
+    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
+        allowed = self.config.allow_metric_code
+        return ClassificationScorer(
+            target.config, rows, self.processing, lambda: self.head, self.length, allow_metric_code=allowed, where=where
+        )
+
+    def settings(self, args: SFTConfig, expert: ExpertKind) -> Settings:
+        return Settings(args, self.processing, expert, self.head, self.limit, self.labels)
 
     def facts(self) -> dict[str, Any]:
-        if self.images:
-            facts: dict[str, Any] = {"image_processor": fingerprint(plain(self.processing.to_dict()))}
-        else:
-            facts = tokenizer_facts(self.tokenizer, False)
-        facts |= {
+        facts: dict[str, Any] = {
             "head": fingerprint(asdict(self.plan)),
             "labels": None if self.label_space is None else fingerprint(self.label_space),
             "label_template": self.config.label_template,
         }
-        if self.plan.two_towers:
-            facts |= tokenizer_facts(self.tokenizer, False)
-        if not self.images:
+        if self.images:
+            facts["image_processor"] = fingerprint(plain(self.processing.to_dict()))
+        else:
             facts["limit"] = self.limit
             facts["sides"] = [self.tokenizer.truncation_side, self.tokenizer.padding_side]
+        if not self.images or self.plan.two_towers:
+            facts |= tokenizer_facts(self.tokenizer, False)
         return facts
-
-    def labels_by_source(self) -> dict[str, list[str]]:
-        return {name: sorted(one.rows.unique("label")) for name, one in self.data.candidates.items()}
 
     def describe_head(self) -> str:
         if self.plan.own is not None:
@@ -256,27 +251,19 @@ class Classification(Task):
         return f"head: {tower}'s embedding of {len(self.words)} label names, frozen; a row is a choice among {choice}"
 
     def row_figures(self, candidate: Candidate) -> dict[str, int]:
-        labels = {"labels": len(candidate.rows.unique("label"))}
-        return {"rows": len(candidate.rows)} | labels if self.images else super().row_figures(candidate) | labels
+        figures = {"rows": len(candidate.rows)} if self.images else super().row_figures(candidate)
+        return figures | {"labels": len(self.labels[candidate.name])}
 
-    def save_head(self) -> None:
-        """Writes a head that is made of names to the run folder, where commands that score find it."""
-        if self.head.vectors is not None:
-            self.head.save(self.folder.head, self.head_fingerprint)
+    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
+        write_label_recipe(self.folder, mixture, self.data.candidates, settings, model_args)
 
     def check_labels(self) -> None:
-        """Refuses labels among which a row is a choice and that are the same words to the model.
-
-        Raises:
-            InputError: naming two of them.
-        """
         if self.plan.own is not None:
             return
-        candidates, targets = self.data.candidates, self.data.targets
-        sets: dict[str, Sequence[Any]] = {
-            f"candidates.{name}": one.rows.unique("label") for name, one in candidates.items()
-        }
-        sets |= {f"targets.{name}": one.questions[0].choices for name, one in targets.items() if one.questions}
+        sets: dict[str, Sequence[str]] = {f"candidates.{name}": labels for name, labels in self.labels.items()}
+        for name, target in self.data.targets.items():
+            if target.questions:
+                sets[f"targets.{name}"] = [str(label) for label in target.questions[0].choices]
         if self.label_space is not None:
             sets = {"labels": tuple(self.label_space)}
         for where, labels in sets.items():
@@ -290,27 +277,33 @@ class Classification(Task):
                     )
 
     def check_settings(self) -> None:
-        own = self.plan.own is not None
+        if self.model_args.load_in_4bit or self.model_args.load_in_8bit:
+            raise InputError(
+                f"load_in_4bit, load_in_8bit: only for LoRA adapters of causal LMs, and task is {self.config.task}"
+            )
+        if self.images and self.args.max_length != SFTConfig.max_length:
+            raise InputError("max_length: without effect, as images are not cut; leave it out")
         words = [label for label, word in (self.config.parsed_labels or {}).items() if label != word]
-        classifier = "the model's own classifier knows its labels by itself"
-        useless: Mapping[str, tuple[bool, str]] = {
-            "label_template": (own and self.config.label_template != "{label}", classifier),
-            f"labels: words for {', '.join(words)}": (own and bool(words), classifier),
-            "pad_token": (own and self.images and self.args.pad_token is not None, classifier),
-            "max_length": (self.images and self.args.max_length != SFTConfig.max_length, "images are not cut"),
+        for_names = {
+            "label_template": self.config.label_template != "{label}",
+            f"labels: words for {', '.join(words)}": bool(words),
+            "pad_token": self.images and self.args.pad_token is not None,
         }
-        for name, (wrong, reason) in useless.items():
-            if wrong:
-                raise InputError(f"{name}: without effect, as {reason}; leave it out")
+        for name, is_given in for_names.items():
+            if is_given and self.plan.own is not None:
+                raise InputError(
+                    f"{name}: without effect, as the model's own classifier knows its labels by itself; leave it out"
+                )
         usable = {item.name for item in fields(TrainingArguments)} | {"max_length", "pad_token"}
         defaults = SFTConfig(output_dir="out", use_cpu=self.args.use_cpu, bf16=False)
         for item in fields(SFTConfig):
             given = getattr(self.args, item.name)
             if item.init and item.name not in usable and given != getattr(defaults, item.name):
                 raise InputError(f"{item.name}: belongs to task: causal_lm, got {given!r}")
-        for name, expected in (("label_smoothing_factor", 0.0), ("use_liger_kernel", False)):
-            if getattr(self.args, name) != expected:
-                raise InputError(f"{name}: not for classification with a frozen head; expected {expected}")
-        sampling = plain(self.args.train_sampling_strategy)
-        if str(sampling) != "random":
-            raise InputError(f"train_sampling_strategy: expected random, got {sampling!r}")
+        needed = {"label_smoothing_factor": 0.0, "use_liger_kernel": False, "train_sampling_strategy": "random"}
+        for name, expected in needed.items():
+            given = plain(getattr(self.args, name))
+            if given != expected:
+                raise InputError(
+                    f"{name}: not for classification with a frozen head; expected {expected}, got {given!r}"
+                )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pico import choice_rows, language_searcher, m2m, project_folder, write_rows
+from study_truth import fine_tuned_truth, surrogate_standings
 
 from m2m_hf import InputError
 from m2m_hf.analysis.study_report import compare
@@ -17,7 +18,6 @@ from m2m_hf.core.mixture import Mixture
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import trained
 from m2m_hf.reporting.finished_run import FinishedRun
-from m2m_hf.run.comparison import fine_tuned_truth, surrogate_standings
 from m2m_hf.scoring.causal_lm import ChoiceScorer
 from m2m_hf.training import bank
 from m2m_hf.training.fine_tune import TrainingFailedError
@@ -131,7 +131,7 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
     """Bit for bit; and the one is not trained again where the other is there."""
     one = language_searcher(project)
     one.search()
-    best = one._searched.best.mixture
+    best = one.search().best.mixture
     counts = one.run.fine_tuned.counts(best)
     folder = one.run.fine_tuned.train(counts)
     other = language_searcher(project, "--output_dir", str(project / "other"))
@@ -190,7 +190,7 @@ def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once
         if self is one.run.scorers["colours"]["test"]:
             parts = stack.adapters.items() if mixtures[0] else ()
             shown = [(name, sum(t.double().abs().sum().item() for t in of.tensors.values())) for name, of in parts]
-            events.append((one._verification is not None, str(shown)))
+            events.append((one._selection is not None, str(shown)))
         return real(self, stack, mixtures, *rest)
 
     monkeypatch.setattr(ChoiceScorer, "score", score)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from pico import build_model, images, searcher
 from safetensors.torch import load_file, save_file
+from study_truth import surrogate_standings
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import DenseStack, open_stack
 from m2m_hf.merging.full_experts import DELTA_FILE, FullExpert, floats, save_delta
 from m2m_hf.merging.methods import AVERAGE, MergeMethod, dare
-from m2m_hf.run.comparison import surrogate_standings
 
 FAMILIES = ("llama", "gemma2", "gpt2")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -4,26 +4,12 @@ import json
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
-from pico import (
-    INTENTS,
-    ROOT,
-    changed,
-    intent_rows,
-    lines,
-    m2m,
-    searcher,
-)
+from pico import INTENTS, ROOT, changed, intent_rows, lines, m2m, searcher, trials
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-)
+from transformers import AutoModel, AutoTokenizer, BertConfig
 
-from m2m_hf import InputError
 from m2m_hf.merging.full_experts import floats
 from m2m_hf.training.trainers import BankProgress
 
@@ -57,29 +43,27 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
     rows = intent_rows(["red", "cold", "hot", "hello_there"], 10, 100)
     labels = sorted({row["label"] for row in rows})
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    base, merged = AutoModel.from_pretrained(encoder).eval(), AutoModel.from_pretrained(encoder).eval()
+
+    def model(adapter=None):
+        base = AutoModel.from_pretrained(encoder)
+        return base.eval() if adapter is None else PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
+
+    base, merged = model(), model()
     state = merged.state_dict()
     for name in ("colours", "noise"):
         folder = out / "adapters" / name
         if kind:
             change = load_file(folder / "delta.safetensors")
         else:
-            tuned = (
-                PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), folder).merge_and_unload().state_dict()
-            )
-            change = {key: value - base.state_dict()[key] for key, value in tuned.items()}
+            change = {key: value - base.state_dict()[key] for key, value in model(folder).state_dict().items()}
         for key, value in change.items():
             state[key] += value / 2
-    found = lines(out)[frozenset({"colours", "noise"})]
-    assert found["logprobs"] == pytest.approx(expected(base, merged, tokenizer, rows, labels), abs=2e-5)
-    base_line = lines(out)[frozenset()]
-    assert base_line["logprobs"] == pytest.approx(expected(base, base, tokenizer, rows, labels), abs=2e-5)
+    for names, scored in (({"colours", "noise"}, merged), (set(), base)):
+        logprobs = lines(out)[frozenset(names)]["logprobs"]
+        assert logprobs == pytest.approx(expected(base, scored, tokenizer, rows, labels), abs=2e-5)
 
     # The final model, as others load it, scores what was said.
-    if kind:
-        final = AutoModel.from_pretrained(out / "final").eval()
-    else:
-        final = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), out / "final").eval()
+    final = AutoModel.from_pretrained(out / "final").eval() if kind else model(out / "final")
     again = expected(base, final, tokenizer, rows, labels)
     assert summary["final"]["validation"] == pytest.approx(sum(again) / len(again), abs=2e-5)
     with safe_open(out / "final" / "head.safetensors", "pt") as head:
@@ -97,26 +81,26 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_gives_the_final_weights_without_this_package(intents, kind, classify):
     assert m2m("select", "--config", intents / "intents.yaml", *kind) == 0
-    out = intents / "out"
-    assert "import m2m_hf" not in (ROOT / "recipes" / "classify.py").read_text()
-    assert "from m2m_hf" not in (ROOT / "recipes" / "classify.py").read_text()
-    classify.main(out / "recipe.yaml")
-    made = out / "trained-by-recipe"
-    file = "model.safetensors" if kind else "adapter_model.safetensors"
-    ours, theirs = load_file(out / "final" / file), load_file(made / file)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        # Full: to what fp32 keeps of a weight and its change together.
-        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-8 if kind else 0), name
+    recipe = (ROOT / "recipes" / "classify.py").read_text()
+    assert "import m2m_hf" not in recipe
+    assert "from m2m_hf" not in recipe
+    compare_with_recipe(intents, classify, "model" if kind else "adapter_model")
 
 
 def test_the_recipe_for_images_gives_the_weights_of_a_full_expert(pictures_of, vit, classify):
     folder = pictures_of(vit, "all-linear")
     assert m2m("select", "--config", folder / "images.yaml", *KINDS[1]) == 0
+    compare_with_recipe(folder, classify, "model")
+
+
+def compare_with_recipe(folder, classify, name: str) -> None:
+    """To the last bit; of whole models to what fp32 keeps of a weight and its change together."""
     classify.main(folder / "out" / "recipe.yaml")
-    ours, theirs = (load_file(folder / "out" / at / "model.safetensors") for at in ("final", "trained-by-recipe"))
+    files = [folder / "out" / place / f"{name}.safetensors" for place in ("final", "trained-by-recipe")]
+    ours, theirs = map(load_file, files)
     assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-8) for name in ours)
+    for key, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[key], rtol=0, atol=1e-8 if name == "model" else 0), key
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,20 +140,16 @@ def test_gradients_that_are_accumulated_are_those_of_a_larger_batch(intents, cop
 
 def test_a_candidate_that_joins_changes_nothing_for_the_others(intents):
     """Labels of their own make a space that needs not know of the others."""
-    path = intents / "intents.yaml"
+    path, out = intents / "intents.yaml", intents / "out"
     whole = path.read_text()
     path.write_text(whole.replace("  noise: {path: json, data_files: noise.jsonl}\n", ""))
     assert m2m("search", "--config", path) == 0
-    before = {
-        one: (intents / "out" / "adapters" / one / "training.json").read_bytes() for one in ("greetings", "colours")
-    }
-    lines = (intents / "out" / "trials.jsonl").read_text().splitlines()
+    records = [out / "adapters" / name / "training.json" for name in ("greetings", "colours")]
+    before, journal = [record.read_bytes() for record in records], trials(out)
     path.write_text(whole)
     assert m2m("search", "--config", path) == 0
-    assert all(
-        (intents / "out" / "adapters" / one / "training.json").read_bytes() == text for one, text in before.items()
-    )
-    assert (intents / "out" / "trials.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert [record.read_bytes() for record in records] == before
+    assert trials(out)[: len(journal)] == journal
 
 
 def test_the_base_is_given_back_whole(intents):
@@ -181,30 +161,18 @@ def test_the_base_is_given_back_whole(intents):
 
 
 def test_only_the_parameters_that_are_named_are_trained(intents):
-    flags = ("--expert", "full", "--trained_parameters", "attention")
-    assert m2m("adapters", "--config", intents / "intents.yaml", *flags) == 0
+    command = ("adapters", "--config", intents / "intents.yaml", "--expert", "full", "--trained_parameters")
+    assert m2m(*command, "nowhere") == 2
+    assert m2m(*command, "attention") == 0
     names = load_file(intents / "out" / "adapters" / "colours" / "delta.safetensors")
     assert names
     assert all("attention" in name for name in names)
-    assert (
-        m2m("adapters", "--config", intents / "intents.yaml", "--expert", "full", "--trained_parameters", "nowhere")
-        == 2
-    )
 
 
 def test_what_a_dtype_cannot_hold_is_no_expert(intents, capsys):
     flags = ("--expert", "full", "--delta_dtype", "float16", "--learning_rate", "1e-9")
     assert m2m("adapters", "--config", intents / "intents.yaml", *flags) == 2
     assert "delta_dtype: float16 keeps nothing of what was learned" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method", ["ties", "dare", "task_arithmetic"])
-def test_every_merge_method_scores_full_experts(intents, method, capsys):
-    one = searcher(intents, "--expert", "full", "--merge_method", method)
-    result = one.search()
-    assert result.best.mixture.names
-    with pytest.raises(InputError, match="factors"):
-        searcher(intents, "--expert", "full", "--merge_method", "linear")
 
 
 def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tmp_path, capsys, monkeypatch):
@@ -215,14 +183,10 @@ def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tm
             for parameter in model.encoder.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter) * parameter.abs().mean())
         model.save_pretrained(tmp_path / "theirs" / name)
-    path = intents / "intents.yaml"
-    given = yaml.safe_load(path.read_text()) | {"expert": "full"}
-    given["experts"] = {name: f"theirs/{name}" for name in INTENTS}
-    path.write_text(yaml.safe_dump(given))
+    changed(intents, expert="full", experts={name: f"theirs/{name}" for name in INTENTS})
     monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an expert was trained"))
-    assert m2m("search", "--config", path) == 0
-    told = capsys.readouterr().out
-    assert "cannot be checked" in told
+    assert m2m("search", "--config", intents / "intents.yaml") == 0
+    assert "cannot be checked" in capsys.readouterr().out
     record = json.loads((intents / "out" / "adapters" / "noise" / "training.json").read_text())
     assert record["source"].endswith("theirs/noise")
     assert "learning_rate" in record["unknown"]
@@ -245,28 +209,28 @@ def test_what_is_no_fine_tune_of_the_base_is_refused(intents, encoder, tmp_path,
             BertConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
         )
     model.save_pretrained(tmp_path / "theirs")
-    path = intents / "intents.yaml"
-    path.write_text(
-        yaml.safe_dump(yaml.safe_load(path.read_text()) | {"expert": "full", "experts": {"noise": "theirs"}})
-    )
-    assert m2m("adapters", "--config", path) == 2
+    changed(intents, expert="full", experts={"noise": "theirs"})
+    assert m2m("adapters", "--config", intents / "intents.yaml") == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_study_of_full_experts(intents):
-    assert m2m("fidelity", "--config", intents / "intents.yaml", "--expert", "full", "--learning_rate", "1e-3") == 0
-    found = json.loads((intents / "out" / "fidelity.json").read_text())
-    assert len(found["mixtures"]) == 7
-    assert all(one["trained"]["score"] is not None for one in found["mixtures"])
-    assert (intents / "out" / "report.html").exists()
+@pytest.fixture
+def studied(request, intents, pictures_of, vit):
+    """A classification run and the flags of its study: full experts of texts, or adapters of images."""
+    if request.param == "images":
+        return pictures_of(vit, "all-linear"), ("images.yaml",)
+    return intents, ("intents.yaml", *KINDS[1])
 
 
-def test_a_study_of_images(pictures_of, vit):
-    folder = pictures_of(vit, "all-linear")
-    assert m2m("fidelity", "--config", folder / "images.yaml") == 0
+@pytest.mark.parametrize("studied", ["images", "full"], indirect=True)
+def test_a_study(studied):
+    folder, (config, *flags) = studied
+    assert m2m("fidelity", "--config", folder / config, *flags) == 0
     found = json.loads((folder / "out" / "fidelity.json").read_text())
     assert len(found["mixtures"]) == 7
+    assert all(one["trained"]["score"] is not None for one in found["mixtures"])
     assert len(found["similarity"]) == 3
+    assert (folder / "out" / "report.html").exists()
 
 
 def test_the_plan_writes_nothing(intents):
@@ -282,12 +246,6 @@ def test_the_plan_writes_nothing(intents):
         ({"task": "image_classification"}, "no classifier"),
         ({"packing": True}, "packing: belongs to task: causal_lm"),
         ({"load_in_4bit": True}, "only for LoRA adapters of causal LMs"),
-        ({"trained_parameters": "x"}, "belongs to expert: full"),
-        ({"experts": "org/x"}, "belongs to expert: full"),
-        ({"expert": "full", "adapters": "org/x"}, "experts:"),
-        ({"expert": "full", "trained_parameters": "("}, "no regular expression"),
-        ({"labels": ["one"]}, "at least two labels"),
-        ({"label_template": "a photo"}, "{label}"),
         ({"expert": "half"}, "one of lora, full"),
         ({"lora_target_modules": "pooler.dense"}, "do not fit this model"),
         ({"label_smoothing_factor": 0.1}, "not for classification"),
@@ -302,11 +260,3 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(intent
     assert m2m("adapters", "--config", intents / "intents.yaml") == 2
     assert words in capsys.readouterr().err
     assert not (intents / "out").exists()
-
-
-def test_help_names_tasks_and_experts(capsys):
-    with pytest.raises(SystemExit):
-        m2m("select", "--help")
-    shown = capsys.readouterr().out
-    for word in ("sequence_classification", "image_classification", "expert", "trained_parameters", "label_template"):
-        assert word in shown

@@ -2,13 +2,9 @@
 
 import re
 
-import pytest
-from pico import m2m
+from pico import language_searcher, m2m
 
-from m2m_hf.config.parsing import parse
-from m2m_hf.console import Terminal
 from m2m_hf.run.estimate import estimate
-from m2m_hf.searcher import MergeToMixSearcher
 
 
 def test_what_a_run_would_do_is_told_and_nothing_written(project, capsys):
@@ -38,10 +34,8 @@ def test_what_is_wrong_is_said_as_by_the_run(project, capsys):
 def test_figures_are_of_what_was_measured(project, monkeypatch):
     monkeypatch.setattr("m2m_hf.run.estimate.Clock.per_step", 2.0)
     monkeypatch.setattr("m2m_hf.run.estimate.scoring_seconds", lambda scorer, run: 3.0)
-    one = MergeToMixSearcher(*parse(project / "run.yaml"), Terminal(quiet=True))
-    one.check()
-    found = estimate(one.run, 8)
-    assert (found.adapters, found.steps, found.final_steps, found.mixtures) == (3, 9, 3, 8)
-    assert found.seconds_per_mixture == pytest.approx(3.0)
-    assert any("about 18 s (2.00 s a step)" in line for line in found.lines())
-    assert any(line.startswith("together about 48 s") for line in found.lines())
+    lines = estimate(language_searcher(project).run)
+    assert lines[0] == "adapters: 3 to train, 9 steps, about 18 s (2.00 s a step)"
+    assert lines[1].startswith("search: up to 8 mixtures, about 24 s (3.00 s each")
+    assert lines[2] == "final fine-tune: up to 3 steps, about 6 s (2.00 s a step)"
+    assert lines[-1] == "together about 48 s"

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import LAUNCH, arguments, m2m, trials
+from pico import LAUNCH, ROOT, arguments, m2m, trials
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-SELECT = ROOT / "recipes" / "select.py"
 # accelerate cuts models into pieces on accelerators only. What it does is the same on the CPU, once it believes to be on one.
 ON_AN_ACCELERATOR = """
 from accelerate import PartialState
@@ -39,16 +37,9 @@ Journal.extend = die
 RUN = "\nimport sys\nfrom m2m_hf.cli.main import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
 
 
-def launch(project: Path, output: Path, *flags: str, **options) -> subprocess.CompletedProcess:
-    """A script under accelerate, in two processes over gloo."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments(project, output, *flags, **options)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 @pytest.fixture
 def launch_forks(forks):
-    """`launch`, but that accelerate and the processes that it starts have everything imported already."""
+    """A script under accelerate, in two processes over gloo, which have everything imported already."""
 
     def launch_forks(project: Path, output: Path, *flags: str, **options) -> subprocess.CompletedProcess:
         return forks.run("-c", LAUNCH, *arguments(project, output, *flags, **options))
@@ -61,7 +52,12 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
     assert m2m("search", "--config", project / "run.yaml") == 0
     (tmp_path / "two").mkdir()
     os.rename(project / "out" / "adapters", tmp_path / "two" / "adapters")
-    done = launch(project, tmp_path / "two", "--train_final", "false")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    command = arguments(project, tmp_path / "two", "--train_final", "false")
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *command],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scored 8 mixtures") == 1  # one process speaks
     one, two = trials(project / "out"), trials(tmp_path / "two")
@@ -71,39 +67,42 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
         assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
 
 
+def same_weights(project: Path, launch_forks, tmp_path: Path, file: str, flags: tuple, options: tuple) -> None:
+    """Trains data-parallel, and with the model cut into pieces (FSDP), and compares the weights in `file`."""
+    done = launch_forks(project, tmp_path / "whole", *flags)
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / "pieces.py"
+    script.write_text(ON_AN_ACCELERATOR + RUN)
+    options = ("--mixed_precision", "no", *options)
+    done = launch_forks(project, tmp_path / "pieces", *flags, script=script, config="fsdp2", options=options)
+    assert done.returncode == 0, done.stderr
+    for name in ("alpha", "gamma"):
+        whole, pieces = (load_file(tmp_path / run / "adapters" / name / file) for run in ("whole", "pieces"))
+        torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
+
+
+def uniform(out: Path) -> dict:
+    return json.loads((out / "adapters" / "alpha" / "training.json").read_text())["uniform"]
+
+
 def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys, launch_forks):
     """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done.
 
     The choice is verified, so that mixtures are fine-tuned and compared by several processes too.
     """
-    done = launch_forks(project, tmp_path / "whole", "--verify_top_k", "2")
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "whole" / "adapters" / "alpha" / "training.json").read_text())
-    assert record["uniform"]["processes"] == 2
-    assert record["steps"] == 3
-    (tmp_path / "pieces.py").write_text(ON_AN_ACCELERATOR + RUN)
-    options = ("--mixed_precision", "no")
-    flags = ("--verify_top_k", "2")
-    done = launch_forks(
-        project, tmp_path / "pieces", *flags, script=tmp_path / "pieces.py", config="fsdp2", options=options
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "pieces" / "adapters" / "alpha" / "training.json").read_text())
-    assert record["uniform"]["sharded"]
-    for name in ("adapters/alpha", "adapters/gamma", "final"):
-        whole, pieces = (load_file(tmp_path / run / name / "adapter_model.safetensors") for run in ("whole", "pieces"))
-        assert whole.keys() == pieces.keys()
-        for key, tensor in whole.items():
-            torch.testing.assert_close(tensor, pieces[key], atol=1e-6, rtol=0)
+    same_weights(project, launch_forks, tmp_path, "adapter_model.safetensors", ("--verify_top_k", "2"), ())
+    assert uniform(tmp_path / "whole")["processes"] == 2
+    assert uniform(tmp_path / "pieces")["sharded"]
+    final = [load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("whole", "pieces")]
+    torch.testing.assert_close(*final, atol=1e-6, rtol=0)
     # What two processes fine-tuned to verify a choice one process finds done; it trains none itself.
     for run in ("whole", "pieces"):
         summary = json.loads((tmp_path / run / "summary.json").read_text())
         assert summary["verified"]["baselines"]["all"]["test"]["score"] is not None
-        flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / run, "--verify_top_k", 2)
-        assert m2m("select", *flags) == 0
+        flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / run, "--verify_top_k")
+        assert m2m("select", *flags, 2) == 0
         assert "nothing to do" in capsys.readouterr().out
         assert json.loads((tmp_path / run / "summary.json").read_text()) == summary
-    flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / "whole", "--verify_top_k")
     assert m2m("select", *flags, 7) == 2
     assert "processes (2 there, 1 now)" in capsys.readouterr().err
 
@@ -126,28 +125,10 @@ def test_classifiers_of_two_processes_are_those_of_one(intents, tmp_path, launch
 
 def test_full_experts_of_models_in_pieces_are_those_of_whole_ones(project, tmp_path, launch_forks):
     flags = ("--expert", "full", "--learning_rate", "1e-3", "--train_final", "false", "--trained_parameters", "layers")
-    done = launch_forks(project, tmp_path / "whole", *flags)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "pieces.py").write_text(ON_AN_ACCELERATOR + RUN)
-    script = tmp_path / "pieces.py"
-    options = (
-        "--mixed_precision",
-        "no",
-        "--fsdp_activation_checkpointing",
-        "true",
-    )  # which renames what is inside of layers
-    done = launch_forks(project, tmp_path / "pieces", *flags, script=script, config="fsdp2", options=options)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "pieces" / "adapters" / "alpha" / "training.json").read_text())
-    assert record["uniform"]["sharded"]
-    assert record["uniform"]["expert"] == "full"
-    for name in ("alpha", "gamma"):
-        whole, pieces = (
-            load_file(tmp_path / run / "adapters" / name / "delta.safetensors") for run in ("whole", "pieces")
-        )
-        assert whole.keys() == pieces.keys()
-        for key, tensor in whole.items():
-            torch.testing.assert_close(tensor, pieces[key], atol=1e-6, rtol=0)
+    options = ("--fsdp_activation_checkpointing", "true")  # which renames what is inside of layers
+    same_weights(project, launch_forks, tmp_path, "delta.safetensors", flags, options)
+    assert uniform(tmp_path / "pieces")["sharded"]
+    assert uniform(tmp_path / "pieces")["expert"] == "full"
 
 
 def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys, launch_forks):

@@ -18,13 +18,14 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.data.mixture_rows import mixture_dataset
+from m2m_hf.data.mixture_rows import mixture_dataset, write_mixture
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
+from m2m_hf.publish.recipe import write_recipe
 from m2m_hf.reporting.conclude import conclude
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.page import write_report

@@ -26,7 +26,7 @@ from typing import Any
 
 from study_truth import fine_tuned_truth, surrogate_standings
 
-from m2m_hf.analysis.study_statistics import compare
+from m2m_hf.analysis.study_report import compare
 from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.yaml_files import read_yaml

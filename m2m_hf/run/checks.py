@@ -18,6 +18,7 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.parsing import check_trl, trl_fields
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.targets import SCORERS
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.modeling.devices import broadcast

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from m2m_hf.analysis import study_report
 from m2m_hf.analysis.fidelity import sample
 from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
+from m2m_hf.analysis.study_report import Verification
+from m2m_hf.core.jsonable import to_json
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast
@@ -71,18 +72,16 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
     best = allowed[0].mixture
     (merged,) = study.standings(run.objectives(run.config.objective), [best], "scoring mixtures")
     result.standings[best] = replace(merged, short=())
-    verified = {
-        "by_search": result.best.mixture.weights,
-        "uniform": run.describe_steps(),
-        **{key: found[key] for key in ("mixtures", "failed", "agreement", "training_noise")},
-        "baselines": None,
-    }
-    return Selection(run, replace(result, best=result.standings[best]), allowed, verified)
+    verified = Verification(
+        result.best.mixture, found.uniform, found.mixtures, found.failed, found.agreement, found.training_noise, None
+    )
+    return Selection(run, replace(result, best=result.standings[best]), allowed, to_json(verified))
 
 
 def baseline_scores(run: RunContext, result: SearchResult) -> dict[str, Any]:
     """Every baseline's fine-tuned model on validation and sealed test rows: once all is chosen and the final model there."""
-    return run.study.baselines(baseline_choices(run, result), result.base, run.test_scorers)
+    found: dict[str, Any] = to_json(run.study.baselines(baseline_choices(run, result), result.base, run.test_scorers))
+    return found
 
 
 def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[
     report = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
     choices = baseline_choices(run, result, random=RANDOM)
     allowed = [one for one in trained if one.may_be_chosen and one.mixture in run.space]
-    if found["all_mixtures"] and allowed:
+    if report.all_mixtures and allowed:
         choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)
     if run.test_scorers and not unseal:
         run.terminal.say("test set not scored: first train the final model (m2m select or m2m sft)", "dim")
@@ -133,9 +132,10 @@ def baseline_choices(run: RunContext, result: SearchResult, random: int = 0) -> 
 def target_similarity(run: RunContext) -> dict[str, float]:
     """Candidate -> cosine with the targets in the base model's hidden states, most similar first; kept in the run folder."""
     processing, seed, classifies = run.task.processing, run.args.seed, run.base.plan is not None
-    targets = {name: target_content(one.rows, processing, seed, classifies) for name, one in run.targets.items()}
-    weights = {name: run.targets[name].config.weight for name, rows in targets.items() if rows}
-    if not weights:
+    content = {name: target_content(one.rows, processing, seed, classifies) for name, one in run.targets.items()}
+    targets = {name: rows for name, rows in content.items() if rows}
+    weights = {name: run.targets[name].config.weight for name in targets}
+    if not targets:
         return {}
     names = run.space.names
     path = run.folder.trained / "similarity.json"
@@ -143,14 +143,9 @@ def target_similarity(run: RunContext) -> dict[str, float]:
     known = broadcast(read_json_or_empty(path))
     if known.get("fingerprint") == key:
         return dict(known["cosine"])
-    model, longest = run.base.plain(), min(512, run.task.limit or 512)
     candidates = {name: candidate_content(run.candidates[name], processing, seed) for name in names}
-    total = dict.fromkeys(names, 0.0)
-    for target, weight in weights.items():
-        cosines = similarity(model, candidates, targets[target], run.tokens_per_batch, longest, processing)
-        for name, cosine in cosines.items():
-            total[name] += weight / sum(weights.values()) * cosine
-    found = dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+    limits = run.tokens_per_batch, min(512, run.task.limit or 512)
+    found = similarity(run.base.plain(), candidates, targets, weights, processing, *limits)
     if run.is_main:
         write_json(path, {"fingerprint": key, "cosine": found})
     run.state.wait_for_everyone()

@@ -26,7 +26,7 @@ from m2m_hf.objectives.merged import GatedObjective, MergedObjective
 from m2m_hf.objectives.trained import FineTunedModels, TrainedObjective
 from m2m_hf.run.base_model import BaseModel
 from m2m_hf.run.tasks import Classification, Task
-from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
+from m2m_hf.scoring.make import make_scorers
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.search.model_based import choose_strategy, ensemble_shortcut
 from m2m_hf.storage.files import fingerprint, read_json_or_empty
@@ -145,25 +145,8 @@ class RunContext:
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Target -> `validation` and, where there are sealed rows, `test` -> scorer."""
         positions = self.expert().check_model(self.model_args, self.args, self.base.plan)
-        scorers: dict[str, dict[str, Scorer]] = {}
-        for name, target in self.targets.items():
-            parts = {part: self._scorer(target, part == "test", positions) for part in ("validation", "test")}
-            scorers[name] = {part: scorer for part, scorer in parts.items() if scorer is not None}
-        return scorers
-
-    def _scorer(self, target: Target, sealed: bool, positions: int) -> Scorer | None:
-        """What scores the validation rows of a target, or its sealed test rows; None where it has none."""
-        config, where = target.config, f"targets.{target.name}"
-        rows = target.test_rows if sealed else target.rows
-        command = config.test_command if sealed else config.command
-        task = config.test_task if sealed else config.task
-        if command:
-            return CommandScorer(command, config.metric, str(self.model_args.model_name_or_path), config.timeout)
-        if task:
-            return HarnessScorer(config, task, self.task.tokenizer, self.config.allow_metric_code, where)
-        if config.kind == "callable" and (rows or not sealed):  # it may bring its own rows
-            return CallableScorer(config.scorer, rows, self.task.processing)
-        return self.task.scorer(target, rows, positions, where) if rows else None
+        setup = self.task.scoring_setup(positions)
+        return {name: make_scorers(target, setup) for name, target in self.targets.items()}
 
     @property
     def validation_scorers(self) -> dict[str, Scorer]:
@@ -189,8 +172,7 @@ class RunContext:
 
     def has_ensemble(self, target: str) -> bool:
         """Whether the ensemble objective can score a target."""
-        scorer, metric = self.validation_scorers[target], self.targets[target].config.metric
-        return isinstance(scorer, LogprobScorer) and metric in ENSEMBLE_METRICS
+        return self.validation_scorers[target].has_ensemble
 
     def has_gradient(self, target: str, method: MergeMethod) -> bool:
         """Whether merged scores of a target have a gradient in the mixture's weights."""
@@ -221,8 +203,7 @@ class RunContext:
                 objectives.append(merged)
             else:
                 assert isinstance(scorer, LogprobScorer)
-                config = self.targets[name].config
-                objectives.append(EnsembleObjective(merged, scorer, config, self.folder.root / "ensemble"))
+                objectives.append(EnsembleObjective(merged, scorer, self.folder.root / "ensemble"))
         return objectives
 
     def _target_info(self, name: str) -> TargetInfo:

@@ -10,8 +10,7 @@ from typing import Any
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score, paired
 from m2m_hf.errors import InputError
-from m2m_hf.objectives.fine_tuned import Counts, FineTunedModels
-from m2m_hf.objectives.trained import TrainedObjective
+from m2m_hf.objectives.trained import Counts, FineTunedModels, TrainedObjective
 from m2m_hf.run.context import RunContext
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, staging_path
 from m2m_hf.storage.records import find_incomplete

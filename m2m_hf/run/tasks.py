@@ -1,7 +1,7 @@
 """What a model learns and is scored on: `Task`, a causal LM, and `Classification` carry all differences between tasks."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.yaml_files import plain
 from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.data.classification import Length, label_words, load_classification_data, words_of
-from m2m_hf.data.rows import Candidate, LoadedData, Target
+from m2m_hf.data.rows import Candidate, LoadedData
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, own_head
 from m2m_hf.modeling.inspection import check_model
@@ -92,12 +92,10 @@ class Task:
             assistant_only_loss=self.args.assistant_only_loss,
         )
 
-    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
-        """The scorer of some rows of a target, for scorers that score rows by forward passes."""
-        allowed = self.config.allow_metric_code
-        return make_causal_lm_scorer(
-            target.config, rows, self.tokenizer, positions, allow_metric_code=allowed, where=where
-        )
+    def scoring_setup(self, positions: int) -> Setup:
+        """What scorers are made of, for a model of so many positions."""
+        base, allowed = str(self.model_args.model_name_or_path), self.config.allow_metric_code
+        return Setup(self.processing, positions, base=base, allow_metric_code=allowed)
 
     def settings(self, args: SFTConfig, expert: ExpertKind) -> Settings:
         """How a model is fine-tuned."""
@@ -119,11 +117,6 @@ class Task:
             "longest": candidate.longest,
             "truncated": candidate.truncated,
         }
-
-    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
-        """Writes the chosen mixture and the recipe that trains on it, with the settings of the final fine-tune."""
-        data, how = self.data, (self.config.expert, self.config.trained_parameters)
-        write_recipe(self.folder, mixture, data.candidates, data.format, settings.args, model_args, *how)
 
 
 class Classification(Task):
@@ -219,11 +212,8 @@ class Classification(Task):
         """Candidate -> the labels of its rows."""
         return {name: sorted(one.rows.unique("label")) for name, one in self.data.candidates.items()}
 
-    def scorer(self, target: Target, rows: Sequence[Any], positions: int, where: str) -> Scorer:
-        allowed = self.config.allow_metric_code
-        return ClassificationScorer(
-            target.config, rows, self.processing, lambda: self.head, self.length, allow_metric_code=allowed, where=where
-        )
+    def scoring_setup(self, positions: int) -> Setup:
+        return replace(super().scoring_setup(positions), head=lambda: self.head, length=self.length)
 
     def settings(self, args: SFTConfig, expert: ExpertKind) -> Settings:
         return Settings(args, self.processing, expert, self.head, self.limit, self.labels)
@@ -253,9 +243,6 @@ class Classification(Task):
     def row_figures(self, candidate: Candidate) -> dict[str, int]:
         figures = {"rows": len(candidate.rows)} if self.images else super().row_figures(candidate)
         return figures | {"labels": len(self.labels[candidate.name])}
-
-    def write_recipe(self, mixture: Mixture, settings: Settings, model_args: ModelConfig) -> None:
-        write_label_recipe(self.folder, mixture, self.data.candidates, settings, model_args)
 
     def check_labels(self) -> None:
         if self.plan.own is not None:

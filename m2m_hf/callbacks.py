@@ -27,12 +27,12 @@ from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.causal_lm import load_causal_lm_data
-from m2m_hf.data.classification import Length, load_classification_data
+from m2m_hf.data.classification import ClassificationReader, Length
 from m2m_hf.data.rows import Target
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter, refuse_unless_averageable
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.modeling.heads import SUFFIX, own_head, plan_own
+from m2m_hf.modeling.heads import SUFFIX, Head, plan_own
 from m2m_hf.modeling.inspection import positions
 from m2m_hf.modeling.processing import image_mode, patches
 from m2m_hf.scoring.make import make_scorers
@@ -107,7 +107,7 @@ class LiveTargets:
         config = self.base.config
         plan = plan_own(config, type(self.base), f"trainer: its model, a {type(self.base).__name__},")
         assert plan.own is not None
-        head = own_head(plan, tuple(plan.own))
+        head = Head(tuple(plan.own), plan)
         processing = copy.deepcopy(self.processing)  # which is the training's own
         if plan.task == "sequence_classification":
             if processing.pad_token is None:
@@ -118,10 +118,8 @@ class LiveTargets:
         longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
         images = plan.task == "image_classification"
         length = Length(patches(config)) if images else Length(longest, processing)
-        loaded = load_classification_data(
-            {}, targets, plan.task, head.labels, length, seed=self.trainer.args.seed, mode=image_mode(config)
-        ).targets
-        return loaded, Setup(processing, head=lambda: head, length=length)
+        reader = ClassificationReader(plan.task, head.labels, length, self.trainer.args.seed, image_mode(config))
+        return reader.load({}, targets).targets, Setup(processing, head=lambda: head, length=length)
 
     @property
     def model(self) -> Any:

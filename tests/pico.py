@@ -35,6 +35,7 @@ from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.scoring.make import make_scorer
 from m2m_hf.scoring.scorers import Scorer, Setup
+from m2m_hf.scoring.packing import Question, Request
 from m2m_hf.searcher import MergeToMixSearcher
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,9 @@ def intent_rows(labels: list[str], count: int, start: int = 0) -> list[dict]:
         {"text": f"{labels[i % len(labels)]} {i} big small", "label": labels[i % len(labels)]}
         for i in range(start, start + count)
     ]
+
+
+QUESTIONS = [Question((Request(tuple((7 * i + j) % 300 for j in range(5 + 3 * i)), start=2 + i),)) for i in range(5)]
 
 
 def write_intents(folder: Path, model: Path) -> Path:

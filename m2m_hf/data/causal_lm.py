@@ -6,23 +6,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from m2m_hf.config.candidates import CandidateConfig
+from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
-from m2m_hf.data.loading import fill, load_rows
-from m2m_hf.data.rows import (
-    FEATURES,
-    Candidate,
-    LoadedData,
-    Prompt,
-    Target,
-    TargetRow,
-    as_turns,
-    check_messages,
-    content_fingerprint,
-)
-from m2m_hf.data.tokens import token_lengths
+from m2m_hf.data.loading import fill, load_rows, parts_of, require_columns
+from m2m_hf.data.rows import FEATURES, Candidate, LoadedData, Prompt, Target, TargetRow
+from m2m_hf.data.tokens import encode, render
 from m2m_hf.errors import InputError
-
 
 def load_causal_lm_data(
     candidates: Mapping[str, CandidateConfig],
@@ -33,35 +22,32 @@ def load_causal_lm_data(
     max_length: int | None,
     assistant_only_loss: bool,
 ) -> LoadedData:
-    """Loads everything that a run reads, and brings it into one format.
+    """Loads everything that a run reads, and brings it into one format: `messages` with TRL's `assistant_only_loss`.
 
-    Args:
-        seed: draws `max_examples`.
-        max_length: tokens after which TRL truncates a training row; None with packing, which truncates none.
-        assistant_only_loss: TRL's setting; selects the `messages` format.
-
-    Raises:
-        InputError: anything wrong with a candidate or a target, with its place.
+    TRL truncates training rows after `max_length` tokens; None with packing, which truncates none. `seed` draws `max_examples`.
     """
-    raw = {name: load_rows(config.data, f"candidates.{name}", seed) for name, config in candidates.items()}
-    conversational = {name: is_conversational(rows, f"candidates.{name}", "completion") for name, rows in raw.items()}
+    conversations: list[str] = []
+
+    def load(data: DataConfig, where: str, column: str | None) -> Dataset:
+        rows = load_rows(data, where, seed)
+        if column is not None and is_conversational(rows, where, column):
+            conversations.append(where)
+        return rows
+
+    raw = {name: load(config.data, f"candidates.{name}", "completion") for name, config in candidates.items()}
     raw_targets: dict[str, dict[str, Dataset]] = {name: {} for name in targets}
     for name, config in targets.items():
-        for part, data in (("data", config.data), ("test_data", config.test_data)):
-            if data is not None:
-                where = f"targets.{name}.{part}"
-                rows = raw_targets[name][part] = load_rows(data, where, seed)
-                if config.kind != "callable":
-                    conversational[where] = is_conversational(rows, where, SCORERS[config.kind].column)
-    data_format = "chat" if any(conversational.values()) else "text"
-    if data_format == "chat" and tokenizer.chat_template is None:
-        first = next(name for name, value in conversational.items() if value)
+        column = None if config.kind == "callable" else SCORERS[config.kind].column
+        for part, data in parts_of(config).items():
+            raw_targets[name][part] = load(data, f"targets.{name}.{part}", column)
+    if conversations and tokenizer.chat_template is None:
         raise InputError(
-            f"{first} holds messages, but the tokenizer of this model has no chat template; choose an instruction-tuned "
-            "model, give chat_template_path, or use prompt/completion strings"
+            f"{conversations[0]} holds messages, but the tokenizer of this model has no chat template; choose an "
+            "instruction-tuned model, give chat_template_path, or use prompt/completion strings"
         )
     if assistant_only_loss and not all("messages" in rows.column_names for rows in raw.values()):
         raise InputError("assistant_only_loss: true trains on conversations; every candidate needs a messages column")
+    data_format = "chat" if conversations else "text"
     train_format = "messages" if assistant_only_loss else data_format
     return LoadedData(
         train_format,
@@ -71,23 +57,14 @@ def load_causal_lm_data(
 
 
 def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
-    """True if rows hold messages rather than strings.
-
-    Raises:
-        InputError: neither `messages` nor `prompt` and the column `completion` names.
-    """
+    """True if rows hold messages rather than texts; refuses rows with neither `messages` nor `prompt` and `completion`."""
     if "messages" in rows.column_names:
         return True
-    missing = [name for name in ("prompt", completion) if name not in rows.column_names]
-    if missing and "label" in rows.column_names and (content := {"text", "image"} & set(rows.column_names)):
-        task = "image_classification" if "image" in content else "sequence_classification"
-        raise InputError(f"{where}: rows of {content.pop()} and label belong to task: {task}")
-    if missing:
-        raise InputError(
-            f"{where}: column{'s' * (len(missing) - 1)} {' and '.join(map(repr, missing))} missing; "
-            f"it has {', '.join(rows.column_names)}. Expected prompt and {completion}, or messages. "
-            f"To rename, add to it, for instance, columns: {{{rows.column_names[0]}: {missing[0]}}}"
-        )
+    content = next((name for name in ("image", "text") if name in rows.column_names), None)
+    if content and "label" in rows.column_names and not {"prompt", completion} <= set(rows.column_names):
+        task = {"image": "image_classification", "text": "sequence_classification"}[content]
+        raise InputError(f"{where}: rows of {content} and label belong to task: {task}")
+    require_columns(rows, ("prompt", completion), where, ", or messages")
     return not isinstance(rows[0]["prompt"], str)
 
 
@@ -99,87 +76,85 @@ def make_candidate(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
 ) -> Candidate:
-    """A candidate with its sizes.
-
-    Raises:
-        InputError: a row that is not valid, or no row that fits into `max_length`.
-    """
-    where = f"candidates.{name}"
-    rows = normalise(rows, data_format, where)
-    lengths = list(token_lengths(rows, tokenizer, where))
-    longest = max(total for _, total in lengths)
-    limit = max_length or longest
-    dropped = sum(start >= limit for start, _ in lengths)
-    if dropped == len(rows):
-        raise InputError(
-            f"{where}: no completion fits into max_length {max_length}; the prompts alone are longer. "
-            f"Its longest row has {longest} tokens: raise max_length"
-        )
-    return Candidate(
-        name=name,
-        config=config,
-        rows=rows,
-        fingerprint=content_fingerprint(rows),
-        tokens=sum(min(total, limit) for start, total in lengths if start < limit),
-        longest=longest,
-        truncated=sum(total > limit for _, total in lengths),
-        dropped=dropped,
-    )
-
-
-def normalise(rows: Dataset, data_format: str, where: str) -> Dataset:
-    """Candidate rows in the run's format, with exactly its columns and types, so that any union is safe."""
+    """A candidate in the run's format, with exactly its columns and types, so that any union is safe."""
     converted: list[dict[str, Any]] = []
+    questions: list[tuple[Prompt, Prompt]] = []
+    lengths: list[tuple[int, int]] = []
     for number, row in enumerate(rows, start=1):
-        prompt, completion = split_row(row, data_format, f"{where}, row {number}")
-        whole = {"messages": [*prompt, *completion]}
-        converted.append(whole if data_format == "messages" else {"prompt": prompt, "completion": completion})
-    return Dataset.from_list(converted, features=FEATURES[data_format])
+        where = f"candidates.{name}, row {number}"
+        prompt, completion = split_row(row, data_format, where)
+        questions.append((prompt, completion))
+        if data_format == "messages":  # trains on all turns of the assistant, from the first on
+            whole = [*prompt, *completion]
+            converted.append({"messages": whole})
+            lengths.append((0, len(render(tokenizer, whole, where))))
+        else:
+            converted.append({"prompt": prompt, "completion": completion})
+            ids, start = encode(tokenizer, prompt, completion, where)
+            lengths.append((start, len(ids) + (data_format == "text")))  # TRL appends an end-of-text token to texts
+    rows = Dataset.from_list(converted, features=FEATURES[data_format])
+    candidate = Candidate.of(name, config, rows, converted, questions, lengths, max_length)
+    if candidate.trained_rows == 0:
+        raise InputError(
+            f"candidates.{name}: no completion fits into max_length {max_length}; the prompts alone are longer. "
+            f"Its longest row has {candidate.longest} tokens: raise max_length"
+        )
+    return candidate
 
 
 def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Prompt, Prompt]:
     """(prompt, completion) of a candidate's or target's row in the run's format."""
     if row.get("messages") is not None:
-        messages = check_messages(row["messages"], f"{where}.messages")
-        if messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}.messages: expected the last turn to be the assistant's, got {messages[-1]!r}")
-        if len(messages) == 1:
-            raise InputError(f"{where}.messages: expected a turn before the assistant's, got {messages!r}")
+        messages = as_turns(row["messages"], "user", f"{where}.messages")
+        if len(messages) == 1 or messages[-1]["role"] != "assistant":
+            raise InputError(
+                f"{where}.messages: expected at least two turns, of which the last is the assistant's, got {messages!r}"
+            )
         return messages[:-1], messages[-1:]
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if data_format == "text":
-        if not isinstance(prompt, str):
-            raise InputError(f"{where}.prompt: expected text, got {prompt!r}")
-        if not isinstance(completion, str) or not completion:
-            raise InputError(f"{where}.completion: expected text, got {completion!r}")
-        return prompt, completion
-    return as_turns(prompt, "user", f"{where}.prompt"), as_turns(completion, "assistant", f"{where}.completion")
+    prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
+    return prompt, in_format(row.get("completion"), "assistant", data_format, f"{where}.completion")
+
+
+def in_format(text: Any, role: str, data_format: str, where: str) -> Prompt:
+    """A prompt or a completion as the run's format has it: a text, or turns."""
+    if data_format != "text":
+        return as_turns(text, role, where)
+    if not isinstance(text, str) or (role == "assistant" and not text):
+        raise InputError(f"{where}: expected text, got {text!r}")
+    return text
+
+
+def as_turns(text: Any, role: str, where: str) -> list[dict[str, str]]:
+    """A text as one turn of `role`; messages with their role and content, and no other fields."""
+    if isinstance(text, str):
+        return [{"role": role, "content": text.strip()}]
+    if not isinstance(text, list) or not text:
+        raise InputError(f"{where}: expected a list of messages, got {text!r}")
+    for message in text:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InputError(f"{where}: expected messages of {{role, content}}, both text, got {message!r}")
+    return [{"role": message["role"], "content": message["content"]} for message in text]
 
 
 def make_target(name: str, config: TargetConfig, parts: Mapping[str, Dataset], data_format: str) -> Target:
     """A target with its rows as its scorer takes them."""
-    rows: dict[str, tuple[Any, ...]] = {"data": (), "test_data": ()}
+    rows: dict[str, tuple[Any, ...]] = {}
     for part, dataset in parts.items():
-        where = f"targets.{name}.{part}"
-        numbered = [(f"{where}, row {number}", row) for number, row in enumerate(dataset, start=1)]
+        numbered = [(f"targets.{name}.{part}, row {number}", row) for number, row in enumerate(dataset, start=1)]
         if config.kind == "callable":
             rows[part] = tuple(dataset)
             continue
         if config.kind == "classification":
             # Without a list of labels they are those of the validation set, also for the test.
-            words = config.labels or {str(label): str(label) for label in sorted(set(map(str, parts["data"]["label"])))}
-            template = getattr(config, part).template.get("completion", "{label}")
+            words = config.labels or {label: label for label in sorted(set(map(str, parts["data"]["label"])))}
+            template = parts_of(config)[part].template.get("completion", "{label}")
             numbered = [(place, label_row(row, words, template, place)) for place, row in numbered]
         rows[part] = tuple(target_row(row, data_format, config.kind, place) for place, row in numbered)
-    return Target(name, config, rows["data"], rows["test_data"])
+    return Target(name, config, rows.get("data", ()), rows.get("test_data", ()))
 
 
 def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, where: str) -> dict[str, Any]:
-    """A row with a label as a row with choices: the words of every label, put into the template of a completion.
-
-    Raises:
-        InputError: an unknown label.
-    """
+    """A row with a label as a row with choices: the words of every label, put into the template of a completion."""
     label = str(row.get("label"))
     if label not in words:
         raise InputError(f"{where}.label: expected one of {', '.join(words)}, got {row.get('label')!r}")
@@ -192,7 +167,7 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     if SCORERS[scorer].column == "completion":
         question, reference = split_row(row, data_format, where)
         return TargetRow(question, (reference,), 0)
-    prompt, choices, answer = row.get("prompt"), row.get("choices"), row.get("answer")
+    choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise InputError(f"{where}.choices: expected at least two texts, none empty, got {choices!r}")
     if isinstance(answer, str) and answer in choices:
@@ -203,9 +178,5 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
         )
     if choices.count(choices[answer]) > 1:
         raise InputError(f"{where}.choices: the right answer occurs twice: {choices!r}")
-    if data_format == "chat":
-        turns = tuple(as_turns(choice, "assistant", where) for choice in choices)
-        return TargetRow(as_turns(prompt, "user", f"{where}.prompt"), turns, answer)
-    if not isinstance(prompt, str):
-        raise InputError(f"{where}.prompt: expected text, got {prompt!r}")
-    return TargetRow(prompt, tuple(choices), answer)
+    prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
+    return TargetRow(prompt, tuple(in_format(choice, "assistant", data_format, where) for choice in choices), answer)

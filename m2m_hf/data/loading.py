@@ -3,8 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from glob import glob
 from itertools import chain, islice
 from pathlib import Path
@@ -20,27 +21,27 @@ from huggingface_hub.errors import RevisionResolutionError
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.checks import BUILDERS, check_name
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.targets import TargetConfig
 from m2m_hf.errors import InputError
 
 MAX_FILES = 10_000  # in a folder that is given as a dataset
 MAX_PARTS = 256  # of one dataset with `split_by`
-CHECKED: set[tuple[str, int, int]] = (
-    set()
-)  # (path, time, size) of valid JSON files: every part of a split dataset asks again
+SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`, in the folder of a dataset or of several splits
+
+
+def parts_of(target: TargetConfig) -> dict[str, DataConfig]:
+    """The `data` and `test_data` of a target, where it has them."""
+    parts = {"data": target.data, "test_data": target.test_data}
+    return {part: data for part, data in parts.items() if data is not None}
 
 
 def pin_data(config: MergeToMixConfig) -> None:
-    """Puts the commit of every Hub dataset into `config`, so that manifest and recipe name what was really read.
-
-    Raises:
-        InputError: no such dataset or revision.
-    """
+    """Puts the commit of every Hub dataset into `config`, so that manifest and recipe name what was really read."""
     for name, candidate in config.parsed_candidates.items():
         config.parsed_candidates[name] = replace(candidate, data=pinned(candidate.data, f"candidates.{name}"))
     for name, target in config.parsed_targets.items():
         parts: dict[str, Any] = {
-            part: data and pinned(data, f"targets.{name}.{part}")
-            for part, data in (("data", target.data), ("test_data", target.test_data))
+            part: pinned(data, f"targets.{name}.{part}") for part, data in parts_of(target).items()
         }
         config.parsed_targets[name] = replace(target, **parts)
 
@@ -63,25 +64,22 @@ def not_found(data: DataConfig, where: str, error: Exception) -> InputError:
 
 
 def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
-    """`config` with every candidate that has `split_by` replaced by one candidate for each value of that column.
-
-    Raises:
-        InputError: no such column, values without names of their own, or new candidates that break another rule.
-    """
-    if all(candidate.split_by is None for candidate in config.parsed_candidates.values()):
+    """`config` with every candidate that has `split_by` replaced by one candidate for each value of that column."""
+    given = config.parsed_candidates
+    if all(candidate.split_by is None for candidate in given.values()):
         return config
     parts: dict[str, CandidateConfig] = {}
-    for name, candidate in config.parsed_candidates.items():
+    for name, candidate in given.items():
         if candidate.split_by is None:
             parts[name] = candidate
             continue
-        where = f"candidates.{name}.split_by"
-        for value, title in column_values(candidate.data, candidate.split_by, where):
+        for value, title in column_values(candidate.data, candidate.split_by, f"candidates.{name}"):
             part = re.sub(r"[^A-Za-z0-9_]+", "_", title).strip("_")
             part = check_name(f"{name}-{part}"[:64].rstrip("_"), "candidate")
-            if part in parts or (part in config.parsed_candidates and part != name):
+            if part in parts or (part in given and part != name):
                 raise InputError(
-                    f"{where}: {title!r} and another value or candidate are both called {part}; rename one of them"
+                    f"candidates.{name}.split_by: {title!r} and another value or candidate are both called {part}; rename one "
+                    "of them"
                 )
             data = replace(candidate.data, where={**candidate.data.where, candidate.split_by: value})
             parts[part] = replace(candidate, data=data, split_by=None)
@@ -93,38 +91,31 @@ def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
 
 
 def column_values(data: DataConfig, column: str, where: str) -> list[tuple[Any, str]]:
-    """(value, its name) of all different values of a column.
-
-    Raises:
-        InputError: no such column, or one of another kind, or with too many values.
-    """
-    rows = load_raw(data, where.removesuffix(".split_by"))
+    """(value, its name) of all different values of a column."""
+    rows = load_raw(data, where)
+    where = f"{where}.split_by"
     if column not in rows.column_names:
         raise InputError(f"{where}: no column {column!r}; it has {', '.join(rows.column_names)}")
-    kind = rows.features[column]
-    if not isinstance(kind, (Value, ClassLabel)):
+    if not isinstance(rows.features[column], (Value, ClassLabel)):
         raise InputError(f"{where}: expected a column of texts or numbers, got {rows[0][column]!r:.100}")
-    values = sorted(set(rows[column]), key=str)
+    values = sorted(rows.unique(column), key=str)
     if len(values) > MAX_PARTS:
         raise InputError(
             f"{where}: {column!r} has {len(values):,} values; expected at most {MAX_PARTS}, one candidate each"
         )
-    return [(value, value_name(kind, value)) for value in values]
+    return [(value, name or "none") for value, name in zip(values, names_in(rows, column, values), strict=True)]
 
 
-def value_name(kind: Value | ClassLabel, value: Any) -> str:
-    """What a value is called: `none` for a missing one, the name of a class, else its text."""
-    if value is None or (isinstance(kind, ClassLabel) and value == -1):
-        return "none"
-    return str(kind.int2str(value) if isinstance(kind, ClassLabel) else value)
+def names_in(rows: Dataset, column: str, values: Iterable[Any]) -> list[str | None]:
+    """What values of a column are called: by the name of their class, or by their text; None where there is none."""
+    kind = rows.features[column]
+    if isinstance(kind, ClassLabel):
+        return [None if value in (None, -1) else kind.int2str(value) for value in values]
+    return [None if value is None else str(value) for value in values]
 
 
 def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
-    """The rows that `config` names: loaded, columns renamed, `max_examples` drawn with `seed`, templates filled.
-
-    Raises:
-        InputError: nothing found, not readable, no such split or column, or empty.
-    """
+    """The rows that `config` names: loaded, columns renamed, `max_examples` drawn with `seed`, templates filled."""
     rows = load_raw(config, where)
     for theirs, ours in config.columns.items():
         if theirs not in rows.column_names:
@@ -144,10 +135,20 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
     return rows
 
 
+def require_columns(rows: Dataset, needed: Sequence[str], where: str, alternative: str = "") -> None:
+    """Refuses rows without the columns that a task needs, and shows how to rename another."""
+    if missing := [name for name in needed if name not in rows.column_names]:
+        other = next((name for name in rows.column_names if name not in needed), "theirs")
+        raise InputError(
+            f"{where}: column{'s' * (len(missing) > 1)} {' and '.join(map(repr, missing))} missing; "
+            f"it has {', '.join(rows.column_names)}. Expected {' and '.join(needed)}{alternative}. "
+            f"To rename, add to it, for instance, columns: {{{other}: {missing[0]}}}"
+        )
+
+
 def load_raw(config: DataConfig, where: str) -> Dataset:
     """The rows as they are stored, those that `where:` selects."""
-    check_json(config, where)
-    check_folder(config, where)
+    check_files(config, where)
     try:
         rows = open_dataset(config)
     except FileNotFoundError as error:
@@ -156,10 +157,10 @@ def load_raw(config: DataConfig, where: str) -> Dataset:
         raise not_found(config, where, error) from error
     except StopIteration:  # what datasets raises where no file holds a row
         raise InputError(f"{where}: has no rows; expected at least one") from None
-    except DatasetGenerationError as error:
-        raise InputError(f"{where}: cannot be read as {config.path} ({error.__cause__ or error})") from error
     except KeyError as error:
         raise InputError(f"{where}: no split {config.split!r} in {config.path} ({error})") from error
+    except DatasetGenerationError as error:
+        raise InputError(f"{where}: cannot be read as {config.path} ({error.__cause__ or error})") from error
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(f"{where}: {error}") from error
     for column, value in config.where.items():
@@ -176,10 +177,9 @@ def open_dataset(config: DataConfig) -> Dataset:
     """Rows in memory, of a saved dataset, or whatever `load_dataset` loads."""
     if config.rows is not None:
         return config.rows
-    if config.path and (Path(config.path) / "state.json").exists():
-        return datasets.load_from_disk(config.path)
-    if config.path and (Path(config.path) / "dataset_dict.json").exists():
-        return datasets.load_from_disk(config.path)[config.split]
+    if config.path and any((Path(config.path) / name).exists() for name in SAVED):
+        saved = datasets.load_from_disk(config.path)
+        return saved if isinstance(saved, Dataset) else saved[config.split]
     return datasets.load_dataset(
         config.path,
         name=config.name,
@@ -190,90 +190,59 @@ def open_dataset(config: DataConfig) -> Dataset:
     )
 
 
-def check_folder(config: DataConfig, where: str) -> None:
-    """Refuses a folder with very many files, which `datasets` would search for minutes."""
+def check_files(config: DataConfig, where: str) -> None:
+    """Refuses a folder with very many files, which `datasets` would search for minutes, and files that are not JSON."""
     if config.path and config.data_files is None and Path(config.path).is_dir():
         files = chain.from_iterable(names for _, _, names in os.walk(config.path))
         if sum(1 for _ in islice(files, MAX_FILES + 1)) > MAX_FILES:
             raise InputError(f"{where}: {config.path} holds more than {MAX_FILES:,} files; say which with data_files")
+    for path in (Path(path) for name in config.data_files or () for path in sorted(glob(name))):
+        plain = path.suffix in (".json", ".jsonl", ".ndjson") and path.is_file()  # Arrow opens compressed ones
+        if config.path == "json" and plain:
+            state = path.stat()
+            if fault := json_fault(path.absolute(), state.st_mtime_ns, state.st_size):
+                raise InputError(f"{where}: {path}{fault}")
 
 
-def check_json(config: DataConfig, where: str) -> None:
-    """Parses local JSON files once, to name the invalid line. Arrow says little about it, or even crashes.
+@cache
+def json_fault(path: Path, modified: int, size: int) -> str | None:
+    """What is wrong with a JSON file of objects, and in which line; None if nothing is.
 
-    Raises:
-        InputError: with file and line.
+    Arrow says little about it, and crashes on `null` and on deep nesting. Every part of a split dataset asks again; the time and
+    the size of a file tell its versions apart.
     """
-    files = [Path(path) for name in config.data_files or () if config.path == "json" for path in sorted(glob(name))]
-    for path in files:
-        if path.suffix not in (".json", ".jsonl", ".ndjson") or not path.is_file():
-            continue  # compressed, which Arrow opens
-        version = str(path.absolute()), path.stat().st_mtime_ns, path.stat().st_size
-        if version not in CHECKED:
-            check_json_file(path, f"{where}: {path}")
-            CHECKED.add(version)
-
-
-def check_json_file(path: Path, where: str) -> None:
-    """Refuses a file that is neither a list of objects, nor one object, nor an object per line."""
-    with open(path, "rb") as file:
-        first = file.read(1 << 16).lstrip()[:1]
+    with path.open("rb") as file:
+        is_list = file.read(1 << 16).lstrip().startswith(b"[")
         file.seek(0)
-        if first == b"[":
-            wrong = next((row for row in parse_json(file.read(), where) if not isinstance(row, dict)), None)
-            if wrong is not None:
-                raise InputError(f"{where}: expected a list of objects, got {wrong!r:.100} in it")
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+        for number, text in enumerate([file.read()] if is_list else file, start=1):
+            line = "" if is_list else f", line {number}"
             try:
-                row = parse_json(line, f"{where}, line {number}")
-            except InputError:
-                if number == 1 and is_one_object(path):
-                    return
-                raise
-            if not isinstance(row, dict):
-                raise InputError(
-                    f'{where}, line {number}: expected an object such as {{"prompt": ...}}, got {row!r:.100}'
-                )
+                value = parse_json(text) if text.strip() else {}
+            except (ValueError, RecursionError) as error:
+                return f"{line} is not JSON ({error})"
+            for row in value if is_list else [value]:
+                if not isinstance(row, dict):
+                    return f'{line}: expected an object such as {{"prompt": ...}}, got {row!r:.100}'
+    return None
 
 
-def is_one_object(path: Path) -> bool:
-    """True if a file is one JSON object over several lines."""
-    try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def parse_json(content: bytes, where: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        InputError: invalid JSON, or invalid Unicode.
-    """
-    try:
-        value = json.loads(content)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text; a ValueError where it is no JSON, or no Unicode."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def fill(template: str, row: Mapping[str, Any], where: str) -> str:
-    """`template` with every `{column}` replaced by the row's value.
-
-    Raises:
-        InputError: no such column, or more in the braces than its name.
-    """
+    """`template` with every `{column}` replaced by the row's value; refuses anything in braces but the name of a column."""
+    pieces = []
     try:
-        parts = list(Formatter().parse(template))
-        for _, column, style, conversion in parts:
+        for text, column, style, conversion in Formatter().parse(template):
             if column is not None and (column not in row or style or conversion):
-                raise KeyError(column + (f"!{conversion}" if conversion else "") + (f":{style}" if style else ""))
-    except (KeyError, ValueError) as error:
+                raise ValueError(f"{column!r} is no column" if column not in row else f"more than a name at {column!r}")
+            pieces.append(text + ("" if column is None else str(row[column])))
+    except ValueError as error:
         raise InputError(
-            f"{where}: {template!r} cannot be filled ({error!r}); columns are {', '.join(row)}. Write {{{{ and }}}} for braces"
+            f"{where}: {template!r} cannot be filled ({error}); columns are {', '.join(row)}. Write {{{{ and }}}} for braces"
         ) from error
-    return "".join(text + ("" if column is None else str(row[column])) for text, column, _, _ in parts)
+    return "".join(pieces)

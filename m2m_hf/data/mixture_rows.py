@@ -57,14 +57,6 @@ def write_mixture(folder: Path, mixture: Mixture, candidates: Mapping[str, Candi
         }
         for name, weight in mixture.items
     }
-    write_json(
-        folder / "manifest.json",
-        {
-            "rows": len(rows),
-            "seed": seed,
-            "file": train.name,
-            "sha256_16": digest_of(train),
-            "sources": sources,
-        },
-    )
+    found = {"rows": len(rows), "seed": seed, "file": train.name, "sha256_16": digest_of(train), "sources": sources}
+    write_json(folder / "manifest.json", found)
     return train

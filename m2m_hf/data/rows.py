@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from PIL import Image
 
 from m2m_hf.config.candidates import CandidateConfig
 from m2m_hf.config.targets import TargetConfig
-from m2m_hf.errors import InputError
 
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 FEATURES = {
@@ -35,11 +34,41 @@ class Candidate:
     config: CandidateConfig
     rows: Dataset
     fingerprint: str
+    asked: frozenset[int]  # what its rows ask: see `comparable`
     tokens: int
     longest: int
     truncated: int
     dropped: int
-    digests: frozenset[str] = frozenset()  # of its images
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        config: CandidateConfig,
+        rows: Dataset,
+        content: Sequence[Any],
+        questions: Iterable[tuple[Prompt, ...]],
+        lengths: Sequence[tuple[int, int]],
+        limit: int | None,
+    ) -> "Candidate":
+        """A candidate with its sizes.
+
+        `content` is what identifies its rows, and `questions` what they ask. `lengths` are of every row where its completion
+        starts and how many tokens it has; it is truncated after `limit` tokens, if that is not None.
+        """
+        longest = max(total for _, total in lengths)
+        limit = limit or longest
+        return cls(
+            name=name,
+            config=config,
+            rows=rows,
+            fingerprint=content_fingerprint(content),
+            asked=frozenset(comparable(*parts) for parts in questions),
+            tokens=sum(min(total, limit) for start, total in lengths if start < limit),
+            longest=longest,
+            truncated=sum(total > limit for _, total in lengths),
+            dropped=sum(start >= limit for start, _ in lengths),
+        )
 
     @property
     def trained_rows(self) -> int:
@@ -118,51 +147,23 @@ def image_digest(image: Image.Image) -> str:
     return hashlib.sha256(header + image.tobytes()).hexdigest()[:16]
 
 
-def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """Messages with their role and content, and no other fields.
-
-    Raises:
-        InputError: not a list of messages.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: expected a list of messages, got {messages!r}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in MESSAGE):
-            raise InputError(f"{where}: expected messages of {{role, content}}, both text, got {message!r}")
-    return [{key: message[key] for key in MESSAGE} for message in messages]
-
-
-def as_turns(text: Any, role: str, where: str) -> list[dict[str, str]]:
-    """A string as one turn of `role`; messages stay as they are."""
-    return [{"role": role, "content": text.strip()}] if isinstance(text, str) else check_messages(text, where)
-
-
 def text_of(completion: Prompt) -> str:
     """The text of a completion; of messages, the last one's content."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
-    """How many target rows ask what a row of the candidate asks: the same prompt, apart from letter case and spacing.
+    """How many target rows ask what a row of the candidate asks."""
+    return sum(comparable(row.prompt, row.choices[row.answer]) in candidate.asked for row in rows)
 
-    Where the prompt is empty, completions are compared. Images are compared by their pixels.
+
+def comparable(*parts: Prompt) -> int:
+    """What a row asks, as a number: the hash of its prompt, apart from letter case and spacing, or of an image's digest.
+
+    It is that of the first part that holds text: where the prompt is empty, completions are compared. System turns do not count.
     """
-    columns = candidate.rows.column_names
-    if "image" in columns:
-        prompts: Set[str] = candidate.digests
-    elif "text" in columns:
-        prompts = {comparable(text) for text in candidate.rows["text"]}
-    elif "messages" in columns:
-        prompts = {comparable(messages[:-1], messages[-1:]) for messages in candidate.rows["messages"]}
-    else:
-        prompts = {comparable(row["prompt"], row["completion"]) for row in candidate.rows}
-    return sum(comparable(row.prompt, row.choices[row.answer]) in prompts for row in rows)
-
-
-def comparable(*parts: Prompt) -> str:
-    """The first part that holds text, in lower case and with single spaces; system turns do not count."""
     for part in parts:
         text = part if isinstance(part, str) else "\n".join(m["content"] for m in part if m["role"] != "system")
         if text := " ".join(text.split()).casefold():
-            return text
-    return ""
+            return hash(text)
+    return hash("")

@@ -20,13 +20,7 @@ class DenseStack:
     before. In memory are the model, a copy of those of the base's weights that experts change (on the CPU), and one block of
     rows of every expert of the mixture, or one whole layer where the method needs it whole.
 
-    Args:
-        model: the base model, not quantised; given back by `detach`.
-        experts: name -> expert.
-        method: how to merge.
-
-    Raises:
-        InputError: weights that cannot be written, or experts that the method cannot merge.
+    The model must not be quantised; `detach` gives it back.
     """
 
     takes_rows = False
@@ -38,7 +32,7 @@ class DenseStack:
         self.names = tuple(self.adapters)
         self.method = method
         self._changes = {name: expert.changes(model) for name, expert in self.adapters.items()}
-        self._weights = {name: one.weight for changes in self._changes.values() for name, one in changes.items()}
+        self._weights = {name: change.weight for changes in self._changes.values() for name, change in changes.items()}
         self._base = {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()}
         # Scaled or trimmed, a variance could be negative: the running statistics of normalisation are always averaged.
         self._statistics = {name for name, _ in model.named_buffers()}
@@ -50,12 +44,13 @@ class DenseStack:
         if not weights and not self._written:
             return
         self._written = True  # even if this is interrupted
+        by_rows = self.method.gated or not weights
         with torch.no_grad():
             for name, weight in self._weights.items():
-                for part in blocks(weight.shape) if self.method.gated or not weights else (None,):
-                    target, base = rows_of(weight, part), rows_of(self._base[name], part).to(weight.device)
+                for part in blocks(weight.shape) if by_rows else (None,):
+                    base = rows_of(self._base[name], part).to(weight.device)
                     delta = self._merged(name, weights, part)
-                    target.copy_(base if delta is None else base.float().add(delta))
+                    rows_of(weight, part).copy_(base if delta is None else base.float().add(delta))
         self._written = bool(weights)
 
     def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
@@ -80,20 +75,21 @@ class DenseStack:
             return linear(changes, weights)
         elif method.name == "ties":
             thresholds = {name: self._threshold(name) for name in changes}
-            return method.scaling * ties({name: one.delta() for name, one in changes.items()}, weights, thresholds)
+            deltas = {name: change.delta() for name, change in changes.items()}
+            return method.scaling * ties(deltas, weights, thresholds)
         elif method.name == "dare":
             seeds = {name: fingerprint([method.seed, name, weight.removesuffix(".weight")]) for name in changes}
             return weighted_sum(
-                (dare(one.delta(), method.density, seeds[name]), weights[name]) for name, one in changes.items()
+                (dare(change.delta(), method.density, seeds[name]), weights[name]) for name, change in changes.items()
             )
-        return weighted_sum((one.delta(part), weights[name]) for name, one in changes.items())
+        return weighted_sum((change.delta(part), weights[name]) for name, change in changes.items())
 
     def _threshold(self, name: str) -> float:
         """The smallest magnitude that trimming keeps of an expert's whole delta, all layers together."""
         if name not in self._thresholds:
-            changes = [one for weight, one in self._changes[name].items() if weight not in self._statistics]
-            count = max(1, round(self.method.density * sum(one.weight.numel() for one in changes)))
-            self._thresholds[name] = kth_largest(lambda: (one.delta() for one in changes), count)
+            changes = [change for weight, change in self._changes[name].items() if weight not in self._statistics]
+            count = max(1, round(self.method.density * sum(change.weight.numel() for change in changes)))
+            self._thresholds[name] = kth_largest(lambda: (change.delta() for change in changes), count)
         return self._thresholds[name]
 
 

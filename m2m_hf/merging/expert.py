@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -27,19 +28,15 @@ def rows_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
     return tensor if part is None else tensor[part]
 
 
+@dataclass(frozen=True, eq=False)
 class Change(ABC):
-    """What an expert adds to one weight of a model.
+    """What an expert adds to one weight of a model."""
 
-    Args:
-        weight: the model's.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
+    weight: torch.Tensor
 
     @abstractmethod
     def delta(self, part: Part = None) -> torch.Tensor:
-        """Returns what is added to the weight, or to rows of it, in fp32 and on the weight's device."""
+        """What is added to the weight, or to rows of it, in fp32 and on the weight's device."""
 
 
 class Expert(ABC):
@@ -48,16 +45,8 @@ class Expert(ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path) -> Self:
-        """Reads an expert from its folder.
-
-        Raises:
-            InputError: it cannot be read, or cannot be averaged.
-        """
+        """Reads an expert from its folder; refuses one that cannot be read or averaged."""
 
     @abstractmethod
     def changes(self, model: PreTrainedModel) -> dict[str, Change]:
-        """Returns what the expert adds to this model: weight name -> change.
-
-        Raises:
-            InputError: the expert belongs to another model, or its weights cannot be written.
-        """
+        """Weight name -> what the expert adds to it; refuses another model, or weights that cannot be written."""

@@ -6,6 +6,7 @@ A mixture's model has the weights θ0 + Σ w_i δ_i. Experts stay on the disk an
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,7 @@ DTYPES = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 
 
 def floats(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns every weight that training may change, once, under its first name.
-
-    These are parameters, and the buffers that a checkpoint holds.
-    """
+    """Every weight that training may change, once, under its first name: parameters, and buffers that a checkpoint holds."""
     saved = set(model.state_dict(keep_vars=True))
     weights: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -46,16 +44,8 @@ def save_delta(
     nearly always for two bf16 numbers, so that θ0 + δ is the fine-tuned weight again. A weight that changed its sign, or most
     of its size, is right to the last digit that fp32 has of θ0. A smaller `dtype` loses more.
 
-    Args:
-        before: name -> weight of the base.
-        after: the same names and shapes, fine-tuned.
-        dtype: of the file, such as `float32`.
-
-    Returns:
-        `kept` of `training.json`: the dtype, the number of parameters, and the share of the delta's norm lost to the dtype.
-
-    Raises:
-        InputError: a change that is too large for the dtype, or nothing but changes that are too small for it.
+    Returns `kept` of `training.json`: the dtype, the number of parameters, and the share of the delta's norm lost to the dtype.
+    Refuses a change that is too large for the dtype, or nothing but changes that are too small for it.
     """
     tensors: dict[str, torch.Tensor] = {}
     total = lost = 0.0
@@ -78,16 +68,15 @@ def save_delta(
     return {"dtype": dtype, "parameters": parameters, "lost": round(math.sqrt(lost / total), 9) if total else 0.0}
 
 
+@dataclass(frozen=True, eq=False)
 class FullExpert(Expert):
     """A full-parameter expert on the disk.
 
-    Args:
-        path: of its `delta.safetensors`.
-        shapes: weight name -> shape, in the file's order: what is read in that order is read in one go.
+    Its weights stand in the file's order: what is read in that order is read in one go.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.path, self.shapes = path, dict(shapes)
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def load(cls, folder: Path) -> "FullExpert":
@@ -107,7 +96,7 @@ class FullExpert(Expert):
         return expert
 
     def delta(self, name: str, part: Part = None) -> torch.Tensor:
-        """Returns what is added to the weight `name`, or to rows of it."""
+        """What is added to the weight `name`, or to rows of it."""
         with safe_open(self.path, "pt") as file:  # anew each time, or all that was read would stay in memory
             tensor: torch.Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
         return tensor
@@ -123,12 +112,12 @@ class FullExpert(Expert):
         return {name: FullChange(weights[name], self, name) for name in self.shapes}
 
 
+@dataclass(frozen=True, eq=False)
 class FullChange(Change):
     """What a full-parameter expert adds to one weight."""
 
-    def __init__(self, weight: torch.Tensor, expert: FullExpert, name: str) -> None:
-        super().__init__(weight)
-        self._expert, self._name = expert, name
+    expert: FullExpert
+    name: str
 
     def delta(self, part: Part = None) -> torch.Tensor:
-        return self._expert.delta(self._name, part).to(self.weight.device, torch.float32)
+        return self.expert.delta(self.name, part).to(self.weight.device, torch.float32)

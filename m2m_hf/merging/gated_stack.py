@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from m2m_hf.errors import InputError
-from m2m_hf.merging.adapter import Adapter, features
+from m2m_hf.merging.adapter import Adapter, another_base, features
 
 
 class StackedLayer:
@@ -122,9 +122,7 @@ class GatedStack:
         self._handles: list[RemovableHandle] = []
         for name in sorted({module for parts in factors.values() for module in parts}):
             if name not in modules:
-                raise InputError(
-                    f"the adapters adapt {name!r}, which {type(model).__name__} does not have: another base model?"
-                )
+                raise another_base(name, model)
             parts = [factors[adapter].get(name) for adapter in self.names]
             layout = tuple(0 if part is None else len(part[0]) for part in parts)
             device = next(iter(modules[name].parameters())).device
@@ -140,9 +138,8 @@ class GatedStack:
     def _find_shared_inputs(self, modules: Mapping[str, nn.Module]) -> bool:
         """Sees in one small forward pass which layers are given the same tensor, and has them share their product.
 
-        Returns:
-            Whether every adapted layer sees rows as rows, so that each may have a mixture of its own. The output head does
-            not while only scored positions are kept, nor do layers to which tokens are routed.
+        True if every adapted layer sees rows as rows, so that each may have a mixture of its own. The output head does not while
+        only scored positions are kept, nor do layers to which tokens are routed.
         """
         by_input: dict[int, list[StackedLayer]] = {}
         seen: list[torch.Tensor] = []
@@ -188,11 +185,7 @@ class GatedStack:
         return add
 
     def set(self, weights: Mapping[str, float]) -> None:
-        """Makes the model the one with W0 + Σ w_i ΔW_i from now on; adapters that are not named have weight 0.
-
-        Raises:
-            KeyError: a name that is not in the stack.
-        """
+        """Makes the model the one with W0 + Σ w_i ΔW_i from now on; adapters that are not named have weight 0."""
         self.set_rows([weights])
 
     def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
@@ -201,8 +194,7 @@ class GatedStack:
         Raises:
             KeyError: a name that is not in the stack.
         """
-        unknown = {name for weights in rows for name in weights} - set(self.names)
-        if unknown:
+        if unknown := {name for weights in rows for name in weights} - set(self.names):
             raise KeyError(f"not in the stack: {', '.join(sorted(unknown))}")
         if not any(rows):
             self._gates = None

@@ -41,7 +41,7 @@ class MergeMethod:
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any], seed: int) -> "MergeMethod":
-        """Builds the method from these parameters and the defaults of `MERGE_PARAMETERS`."""
+        """The method with these parameters and the defaults of `MERGE_PARAMETERS`."""
         return cls(name, **{**MERGE_PARAMETERS[name], **parameters}, seed=seed if name == "dare" else 0)
 
     @property
@@ -55,7 +55,7 @@ class MergeMethod:
         return self.name in ("average", "task_arithmetic")
 
     def gates(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """Returns the weights of the deltas, for methods that are linear in them."""
+        """The weights of the deltas, for methods that are linear in them."""
         factor = self.scaling * len(weights) if self.name == "task_arithmetic" else 1.0
         return {name: factor * weight for name, weight in weights.items()}
 
@@ -64,46 +64,37 @@ AVERAGE = MergeMethod()
 
 
 def weighted_sum(parts: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
-    """Returns Σ w t over pairs (t, w), added up in their order."""
-    total: torch.Tensor | None = None
-    for tensor, weight in parts:
-        total = weight * tensor if total is None else total.add_(tensor, alpha=weight)
-    assert total is not None
+    """Σ w t over pairs (t, w), added up in their order."""
+    left = iter(parts)
+    tensor, weight = next(left)
+    total = weight * tensor
+    for tensor, weight in left:
+        total.add_(tensor, alpha=weight)
     return total
 
 
 def kth_largest(tensors: Callable[[], Iterator[torch.Tensor]], k: int) -> float:
     """The k-th largest magnitude in several fp32 tensors, exactly, without holding them together.
 
-    Magnitudes are sorted as their bit patterns are, so two passes of counting find it: first by the upper half of the bits, then,
-    among those that share the right one, by the lower.
-
-    Args:
-        tensors: gives them, each time it is called.
+    Magnitudes are sorted as their bit patterns are, so counting finds it in two passes over what `tensors` gives: first the upper
+    half of its bits, then, among the numbers that share them, the lower.
     """
-
-    def bits(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.abs().contiguous().view(torch.int32).flatten()
-
-    def find(counts: torch.Tensor, wanted: int) -> tuple[int, int]:
-        above = counts.flip(0).cumsum(0)
-        place = int((above >= wanted).nonzero()[0])
-        return len(counts) - 1 - place, wanted - int(above[place] - counts.flip(0)[place])
-
-    upper = sum(torch.bincount(bits(tensor) >> 16, minlength=1 << 15) for tensor in tensors())
-    high, rest = find(torch.as_tensor(upper), k)
-    same_high = (one[(one >> 16) == high] for one in map(bits, tensors()))
-    lower = sum(torch.bincount(one & 0xFFFF, minlength=1 << 16) for one in same_high)
-    low, _ = find(torch.as_tensor(lower), rest)
-    return float(torch.tensor([(high << 16) | low], dtype=torch.int32).view(torch.float32))
+    known = 0
+    for shift in (16, 0):
+        counts = torch.zeros(1 << 16, dtype=torch.long)
+        for tensor in tensors():
+            bits = tensor.abs().contiguous().view(torch.int32).flatten()
+            alike = bits[bits >> 16 >> shift == known]
+            counts += torch.bincount((alike >> shift) & 0xFFFF, minlength=1 << 16).cpu()
+        at_least = counts.flip(0).cumsum(0)  # of the half 0xFFFF, of that and the one below it, ...
+        place = int((at_least >= k).nonzero()[0])
+        known = known << 16 | (0xFFFF - place)
+        k -= int(at_least[place - 1]) if place else 0
+    return float(torch.tensor([known], dtype=torch.int32).view(torch.float32))
 
 
 def ties(deltas: Deltas, weights: Mapping[str, float], thresholds: Mapping[str, float]) -> torch.Tensor:
-    """TIES of one layer.
-
-    Entries below an expert's threshold are trimmed, the sign with more mass is elected, and the entries that have it are
-    averaged.
-    """
+    """TIES of one layer: trims below an expert's threshold, elects the sign with more mass, averages the entries that have it."""
     trimmed = {name: torch.where(delta.abs() >= thresholds[name], delta, 0.0) for name, delta in deltas.items()}
     sign = weighted_sum((delta, weights[name]) for name, delta in trimmed.items()).sign()
     agreeing = {name: delta.sign() * sign > 0 for name, delta in trimmed.items()}
@@ -120,20 +111,17 @@ def dare(delta: torch.Tensor, density: float, seed: str) -> torch.Tensor:
 
 
 def linear(changes: Mapping[str, Change], weights: Mapping[str, float]) -> torch.Tensor:
-    """Returns Σ √(w s) B times Σ √(w s) A of one layer, which has cross terms and is not Σ w s B A.
+    """Σ √(w s) B times Σ √(w s) A of one layer, which has cross terms and is not Σ w s B A.
 
     This is PEFT's `combination_type="linear"`.
-
-    Raises:
-        InputError: adapters of different rank, or experts without factors.
     """
-    pairs = {name: one for name, one in changes.items() if isinstance(one, LowRankChange)}
+    pairs = {name: change for name, change in changes.items() if isinstance(change, LowRankChange)}
     if len(pairs) < len(changes):
         raise InputError("merge_method: linear merges the factors of LoRA adapters; full experts have none")
-    ranks = {name: len(one.a) for name, one in pairs.items()}
+    ranks = {name: len(pair.a) for name, pair in pairs.items()}
     if len(set(ranks.values())) > 1:
         raise InputError(f"merge_method: linear needs adapters of one rank, got {ranks}")
-    roots = {name: math.sqrt(weights[name] * one.scale) for name, one in pairs.items()}
-    a = weighted_sum((one.a, roots[name]) for name, one in pairs.items())
-    b = weighted_sum((one.b, roots[name]) for name, one in pairs.items())
+    roots = {name: math.sqrt(weights[name] * pair.scale) for name, pair in pairs.items()}
+    a = weighted_sum((pair.a, roots[name]) for name, pair in pairs.items())
+    b = weighted_sum((pair.b, roots[name]) for name, pair in pairs.items())
     return next(iter(pairs.values())).product(b, a)

@@ -9,9 +9,9 @@ labels share one space.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -37,23 +37,14 @@ POOLING_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Where the head of a run comes from, read from the base model's configuration before any weights are loaded.
-
-    Args:
-        task: `sequence_classification` or `image_classification`.
-        model_class: the class of transformers that loads the base model.
-        own: label -> column of the model's own classifier; None where the head is made of names.
-        pooling: how a row's features are taken from the output: `mean` or `cls` over tokens, or a field of it.
-        two_towers: whether a text tower beside the trained image tower embeds the names.
-        prefix: name of the model's part below its own classifier.
-    """
+    """Where the head of a run comes from, read from the base model's configuration before any weights are loaded."""
 
     task: str
-    model_class: str
-    own: Mapping[str, int] | None
-    pooling: str
-    two_towers: bool = False
-    prefix: str | None = None
+    model_class: str  # of transformers, which loads the base model
+    own: Mapping[str, int] | None  # label -> column of the model's own classifier; None where the head is made of names
+    pooling: str  # how a row's features are taken from the output: `mean` or `cls` over tokens, or a field of it
+    two_towers: bool = False  # whether a text tower beside the trained image tower embeds the names
+    prefix: str | None = None  # name of the model's part below its own classifier
 
     @property
     def untrained(self) -> str | None:
@@ -64,11 +55,7 @@ class HeadPlan:
 
 
 def plan_head(config: transformers.PretrainedConfig, model: str, revision: str | None, task: str) -> HeadPlan:
-    """What the head of a base model with this configuration will be.
-
-    Raises:
-        InputError: a model that has neither a classifier of its own nor a way to embed names.
-    """
+    """What the head of a base model with this configuration will be; refuses one that can neither classify nor embed names."""
     architecture = next(iter(config.architectures or ()), "")
     if architecture.endswith(SUFFIX[task]):
         loads: Any = getattr(transformers, architecture, None)
@@ -93,11 +80,7 @@ def plan_head(config: transformers.PretrainedConfig, model: str, revision: str |
 
 
 def plan_own(config: transformers.PretrainedConfig, architecture: type[PreTrainedModel], what: str) -> HeadPlan:
-    """The head that is a model's own classifier.
-
-    Raises:
-        InputError: `what` cannot be used as one.
-    """
+    """The head that is a model's own classifier; `what` names the model in the refusal of one that is of no use."""
     task = next(task for task, suffix in SUFFIX.items() if architecture.__name__.endswith(suffix))
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise InputError(
@@ -129,34 +112,28 @@ def sentence_pooling(model: str, revision: str | None) -> str:
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen head.
+    """A frozen head."""
 
-    Args:
-        labels: that it knows, in the order of its scores.
-        plan: where it comes from.
-        vectors: of length 1, of shape (labels, features), fp32; None where the scores are columns of the model's own logits.
-        scale: of the cosines.
-        closed: whether every row is a choice among all labels, and not only among those of its own dataset.
-        columns: of the model's own logits, one for every label.
-    """
-
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # that it knows, in the order of its scores
     plan: HeadPlan
-    vectors: torch.Tensor | None = None
-    scale: float = SCALE
-    closed: bool = True
-    columns: list[int] = field(default_factory=list)
+    vectors: torch.Tensor | None = (
+        None  # of length 1, (labels, features), fp32; None: the scores are the model's own logits
+    )
+    scale: float = SCALE  # of the cosines
+    closed: bool = True  # whether every row is a choice among all labels, and not only among those of its own dataset
+
+    @property
+    def columns(self) -> list[int]:
+        """Where the labels' scores stand among the model's own logits."""
+        return [] if self.plan.own is None else [self.plan.own[label] for label in self.labels]
 
     def scores(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
-        """The score of every label, of shape (rows, labels), fp32. The answer is their softmax over a row's possible labels.
+        """The score of every label, (rows, labels), fp32; `mask` is the attention mask of texts, (rows, tokens).
 
-        Args:
-            outputs: the model's.
-            mask: the text's attention mask, of shape (rows, tokens).
+        The answer is their softmax over a row's possible labels.
         """
         if self.vectors is None:
-            logits: torch.Tensor = outputs.logits.float()[:, self.columns]
-            return logits
+            return cast(torch.Tensor, outputs.logits.float()[:, self.columns])
         directions = nn.functional.normalize(features(outputs, mask, self.plan.pooling), dim=-1)
         return self.scale * directions @ self.vectors.to(directions.device).T
 
@@ -166,10 +143,7 @@ class Head:
         return [place[label] for label in labels]
 
     def save(self, path: Path, of: str) -> None:
-        """Writes vectors and what else is needed to classify without this package.
-
-        `of` is the fingerprint of what they were made from.
-        """
+        """Writes what is needed to classify without this package, and the fingerprint `of` what the head was made from."""
         assert self.vectors is not None
         about = {"labels": list(self.labels), "scale": self.scale, "pooling": self.plan.pooling, "of": of}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,12 +161,6 @@ class Head:
         return cls(tuple(about["labels"]), plan, vectors, about["scale"], closed) if about.get("of") == of else None
 
 
-def own_head(plan: HeadPlan, labels: Sequence[str]) -> Head:
-    """The classifier that the base model has."""
-    assert plan.own is not None
-    return Head(tuple(labels), plan, columns=[plan.own[label] for label in labels])
-
-
 @torch.no_grad()
 def head_of_names(
     plan: HeadPlan,
@@ -202,11 +170,10 @@ def head_of_names(
     tokenizer: PreTrainedTokenizerBase,
     closed: bool,
 ) -> Head:
-    """The head made of names. Each is embedded by itself, so that a label's row does not depend on the other labels.
+    """The head made of names: of every label, the words that replace `{label}` in `template`.
 
-    Args:
-        words: label -> the words that replace `{label}` in `template`.
-        model: the base model; of two towers both.
+    Each name is embedded by itself, so that a label's row does not depend on the other labels. `model` is the base model, of two
+    towers both.
     """
     model.eval()
     rows = []

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,15 +24,10 @@ def check_model(
 ) -> int:
     """Checks what needs no weights: the model's configuration, its attention, the layers to be trained.
 
-    Args:
-        config: the LoRA shape; None where all parameters are trained, or those that the pattern `parameters` names.
-        plan: of the head; None for a causal LM.
+    Without a LoRA shape in `config`, all parameters are trained, or those that the pattern `parameters` names.
 
     Returns:
         The number of positions that the model has (a million where it does not say).
-
-    Raises:
-        InputError: anything that cannot work.
     """
     model = meta_model(model_args, args, plan)
     if config is None and not any(is_trained(name, plan, parameters) for name, _ in model.named_parameters()):
@@ -50,11 +46,7 @@ def check_model(
 def adapted_layers(
     model_args: ModelConfig, args: SFTConfig, config: LoraConfig, plan: HeadPlan | None
 ) -> dict[str, tuple[int, int]]:
-    """The layers of the base that a LoRA shape adapts -> (in, out) features of each.
-
-    Raises:
-        InputError: see `check_model`.
-    """
+    """The layers of the base that a LoRA shape adapts -> (in, out) features of each."""
     model = meta_model(model_args, args, plan)
     adapt(model, config, model_args)
     return {
@@ -65,11 +57,7 @@ def adapted_layers(
 
 
 def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -> None:
-    """Puts an adapter of this shape on a model without weights.
-
-    Raises:
-        InputError: the shape does not fit, or names layers whose adapters cannot be averaged.
-    """
+    """Puts an adapter of this shape on a model without weights; refuses one that does not fit, or cannot be averaged."""
     try:
         get_peft_model(model, copy.deepcopy(config))
     except Exception as error:
@@ -86,11 +74,7 @@ def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -
 
 
 def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) -> PreTrainedModel:
-    """The base model without weights.
-
-    Raises:
-        InputError: no such model, or none for this task.
-    """
+    """The base model without weights."""
     model_config = load_config(model_args)
     try:
         kind = model_class(plan)
@@ -98,8 +82,7 @@ def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) 
             model_config = model_config.vision_config
         with torch.device("meta"), unsharded(args):
             make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-            model: PreTrainedModel = make(model_config, attn_implementation=model_args.attn_implementation)
-            return model
+            return cast(PreTrainedModel, make(model_config, attn_implementation=model_args.attn_implementation))
     except Exception as error:
         what = "causal LM" if plan is None else "model for this task"
         raise InputError(
@@ -120,7 +103,6 @@ def positions(model: PreTrainedModel) -> int:
 
 def is_trained(name: str, plan: HeadPlan | None, parameters: str | None) -> bool:
     """True if a full expert may change the parameter of this name: the pattern allows it, and it is not the head's."""
-    untrained = plan.untrained if plan else None
-    if untrained is not None and re.fullmatch(untrained, name):
+    if plan is not None and plan.untrained is not None and re.fullmatch(plan.untrained, name):
         return False
     return parameters is None or re.search(parameters, name) is not None

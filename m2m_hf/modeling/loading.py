@@ -2,9 +2,8 @@
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,19 @@ from accelerate import PartialState
 from accelerate.utils import patch_environment
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from m2m_hf.errors import InputError, first_line
 from m2m_hf.modeling.devices import is_sharded
-from m2m_hf.modeling.heads import Head, HeadPlan, head_of_names, plan_head
+from m2m_hf.modeling.heads import HeadPlan, plan_head
 from m2m_hf.storage.files import digest_of
 
 
 def load_config(model_args: ModelConfig, auto_class: Any = transformers.AutoConfig) -> Any:
-    """The base model's configuration, or what another `auto_class` of transformers loads, such as its tokenizer.
-
-    Raises:
-        InputError: no such model.
-    """
+    """The base model's configuration, or what another `auto_class` of transformers loads, such as its tokenizer."""
     try:
         return auto_class.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
@@ -40,24 +35,19 @@ def load_config(model_args: ModelConfig, auto_class: Any = transformers.AutoConf
 
 
 def pin_revision(model_args: ModelConfig) -> ModelConfig:
-    """`model_args` with the revision of a Hub model replaced by its commit, so that everything is loaded from the same one.
-
-    Raises:
-        InputError: no such model or revision.
-    """
+    """`model_args` with the revision of a Hub model replaced by its commit, so that everything is loaded from the same one."""
     if Path(model_args.model_name_or_path).is_dir():
         return model_args
-    model_args = copy.copy(model_args)
     try:
         revision = HfApi().resolve_revision(model_args.model_name_or_path, revision=model_args.model_revision)
     except (OSError, ValueError, RevisionResolutionError) as error:
         raise not_found(model_args, error) from error
-    model_args.model_revision = revision.resolved
-    return model_args
+    pinned = copy.copy(model_args)
+    pinned.model_revision = revision.resolved
+    return pinned
 
 
 def not_found(model_args: ModelConfig, error: Exception) -> InputError:
-    """The error for a model that cannot be found or read."""
     return InputError(
         f"model_name_or_path: {model_args.model_name_or_path!r} is neither a local model folder nor a model that the Hub "
         f"shows ({first_line(error)})"
@@ -79,11 +69,7 @@ def unsharded(args: SFTConfig) -> Iterator[None]:
 
 
 def make_plan(model_args: ModelConfig, task: str) -> HeadPlan | None:
-    """Where the head of a classification run comes from; None for a causal LM.
-
-    Raises:
-        InputError: see `heads.plan_head`.
-    """
+    """Where the head of a classification run comes from; None for a causal LM."""
     if task == "causal_lm":
         return None
     return plan_head(load_config(model_args), model_args.model_name_or_path, model_args.model_revision, task)
@@ -99,14 +85,8 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model, loaded as `trl sft` loads it, in evaluation mode on the device that training uses; safetensors only.
 
-    With `load_in_4bit` or `load_in_8bit`, bitsandbytes quantises it while it is loaded.
-
-    Args:
-        to_train: under FSDP or DeepSpeed, leave moving and sharding to them; the model cannot be scored then.
-        plan: of the head; None for a causal LM.
-
-    Raises:
-        InputError: no such model.
+    With `load_in_4bit` or `load_in_8bit`, bitsandbytes quantises it while it is loaded. A model `to_train` is left to FSDP or
+    DeepSpeed, where they are in use, to be moved and sharded, and cannot be scored then.
     """
     state = PartialState()
     kwargs: dict[str, Any] = {}
@@ -147,34 +127,8 @@ def load_base(
     return model if placed else model.to(args.device)
 
 
-def load_head(
-    plan: HeadPlan,
-    words: Mapping[str, str],
-    closed: bool,
-    template: str,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    model_args: ModelConfig,
-    args: SFTConfig,
-) -> Head:
-    """The frozen head of a classification run that is made of labels' names.
-
-    Args:
-        words: label -> words.
-        closed, template: see `heads.head_of_names`.
-        base: the base model, which embeds the names; where a text tower beside it does, both towers are loaded for a moment.
-    """
-    if plan.two_towers:
-        base = load_base(model_args, args, plan=replace(plan, model_class="AutoModel"))
-    return head_of_names(plan, words, template, base, tokenizer, closed=closed)
-
-
 def base_fingerprint(model_args: ModelConfig) -> str:
-    """Identifies the base weights: the bytes of a local folder's safetensors, or the commit of a Hub model.
-
-    Raises:
-        InputError: a local folder without safetensors.
-    """
+    """Identifies the base weights: the bytes of a local folder's safetensors, or the commit of a Hub model."""
     folder = Path(model_args.model_name_or_path)
     if not folder.is_dir():
         return str(model_args.model_revision)

@@ -14,11 +14,7 @@ from m2m_hf.modeling.heads import HeadPlan
 
 
 def lora_config(model_args: ModelConfig, plan: HeadPlan | None = None) -> LoraConfig:
-    """The LoRA shape that `model_args` describe, as TRL builds it; with a head, on the layers below it.
-
-    Raises:
-        InputError: a shape that cannot be averaged (DoRA, modules_to_save, ...).
-    """
+    """The LoRA shape that `model_args` describe, as TRL builds it; with a head, on the layers below it."""
     model_args = copy.copy(model_args)
     model_args.use_peft = True
     try:
@@ -33,20 +29,12 @@ def lora_config(model_args: ModelConfig, plan: HeadPlan | None = None) -> LoraCo
 
 
 def model_config(model: str, lora: LoraConfig, loading: Mapping[str, Any]) -> ModelConfig:
-    """TRL's `ModelConfig` of a base model and a LoRA shape, as `lora_config` takes it.
+    """TRL's `ModelConfig` of a base model and a LoRA shape, as `lora_config` takes it; refuses what that cannot express.
 
-    Args:
-        loading: arguments of `from_pretrained`: `dtype`, `revision`, `attn_implementation`.
-
-    Raises:
-        InputError: a shape, or an argument, that a `ModelConfig` cannot express.
+    `loading` are arguments of `from_pretrained`.
     """
-    names = {
-        "dtype": "dtype",
-        "torch_dtype": "dtype",
-        "revision": "model_revision",
-        "attn_implementation": "attn_implementation",
-    }
+    names = {name: name for name in ("dtype", "attn_implementation")}
+    names |= {"torch_dtype": "dtype", "revision": "model_revision"}
     if others := loading.keys() - names:
         raise InputError(f"model_init_kwargs: expected only {', '.join(names)}, got {', '.join(sorted(others))}")
     modules = sorted(lora.target_modules) if isinstance(lora.target_modules, set) else lora.target_modules

@@ -23,28 +23,20 @@ def image_mode(config: Any) -> str:
 def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer that TRL would load for this model, with the special tokens and the chat template that it would set.
 
-    Args:
-        generates: whether the model does. A classifier's tokenizer needs no end-of-text token. It pads on the right, whatever
-            its files say: positions then begin with the text, so that its score is the same in every batch.
-
-    Raises:
-        InputError: no such model or tokenizer, or an unknown token.
+    A classifier's tokenizer, which does not generate, needs no end-of-text token. It pads on the right, whatever its files say:
+    positions then begin with the text, so that its score is the same in every batch.
     """
     tokenizer: Any = load_config(model_args, transformers.AutoTokenizer)
-    if not generates:
+    if generates:
+        tokenizer.eos_token = args.eos_token or tokenizer.eos_token
+        tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    else:
         tokenizer.pad_token = args.pad_token or tokenizer.pad_token
-        if tokenizer.pad_token not in tokenizer.get_vocab():
-            raise InputError(
-                f"pad_token: {tokenizer.pad_token!r} is not a token of this model, and a batch needs padding; give one that is"
-            )
         tokenizer.padding_side = "right"
-        return tokenizer
-    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
-    tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    for name in ("eos_token", "pad_token"):
+    for name in ("eos_token", "pad_token") if generates else ("pad_token",):
         if getattr(tokenizer, name) not in tokenizer.get_vocab():
             raise InputError(f"{name}: {getattr(tokenizer, name)!r} is not a token of this model; give one that is")
-    if args.chat_template_path is not None:
+    if generates and args.chat_template_path is not None:
         if not Path(args.chat_template_path).is_file():
             raise InputError(f"chat_template_path: expected a Jinja file, got {args.chat_template_path!r}")
         tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
@@ -52,19 +44,13 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
 
 
 def load_image_processor(model_args: ModelConfig) -> Any:
-    """The image processor that is stored beside a model's weights.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The image processor that is stored beside a model's weights."""
     try:
-        return transformers.AutoImageProcessor.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return load_config(model_args, transformers.AutoImageProcessor)
+    except (InputError, ImportError) as error:
         raise InputError(
             f"model_name_or_path: {model_args.model_name_or_path!r} has no image processor; expected a "
-            f"preprocessor_config.json beside its weights ({first_line(error)[:200]})"
+            f"preprocessor_config.json beside its weights ({first_line(error.__cause__ or error)[:200]})"
         ) from error
 
 

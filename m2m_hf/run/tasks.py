@@ -11,12 +11,12 @@ from trl import ModelConfig, SFTConfig
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.yaml_files import plain
 from m2m_hf.data.causal_lm import load_causal_lm_data
-from m2m_hf.data.classification import Length, label_words, load_classification_data, words_of
+from m2m_hf.data.classification import ClassificationReader, Length, label_words, words_of
 from m2m_hf.data.rows import Candidate, LoadedData
 from m2m_hf.errors import InputError
-from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, own_head
+from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, head_of_names
 from m2m_hf.modeling.inspection import check_model
-from m2m_hf.modeling.loading import load_config, load_head
+from m2m_hf.modeling.loading import load_base, load_config
 from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
 from m2m_hf.run.base_model import BaseModel
 from m2m_hf.scoring.scorers import Setup
@@ -142,13 +142,16 @@ class Classification(Task):
     def head(self) -> Head:
         """The model's own classifier; or made of the labels' names, read from the run folder or made by the plain base model."""
         if self.plan.own is not None:
-            return own_head(self.plan, tuple(self.words))
+            return Head(tuple(self.words), self.plan)
         closed, template = self.label_space is not None, self.config.label_template
         known = Head.read(self.folder.head, self.plan, closed, self.head_fingerprint)
         if known is not None:
             return known
-        model = self.base.plain()
-        return load_head(self.plan, self.words, closed, template, model, self.tokenizer, self.model_args, self.args)
+        if self.plan.two_towers:  # the one that embeds names stands beside the base; both are loaded for a moment
+            model = load_base(self.model_args, self.args, plan=replace(self.plan, model_class="AutoModel"))
+        else:
+            model = self.base.plain()
+        return head_of_names(self.plan, self.words, template, model, self.tokenizer, closed)
 
     @cached_property
     def head_fingerprint(self) -> str:
@@ -197,15 +200,10 @@ class Classification(Task):
 
     @cached_property
     def data(self) -> LoadedData:
-        return load_classification_data(
-            self.config.parsed_candidates,
-            self.config.parsed_targets,
-            self.config.task,
-            None if self.label_space is None else tuple(self.label_space),
-            self.length,
-            seed=self.args.seed,
-            mode=image_mode(load_config(self.model_args)),
-        )
+        space = None if self.label_space is None else tuple(self.label_space)
+        mode = image_mode(load_config(self.model_args))
+        reader = ClassificationReader(self.config.task, space, self.length, self.args.seed, mode)
+        return reader.load(self.config.parsed_candidates, self.config.parsed_targets)
 
     @cached_property
     def labels(self) -> dict[str, list[str]]:

@@ -1,21 +1,18 @@
 """Data for causal LMs: one format for all rows, sizes, overlap, a mixture as rows, and messages about bad rows."""
 
 import json
+from copy import deepcopy
 
 import pytest
 from datasets import Dataset, concatenate_datasets
-from pico import (
-    build_model,
-    candidate_rows,
-    choice_rows,
-)
+from pico import build_model, candidate_rows, choice_rows
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.data.causal_lm import load_causal_lm_data, normalise, split_row, target_row
+from m2m_hf.data.causal_lm import load_causal_lm_data, split_row, target_row
 from m2m_hf.data.mixture_rows import write_mixture
 from m2m_hf.data.rows import overlap
 from m2m_hf.data.tokens import encode
@@ -58,14 +55,14 @@ def test_whole_conversations_with_assistant_only_loss(tokenizer):
 
 @pytest.mark.parametrize("row", [candidate_rows("alpha")[0], {"messages": MESSAGES + MESSAGES}], ids=["text", "chat"])
 def test_what_is_scored_is_what_trl_trains_on(tokenizer, row, tmp_path):
-    data_format = "chat" if "messages" in row else "text"
-    prompt, completion = split_row(row, data_format, "row")
-    rows = normalise(Dataset.from_list([row]), data_format, "c")
+    data = load({"a": [row]}, tokenizer, max_length=1024)
+    prompt, completion = split_row(row, data.format, "row")
+    rows = data.candidates["a"].rows
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     trainer = SFTTrainer(build_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
     theirs = trainer.train_dataset[0]
     ids, start = encode(tokenizer, prompt, completion)
-    eos = [tokenizer.eos_token_id] if data_format == "text" else []
+    eos = [tokenizer.eos_token_id] if data.format == "text" else []
     assert theirs["input_ids"] == ids + eos
     assert theirs["labels"] == [-100] * start + (ids + eos)[start:]
 
@@ -85,37 +82,26 @@ def test_sizes_tokens_and_truncation(tokenizer):
         load({"a": rows[1:2]}, tokenizer, max_length=20)
 
 
-def test_overlap_counts_the_same_question(tokenizer):
-    rows = [{"prompt": "Question:  RED 1?", "completion": " a"}, {"prompt": "other", "completion": " b"}]
-    data = load({"a": rows}, tokenizer, [{"prompt": "question: red 1?", "choices": ["x", "y"], "answer": 0}])
-    assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
+def test_overlap_counts_the_same_question_or_of_empty_prompts_the_same_completion(tokenizer):
+    rows = [{"prompt": "Question:  RED 1?", "completion": " a"}, {"prompt": "", "completion": "one"}]
+    asked = ("question: red 1?", ["x", "y"]), ("", ["one", "y"]), ("", ["z", "y"]), ("other", ["one", "a"])
+    target = [{"prompt": prompt, "choices": choices, "answer": 0} for prompt, choices in asked]
+    data = load({"a": rows}, tokenizer, target)
+    assert [overlap(data.candidates["a"], [row]) for row in data.targets["t"].rows] == [1, 1, 0, 0]
 
 
-def test_empty_prompts_do_not_overlap_unless_their_completions_do(tokenizer):
-    data = load(
-        {"a": [{"prompt": "", "completion": "one"}]},
-        tokenizer,
-        [{"prompt": "", "choices": ["one", "y"], "answer": 0}, {"prompt": "", "choices": ["z", "y"], "answer": 0}],
-    )
-    assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
-
-
-def test_messages_that_the_template_does_not_take(tokenizer):
-    from copy import deepcopy
-
-    strict = deepcopy(tokenizer)
-    strict.chat_template = "{{ raise_exception('no system turns, please') }}"
-    with pytest.raises(InputError, match=r"candidates\.a, row 1: .*no system turns, please"):
-        load({"a": [{"messages": MESSAGES}]}, strict)
-
-
-def test_messages_need_a_chat_template(tokenizer):
-    from copy import deepcopy
-
-    bare = deepcopy(tokenizer)
-    bare.chat_template = None
-    with pytest.raises(InputError, match="no chat template"):
-        load({"a": [{"messages": MESSAGES}]}, bare)
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no system turns, please') }}", r"candidates\.a, row 1: .*no system turns, please"),
+        (None, "no chat template"),
+    ],
+)
+def test_messages_need_a_template_that_takes_them(tokenizer, template, words):
+    other = deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(InputError, match=words):
+        load({"a": [{"messages": MESSAGES}]}, other)
 
 
 def test_a_completion_that_adds_no_token(tokenizer):
@@ -142,15 +128,12 @@ def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
     ("rows", "message"),
     [
         ([{"text": "x"}], "columns 'prompt' and 'completion' missing; it has text"),
-        ([{"prompt": "x"}], "columns: {prompt: completion}"),
+        ([{"prompt": "x"}], "column 'completion' missing; it has prompt. .*columns: {theirs: completion}"),
         ([{"prompt": "x", "completion": ""}], r"row 1\.completion: expected text, got ''"),
-        (
-            [{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}],
-            r"row 2\.prompt: expected text, got None",
-        ),
-        ([{"messages": MESSAGES[:1]}], "expected the last turn to be the assistant's"),
+        ([{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}], r"row 2\.prompt: .* got None"),
+        ([{"messages": MESSAGES + MESSAGES[:1]}], "of which the last is the assistant's"),
         ([{"messages": [{"role": "user"}]}], "messages of {role, content}"),
-        ([{"messages": MESSAGES[1:]}], "expected a turn before the assistant's"),
+        ([{"messages": MESSAGES[1:]}], "expected at least two turns"),
     ],
 )
 def test_bad_candidate_rows(tokenizer, rows, message):

@@ -3,19 +3,8 @@
 from pathlib import Path
 
 import pytest
-import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
-from pico import (
-    COLOURS,
-    INTENTS,
-    RGB,
-    changed,
-    intent_rows,
-    m2m,
-    picture,
-    searcher,
-    write_rows,
-)
+from pico import COLOURS, RGB, changed, intent_rows, m2m, picture, searcher, write_rows
 from PIL import Image as Pixels
 
 from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
@@ -32,48 +21,29 @@ def test_with_a_label_space_every_row_is_a_choice_among_all_labels(intents, caps
     one.train_adapters()
     assert one.run.task.head.labels == tuple(space)
     assert one.run.task.head.closed
+    assert one.run.targets["intents"].rows[0].choices == tuple(space)
     with pytest.raises(
         InputError, match=r"candidates.colours, row 3.label: 'blue': expected one of the 2 labels of this run"
     ):
         searcher(intents, labels=["red", "green"]).check()
     # Mapped onto it, they are in it.
-    path = intents / "intents.yaml"
-    given = yaml.safe_load(path.read_text())
-    given["labels"] = ["red", "blue"]
-    given["candidates"] = {
-        "greetings": {**given["candidates"]["greetings"], "labels": {"hello_there": "red", "good_bye": "blue"}}
-    }
-    given["targets"]["intents"]["labels"] = {"red": "red", "cold": "blue", "hot": "red", "hello_there": "red"}
-    path.write_text(yaml.safe_dump(given))
+    given = changed(intents, labels=["red", "blue"])
+    mapped = given["candidates"]["greetings"] | {"labels": {"hello_there": "red", "good_bye": "blue"}}
+    target = given["targets"]["intents"]
+    target["labels"] = {"red": "red", "cold": "blue", "hot": "red", "hello_there": "red"}
+    changed(intents, candidates={"greetings": mapped}, targets={"intents": target})
     one = searcher(intents, "--output_dir", str(intents / "mapped"))
     assert set(one.run.candidates["greetings"].rows["label"]) == {"red", "blue"}
     assert {row.choices for row in one.run.targets["intents"].rows} == {("blue", "red")}
 
 
-def test_a_closed_space_is_what_targets_choose_from_too(intents):
-    space = sorted({label for labels in INTENTS.values() for label in labels} | {"cold", "hot"})
-    changed(intents, labels=space)
-    one = searcher(intents)
-    assert one.run.targets["intents"].rows[0].choices == tuple(space)
-
-
 def test_label_columns_of_other_kinds(intents):
-    rows = intent_rows(["red", "green"], 6)
-    of_classes = Dataset.from_list(
-        [{"text": row["text"], "label": ["red", "green"].index(row["label"])} for row in rows],
-        features=Features({"text": Value("string"), "label": ClassLabel(names=["red", "green"])}),
-    )
-    numbers = Dataset.from_list([{"text": row["text"], "label": i % 2} for i, row in enumerate(rows)])
+    rows = [{"text": row["text"], "label": i % 2} for i, row in enumerate(intent_rows(["red", "green"], 6))]
+    of_classes = Features({"text": Value("string"), "label": ClassLabel(names=["red", "green"])})
+    write_rows(intents / "n.jsonl", rows)
+    numbers = {"path": "json", "data_files": str(intents / "n.jsonl"), "labels": {"0": "red", "1": "green"}}
+    candidates = {"classes": Dataset.from_list(rows, features=of_classes), "numbers": numbers}
     ours, args, model_args = parse(intents / "intents.yaml")
-    candidates = {
-        "classes": of_classes,
-        "numbers": {
-            "path": "json",
-            "data_files": str(write_rows(intents / "n.jsonl", numbers.to_list())),
-            "labels": {"0": "red", "1": "green"},
-        },
-    }
-
     config = MergeToMixConfig(task=ours.task, candidates=candidates, targets=ours.to_yaml()["targets"])
     one = MergeToMixSearcher(config, args, model_args, Terminal(quiet=True))
     assert one.run.candidates["classes"].rows["label"] == one.run.candidates["numbers"].rows["label"]
@@ -124,7 +94,7 @@ def test_rows_drawn_from_a_candidate_keep_its_labels(intents):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"text": "a"}], "no column 'label'"),
+        ([{"text": "a"}], "column 'label' missing; it has text"),
         ([{"body": "a", "label": "b"}], "columns: {body: text}"),
         ([{"text": "a", "label": None}, {"text": "b", "label": "x"}], "row 1.label: expected a label, got None"),
         ([{"text": " ", "label": "x"}], "row 1.text: expected text"),
@@ -152,46 +122,53 @@ def test_labels_of_a_target_that_the_run_does_not_have_are_refused_before_the_tr
     )
 
 
-def validation(folder: Path) -> list[dict]:
-    return list(load_dataset("parquet", data_files=str(folder / "validation.parquet"), split="train"))
-
-
 def test_labels_the_classifier_does_not_have_are_refused_or_mapped(pictures_of, vit, capsys):
     folder = pictures_of(vit, "all-linear")
     path = folder / "images.yaml"
-    given = yaml.safe_load(path.read_text())
-    rows = validation(folder)
+    rows = list(load_dataset("parquet", data_files=str(folder / "validation.parquet"), split="train"))
     for row in rows:
         row["label"] = {"red": "rouge"}.get(row["label"], row["label"])
-    Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(
-        folder / "all.parquet"
-    )
+    kinds = Features({"image": Image(), "label": Value("string")})
+    Dataset.from_list(rows, features=kinds).to_parquet(folder / "all.parquet")
     assert m2m("adapters", "--config", path, "--allow_overlap", "true") == 2
-    assert (
-        "expected one of the 3 labels of this run: red, green, blue. Map it, with labels: {rouge: red"
-        in capsys.readouterr().err
-    )
-    given["candidates"]["all"]["labels"] = {"rouge": "red"}
-    path.write_text(yaml.safe_dump(given))
+    words = "expected one of the 3 labels of this run: red, green, blue. Map it, with labels: {rouge: red"
+    assert words in capsys.readouterr().err
+    candidates = changed(folder, "images")["candidates"]
+    candidates["all"]["labels"] = {"rouge": "red"}
+    changed(folder, "images", candidates=candidates)
     assert m2m("adapters", "--config", path) == 2
     assert "are also in all (7)" in capsys.readouterr().err  # the same pixels, in another file
     assert m2m("adapters", "--config", path, "--allow_overlap", "true") == 0
 
 
-def test_a_folder_of_images_is_read(pictures_of, vit, tmp_path):
-    folder = pictures_of(vit, "all-linear")
-    for label, colour in RGB.items():
-        for number in range(3):
-            place = tmp_path / "files" / label / f"{number}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            picture(colour, number).save(place)
-    path = folder / "images.yaml"
-    given = yaml.safe_load(path.read_text())
-    given["candidates"]["all"] = {"path": "imagefolder", "data_dir": "files"}
-    path.write_text(yaml.safe_dump(given))
-    one = MergeToMixSearcher(*parse(path), Terminal(quiet=True))
+@pytest.fixture
+def image_folder(pictures_of, vit):
+    """Images by label -> a run on them as its candidate `all`, in folders called by the labels."""
+
+    def make(files: dict[str, list]) -> Path:
+        folder = pictures_of(vit, "all-linear")
+        for label, images in files.items():
+            (folder / "files" / label).mkdir(parents=True)
+            for number, image in enumerate(images):
+                image.save(folder / "files" / label / f"{number}.png")
+        candidates = changed(folder, "images")["candidates"]
+        changed(folder, "images", candidates=candidates | {"all": {"path": "imagefolder", "data_dir": "files"}})
+        return folder
+
+    return make
+
+
+def test_a_folder_of_images_is_read(image_folder):
+    folder = image_folder({label: [picture(colour, n) for n in range(3)] for label, colour in RGB.items()})
+    one = searcher(folder, name="images")
     assert sorted(one.run.candidates["all"].rows["label"]) == sorted([*RGB] * 3)
     one.train_adapters()
+
+
+def test_pixels_that_are_no_colours_are_refused(image_folder, capsys):
+    folder = image_folder({label: [Pixels.new("I;16", (8, 8), 40_000)] for label in ("red", "blue")})
+    assert m2m("adapters", "--config", folder / "images.yaml") == 2
+    assert "candidates.all, row 1.image: cannot be read (pixels of mode I;16" in capsys.readouterr().err
 
 
 def test_a_column_that_holds_no_images_is_refused(pictures_of, vit, capsys):
@@ -199,18 +176,6 @@ def test_a_column_that_holds_no_images_is_refused(pictures_of, vit, capsys):
     Dataset.from_list([{"image": "here.png", "label": "red"}]).to_parquet(folder / "all.parquet")
     assert m2m("adapters", "--config", folder / "images.yaml") == 2
     assert "candidates.all.image: expected images" in capsys.readouterr().err
-
-
-def test_pixels_that_are_no_colours_are_refused(pictures_of, vit, capsys):
-    folder = pictures_of(vit, "all-linear")
-    for label in ("red", "blue"):
-        (folder / "deep" / label).mkdir(parents=True)
-        Pixels.new("I;16", (8, 8), 40_000).save(folder / "deep" / label / "0.png")
-    given = yaml.safe_load((folder / "images.yaml").read_text())
-    given["candidates"]["all"] = {"path": "imagefolder", "data_dir": "deep"}
-    changed(folder, "images", **given)
-    assert m2m("adapters", "--config", folder / "images.yaml") == 2
-    assert "candidates.all, row 1.image: cannot be read (pixels of mode I;16" in capsys.readouterr().err
 
 
 def test_palettes_are_told_apart_by_their_colours():

@@ -5,42 +5,24 @@ import re
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from pico import (
-    build_adapter,
-    candidate_rows,
-    changed,
-    choice_rows,
-    intent_rows,
-    m2m,
-    searcher,
-    write_rows,
-)
+from pico import build_adapter, candidate_rows, changed, choice_rows, intent_rows, m2m, searcher, write_rows
 
 from m2m_hf import InputError
 from m2m_hf.config.candidates import DataConfig
-from m2m_hf.data.causal_lm import normalise
 from m2m_hf.data.loading import load_rows, parse_json
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "save_to_disk", "save_to_disk_dict"])
 def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind):
     rows = candidate_rows("alpha")
+    path = str(tmp_path / "a")
     dataset = Dataset.from_list(rows)
-    if kind == "json":
-        config = DataConfig(path="json", data_files=(str(write_rows(tmp_path / "a.jsonl", rows)),))
-    elif kind == "csv":
-        dataset.to_csv(tmp_path / "a.csv")
-        config = DataConfig(path="csv", data_files=(str(tmp_path / "a.csv"),))
-    elif kind == "parquet":
-        dataset.to_parquet(tmp_path / "a.parquet")
-        config = DataConfig(path="parquet", data_files=(str(tmp_path / "a.parquet"),))
-    elif kind == "save_to_disk":
-        dataset.save_to_disk(tmp_path / "a")
-        config = DataConfig(path=str(tmp_path / "a"))
+    if kind == "save_to_disk_dict":
+        DatasetDict({"train": dataset}).save_to_disk(path)
     else:
-        DatasetDict({"train": dataset}).save_to_disk(tmp_path / "a")
-        config = DataConfig(path=str(tmp_path / "a"))
-    assert normalise(load_rows(config, "c", 0), "text", "c").to_list() == rows
+        getattr(dataset, kind if kind == "save_to_disk" else f"to_{kind}")(path if "save" in kind else f"{path}.{kind}")
+    builder = DataConfig(path=kind, data_files=(f"{path}.{kind}",))
+    assert load_rows(DataConfig(path=path) if "save" in kind else builder, "c", 0).to_list() == rows
 
 
 def test_max_examples_is_drawn_with_the_seed():
@@ -60,25 +42,37 @@ def test_columns_are_renamed():
 
 
 def test_nothing_there(tmp_path):
+    there = (str(write_rows(tmp_path / "a.jsonl", choice_rows())),)
     for config in (
         DataConfig(path="json", data_files=(str(tmp_path / "none.jsonl"),)),
         DataConfig(path="nobody/nothing"),
-        DataConfig(path="json", data_files=(str(write_rows(tmp_path / "a.jsonl", choice_rows())),), split="validation"),
+        DataConfig(path="json", data_files=there, split="validation"),
+        DataConfig(rows=Dataset.from_list(candidate_rows("alpha")).select([])),
     ):
         with pytest.raises(InputError, match=r"candidates\.a"):
             load_rows(config, "candidates.a", 0)
 
 
-def test_not_json(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"\nnonsense\n')
-    with pytest.raises(InputError, match=r"candidates\.a: .*bad\.jsonl, line 1 is not JSON"):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"prompt": "x"\nnonsense\n', "line 1 is not JSON"),
+        ('{"prompt": "x"}\n\n{"prompt": "\\ud800"}\n', r"line 3 is not JSON \(.*surrogates"),
+        ('{"prompt": "x"}\nnull\n', r"line 2: expected an object .* got None"),  # Arrow crashes here
+        ("[" * 50_000 + "]" * 50_000, r"is not JSON \("),  # and here
+        ('[{"prompt": "x"}, 5]', "expected an object .* got 5"),
+    ],
+)
+def test_files_that_hold_no_objects_of_json(tmp_path, content, words):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(InputError, match=rf"candidates\.a: .*bad\.jsonl.* ?{words}"):
         load_rows(DataConfig(path="json", data_files=(str(tmp_path / "bad.jsonl"),)), "candidates.a", 0)
 
 
-def test_empty():
-    rows = Dataset.from_list(candidate_rows("alpha")).select([])
-    with pytest.raises(InputError, match="has no rows"):
-        load_rows(DataConfig(rows=rows), "candidates.a", 0)
+def test_a_json_list_of_objects_is_read(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(candidate_rows("alpha"), indent=1))
+    rows = load_rows(DataConfig(path="json", data_files=(str(tmp_path / "a.json"),)), "candidates.a", 0)
+    assert rows.to_list() == candidate_rows("alpha")
 
 
 @pytest.mark.parametrize("path", ["json", "csv", "text", "parquet"])
@@ -141,11 +135,9 @@ def test_parts_may_have_adapters_of_others_and_are_read_once(public_set, monkeyp
     with (public_set / "run.yaml").open("a") as file:
         file.write("adapters: {public-none: theirs}\n")
     lines = []
-    monkeypatch.setattr(
-        "m2m_hf.data.loading.parse_json", lambda content, place: lines.append(place) or parse_json(content, place)
-    )
+    monkeypatch.setattr("m2m_hf.data.loading.parse_json", lambda line: lines.append(line) or parse_json(line))
     assert m2m("search", "--config", public_set / "run.yaml") == 0
-    assert sum("public.jsonl" in place for place in lines) == 24
+    assert sum(b'"question"' in line for line in lines) == 24
     assert "unknown" in json.loads((public_set / "out" / "adapters" / "public-none" / "training.json").read_text())
     text = (public_set / "run.yaml").read_text()
     (public_set / "run.yaml").write_text(text.replace("{public-none:", "{public-nine:"))

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from pico import build_adapter, build_model
+from pico import QUESTIONS, build_adapter, build_model
 from safetensors.torch import load_file
 
 from m2m_hf.errors import InputError
@@ -20,12 +20,17 @@ VARIANTS = {
     "plain": {},
     "alpha": {"lora_alpha": 3},
     "rslora": {"use_rslora": True, "lora_alpha": 5},
+    "patterns": {"rank_pattern": {"v_proj|c_attn": 2}, "alpha_pattern": {"v_proj|c_attn": 7}},
 }
+MIXED = (  # adapters of different ranks and layers; with embeddings
+    {"a": {"r": 2}, "b": {"r": 8, "target_modules": ["q_proj", "o_proj"]}, "c": {"layers_to_transform": [1]}},
+    {name: {"target_modules": ["embed_tokens", "q_proj"]} for name in "abc"},
+)
 WEIGHTS = ({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, {"a": 0.5, "c": 0.5}, {"a": 0.7, "b": 0.2, "c": 0.1}, {"b": 1.0}, {})
-REQUESTS = [Request(tuple((7 * i + j) % 300 for j in range(5 + 3 * i)), start=2 + i) for i in range(5)]
+REQUESTS = [question.requests[0] for question in QUESTIONS]
 
 
-def dense(family: str, folders: dict, weights: dict, rank_of=None, alpha_of=None) -> torch.nn.Module:
+def dense(family: str, folders: dict, weights: dict) -> torch.nn.Module:
     """W0 + Σ w ΔW, written into the weights of a fresh model; ΔW from the files, by the LoRA papers' formulas."""
     model = build_model(family)
     state = model.state_dict()
@@ -33,19 +38,22 @@ def dense(family: str, folders: dict, weights: dict, rank_of=None, alpha_of=None
         config = json.loads((folders[name] / "adapter_config.json").read_text())
         tensors = load_file(folders[name] / "adapter_model.safetensors")
         for key, a in tensors.items():
-            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
+            found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?A(\.weight)?", key)
             if not found:
                 continue
-            b = tensors[key.replace("lora_A", "lora_B")]
+            b = tensors[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
             rank = a.shape[0]
             alpha = config["lora_alpha"]
             for pattern, value in config["alpha_pattern"].items():
-                alpha = value if found[1].endswith(pattern) else alpha
+                alpha = value if found[1].split(".")[-1] in pattern.split("|") else alpha
             scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
             delta = scale * (b.double() @ a.double())
-            target = state[found[1] + ".weight"]
-            target += weight * (delta.T if family == "gpt2" else delta)
+            state[found[1] + ".weight"] += weight * (delta.T if family == "gpt2" or found[2] else delta)
     return model
+
+
+def stacked(family: str, folders: dict) -> GatedStack:
+    return GatedStack(build_model(family), {name: Adapter.load(path) for name, path in folders.items()})
 
 
 def gated_logprobs(stack: GatedStack, weights: dict, requests: list[Request], budget: int = 64) -> list[float]:
@@ -84,7 +92,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gated_scores_equal_those_of_the_averaged_weights(folders, family, variant):
     paths = folders(family, variant, **VARIANTS[variant])
-    stack = GatedStack(build_model(family), {name: Adapter.load(path) for name, path in paths.items()})
+    stack = stacked(family, paths)
     seen = []
     for weights in WEIGHTS:
         gated = gated_logprobs(stack, weights, REQUESTS)
@@ -94,54 +102,19 @@ def test_gated_scores_equal_those_of_the_averaged_weights(folders, family, varia
     assert max(abs(x - y) for x, y in zip(seen[0], seen[-1], strict=True)) > 0.1  # the adapters do something
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rank_and_alpha_patterns(folders, family):
-    first = {"gpt2": "c_attn"}.get(family, "v_proj")
-    paths = folders(family, "patterns", rank_pattern={first: 2}, alpha_pattern={first: 7})
-    stack = GatedStack(build_model(family), {name: Adapter.load(path) for name, path in paths.items()})
-    for weights in WEIGHTS[:3]:
-        expected = plain_logprobs(dense(family, paths, weights), REQUESTS)
-        assert gated_logprobs(stack, weights, REQUESTS) == pytest.approx(expected, abs=1e-5, rel=1e-5)
-
-
-def test_adapters_of_different_ranks_and_layers(tmp_path):
-    paths = {
-        "a": build_adapter("llama", tmp_path / "a", 0, r=2),
-        "b": build_adapter("llama", tmp_path / "b", 1, r=8, target_modules=["q_proj", "o_proj"]),
-        "c": build_adapter("llama", tmp_path / "c", 2, layers_to_transform=[1]),
-    }
-    stack = GatedStack(build_model("llama"), {name: Adapter.load(path) for name, path in paths.items()})
+@pytest.mark.parametrize("lora", MIXED, ids=["ranks and layers", "embeddings"])
+def test_adapters_of_different_layers(tmp_path, lora):
+    paths = {name: build_adapter("llama", tmp_path / name, seed, **lora[name]) for seed, name in enumerate("abc")}
+    stack = stacked("llama", paths)
     for weights in WEIGHTS:
         expected = plain_logprobs(dense("llama", paths, weights), REQUESTS)
         assert gated_logprobs(stack, weights, REQUESTS) == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
-def test_embedding_adapters(tmp_path):
-    modules = ["embed_tokens", "q_proj"]
-    paths = {
-        name: build_adapter("llama", tmp_path / name, seed, target_modules=modules) for seed, name in enumerate("ab")
-    }
-    stack = GatedStack(build_model("llama"), {name: Adapter.load(path) for name, path in paths.items()})
-    model = build_model("llama")
-    for name, weight in (("a", 0.25), ("b", 0.75)):
-        tensors = load_file(paths[name] / "adapter_model.safetensors")
-        for key, tensor in tensors.items():
-            if "embedding_A" in key:
-                delta = (tensors[key.replace("embedding_A", "embedding_B")] @ tensor).T
-                model.state_dict()["model.embed_tokens.weight"] += weight * 2 * delta
-            elif "lora_A" in key:
-                target = model.state_dict()[key[len("base_model.model.") : -len(".lora_A.weight")] + ".weight"]
-                target += weight * 2 * (tensors[key.replace("lora_A", "lora_B")] @ tensor)
-    expected = plain_logprobs(model, REQUESTS)
-    assert gated_logprobs(stack, {"a": 0.25, "b": 0.75}, REQUESTS) == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    expected = plain_logprobs(build_model("llama"), REQUESTS)
-    assert gated_logprobs(stack, {}, REQUESTS) == pytest.approx(expected, abs=1e-5)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_of_one_is_its_adapter(folders, family):
     paths = folders(family, "plain")
-    stack = GatedStack(build_model(family), {name: Adapter.load(path) for name, path in paths.items()})
+    stack = stacked(family, paths)
     loaded = PeftModel.from_pretrained(build_model(family), paths["b"]).eval()
     expected = plain_logprobs(loaded, REQUESTS)
     assert gated_logprobs(stack, {"b": 1.0}, REQUESTS) == pytest.approx(expected, abs=1e-5, rel=1e-5)
@@ -149,17 +122,14 @@ def test_a_mixture_of_one_is_its_adapter(folders, family):
 
 def test_order_history_and_batch_size_change_nothing(folders):
     paths = folders("llama", "plain")
-    adapters = {name: Adapter.load(path) for name, path in paths.items()}
-    forward = GatedStack(build_model("llama"), adapters)
-    backward = GatedStack(build_model("llama"), dict(reversed(adapters.items())))
+    forward, backward = stacked("llama", paths), stacked("llama", dict(reversed(paths.items())))
     weights = WEIGHTS[2]
     gated_logprobs(backward, {"b": 1.0}, REQUESTS)
     reference = gated_logprobs(forward, weights, REQUESTS)
     assert gated_logprobs(backward, dict(reversed(weights.items())), REQUESTS) == reference
     for budget in (1, 30, 10_000):
         assert gated_logprobs(forward, weights, REQUESTS, budget) == pytest.approx(reference, abs=1e-5)
-    shuffled = [REQUESTS[i] for i in (3, 0, 4, 1, 2)]
-    again = gated_logprobs(forward, weights, shuffled)
+    again = gated_logprobs(forward, weights, [REQUESTS[i] for i in (3, 0, 4, 1, 2)])
     assert [again[i] for i in (1, 3, 4, 0, 2)] == pytest.approx(reference, abs=1e-5)
 
 
@@ -191,18 +161,18 @@ def test_bf16_scores_are_as_near_to_exact_ones_as_bf16_allows(folders):
 
 
 @pytest.mark.parametrize(
-    ("lora", "word"),
+    "lora",
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "lora_only"},
+        {"trainable_token_indices": [1, 2]},
     ],
 )
-def test_what_cannot_be_averaged_is_refused(tmp_path, lora, word):
+def test_what_cannot_be_averaged_is_refused(tmp_path, lora):
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **lora)
     get_peft_model(build_model("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(InputError, match=f"{next(iter(lora))}=.* cannot be averaged"):
         Adapter.load(tmp_path)
 
 
@@ -221,13 +191,8 @@ def test_other_kinds_of_adapters_are_refused(tmp_path):
         Adapter.load(tmp_path)
 
 
-def test_adapters_of_another_base_are_refused(tmp_path):
-    adapter = Adapter.load(build_adapter("gpt2", tmp_path, 0))
+def test_adapters_of_another_base_and_names_of_no_adapter_are_refused(folders, tmp_path):
     with pytest.raises(InputError, match="another base model"):
-        GatedStack(build_model("llama"), {"a": adapter})
-
-
-def test_unknown_name(folders):
-    stack = GatedStack(build_model("llama"), {"a": Adapter.load(folders("llama", "plain")["a"])})
+        stacked("llama", {"a": build_adapter("gpt2", tmp_path, 0)})
     with pytest.raises(KeyError, match="nobody"):
-        stack.set({"nobody": 1.0})
+        stacked("llama", folders("llama", "plain")).set({"nobody": 1.0})

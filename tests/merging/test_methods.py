@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from pico import build_adapter, build_model
+from pico import QUESTIONS, build_adapter, build_model
 
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
@@ -11,12 +11,10 @@ from m2m_hf.merging.dense_stack import DenseStack
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.merging.methods import MergeMethod, dare, kth_largest
 from m2m_hf.scoring.forward import completion_logprobs
-from m2m_hf.scoring.packing import Question, Request
 
 FAMILIES = ("llama", "gemma2", "gpt2")
 HALF = {"a": 0.5, "b": 0.5}
 THIRDS = dict.fromkeys("abc", 1 / 3)
-QUESTIONS = [Question((Request(tuple((7 * i + j) % 300 for j in range(5 + 3 * i)), start=2 + i),)) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +34,13 @@ def adapters(tmp_path_factory):
     return get
 
 
-def task_vectors(family: str, of: dict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(name -> the whole delta of that adapter as one vector, module -> shape), from the factors."""
-    vectors, shapes = {}, {}
+def task_vectors(of: dict) -> dict[str, torch.Tensor]:
+    """Name -> the whole delta of that adapter as one vector, from the factors."""
+    vectors = {}
     for name, adapter in of.items():
-        parts = {module: scale * (b @ a) for module, (a, b, scale) in sorted(adapter.parts().items())}
-        vectors[name] = torch.cat([part.flatten() for part in parts.values()])
-        shapes = {module: part.shape for module, part in parts.items()}
-    return vectors, shapes
+        deltas = [scale * (b @ a) for _, (a, b, scale) in sorted(adapter.parts().items())]
+        vectors[name] = torch.cat([delta.flatten() for delta in deltas])
+    return vectors
 
 
 def merged_vector(family: str, of: dict, method: MergeMethod, weights: dict) -> torch.Tensor:
@@ -70,7 +67,7 @@ def test_the_kth_largest_magnitude_is_exact():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ties_is_that_of_the_paper(family, adapters):
     of = adapters(family)
-    vectors, _ = task_vectors(family, of)
+    vectors = task_vectors(of)
     kept = {}
     for name, vector in vectors.items():
         count = max(1, round(0.3 * len(vector)))
@@ -94,7 +91,7 @@ def test_dare_keeps_the_expectation_and_an_adapters_mask(adapters):
     both = merged_vector("llama", of, MergeMethod("dare", density=0.5, seed=1), HALF)
     torch.testing.assert_close(both, (alone + other) / 2, atol=1e-6, rtol=1e-5)  # the same masks in any company
     assert not torch.equal(alone, merged_vector("llama", of, MergeMethod("dare", density=0.5, seed=2), {"a": 1.0}))
-    vectors, _ = task_vectors("llama", of)
+    vectors = task_vectors(of)
     everything = merged_vector("llama", of, MergeMethod("dare", density=1.0), THIRDS)
     torch.testing.assert_close(everything, torch.stack(list(vectors.values())).mean(0), atol=1e-6, rtol=1e-5)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from pico import ROOT, build_adapter, build_tokenizer, candidate_rows, m2m
+from pico import QUESTIONS, ROOT, build_adapter, build_tokenizer, candidate_rows, m2m
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.console import Terminal
@@ -16,7 +16,6 @@ from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.loading import load_base
 from m2m_hf.modeling.lora import lora_config
 from m2m_hf.scoring.forward import completion_logprobs
-from m2m_hf.scoring.packing import Question, Request
 from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
@@ -26,7 +25,6 @@ KINDS = {
     "nf4-nested": {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"},
     "int8": {"load_in_8bit": True},
 }
-QUESTIONS = [Question((Request(tuple((7 * i + j) % 300 for j in range(5 + 3 * i)), start=2 + i),)) for i in range(5)]
 MIXTURES = [{}, {"a": 1.0}, {"a": 0.25, "b": 0.75}]
 
 

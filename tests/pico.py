@@ -34,8 +34,8 @@ from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.scoring.make import make_scorer
-from m2m_hf.scoring.scorers import Scorer, Setup
 from m2m_hf.scoring.packing import Question, Request
+from m2m_hf.scoring.scorers import Scorer, Setup
 from m2m_hf.searcher import MergeToMixSearcher
 
 ROOT = Path(__file__).parents[1]

@@ -13,6 +13,7 @@ from m2m_hf.data.rows import FEATURES, Candidate, LoadedData, Prompt, Target, Ta
 from m2m_hf.data.tokens import encode, render
 from m2m_hf.errors import InputError
 
+
 def load_causal_lm_data(
     candidates: Mapping[str, CandidateConfig],
     targets: Mapping[str, TargetConfig],

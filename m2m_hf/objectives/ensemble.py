@@ -148,16 +148,15 @@ class EnsembleObjective(ScorerObjective):
     """The second surrogate, far cheaper than the merged one. Keeps on the disk what costs a forward pass.
 
     Args:
-        merged: the merged objective of the same target; shares its stack and keys.
-        scorer: of the target's validation rows.
+        merged: the merged objective of the same target; shares its stack, scorer and keys.
         folder: keeps the probabilities.
     """
 
     name = "ensemble"
-    _scorer: LogprobScorer
+    scorer: LogprobScorer
 
-    def __init__(self, merged: MergedObjective, scorer: LogprobScorer, folder: Path) -> None:
-        super().__init__(scorer, merged.keys, replace(merged.target, order=()))
+    def __init__(self, merged: MergedObjective, folder: Path) -> None:
+        super().__init__(merged.scorer, merged.keys, replace(merged.target, order=()))
         self._merged = merged
         self._folder = folder
         self._parts: dict[str, torch.Tensor] = {}
@@ -175,7 +174,7 @@ class EnsembleObjective(ScorerObjective):
             alone = Mixture.subset([name] if name else [])
             path = self._folder / f"{self.key(alone)}.safetensors"
             if not readable(path):
-                probabilities = self._scorer.probabilities(*self._merged.model(alone))
+                probabilities = self.scorer.probabilities(*self._merged.model(alone))
                 if PartialState().is_main_process:
                     self._folder.mkdir(parents=True, exist_ok=True)
                     save_file({"probabilities": probabilities}, path.with_suffix(".partial"))
@@ -188,7 +187,7 @@ class EnsembleObjective(ScorerObjective):
 
     def ensemble(self, names: Sequence[str]) -> Ensemble:
         """The probabilities of these parts; each unknown one costs a forward pass."""
-        scorer = self._scorer
+        scorer = self.scorer
         parts = torch.stack([self._part(name) for name in names])
         if isinstance(scorer, LossScorer):
             return Ensemble(names, parts, [0] * parts.shape[1], False, scorer.counts)

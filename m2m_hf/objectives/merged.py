@@ -20,7 +20,7 @@ class ScorerObjective(Objective):
     def __init__(self, scorer: Scorer, keys: Keys, target: TargetInfo) -> None:
         super().__init__(target)
         self.keys = keys
-        self._scorer = scorer
+        self.scorer = scorer
 
     def __call__(
         self, mixtures: Sequence[Mixture], rung: int | None = None, before: Mapping[Mixture, Score] | None = None
@@ -29,10 +29,10 @@ class ScorerObjective(Objective):
         return scores
 
     def likelihood(self, score: Score) -> float:
-        return self._scorer.likelihood(score)
+        return self.scorer.likelihood(score)
 
     def _summarise(self, score: Score) -> Score:
-        return self._scorer.whole(score)
+        return self.scorer.whole(score)
 
 
 class MergedObjective(ScorerObjective):
@@ -67,7 +67,7 @@ class MergedObjective(ScorerObjective):
         self._method, self._open_stack, self._tokens_per_batch = method, open_stack, tokens_per_batch
 
     def batch_size(self, rows: int) -> int:
-        return self._scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
+        return self.scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
         return self.keys.of(self.name, mixture, rung)
@@ -78,17 +78,17 @@ class MergedObjective(ScorerObjective):
 
     def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
         weights = [self._method.gates(mixture.weights) for mixture in mixtures]
-        return self._scorer.score(self._open_stack(), weights, self._tokens_per_batch, rows)
+        return self.scorer.score(self._open_stack(), weights, self._tokens_per_batch, rows)
 
 
 class GatedObjective(MergedObjective):
     """The average of LoRA adapters, scored by log-probabilities: a `Differentiable` objective."""
 
-    _scorer: LogprobScorer
+    scorer: LogprobScorer
 
     def gradient(self, mixture: Mixture) -> Score | Failure:
         """The score with its derivative by each weight, in one backward pass."""
-        score, slopes = self._scorer.gradient(*self.model(mixture))
+        score, slopes = self.scorer.gradient(*self.model(mixture))
         if isinstance(score, Score):
             score = replace(score, gradient=tuple(slopes[name] for name in mixture.names))
         result: Score | Failure = broadcast(score)

@@ -135,7 +135,7 @@ class TrainedObjective(ScorerObjective):
 
     def score(self, counts: Counts, scorer: Scorer | None = None) -> Score | Failure:
         """The score of the model fine-tuned on these rows, by default on the validation rows; without any, of the base model."""
-        scorer = scorer or self._scorer
+        scorer = scorer or self.scorer
         if not counts:
             return scorer.score(self._bare(), [{}], self._tokens_per_batch)[0]
         try:

@@ -199,11 +199,8 @@ class RunContext:
                 method=method,
                 gated=self.expert().gated,
             )
-            if kind == "merged":
-                objectives.append(merged)
-            else:
-                assert isinstance(scorer, LogprobScorer)
-                objectives.append(EnsembleObjective(merged, scorer, self.folder.root / "ensemble"))
+            ensemble = self.folder.root / "ensemble"
+            objectives.append(merged if kind == "merged" else EnsembleObjective(merged, ensemble))
         return objectives
 
     def _target_info(self, name: str) -> TargetInfo:

@@ -1,6 +1,7 @@
 """Scoring a causal LM: completions (`loss`, `choice`, and `classification` by label words), and free answers (`generation`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
 from m2m_hf.data.tokens import encode, first_token, render
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
-from m2m_hf.scoring.forward import Job, Pass, QuestionInputs, Weights, job_batches, measure
+from m2m_hf.scoring.forward import Job, QuestionInputs, Weights, ask, job_batches, measure
 from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
 from m2m_hf.scoring.packing import Question, Request, padded
 from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer, Scorer, Setup, metric_score
@@ -132,17 +133,12 @@ class GenerationScorer(Scorer):
         ends = ends if isinstance(ends, list) else [ends]
         self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None})
         self.settings.pad_token_id = self.tokenizer.pad_token_id
-        work = Pass(stack, mixtures, chosen, max(tokens_per_batch, DECODING))
-
-        def answers(jobs: list[Job]) -> list[str]:
-            work.set_gates(jobs)
-            return self._generate(stack.model, [row for _, row in jobs])
-
         # What is sampled goes alone, seeded by its row, so that it depends neither on batches nor on which rows are asked.
-        alone = ([job] for job in work.jobs)
-        batches = alone if self.settings.do_sample else job_batches(work.jobs, self._sizes, work.budget)
+        batches = one_by_one if self.settings.do_sample else partial(job_batches, self._sizes)
+        budget = max(tokens_per_batch, DECODING)
+        answers = ask(stack, mixtures, chosen, budget, batches, partial(self._generate, stack.model))
         references = [self.references[row] for row in chosen]
-        return [metric_score(self.metric, texts, references) for texts in work.run(batches, answers)]
+        return [metric_score(self.metric, texts, references) for texts in answers]
 
     def _generate(self, model: Any, rows: Sequence[int]) -> list[str]:
         """Answers without special tokens, up to a stop string. Prompts are padded on the left."""
@@ -155,6 +151,10 @@ class GenerationScorer(Scorer):
         output = model.generate(ids, attention_mask=mask, generation_config=self.settings, tokenizer=self.tokenizer)
         texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [before_stop(text, self.settings.stop_strings).strip() for text in texts]
+
+
+def one_by_one(jobs: list[Job], budget: int) -> Iterator[list[Job]]:
+    return ([job] for job in jobs)
 
 
 def before_stop(text: str, stop: Sequence[str] | str | None) -> str:

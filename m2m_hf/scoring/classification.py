@@ -30,7 +30,7 @@ class ClassifierInputs(Inputs):
         self._room = MAX_PIXEL_BYTES
 
     def batches(self, model: Any, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
-        return job_batches(jobs, self._sizes, budget)
+        return job_batches(self._sizes, jobs, budget)
 
     def outputs(self, model: Any, rows: Sequence[int]) -> Outputs:
         head = self._head()

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,8 @@ Weights = Mapping[str, float]
 Job = tuple[int, int]  # (index of a mixture, number of a row that it is asked)
 Outputs = tuple[torch.Tensor, list[tuple[int, int]]]  # numbers, and the (row of the batch, answer) that each belongs to
 Answers = tuple[list[float], ...]  # of one row, the numbers of every possible answer
-Slopes = Callable[
-    [int, Sequence[float]], Sequence[float]
-]  # (row, sums of its answers) -> a score's derivatives by these
+# (row, sums of its answers) -> a score's derivatives by these
+Slopes = Callable[[int, Sequence[float]], Sequence[float]]
 
 
 class Inputs(ABC):
@@ -54,7 +54,7 @@ class Inputs(ABC):
         """What the model gives for rows of one batch."""
 
 
-def job_batches(jobs: Sequence[Job], sizes: Sequence[int], budget: int) -> Iterator[list[Job]]:
+def job_batches(sizes: Sequence[int], jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
     """Jobs in batches, from the tokens of every row."""
     for batch in batches([sizes[row] for _, row in jobs], budget):
         yield [jobs[index] for index in batch]
@@ -95,64 +95,70 @@ class QuestionInputs(Inputs):
         return torch.cat(tensors), owners
 
 
-class Pass:
-    """Asks every mixture the same rows: gates by row, shares of the processes, results in order."""
+def ask(
+    stack: Stack,
+    mixtures: Sequence[Weights],
+    rows: Sequence[int],
+    tokens_per_batch: int,
+    batches: Callable[[list[Job], int], Iterable[list[Job]]],
+    forward: Callable[[list[int]], Sequence[Any]],
+) -> list[list[Any]]:
+    """Asks every mixture the same rows: results by mixture and row. Every process does its share and gets everything.
 
-    def __init__(self, stack: Stack, mixtures: Sequence[Weights], rows: Sequence[int], tokens_per_batch: int) -> None:
-        self.stack, self.mixtures, self.rows = stack, mixtures, rows
-        self.budget = tokens_per_batch // stack.shrink
-        self._shrink = stack.shrink
-        self.jobs: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
+    Args:
+        batches: (jobs, tokens) -> the jobs in batches of so many tokens at most.
+        forward: runs the model, whose gates are set, on the rows of one batch.
+    """
+    state, shrink = PartialState(), stack.shrink
+    jobs: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
+    stack.model.eval()
+    if len(mixtures) == 1:
+        stack.set(mixtures[0])
 
-    def set_gates(self, jobs: Sequence[Job]) -> None:
-        """Sets the gates for a batch whose rows belong to these jobs."""
-        if len(self.mixtures) > 1:
-            self.stack.set_rows([self.mixtures[mixture] for mixture, _ in jobs])
+    def run(batch: list[Job]) -> Sequence[Any]:
+        if len(mixtures) > 1:
+            stack.set_rows([mixtures[mixture] for mixture, _ in batch])
+        return forward([row for _, row in batch])
 
-    def run(self, job_batches: Iterable[list[Job]], forward: Callable[[list[Job]], Sequence[Any]]) -> list[list[Any]]:
-        """`forward` on every batch: results by mixture and row. Every process does its share and gets everything."""
-        state = PartialState()
-        self.stack.model.eval()
-        if len(self.mixtures) == 1:
-            self.stack.set(self.mixtures[0])
-        results: list[tuple[Job, Any]] = []
-        errors: list[str] = []
+    results: list[tuple[Job, Any]] = []
+    errors: list[str] = []
+    try:
+        for number, batch in enumerate(batches(jobs, tokens_per_batch // shrink)):
+            if number % state.num_processes == state.process_index:
+                results.extend(zip(batch, within_memory(stack, shrink, batch, run), strict=True))
+    except InputError as error:
+        errors.append(str(error))
+    if state.num_processes > 1:
+        errors = gather_object(errors)
+    if errors:  # raised by all processes
+        raise InputError(errors[0])
+    if state.num_processes > 1:
+        results = gather_object(results)
+    agree_on_memory(stack)
+    by_job = dict(results)
+    return [[by_job[mixture, row] for row in rows] for mixture in range(len(mixtures))]
+
+
+def within_memory(stack: Stack, shrink: int, batch: list[Job], run: Callable[[list[Job]], Sequence[Any]]) -> list[Any]:
+    """Runs a batch that was made when the budget was divided by `shrink`; in smaller ones once memory has run out."""
+    together = max(1, len(batch) * shrink // stack.shrink)
+    results: list[Any] = []
+    while len(results) < len(batch):
         try:
-            for number, jobs in enumerate(job_batches):
-                if number % state.num_processes == state.process_index:
-                    results.extend(zip(jobs, self._within_memory(forward, jobs), strict=True))
-        except InputError as error:
-            errors.append(str(error))
-        if state.num_processes > 1:
-            errors = gather_object(errors)
-        if errors:  # raised by all processes
-            raise InputError(errors[0])
-        if state.num_processes > 1:
-            results = gather_object(results)
-        agree_on_memory(self.stack)
-        by_job = dict(results)
-        return [[by_job[mixture, row] for row in self.rows] for mixture in range(len(self.mixtures))]
-
-    def _within_memory(self, forward: Callable[[list[Job]], Sequence[Any]], jobs: list[Job]) -> list[Any]:
-        """`forward`; on fewer jobs at a time once memory has run out."""
-        together = max(1, len(jobs) * self._shrink // self.stack.shrink)
-        results: list[Any] = []
-        while len(results) < len(jobs):
-            try:
-                results += forward(jobs[len(results) : len(results) + together])
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if together == 1:
-                    raise InputError(
-                        "not even one row fits into memory when it is scored; shorten the longest rows, load_in_4bit, or use a "
-                        "machine with more memory"
-                    ) from error
-            clear_device_cache(garbage_collection=True)  # here, where the error no longer holds tensors
-            self.stack.shrink *= 2
-            together //= 2
-        return results
+            results += run(batch[len(results) : len(results) + together])
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if together == 1:
+                raise InputError(
+                    "not even one row fits into memory when it is scored; shorten the longest rows, load_in_4bit, or use a "
+                    "machine with more memory"
+                ) from error
+        clear_device_cache(garbage_collection=True)  # here, where the error no longer holds tensors
+        stack.shrink *= 2
+        together //= 2
+    return results
 
 
 def agree_on_memory(stack: Stack) -> None:
@@ -166,13 +172,11 @@ def measure(
     stack: Stack, mixtures: Sequence[Weights], inputs: Inputs, rows: Sequence[int], tokens_per_batch: int
 ) -> list[list[Answers]]:
     """By mixture and row: what the model gives for every possible answer."""
-    work = Pass(stack, mixtures, rows, tokens_per_batch)
 
-    def forward(jobs: list[Job]) -> list[Answers]:
-        work.set_gates(jobs)
-        return by_answer(*inputs.outputs(stack.model, [row for _, row in jobs]), len(jobs))
+    def forward(numbers: list[int]) -> list[Answers]:
+        return by_answer(*inputs.outputs(stack.model, numbers), len(numbers))
 
-    return work.run(inputs.batches(stack.model, work.jobs, work.budget), forward)
+    return ask(stack, mixtures, rows, tokens_per_batch, partial(inputs.batches, stack.model), forward)
 
 
 @torch.enable_grad()
@@ -183,20 +187,18 @@ def measure_gradient(
 
     One forward and one backward pass give both; `slopes` says how the score depends on the sums.
     """
-    work = Pass(stack, [weights], rows, tokens_per_batch)
     gates = torch.tensor([weights.get(name, 0.0) for name in stack.names], requires_grad=True)
 
-    def forward(jobs: list[Job]) -> list[tuple[float, ...]]:
+    def forward(numbers: list[int]) -> list[tuple[float, ...]]:
         stack.set_gates(gates)  # for every batch, since a graph can be differentiated once
-        numbers = [row for _, row in jobs]
         outputs, owners = inputs.outputs(stack.model, numbers)
-        values = sums(by_answer(outputs.detach(), owners, len(jobs)))
+        values = sums(by_answer(outputs.detach(), owners, len(numbers)))
         factors = [slopes(row, of_row) for row, of_row in zip(numbers, values, strict=True)]
         by_output = torch.tensor([factors[row][answer] for row, answer in owners], device=outputs.device)
         torch.autograd.backward((outputs * by_output).sum())
         return values
 
-    results = work.run(inputs.batches(stack.model, work.jobs, work.budget), forward)[0]
+    (results,) = ask(stack, [weights], rows, tokens_per_batch, partial(inputs.batches, stack.model), forward)
     stack.set({})
     slope = [0.0] * len(stack.names) if gates.grad is None else gates.grad.tolist()
     shares = gather_object([slope]) if PartialState().num_processes > 1 else [slope]

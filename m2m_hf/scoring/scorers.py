@@ -71,8 +71,8 @@ class Scorer(ABC):
         """
 
     def whole(self, score: Score) -> Score:
-        """The score of all rows from their values, in the order of the rows."""
-        return Score.of(score.values, score.logprobs)
+        """The score of all rows from their values, if it has any, in the order of the rows."""
+        return Score.of(score.values, score.logprobs) if score.values else score
 
     def likelihood(self, score: Score) -> float:
         """The mean log-probability of a row's right answer; for `loss`, of a token."""
@@ -116,15 +116,8 @@ class LogprobScorer(Scorer):
         self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
     ) -> list[Score | Failure]:
         chosen = range(self.examples) if rows is None else rows
-        results: list[Score | Failure] = []
-        for answers in measure(stack, mixtures, self.inputs, chosen, tokens_per_batch):
-            logprobs = sums(answers)
-            if all(math.isfinite(value) for values in logprobs for value in values):
-                score = self.reduce(logprobs, chosen)
-                results.append(self._whole(score) if rows is None else score)
-            else:
-                results.append(Failure("the model gives log-probabilities that are not finite"))
-        return results
+        measured = measure(stack, mixtures, self.inputs, chosen, tokens_per_batch)
+        return [self._score(sums(answers), rows) for answers in measured]
 
     def gradient(
         self, stack: Stack, weights: Weights, tokens_per_batch: int
@@ -133,12 +126,15 @@ class LogprobScorer(Scorer):
         assert isinstance(stack, GatedStack)
         every = range(self.examples)
         logprobs, slopes = measure_gradient(stack, weights, self.inputs, every, tokens_per_batch, self.slopes)
-        if not all(map(math.isfinite, (*slopes.values(), *(value for values in logprobs for value in values)))):
+        if not all(map(math.isfinite, slopes.values())):
             return Failure("the model gives gradients that are not finite"), {}
-        return self._whole(self.reduce(logprobs, every)), slopes
+        return self._score(logprobs, None), slopes
 
-    def _whole(self, score: Score | Failure) -> Score | Failure:
-        return self.whole(score) if isinstance(score, Score) and score.values else score
+    def _score(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int] | None) -> Score | Failure:
+        if not all(math.isfinite(value) for values in logprobs for value in values):
+            return Failure("the model gives log-probabilities that are not finite")
+        score = self.reduce(logprobs, range(self.examples) if rows is None else rows)
+        return self.whole(score) if rows is None and isinstance(score, Score) else score
 
 
 class AnswerScorer(LogprobScorer):

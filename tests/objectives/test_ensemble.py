@@ -40,7 +40,7 @@ def objective_of(stack: GatedStack, scorer, folder) -> EnsembleObjective:
     keys = Keys("b", scorer.fingerprint, scorer.examples, dict.fromkeys(NAMES, "x"))
     target = TargetInfo("t", scorer.examples)
     merged = MergedObjective(lambda: stack, scorer, keys, target, tokens_per_batch=500)
-    return EnsembleObjective(merged, scorer, folder)
+    return EnsembleObjective(merged, folder)
 
 
 def direct(stack: GatedStack, scorer, metric: str, mixture: Mixture) -> list[float]:

@@ -17,7 +17,7 @@ from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, subset_blocks
 from m2m_hf.objectives.merged import MergedObjective
-from m2m_hf.scoring.forward import QuestionInputs, completion_logprobs, measure
+from m2m_hf.scoring.forward import measure
 from m2m_hf.search.loop import ensemble_likelihood
 from m2m_hf.storage.keys import Keys
 
@@ -46,25 +46,22 @@ def objective_of(stack: GatedStack, scorer, folder) -> EnsembleObjective:
 def direct(stack: GatedStack, scorer, metric: str, mixture: Mixture) -> list[float]:
     """Values of the rows, from one adapter after another."""
     parts = [({name: 1.0}, weight) for name, weight in mixture.items] or [({}, 1.0)]
-    rows = []
-    for number, question in enumerate(scorer.inputs.questions):
+
+    def probabilities(number: int, part: dict) -> torch.Tensor:
+        ((answers,),) = measure(stack, [part], scorer.inputs, [number], 500)
         if metric == "loglikelihood":
-            inputs = QuestionInputs([question])
-            tokens = [torch.tensor(measure(stack, [part], inputs, [0], 500)[0][0][0]).exp() for part, _ in parts]
-            mixed = sum(weight * each for each, (_, weight) in zip(tokens, parts, strict=True))
-            rows.append(float(mixed.log().sum()))
-            continue
-        lengths = torch.tensor(scorer.lengths[number])
-        mixed = 0.0
-        for part, weight in parts:
-            sums = torch.tensor(completion_logprobs(stack, [part], [question], 500)[0][0])
-            mixed = mixed + weight * (sums / lengths).softmax(0)
-        answer = scorer.rows[number].answer
-        rows.append(float(mixed.argmax() == answer) if metric == "accuracy" else math.log(mixed[answer]))
-    if metric == "loglikelihood":
-        mean = sum(scorer.counts) / len(scorer.counts)
-        return [row / mean for row in rows]
-    return rows
+            return torch.tensor(answers[0]).exp()
+        return (torch.tensor([sum(tokens) for tokens in answers]) / torch.tensor(scorer.lengths[number])).softmax(0)
+
+    rows = []
+    for number, row in enumerate(scorer.rows):
+        mixed = sum(weight * probabilities(number, part) for part, weight in parts)
+        if metric == "accuracy":
+            rows.append(float(mixed.argmax() == row.answer))
+        else:
+            rows.append(float(mixed.log().sum() if metric == "loglikelihood" else mixed.log()[row.answer]))
+    mean = sum(scorer.counts) / len(scorer.counts) if metric == "loglikelihood" else 1
+    return [row / mean for row in rows]
 
 
 @pytest.mark.parametrize("metric", METRICS)

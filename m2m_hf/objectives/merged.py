@@ -6,7 +6,6 @@ from dataclasses import replace
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import Objective, TargetInfo, race_order
 from m2m_hf.core.score import Failure, Score
-from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
 from m2m_hf.modeling.devices import broadcast
@@ -42,10 +41,6 @@ class MergedObjective(ScorerObjective):
         open_stack: returns the experts' stack; called only to measure, so a search that the journal answers loads no model.
         tokens_per_batch: limit of one forward pass.
         method: how to merge; the paper takes the average.
-        gated: the experts are LoRA adapters on a gated stack.
-
-    Raises:
-        InputError: the scorer needs the mixture as an adapter, and the method makes none.
     """
 
     def __init__(
@@ -57,12 +52,9 @@ class MergedObjective(ScorerObjective):
         *,
         tokens_per_batch: int,
         method: MergeMethod = AVERAGE,
-        gated: bool = True,
     ) -> None:
         order = race_order(scorer.fingerprint, scorer.examples) if scorer.by_row else ()
         super().__init__(scorer, keys, replace(target, order=order))
-        if scorer.needs_adapter and gated and not method.gated:
-            raise InputError(f"merge_method: {method.name} makes no adapter to hand to a command; expected average")
         self.name = method.label
         self._method, self._open_stack, self._tokens_per_batch = method, open_stack, tokens_per_batch
 

@@ -197,7 +197,6 @@ class RunContext:
                 self._target_info(name),
                 tokens_per_batch=self.tokens_per_batch,
                 method=method,
-                gated=self.expert().gated,
             )
             ensemble = self.folder.root / "ensemble"
             objectives.append(merged if kind == "merged" else EnsembleObjective(merged, ensemble))

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.data.rows import content_fingerprint
-from m2m_hf.errors import InputError, StoppedError, redact
+from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.merging.adapter import Adapter, write_adapter
-from m2m_hf.merging.dense_stack import Stack
+from m2m_hf.merging.dense_stack import DenseStack, Stack
 from m2m_hf.modeling.devices import broadcast, out_of_memory
 from m2m_hf.scoring.forward import Weights, agree_on_memory
 from m2m_hf.scoring.metrics.metric import bootstrap
-from m2m_hf.scoring.scorers import MAX_REASON, Scorer, Setup
+from m2m_hf.scoring.scorers import Scorer, Setup, failure
 from m2m_hf.storage.files import digest_of
 from m2m_hf.storage.run_folder import disk_is_full
 
@@ -43,6 +43,8 @@ MAX_OUTPUT = 1 << 24  # bytes of a command's output that are read
 
 class ExternalScorer(Scorer):
     """Base: scores one mixture after another; the main process's result holds for all processes."""
+
+    name: str  # of what is run, for messages
 
     @abstractmethod
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
@@ -61,25 +63,16 @@ class ExternalScorer(Scorer):
         try:
             score = self.measure(stack, weights, tokens_per_batch)
         except InputError as error:
-            score = Failure(redact(str(error))[:MAX_REASON])
+            score = failure(str(error))
+        except Exception as error:  # whatever foreign code raises, and the search goes on
+            if isinstance(error, StoppedError) or disk_is_full(error):  # which is no mixture's fault
+                raise
+            score = failure(f"{self.name} raised {type(error).__name__}: {error}")
         score = broadcast(score)
         agree_on_memory(stack)
         if isinstance(score, Score) and not score.finite:
             return Failure(f"the score is not finite: {score.value}")
         return score
-
-
-@contextmanager
-def failures_of(what: str) -> Iterator[None]:
-    """Turns what foreign code raises into an `InputError`, which fails the trial. A full disk is no mixture's fault."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if disk_is_full(error):
-            raise
-        raise InputError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
 class CallableScorer(ExternalScorer):
@@ -89,6 +82,8 @@ class CallableScorer(ExternalScorer):
     identifies the function by its code and what that refers to. The rows are as they were loaded; a target without data has none.
     """
 
+    name = "the scorer"
+
     def __init__(self, config: TargetConfig, rows: Sequence[Mapping[str, Any]], setup: Setup) -> None:
         self.function: Any = config.scorer
         self.rows, self.tokenizer = list(rows), setup.processing
@@ -96,10 +91,7 @@ class CallableScorer(ExternalScorer):
         self.fingerprint = content_fingerprint(["callable", Hasher.hash(self.function), *self.rows])
 
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score:
-        with failures_of("the scorer"):
-            return self._as_score(self.function(stack.model, self.tokenizer, self.rows))
-
-    def _as_score(self, result: Any) -> Score:
+        result = self.function(stack.model, self.tokenizer, self.rows)
         if isinstance(result, Score):
             stderr = None if result.stderr is None else float(result.stderr)
             return Score(
@@ -123,13 +115,22 @@ class CommandScorer(ExternalScorer):
     `values`: one number per example, whose mean is then the score.
     """
 
-    needs_adapter = True
+    name = "the command"
 
     def __init__(self, config: TargetConfig, command: Sequence[str], setup: Setup) -> None:
         self.command, self.key, self.base, self.timeout = tuple(command), config.metric, setup.base, config.timeout
         self.examples = 0
         files = [digest_of(Path(part)) for part in command if Path(part).is_absolute() and Path(part).is_file()]
         self.fingerprint = content_fingerprint(["command", list(command), self.key, *files])
+
+    def score(
+        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
+    ) -> list[Score | Failure]:
+        if isinstance(stack, DenseStack) and any(isinstance(one, Adapter) for one in stack.adapters.values()):
+            raise InputError(
+                f"merge_method: {stack.method.name} makes no adapter to hand to a command; expected average"
+            )
+        return super().score(stack, mixtures, tokens_per_batch, rows)
 
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
         if not PartialState().is_main_process:
@@ -213,6 +214,8 @@ class HarnessScorer(ExternalScorer):
     A metric for which lower is better is negated. Of a group of tasks, all samples count alike.
     """
 
+    name = "the harness"
+
     def __init__(self, config: TargetConfig, task: str, setup: Setup) -> None:
         local = Path(task).suffix in (".yaml", ".yml")
         self.tasks = load_tasks(task, local, setup.allow_metric_code, setup.where)
@@ -258,14 +261,12 @@ class HarnessScorer(ExternalScorer):
 
         while True:
             size = max(1, tokens_per_batch // stack.shrink // 128)
+            model = quiet_harness_model(stack.model, self.tokenizer, size)
+            given = {"lm": model, "task_dict": self.tasks, "limit": self.limit}
             try:
-                with failures_of("the harness"):
-                    model = quiet_harness_model(stack.model, self.tokenizer, size)
-                    return evaluate(
-                        lm=model, task_dict=self.tasks, limit=self.limit, bootstrap_iters=0, log_samples=True
-                    )["samples"]
-            except InputError as error:
-                if size == 1 or not out_of_memory(error.__cause__):
+                return evaluate(**given, bootstrap_iters=0, log_samples=True)["samples"]
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not out_of_memory(error):
                     raise
             clear_device_cache(garbage_collection=True)
             stack.shrink *= 2

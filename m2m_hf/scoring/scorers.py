@@ -48,7 +48,6 @@ class Scorer(ABC):
         truncated: rows that did not fit into the model.
         fingerprint: of everything a score depends on beside the model.
         by_row: whether a row's value does not depend on the other rows, so that some of them can be scored alone.
-        needs_adapter: whether the scorer gets the mixture as a LoRA adapter rather than as a model.
         has_ensemble: whether the ensemble objective can score the target, from the probabilities of right answers.
     """
 
@@ -57,7 +56,6 @@ class Scorer(ABC):
     truncated: int = 0
     fingerprint: str
     by_row: bool = False
-    needs_adapter: bool = False
     has_ensemble: bool = False
 
     @abstractmethod
@@ -189,6 +187,11 @@ def metric_score(
     try:
         value, stderr, values = metric(predictions, references)
     except Exception as error:  # a metric of the user's may raise anything, and the search goes on
-        return Failure(redact(f"metric {metric.name} raised {type(error).__name__}: {error}")[:MAX_REASON])
+        return failure(f"metric {metric.name} raised {type(error).__name__}: {error}")
     score = Score.of(values, logprobs) if values else Score(value, stderr, (), tuple(logprobs))
     return score if score.finite else Failure(f"metric {metric.name} gives {value}")
+
+
+def failure(reason: str) -> Failure:
+    """A failure whose reason the journal may hold."""
+    return Failure(redact(reason)[:MAX_REASON])

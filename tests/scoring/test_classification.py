@@ -38,10 +38,9 @@ from transformers import (
 )
 
 from m2m_hf import InputError, MergeToMixSearcher
-from m2m_hf.config.parsing import parse
-from m2m_hf.console import Terminal
 from m2m_hf.merging.adapter import write_adapter
 from m2m_hf.modeling.processing import inputs_of
+from m2m_hf.scoring.make import make_scorers
 
 ADAPTER = "adapter_model.safetensors"
 KINDS = [(), ("--expert", "full", "--learning_rate", "1e-3")]
@@ -206,10 +205,11 @@ def test_pictures_are_prepared_once_as_far_as_there_is_room(pictures_of, vit, mo
         return inputs_of(processing, content, limit)
 
     monkeypatch.setattr("m2m_hf.scoring.classification.inputs_of", counted)
+    run = searcher(folder, name="images")
+    _, stack = ready(run, "colours")
     for room in (1 << 30, 2 * 3 * 8 * 8 * 4, 0):
         monkeypatch.setattr("m2m_hf.scoring.classification.MAX_PIXEL_BYTES", room)
-        one = MergeToMixSearcher(*parse(folder / "images.yaml"), Terminal(quiet=True))
-        scorer, stack = ready(one, "colours")
+        scorer = make_scorers(run.run.targets["colours"], run.run.task.scoring_setup(0))["validation"]
         for mixture in ({"warm": 1.0}, {"warm": 0.5, "cold": 0.5}):
             prepared.append(0)
             found.append(scorer.score(stack, [mixture], 15)[0].logprobs)
@@ -218,7 +218,7 @@ def test_pictures_are_prepared_once_as_far_as_there_is_room(pictures_of, vit, mo
     assert found[1] == found[3] == found[5]
 
 
-def test_scores_do_not_depend_on_the_batch_or_the_company(intents):
+def test_scores_depend_neither_on_the_batch_nor_on_the_company_and_the_gradient_is_theirs(intents):
     scorer, stack = ready(searcher(intents))
     mixtures = [{"colours": 1.0}, {}, {"noise": 0.5, "greetings": 0.5}]
     alone = [scorer.score(stack, [mixture], 16)[0] for mixture in mixtures]
@@ -227,17 +227,12 @@ def test_scores_do_not_depend_on_the_batch_or_the_company(intents):
         assert first.logprobs == pytest.approx(second.logprobs, abs=2e-5)
     some = scorer.score(stack, mixtures[:1], 64, rows=[7, 2])[0]
     assert some.logprobs == pytest.approx([alone[0].logprobs[7], alone[0].logprobs[2]], abs=2e-5)
-
-
-def test_the_gradient_is_that_of_the_likelihood(intents):
-    """Of the mean log-probability by each weight, against differences."""
-    scorer, stack = ready(searcher(intents))
+    # Of the mean log-probability by each weight, against differences.
     weights = {"colours": 0.6, "noise": 0.4, "greetings": 0.0}
     _, slope = scorer.gradient(stack, weights, 100)
     for name, weight in weights.items():
-        up, down = (
-            scorer.score(stack, [weights | {name: weight + step}], 100)[0].mean_logprob for step in (1e-2, -1e-2)
-        )
+        both = [weights | {name: weight + step} for step in (1e-2, -1e-2)]
+        up, down = (score.mean_logprob for score in scorer.score(stack, both, 100))
         assert slope[name] == pytest.approx((up - down) / 2e-2, rel=0.02, abs=2e-3), name
 
 

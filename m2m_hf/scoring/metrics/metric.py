@@ -24,9 +24,6 @@ class Metric:
         key: which of the module's results is the score; by default the one named like the module, or the only number.
         allow_code: whether a module that is not shipped may be loaded, which runs it.
         where: the target, for messages.
-
-    Raises:
-        InputError: not allowed, or not found.
     """
 
     def __init__(self, name: str, key: str | None, allow_code: bool, where: str) -> None:
@@ -60,11 +57,9 @@ class Metric:
     def __call__(
         self, predictions: Sequence[Any], references: Sequence[Any]
     ) -> tuple[float, float | None, tuple[float, ...]]:
-        """(value, standard error, value of every example). A metric of the whole corpus has no values of examples; its
-        standard error is that of a bootstrap.
+        """(value, standard error, value of every example).
 
-        Raises:
-            InputError: the module gives no number, or several and `key` names none.
+        A metric of the whole corpus has no values of examples; its standard error is that of a bootstrap.
         """
         result = self._module.compute(predictions=list(predictions), references=list(references))
         value = self._number(result)
@@ -91,11 +86,7 @@ class Metric:
 
 
 def load_metric(config: TargetConfig, allow_code: bool, where: str) -> Metric | None:
-    """The metric of a target; None for `logprob`, which is none.
-
-    Raises:
-        InputError: see `Metric`; or one that compares texts where the scorer gives indices, and the reverse.
-    """
+    """The metric of a target; None for `logprob`, which is none."""
     if config.metric == "logprob":
         return None
     metric = Metric(config.metric, config.metric_key, allow_code, where)
@@ -117,10 +108,6 @@ def metric_fingerprint(config: TargetConfig) -> list[str | None]:
 
 
 def bootstrap(n: int, statistic: Callable[[list[int]], float]) -> float:
-    """Standard error of a statistic of n examples: its standard deviation over resamples with replacement (Efron, 1979).
-
-    Args:
-        statistic: gives the value for the examples with these indices; the resamples come from a fixed seed.
-    """
+    """Standard error of a statistic of examples: its standard deviation over resamples with replacement (Efron, 1979)."""
     draw = random.Random(0)
     return statistics.stdev(statistic([draw.randrange(n) for _ in range(n)]) for _ in range(RESAMPLES))

@@ -166,12 +166,11 @@ def before_stop(text: str, stop: Sequence[str] | str | None) -> str:
 
 def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
     """transformers' `GenerationConfig` with these fields; it would itself accept a field that it does not know."""
-    known = GenerationConfig().to_dict()
-    for key in fields:
-        if key not in known or key.startswith("_"):
-            raise InputError(
-                f"generation: GenerationConfig has no field {key!r}; usual ones are max_new_tokens, stop_strings"
-            )
+    known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+    if unknown := sorted(fields.keys() - known):
+        raise InputError(
+            f"generation: GenerationConfig has no field {unknown[0]!r}; usual ones are max_new_tokens, stop_strings"
+        )
     new = fields["max_new_tokens"]
     if not isinstance(new, int) or new < 1:
         raise InputError(f"generation.max_new_tokens: expected an integer of at least 1, got {new!r}")

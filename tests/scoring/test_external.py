@@ -126,15 +126,11 @@ from safetensors.numpy import load_file  # torch would take longer to import tha
 adapter, base, out = sys.argv[1:4]
 tensors = load_file(adapter + "/adapter_model.safetensors")
 total = float(sum(abs(t).sum() for name, t in tensors.items() if "lora_B" in name))
-given = {"score": total, "base": base, "stderr": 0.25, "odd; touch hacked": 1}
-if out == "-":
-    print(json.dumps(given))
-else:
-    open(out, "w").write(json.dumps(given))
+open(out, "w").write(json.dumps({"score": total, "base": base, "stderr": 0.25, "odd; touch hacked": 1}))
 """
 
 
-@pytest.mark.parametrize("out", ["{output}", "-"])
+@pytest.mark.parametrize("out", ["{output}", "/dev/stdout"])
 def test_a_command_is_given_the_mixture_as_an_adapter(tmp_path, out):
     stack = build(tmp_path)
     script = tmp_path / "score.py"
@@ -179,24 +175,24 @@ def test_a_command_that_fails_or_gives_nonsense_has_no_score(tmp_path, code, mes
     assert message in failure(python(code), build(tmp_path))
 
 
-def test_who_ends_the_run_or_a_full_disk_is_no_fault_of_the_mixture(tmp_path):
+def disk_full(model, tokenizer, rows):
+    raise RuntimeError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "error", "message"),
+    [
+        (python("import os; os.kill(os.getpid(), 15)"), StoppedError, "was stopped by SIG"),
+        (python("import sys; sys.exit(128 + 2)"), StoppedError, "was stopped by SIG"),
+        (python("raise OSError(28, 'No space left on device')"), OSError, "found the disk full"),
+        (python("import sys; sys.exit('Disk quota exceeded (os error 122)')"), OSError, "found the disk full"),
+        (calling(disk_full), RuntimeError, "cannot write"),
+    ],
+)
+def test_who_ends_the_run_or_a_full_disk_is_no_fault_of_the_mixture(tmp_path, scorer, error, message):
     """Its trial must not be written down as failed."""
-    stack = build(tmp_path)
-    for code in ("import os; os.kill(os.getpid(), 15)", "import sys; sys.exit(128 + 2)"):
-        with pytest.raises(StoppedError, match="was stopped by SIG"):
-            python(code).score(stack, [{}], 100)
-    for code in (
-        "raise OSError(28, 'No space left on device')",
-        "import sys; sys.exit('Disk quota exceeded (os error 122)')",
-    ):
-        with pytest.raises(OSError, match="found the disk full"):
-            python(code).score(stack, [{}], 100)
-
-    def function(model, tokenizer, rows):
-        raise RuntimeError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(RuntimeError, match="cannot write"):
-        calling(function).score(stack, [{}], 100)
+    with pytest.raises(error, match=message):
+        scorer.score(build(tmp_path), [{}], 100)
 
 
 def test_processes_agree_on_what_fits_into_memory(tmp_path, tokenizer, monkeypatch):

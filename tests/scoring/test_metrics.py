@@ -77,6 +77,8 @@ def test_a_metric_of_ones_own_runs_only_when_allowed(tmp_path):
 
 
 def test_bootstrap_agrees_with_the_formula_for_a_mean():
+    assert mean_and_stderr((1.0,)) == (1.0, 0.0)
+    assert mean_and_stderr((0.0, 1.0, 1.0, 0.0)) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))
     values = [float(n % 7 == 0) for n in range(200)]
     estimate = bootstrap(len(values), lambda chosen: sum(values[i] for i in chosen) / len(chosen))
     assert estimate == pytest.approx(mean_and_stderr(values)[1], rel=0.15)
@@ -85,8 +87,3 @@ def test_bootstrap_agrees_with_the_formula_for_a_mean():
 def test_a_metric_that_does_not_fit_its_scorer_is_refused(tokenizer, questions):
     with pytest.raises(InputError, match="compares texts, and scorer choice gives indices"):
         scorer_on(questions, tokenizer, "choice", "exact_match")
-
-
-def test_mean_and_stderr():
-    assert mean_and_stderr((1.0,)) == (1.0, 0.0)
-    assert mean_and_stderr((0.0, 1.0, 1.0, 0.0)) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))

@@ -161,9 +161,6 @@ class EnsembleObjective(ScorerObjective):
         self._folder = folder
         self._parts: dict[str, torch.Tensor] = {}
 
-    def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return self.keys.of("ensemble", mixture)
-
     def evaluations(self, mixture: Mixture, rows: int) -> int:
         """Only the parts themselves cost a forward pass."""
         return rows if len(mixture) <= 1 else 0

@@ -27,6 +27,9 @@ class ScorerObjective(Objective):
         scores: list[Score | Failure] = broadcast(super().__call__(mixtures, rung, before))
         return scores
 
+    def key(self, mixture: Mixture, rung: int | None = None) -> str:
+        return self.keys.of(self.name, mixture, rung)
+
     def likelihood(self, score: Score) -> float:
         return self.scorer.likelihood(score)
 
@@ -60,9 +63,6 @@ class MergedObjective(ScorerObjective):
 
     def batch_size(self, rows: int) -> int:
         return self.scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
-
-    def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return self.keys.of(self.name, mixture, rung)
 
     def model(self, mixture: Mixture) -> tuple[Stack, dict[str, float], int]:
         """What a scorer needs to score one mixture: the stack, the weights, and the limit of a forward pass."""

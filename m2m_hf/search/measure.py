@@ -72,9 +72,10 @@ class SearchState:
         """Scores mixtures on all rows, several at once where that fills a batch, unless the search ends before."""
         group: list[Mixture] = []
         for mixture in mixtures:
-            missing = [one for one in self.objectives if self.journal.get(one.key(mixture)) is None]
             group.append(mixture)
-            if not missing or len(group) >= max(one.batch_size(one.target.examples) for one in missing):
+            known = all(self.journal.get(one.key(mixture)) for one in self.objectives)
+            # Groups are the same when the search goes on, or a budget would end it elsewhere.
+            if known or len(group) >= max(one.batch_size(one.target.examples) for one in self.objectives):
                 self._score_group(group)
                 group = []
         self._score_group(group)

@@ -1,6 +1,7 @@
 """The loop: everything scored once, resumed without repetition, the right one chosen."""
 
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -12,7 +13,7 @@ from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
 from m2m_hf.search.loop import make_screen, search
 from m2m_hf.search.measure import SearchState
-from m2m_hf.search.result import choose, preference
+from m2m_hf.search.result import Budget, choose, preference
 from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage import array_store as stored
 from m2m_hf.storage.journal import Journal
@@ -51,7 +52,8 @@ class TableObjective(Objective):
 def run(objective, path, **options):
     space = options.pop("space", SPACE)
     objectives = objective if isinstance(objective, list) else [objective]
-    state = SearchState(space, objectives, Journal(path), failed=options.pop("failed", {}))
+    given = {name: options.pop(name) for name in ("failed", "budget") if name in options}
+    state = SearchState(space, objectives, Journal(path), **given)
     return search(state, exhaustive, options.pop("names", space.names), **options)
 
 
@@ -138,14 +140,9 @@ def test_values_of_other_rows_than_the_base_models_are_no_score(tmp_path):
     assert result.best.mixture.names != ("a", "b")
 
 
-def test_the_base_cannot_be_chosen(tmp_path):
-    result = run(TableObjective(lambda m: -len(m)), tmp_path / "t.jsonl")
-    assert len(result.best.mixture) == 1
-
-
-def test_required_candidates(tmp_path):
-    space = SearchSpace(NAMES, frozenset({"a"}))
-    result = run(TableObjective(), tmp_path / "t.jsonl", space=space)
+def test_only_mixtures_of_the_space_may_be_chosen(tmp_path):
+    assert len(run(TableObjective(lambda m: -len(m)), tmp_path / "t.jsonl").best.mixture) == 1  # not the base model
+    result = run(TableObjective(), tmp_path / "u.jsonl", space=SearchSpace(NAMES, frozenset({"a"})))
     assert result.best.mixture.names == ("a", "b", "d")
     assert Mixture.subset(["c"]) in result.standings  # singles are scored to be shown
     assert all("a" in trial.mixture.names for trial in result.ranking)
@@ -236,30 +233,31 @@ def test_pareto_front_against_its_definition(tmp_path):
     assert result.best.mixture in expected
 
 
-def test_a_target_that_fails_leaves_its_mixture_without_a_score(tmp_path):
-    result = run(two(None, lambda m: None if "b" in m.names else 0.5), tmp_path / "t.jsonl")
-    assert result.standings[Mixture.subset("ab")].score is None
-    assert result.best.mixture.names == ("d",)
-    assert len(result.trials) == 32
+@pytest.mark.parametrize("rows", range(50, 128, 6))
+def test_a_budget_ends_a_search_that_goes_on_where_it_did_before(tmp_path, rows):
+    """Whatever was measured together counts, also where targets differ in how many mixtures that are."""
+    objectives = [TableObjective(target="t", batch_size=5), TableObjective(target="u", batch_size=2)]
+    budget = Budget(max_example_evaluations=rows)
+    first, again = (run(objectives, tmp_path / "t.jsonl", budget=budget) for _ in range(2))
+    assert (first.ended, again.ended, again.measured) == ("budget", "budget", 0)
+    assert (first.evaluations, first.standings) == (again.evaluations, again.standings)
+    scored = Counter(trial.mixture for trial in Journal(tmp_path / "t.jsonl").trials.values())
+    assert set(first.standings) == {mixture for mixture, targets in scored.items() if targets == 2}
 
 
 def test_the_screen_is_in_the_unit_of_the_likelihood(tmp_path):
     """Or a target with many tokens in a row would outweigh the others."""
 
-    class ByToken(TableObjective):
+    class Scaled(TableObjective):
         def one(self, mixture):
             return Score.of([0.5] * 4, [-1.0 - len(mixture)] * 4)
 
         def likelihood(self, score):
-            return score.mean_logprob / 100
-
-    class ByRow(ByToken):
-        def likelihood(self, score):
-            return score.mean_logprob
+            return score.mean_logprob / unit
 
     estimates = []
-    for number, kind in enumerate((ByToken, ByRow)):
-        state = SearchState(SPACE, [kind()], Journal(tmp_path / f"{number}.jsonl"))
+    for unit in (1, 100):
+        state = SearchState(SPACE, [Scaled()], Journal(tmp_path / f"{unit}.jsonl"))
         state.score_in_full([BASE, *(Mixture.subset([name]) for name in NAMES)])
         estimates.append(make_screen(state)(Mixture.subset("ab")))
-    assert estimates[0] == pytest.approx(estimates[1] / 100)
+    assert estimates[0] == pytest.approx(estimates[1] * 100)

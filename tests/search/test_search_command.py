@@ -6,6 +6,7 @@ import pytest
 from pico import candidate_rows, changed, choice_rows, language_searcher, m2m, trials, write_rows
 
 from m2m_hf import MergeToMixSearcher, SearchCallback
+from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.storage.journal import Journal
 
 
@@ -13,7 +14,7 @@ def summary(project) -> dict:
     return json.loads((project / "out" / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("strategy", ["auto", "random", "greedy", "beam", "surrogate", "bayes", "gradient"])
+@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
 def test_every_strategy_in_one_folder(finished, capsys, strategy):
     best = summary(finished)["best"]
     before = trials(finished / "out")

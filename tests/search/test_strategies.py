@@ -208,23 +208,6 @@ def test_a_gradient_that_can_no_longer_be_had_ends_the_climb_and_not_the_search(
     assert result.best.mixture in SPACES["sizes"]
 
 
-def test_what_a_group_had_measured_when_the_budget_ended_counts(tmp_path):
-    class Groups(Smooth):
-        def batch_size(self, rows):
-            return 8
-
-    results = [
-        run(
-            STRATEGIES["exhaustive"], SPACES["all"], tmp_path / "t", Groups(), budget=Budget(max_example_evaluations=12)
-        )
-        for _ in range(2)
-    ]
-    assert results[0].measured == 12
-    assert results[1].measured == 0
-    assert results[0].standings.keys() == results[1].standings.keys()
-    assert len(results[0].standings) == 12
-
-
 def test_auto_says_why():
     space = SearchSpace(NAMES)
     assert choose_strategy(space, True, max_trials=127 + 9) == ("exhaustive", "max_trials is enough for all mixtures")

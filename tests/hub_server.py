@@ -9,11 +9,17 @@ import re
 import threading
 from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
+LARGE = (".safetensors", ".png")  # files that are sent apart from the commit
 
-KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
+
+class Refused(Exception):
+    """Answered with a status and a code, by which the client tells what is missing."""
+
+    def __init__(self, status: int, code: str, **more: str) -> None:
+        self.status, self.code, self.more = status, code, more
 
 
 class Repository:
@@ -23,10 +29,11 @@ class Repository:
         self.private = private
         self.commits: list[tuple[str, dict[str, bytes]]] = [(hashlib.sha1(b"").hexdigest(), {})]
 
-    def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        if revision == "main":
-            return self.commits[-1]
-        return next((one for one in self.commits if one[0] == revision), None)
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        for sha, files in reversed(self.commits):
+            if revision in ("main", sha):
+                return sha, files
+        raise Refused(404, "RevisionNotFound")
 
 
 class Hub:
@@ -49,8 +56,24 @@ class Hub:
 
             def do(self) -> None:
                 hub.requests.append(f"{self.command} {self.path}")
-                length = int(self.headers.get("Content-Length") or 0)
-                hub.answer(self, self.rfile.read(length))
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                known = self.headers.get("Authorization") == f"Bearer {hub.token}"
+                status, headers = 200, {}
+                try:
+                    content = hub.answer(unquote(urlsplit(self.path).path), body, known)
+                except Refused as error:
+                    status, content = error.status, {"error": error.code, **error.more}
+                    headers = {"X-Error-Code": error.code, "X-Error-Message": error.code}
+                if isinstance(content, tuple):
+                    sha, content = content
+                    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha}
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                for key, value in (headers | {"Content-Length": str(len(data))}).items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
 
             do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do  # noqa: N815
 
@@ -61,7 +84,6 @@ class Hub:
         """Makes it as it was at first."""
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.large: dict[str, bytes] = {}
-        self.lfs: set[str] = set()  # digests of what was stored as a large file
         self.requests: list[str] = []
         self.broken = 0  # uploads of large files that are still to fail
 
@@ -76,164 +98,103 @@ class Hub:
     def files(self, kind: str, name: str) -> dict[str, bytes]:
         return self.repositories[kind, name].commits[-1][1]
 
-    def answer(self, request, body: bytes) -> None:
-        known = request.headers.get("Authorization") == f"Bearer {self.token}"
-        parts = urlsplit(request.path)
-        path = unquote(parts.path)
-
-        def send(status: int, content=b"", **headers: str) -> None:
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            request.send_response(status)
-            for key, value in headers.items():
-                request.send_header(key.replace("_", "-"), value)
-            request.send_header("Content-Length", headers.get("Size", str(len(data))))
-            request.end_headers()
-            if request.command != "HEAD":
-                request.wfile.write(data)
-
-        def missing(code: str) -> None:
-            send(404, {"error": code}, X_Error_Code=code, X_Error_Message=code)
-
-        if path == "/api/whoami-v2":
-            return (
-                send(200, {"name": "org", "type": "user", "orgs": [], "auth": {}})
-                if known
-                else send(401, {"error": "who?"})
-            )
-        if match := re.fullmatch(r"/lfs/(\w+)", path):
-            if self.broken:
-                self.broken -= 1
-                return send(403, {"error": "no room"})
-            if hashlib.sha256(body).hexdigest() != match[1]:
-                return send(400, {"error": "not these bytes"})
-            self.large[match[1]] = body
-            return send(200)
-        if path == "/api/repos/create":
-            if not known:
-                return send(401, {"error": "log in"})
-            given = json.loads(body)
-            key = given.get("type") or "model", f"{given.get('organization') or 'org'}/{given['name']}"
-            url = f"{self.address}/{'datasets/' if key[0] == 'dataset' else ''}{key[1]}"
-            if key in self.repositories:
-                return send(409, {"error": "it is there", "url": url})
-            private = given.get("private") is True or given.get("visibility") == "private"
-            self.repositories[key] = Repository(private)
-            return send(200, {"url": url, "name": key[1], "id": key[1]})
+    def answer(self, path: str, body: bytes, known: bool) -> Any:
+        """JSON or bytes; for a file of a repository (its commit, the file)."""
         if path == "/api/validate-yaml":
-            text = json.loads(body)["content"]
-            found = yaml.safe_load(text.split("---")[1])
-            wrong = [{"message": f"no {key}"} for key in ("license", "tags") if key not in found]
-            return send(400, {"errors": wrong, "warnings": []}) if wrong else send(200, {"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
-            objects = []
-            for one in json.loads(body)["objects"]:
-                actions = (
-                    {"upload": {"href": f"{self.address}/lfs/{one['oid']}"}} if one["oid"] not in self.large else {}
-                )
-                objects.append({**one, **({"actions": actions} if actions else {})})
-            return send(200, {"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
-        if match := re.fullmatch(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path):
-            repository = self.repositories.get(((match[1] and "dataset") or "model", match[2]))
-            found = repository and repository.at(match[3])
-            if not found or (repository.private and not known):
-                return missing("RepoNotFound")
-            if match[4] not in found[1]:
-                return missing("EntryNotFound")
-            content = found[1][match[4]]
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            if request.command == "HEAD":
-                return send(200, b"", ETag=etag, X_Repo_Commit=found[0], Size=str(len(content)))
-            return send(200, content, ETag=etag, X_Repo_Commit=found[0])
+            return {"errors": [], "warnings": []}
+        if match := re.fullmatch(r"/lfs/(\w+)", path):
+            return self.store(match[1], body)
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return {"transfer": "basic", "objects": [self.place(one) for one in json.loads(body)["objects"]]}
+        if match := re.fullmatch(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path):
+            kind, name, revision, file = match.groups()
+            sha, files = self.find("dataset" if kind else "model", name, known).at(revision)
+            if file not in files:
+                raise Refused(404, "EntryNotFound")
+            return sha, files[file]
+        if path in ("/api/whoami-v2", "/api/repos/create"):
+            if not known:
+                raise Refused(401, "log in")
+            return self.create(json.loads(body)) if body else {"name": "org", "type": "user", "orgs": [], "auth": {}}
         if match := re.fullmatch(
-            r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(\w[\w-]*))?(?:/([\w.-]+))?(?:/(.*))?", path
+            r"/api/(model|dataset)s/([\w.-]+/[\w.-]+)(?:/([\w-]+))?(?:/([\w.-]+))?(?:/(.*))?", path
         ):
             kind, name, action, revision, rest = match.groups()
-            repository = self.repositories.get((KINDS[kind], name))
-            if repository is None or (repository.private and not known):
-                return missing("RepoNotFound")
-            asked = (name, action, revision or "main", rest or "")
-            return self.answer_for(repository, asked, body, known, send, missing)
-        return missing("NotFound")
+            repository = self.find(kind, name, known)
+            if action in ("preupload", "commit") and not known:
+                raise Refused(401, "log in")
+            sha, files = repository.at(revision or "main")
+            if action == "commit":
+                return self.commit(repository, body)
+            if action == "preupload":
+                return {"files": [self.mode(one["path"], files) for one in json.loads(body)["files"]]}
+            if action == "tree":
+                return [describe(one, content) for one, content in files.items() if one.startswith(rest or "")]
+            if action == "paths-info":
+                asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
+                return [describe(one, files[one]) for one in asked if one in files]
+            siblings = [{"rfilename": one, "size": len(content)} for one, content in files.items()]
+            return {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []}
+        raise Refused(404, "NotFound")
 
-    def answer_for(self, repository, asked, body, known, send, missing) -> None:
-        name, action, revision, rest = asked
-        found = repository.at(revision)
-        if found is None:
-            return missing("RevisionNotFound")
-        sha, files = found
-        if action in (None, "revision"):
-            siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
-            return send(200, {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []})
-        if action == "tree":
-            described = [self.describe(path, content) for path, content in files.items() if path.startswith(rest)]
-            if rest and not described:
-                return missing("EntryNotFound")
-            return send(200, described)
-        if action == "paths-info":
-            asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
-            return send(200, [self.describe(path, files[path]) for path in asked if path in files])
-        if action == "refs":
-            return send(
-                200,
-                {
-                    "branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": sha}],
-                    "converts": [],
-                    "tags": [],
-                },
-            )
-        if not known:
-            return send(401, {"error": "log in"})
-        if action == "preupload":
-            answers = [
-                {
-                    "path": one["path"],
-                    "uploadMode": "lfs" if one["path"].endswith((".safetensors", ".png")) else "regular",
-                    "shouldIgnore": False,
-                    "oid": self.oid(files[one["path"]]) if one["path"] in files else None,
-                }
-                for one in json.loads(body)["files"]
-            ]
-            return send(200, {"files": answers})
-        if action == "commit":
-            files = dict(files)
-            for line in map(json.loads, body.decode().splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    files[value["path"]] = b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    files[value["path"]] = self.large[value["oid"]]
-                    self.lfs.add(value["oid"])
-                elif line["key"] == "deletedFile":
-                    del files[value["path"]]
-            sha = hashlib.sha1(f"{sha}{body!r}".encode()).hexdigest()
-            repository.commits.append((sha, files))
-            return send(
-                200,
-                {
-                    "success": True,
-                    "commitUrl": f"{self.address}/{name}/commit/{sha}",
-                    "commitOid": sha,
-                    "hookOutput": "",
-                },
-            )
-        return missing("NotFound")
+    def find(self, kind: str, name: str, known: bool) -> Repository:
+        repository = self.repositories.get((kind, name))
+        if repository is None or (repository.private and not known):
+            raise Refused(404, "RepoNotFound")
+        return repository
 
-    def oid(self, content: bytes) -> str:
-        """As git, or its extension for large files, names it."""
-        digest = hashlib.sha256(content).hexdigest()
-        return digest if digest in self.lfs else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    def create(self, given: dict) -> dict:
+        kind, name = given.get("type") or "model", f"{given.get('organization') or 'org'}/{given['name']}"
+        url = f"{self.address}/{'datasets/' if kind == 'dataset' else ''}{name}"
+        if (kind, name) in self.repositories:
+            raise Refused(409, "it is there", url=url)
+        self.repositories[kind, name] = Repository(given.get("private") is True or given.get("visibility") == "private")
+        return {"url": url, "name": name, "id": name}
 
-    def describe(self, path: str, content: bytes) -> dict:
-        digest = hashlib.sha256(content).hexdigest()
-        found = {
-            "type": "file",
-            "path": path,
-            "size": len(content),
-            "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
-        }
-        return found | (
-            {"lfs": {"oid": digest, "size": len(content), "pointerSize": 130}} if digest in self.lfs else {}
-        )
+    def place(self, one: dict) -> dict:
+        """Where to send a large file that is not known yet."""
+        known = one["oid"] in self.large
+        return one if known else {**one, "actions": {"upload": {"href": f"{self.address}/lfs/{one['oid']}"}}}
+
+    def store(self, digest: str, body: bytes) -> bytes:
+        if self.broken:
+            self.broken -= 1
+            raise Refused(403, "no room")
+        if hashlib.sha256(body).hexdigest() != digest:
+            raise Refused(400, "not these bytes")
+        self.large[digest] = body
+        return b""
+
+    def mode(self, path: str, files: dict[str, bytes]) -> dict:
+        """How to send a file, and what is there by that name."""
+        about = describe(path, files[path]) if path in files else {}
+        oid = about.get("lfs", about).get("oid")
+        mode = "lfs" if path.endswith(LARGE) else "regular"
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+    def commit(self, repository: Repository, body: bytes) -> dict:
+        sha, files = repository.commits[-1]
+        files = dict(files)
+        for line in map(json.loads, body.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        sha = hashlib.sha1(f"{sha}{body!r}".encode()).hexdigest()
+        repository.commits.append((sha, files))
+        return {"success": True, "commitUrl": f"{self.address}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
+
+
+def describe(path: str, content: bytes) -> dict:
+    """A file as the Hub lists it."""
+    oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    about = {"type": "file", "path": path, "size": len(content), "oid": oid}
+    if path.endswith(LARGE):
+        about["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return about
 
 
 if __name__ == "__main__":

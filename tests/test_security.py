@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pico import build_adapter, candidate_rows, choice_rows, write_rows
+from pico import build_adapter, candidate_rows, choice_rows, m2m, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from m2m_hf.cli.main import main
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
 from m2m_hf.data.loading import fill
@@ -38,6 +37,11 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
+def explosive(mark: Path) -> str:
+    """Code that writes a file where it is run."""
+    return f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+
+
 @pytest.fixture
 def mark(tmp_path):
     """The file that hostile input would create."""
@@ -56,7 +60,7 @@ def change(project, edit) -> Path:
 
 def refused(path: Path, capsys) -> str:
     """What is said of a configuration that is refused."""
-    assert main(["select", "--config", str(path)]) == 2
+    assert m2m("select", "--config", path) == 2
     return capsys.readouterr().err
 
 
@@ -78,52 +82,45 @@ def test_no_name_in_a_foreign_run_folder_leads_out_of_it(finished, capsys):
     summary = json.loads((out / "summary.json").read_text())
     summary["candidates"].append("../../outside")
     (out / "summary.json").write_text(json.dumps(summary))
-    assert main(["report", str(out)]) == 2
+    assert m2m("report", out) == 2
     assert "is not allowed" in capsys.readouterr().err
     config = yaml.safe_load((out / "config.yaml").read_text())
     config["candidates"]["../../outside"] = config["candidates"]["alpha"]
     (out / "config.yaml").write_text(yaml.safe_dump(config, explicit_end=True))
-    assert main(["status", str(out)]) == 2
+    assert m2m("status", out) == 2
     assert "is not allowed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "place",
-    [".report.html.partial", "log.txt", "trials.jsonl", "trials.values", "adapters/alpha/README.md", "pictures"],
-)
-def test_no_link_in_a_foreign_run_folder_is_followed_out_of_it(finished, capsys, place):
-    run, out, outside = str(finished / "run.yaml"), finished / "out", finished / "outside"
+PLACES = (".report.html.partial", "log.txt", "trials.jsonl", "trials.values", "adapters/alpha/README.md", "pictures")
+
+
+@pytest.mark.parametrize(("place", "to"), [*((place, None) for place in PLACES), ("loop", "loop")])
+def test_no_link_in_a_foreign_run_folder_is_followed_out_of_it(finished, capsys, place, to):
+    """Nor one that leads nowhere: where links in /proc that belong to others lead cannot be found out."""
+    out, outside = finished / "out", finished / "outside"
     outside.write_text("mine")
     if (out / place).is_dir():
         shutil.rmtree(out / place)
     (out / place).unlink(missing_ok=True)
-    (out / place).symlink_to(outside)
-    capsys.readouterr()
-    for command in (["report", str(out)], ["status", str(out)], ["sft", str(out)], ["search", "--config", run]):
-        assert main(command) == 2
-        assert f"is a link to {outside}" in capsys.readouterr().err
+    (out / place).symlink_to(to or outside)
+    config = ("--config", finished / "run.yaml")
+    for command in (("report", out), ("status", out), ("sft", out), ("search", *config)):
+        assert m2m(*command) == 2
+        assert f"is a link to {to or outside}" in capsys.readouterr().err
     assert outside.read_text() == "mine"
-
-
-def test_a_link_that_leads_nowhere_is_refused(finished, capsys):
-    """Not even where it leads can be found out, as of those in /proc that belong to others."""
-    (finished / "out" / "loop").symlink_to("loop")
-    assert main(["status", str(finished / "out")]) == 2
-    assert "loop is a link to loop" in capsys.readouterr().err
 
 
 def test_a_run_folder_may_be_a_link_itself_and_link_to_itself(project):
     (project / "elsewhere").mkdir()
     (project / "out").symlink_to(project / "elsewhere")
     (project / "elsewhere" / "latest").symlink_to("adapters")
-    assert main(["search", "--config", str(project / "run.yaml")]) == 0
+    assert m2m("search", "--config", project / "run.yaml") == 0
 
 
 def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(finished):
-    run = str(finished / "run.yaml")
     path = finished / "out" / "final" / "training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "x/../../../outside"}))
-    assert main(["select", "--config", run]) == 0
+    assert m2m("select", "--config", finished / "run.yaml") == 0
     assert not (finished / "outside").exists()
     assert not (finished.parent / "outside").exists()
 
@@ -151,10 +148,15 @@ def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, caps
         Adapter.load(adapter)
 
 
-def test_nothing_is_unpickled_from_data(project, mark, capsys):
+@pytest.mark.parametrize(
+    "source",
+    [{"path": "pandas", "data_files": "data.pkl"}, {"path": "mydata"}, {"path": "mydata/mydata.py"}],
+)
+def test_data_are_neither_unpickled_nor_loaded_by_a_script_of_their_own(project, mark, capsys, source):
     (project / "data.pkl").write_bytes(pickle.dumps(Bomb(mark)))
-    path = change(project, lambda given: given["candidates"].update(beta={"path": "pandas", "data_files": "data.pkl"}))
-    assert "candidates.beta" in refused(path, capsys)
+    (project / "mydata").mkdir()
+    (project / "mydata" / "mydata.py").write_text(explosive(mark))
+    assert "candidates.beta" in refused(change(project, lambda given: given["candidates"].update(beta=source)), capsys)
 
 
 def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path, mark):
@@ -192,7 +194,7 @@ def test_yaml_is_safely_loaded(project, mark, capsys):
     out.mkdir()
     (out / "config.yaml").write_text(f"x: !!python/object/apply:os.system ['touch {mark}']\n...\n")
     for command in ("status", "sft"):
-        assert main([command, str(out)]) == 2
+        assert m2m(command, out) == 2
 
 
 def test_templates_are_filled_and_not_run():
@@ -218,7 +220,7 @@ def test_a_chat_template_cannot_reach_out(project, tmp_path, capsys):
 def test_a_metric_is_run_only_when_asked_for(project, tmp_path, capsys, mark):
     metric = tmp_path / "mine" / "mine.py"
     metric.parent.mkdir()
-    metric.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    metric.write_text(explosive(mark))
     path = change(project, lambda given: given["targets"]["colours"].update(metric=str(metric.parent)))
     assert "allow_metric_code" in refused(path, capsys)
 
@@ -227,7 +229,7 @@ def test_a_metric_is_run_only_when_asked_for(project, tmp_path, capsys, mark):
 def test_remote_code_stays_off(project, tmp_path, capsys, kind, mark):
     model = tmp_path / "model"
     shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
-    (model / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Evil: pass\n")
+    (model / "evil.py").write_text(explosive(mark) + "class Evil: pass\n")
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     for file in ("config.json", "tokenizer_config.json"):
         given = json.loads((model / file).read_text()) | {"auto_map": dict.fromkeys(names, "evil.Evil")}
@@ -235,20 +237,11 @@ def test_remote_code_stays_off(project, tmp_path, capsys, kind, mark):
             given |= {"model_type": "evil", "architectures": ["Evil"], "tokenizer_class": "Evil"}
         (model / file).write_text(json.dumps(given))
     path = change(project, lambda given: given.update(model_name_or_path=str(model)))
-    code = main(["search", "--config", str(path)])
+    code = m2m("search", "--config", path)
     assert code == (2 if kind == "evil" else 0)
     capsys.readouterr()
     change(project, lambda given: given.update(trust_remote_code=True))
     assert "trust_remote_code: models that bring their own code are never loaded" in refused(path, capsys)
-
-
-def test_a_dataset_cannot_bring_a_script(project, mark, capsys):
-    folder = project / "mydata"
-    folder.mkdir()
-    (folder / "mydata.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
-    for path in ("mydata", "mydata/mydata.py"):
-        run = change(project, lambda given, path=path: given["candidates"].update(beta={"path": path}))
-        assert "candidates.beta" in refused(run, capsys)
 
 
 def test_a_command_sees_no_shell(project, tmp_path, mark):
@@ -257,7 +250,7 @@ def test_a_command_sees_no_shell(project, tmp_path, mark):
     command = [sys.executable, str(script), "{output}", f"; touch {mark}", f"$(touch {mark})", f"`touch {mark}`"]
     target = {"scorer": "command", "command": command}
     path = change(project, lambda given: given.update(targets={"mine": target}, train_final=False))
-    assert main(["search", "--config", str(path)]) == 0
+    assert m2m("search", "--config", path) == 0
     assert json.loads((project / "out" / "summary.json").read_text())["best"]["score"] == 5
 
 
@@ -338,23 +331,17 @@ def test_tokens_in_a_configuration_are_refused_and_not_repeated(project, capsys,
     assert not (project / "out").exists()
 
 
+ODD = (
+    "{{ 7 * 7 }}", "<script>alert(1)</script>", "$(touch x)", "../../etc/passwd", "\u202eevil", "%s {0}", "__import__('os')",
+)  # fmt: skip
+
+
 def test_rows_are_data(project):
     """Rows that look like code, markup or paths train and are scored as text."""
-    odd = [
-        "{{ 7 * 7 }}",
-        "<script>alert(1)</script>",
-        "$(touch x)",
-        "../../etc/passwd",
-        "\u202eevil",
-        "%s {0}",
-        "__import__('os')",
-    ]
-    rows = [row | {"prompt": f"{odd[n % len(odd)]} {row['prompt']}"} for n, row in enumerate(candidate_rows("beta"))]
-    write_rows(project / "beta.jsonl", rows)
-    write_rows(
-        project / "validation.jsonl", [row | {"prompt": odd[n % len(odd)]} for n, row in enumerate(choice_rows())]
-    )
-    assert main(["select", "--config", str(project / "run.yaml")]) == 0
+    for name, rows in (("beta", candidate_rows("beta")), ("validation", choice_rows())):
+        odd = [row | {"prompt": f"{ODD[n % len(ODD)]} {row['prompt']}"} for n, row in enumerate(rows)]
+        write_rows(project / f"{name}.jsonl", odd)
+    assert m2m("select", "--config", project / "run.yaml") == 0
     assert not Path("x").exists()
 
 
@@ -373,7 +360,7 @@ def test_nothing_steers_the_terminal(capsys):
     ['"include": evil.yaml', "doc_to_text: !%66unction evil.f", "doc_to_text: '{{ cycler.__init__.__globals__ }}'"],
 )
 def test_a_harness_task_of_ones_own_is_run_only_when_asked_for(project, mark, capsys, task):
-    (project / "evil.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef f(doc): return ''\n")
+    (project / "evil.py").write_text(explosive(mark) + "def f(doc): return ''\n")
     (project / "task.yaml").write_text(f"task: mine\n{task}\n")
     path = change(project, lambda given: given.update(targets={"mine": {"scorer": "lm_eval", "task": "task.yaml"}}))
     assert "allow_metric_code: true if you trust it" in refused(path, capsys)

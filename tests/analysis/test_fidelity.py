@@ -8,19 +8,17 @@ from scipy import stats
 
 from m2m_hf.analysis import fidelity
 from m2m_hf.analysis.fidelity import Agreement, Estimate, Rows, agreement, jackknife, sample, verdict
+from m2m_hf.analysis.study_report import Figures, has_logprobs
 from m2m_hf.core.jsonable import to_json
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
+from m2m_hf.core.trial import Standing, Trial
 
 
 def subsets(count: int) -> list[Mixture]:
     names = [f"d{number}" for number in range(count)]
     return [Mixture.subset(some) for size in range(1, count + 1) for some in combinations(names, size)]
-
-
-def constant_rows(values) -> np.ndarray:
-    """Values that are the same on all rows."""
-    return np.repeat(np.array(values, dtype=float)[:, None], 20, axis=1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -29,13 +27,13 @@ def test_weighted_correlations_are_those_of_repeated_points(seed):
     x, y = draw.integers(0, 6, size=(2, 12)).astype(float)  # with ties
     counts = draw.integers(1, 4, size=12)
     long_x, long_y = np.repeat(x, counts), np.repeat(y, counts)
-    weights = counts[None].astype(float)
-    expected = stats.pearsonr(long_x, long_y).statistic
-    assert fidelity.weighted_pearson(x[None], y[None], weights)[0] == pytest.approx(expected)
-    expected = stats.spearmanr(long_x, long_y).statistic
-    assert fidelity.weighted_spearman(x[None], y[None], weights)[0] == pytest.approx(expected)
-    expected = stats.kendalltau(long_x, long_y).statistic
-    assert fidelity.weighted_kendall(x[None], y[None], weights)[0] == pytest.approx(expected)
+    for weighted, statistic in (
+        (fidelity.weighted_pearson, stats.pearsonr),
+        (fidelity.weighted_spearman, stats.spearmanr),
+        (fidelity.weighted_kendall, stats.kendalltau),
+    ):
+        (found,) = weighted(x[None], y[None], counts[None].astype(float))
+        assert found == pytest.approx(statistic(long_x, long_y).statistic)
 
 
 def test_a_perfect_surrogate_and_its_opposite():
@@ -69,8 +67,8 @@ def test_targets_are_weighed():
 
 
 def test_what_does_not_vary_has_no_correlation_and_no_warning():
-    mixtures = subsets(4)
-    one = agreement(mixtures, [Rows(constant_rows([0.5] * 15), constant_rows(range(15)))])
+    constant, rising = np.full((15, 20), 0.5), np.repeat(np.arange(15.0)[:, None], 20, axis=1)
+    one = agreement(subsets(4), [Rows(constant, rising)])
     assert np.isnan(one.pearson.value)
     assert to_json(one.pearson) == {"value": None, "row_ci": None, "candidate_ci": None}
     assert verdict(one, one).verdict == "distrust"
@@ -130,19 +128,11 @@ def test_intervals_for_other_candidates_hold_the_truth_where_naive_ones_do_not()
         naive += np.tanh(z - reach) <= truth <= np.tanh(z + reach)
     assert ours >= 54
     assert naive <= 36
+    assert jackknife(stats.pearsonr, subsets(3), *draw.normal(size=(2, 7))) is None  # which say nothing of others
 
 
-def test_fewer_than_four_candidates_say_nothing_of_others():
-    draw = np.random.default_rng(0)
-    assert jackknife(stats.pearsonr, subsets(3), *draw.normal(size=(2, 7))) is None
-
-
-def figure(value: float, low: float) -> Estimate:
-    return Estimate(value, (low, 1.0))
-
-
-def made(low: float, tied: bool | None, place: int, above: bool = True, mixtures: int = 12) -> Agreement:
-    rho = figure(0.7, low)
+def made(low: float, tied: bool | None, place: int, above: bool | None = True, mixtures: int = 12) -> Agreement:
+    rho = Estimate(0.7, (low, 1.0))
     return Agreement(mixtures, rho, rho, rho, 0.5, {}, Estimate(0.0), 0.1, place, tied, above)
 
 
@@ -170,11 +160,6 @@ def test_no_verdict_on_few_mixtures():
     assert verdict(made(0.5, True, 1), None).verdict == "unknown"
 
 
-def test_samples_hold_everything_where_that_is_little():
-    space = SearchSpace(tuple("abcd"))
-    assert sorted(map(str, sample(space, [], None, 0))) == sorted(map(str, space.subsets()))
-
-
 def test_samples_hold_the_top_all_together_singles_and_random_ones():
     names = tuple("abcdefgh")
     space = SearchSpace(names)
@@ -197,7 +182,10 @@ def test_samples_count_what_the_constraints_leave():
     found = sample(space, [], None, 0)
     assert set(space.subsets()) <= set(found)
     assert len(found) == fidelity.ALL_UP_TO
-    few = sample(SearchSpace(names), list(SearchSpace(names).subsets()), 4, 0)
+    few = SearchSpace(names[:4])
+    assert set(sample(few, [], None, 0)) == set(few.subsets())  # everything where that is little
+    everything = SearchSpace(names)
+    few = sample(everything, list(everything.subsets()), 4, 0)
     assert len(few) == 4
     assert Mixture.subset(names) in few
 
@@ -211,3 +199,21 @@ def test_samples_of_many_candidates_are_not_all_singles():
     assert Mixture.subset(["n07"]) in singles
     assert len(singles) <= 9
     assert all(one in space or len(one) == 40 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("values", "logprobs", "more"),
+    [
+        ((-1.0, -3.0), (-2.0, -6.0), False),  # a loss is the log-probability, per token
+        ((0.0, 1.0), (-2.0, -6.0), True),
+        ((0.0, 0.0), (-2.0, -6.0), True),
+        ((-1.0, -3.0), (-2.0, -1.0), True),
+        ((0.0, 1.0), (), False),
+    ],
+)
+def test_log_probabilities_are_told_apart_only_where_the_score_is_something_else(values, logprobs, more):
+    mixture = Mixture.subset(["a"])
+    trial = Trial("key", mixture, "trained", "quiz", 2, "complete", Score.of(values, logprobs), 0.1)
+    standing = Standing(mixture, {"quiz": trial}, {"quiz": 1.0})
+    assert has_logprobs([standing]) is more
+    assert (Figures.of(standing).logprob is not None) is more

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LARGE = (".safetensors", ".png")  # files that are sent apart from the commit
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """Answered with a status and a code, by which the client tells what is missing."""
 
     def __init__(self, status: int, code: str, **more: str) -> None:
@@ -33,7 +33,7 @@ class Repository:
         for sha, files in reversed(self.commits):
             if revision in ("main", sha):
                 return sha, files
-        raise Refused(404, "RevisionNotFound")
+        raise RefusedError(404, "RevisionNotFound")
 
 
 class Hub:
@@ -61,7 +61,7 @@ class Hub:
                 status, headers = 200, {}
                 try:
                     content = hub.answer(unquote(urlsplit(self.path).path), body, known)
-                except Refused as error:
+                except RefusedError as error:
                     status, content = error.status, {"error": error.code, **error.more}
                     headers = {"X-Error-Code": error.code, "X-Error-Message": error.code}
                 if isinstance(content, tuple):
@@ -110,11 +110,11 @@ class Hub:
             kind, name, revision, file = match.groups()
             sha, files = self.find("dataset" if kind else "model", name, known).at(revision)
             if file not in files:
-                raise Refused(404, "EntryNotFound")
+                raise RefusedError(404, "EntryNotFound")
             return sha, files[file]
         if path in ("/api/whoami-v2", "/api/repos/create"):
             if not known:
-                raise Refused(401, "log in")
+                raise RefusedError(401, "log in")
             return self.create(json.loads(body)) if body else {"name": "org", "type": "user", "orgs": [], "auth": {}}
         if match := re.fullmatch(
             r"/api/(model|dataset)s/([\w.-]+/[\w.-]+)(?:/([\w-]+))?(?:/([\w.-]+))?(?:/(.*))?", path
@@ -122,7 +122,7 @@ class Hub:
             kind, name, action, revision, rest = match.groups()
             repository = self.find(kind, name, known)
             if action in ("preupload", "commit") and not known:
-                raise Refused(401, "log in")
+                raise RefusedError(401, "log in")
             sha, files = repository.at(revision or "main")
             if action == "commit":
                 return self.commit(repository, body)
@@ -135,19 +135,19 @@ class Hub:
                 return [describe(one, files[one]) for one in asked if one in files]
             siblings = [{"rfilename": one, "size": len(content)} for one, content in files.items()]
             return {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []}
-        raise Refused(404, "NotFound")
+        raise RefusedError(404, "NotFound")
 
     def find(self, kind: str, name: str, known: bool) -> Repository:
         repository = self.repositories.get((kind, name))
         if repository is None or (repository.private and not known):
-            raise Refused(404, "RepoNotFound")
+            raise RefusedError(404, "RepoNotFound")
         return repository
 
     def create(self, given: dict) -> dict:
         kind, name = given.get("type") or "model", f"{given.get('organization') or 'org'}/{given['name']}"
         url = f"{self.address}/{'datasets/' if kind == 'dataset' else ''}{name}"
         if (kind, name) in self.repositories:
-            raise Refused(409, "it is there", url=url)
+            raise RefusedError(409, "it is there", url=url)
         self.repositories[kind, name] = Repository(given.get("private") is True or given.get("visibility") == "private")
         return {"url": url, "name": name, "id": name}
 
@@ -159,9 +159,9 @@ class Hub:
     def store(self, digest: str, body: bytes) -> bytes:
         if self.broken:
             self.broken -= 1
-            raise Refused(403, "no room")
+            raise RefusedError(403, "no room")
         if hashlib.sha256(body).hexdigest() != digest:
-            raise Refused(400, "not these bytes")
+            raise RefusedError(400, "not these bytes")
         self.large[digest] = body
         return b""
 

@@ -125,7 +125,7 @@ class Hub:
                 raise RefusedError(401, "log in")
             sha, files = repository.at(revision or "main")
             if action == "commit":
-                return self.commit(repository, body)
+                return self.commit(repository, name, body)
             if action == "preupload":
                 return {"files": [self.mode(one["path"], files) for one in json.loads(body)["files"]]}
             if action == "tree":
@@ -172,7 +172,7 @@ class Hub:
         mode = "lfs" if path.endswith(LARGE) else "regular"
         return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
 
-    def commit(self, repository: Repository, body: bytes) -> dict:
+    def commit(self, repository: Repository, name: str, body: bytes) -> dict:
         sha, files = repository.commits[-1]
         files = dict(files)
         for line in map(json.loads, body.decode().splitlines()):
@@ -185,7 +185,7 @@ class Hub:
                 del files[value["path"]]
         sha = hashlib.sha1(f"{sha}{body!r}".encode()).hexdigest()
         repository.commits.append((sha, files))
-        return {"success": True, "commitUrl": f"{self.address}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
+        return {"success": True, "commitUrl": f"{self.address}/{name}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
 
 
 def describe(path: str, content: bytes) -> dict:

@@ -128,7 +128,6 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
     Args:
         rows: of every target, all in the order of `mixtures`.
         complete: whether these are all the mixtures that there are, and not a sample of them.
-        seed: of the resamples.
     """
     from scipy.stats import kendalltau, pearsonr, spearmanr  # slow to import
 
@@ -154,6 +153,10 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
         return Estimate(float(value), interval(statistic(*again)) if by_row else None)
 
     first, best = int(predicted.argmax()), int(true.argmax())
+    tied = above_random = None
+    if by_row:
+        tied = not told([one.weight * (one.trained[best] - one.trained[first]) for one in rows])
+        above_random = told([one.weight * (one.trained[first] - one.trained.mean(0)) for one in rows])
     return Agreement(
         mixtures=count,
         pearson=correlation(pearsonr, weighted_pearson),
@@ -164,10 +167,8 @@ def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool 
         regret=estimate(regrets),
         random_regret=max(0.0, float(true[best] - true.mean())),
         rank_of_best=int((predicted > predicted[best]).sum()) + 1,
-        tied=not told([one.weight * (one.trained[best] - one.trained[first]) for one in rows]) if by_row else None,
-        above_random=told([one.weight * (one.trained[first] - one.trained.mean(0)) for one in rows])
-        if by_row
-        else None,
+        tied=tied,
+        above_random=above_random,
     )
 
 
@@ -259,34 +260,34 @@ def across_halves(rows: Sequence[Rows], draw: Any, splits: int = 100) -> float |
     return float(found.mean()) if np.isfinite(found).all() else None
 
 
-def weighted_pearson(x: Any, y: Any, weights: Any) -> Any:
-    """Correlations of the rows of x and y, all of shape (resamples, mixtures); not a number where one does not vary."""
-    shares = weights / weights.sum(1, keepdims=True)
-    x = x - (shares * x).sum(1, keepdims=True)
-    y = y - (shares * y).sum(1, keepdims=True)
-    squares = [(shares * side**2).sum(1) for side in (x, y)]
+def weighted_cosine(x: Any, y: Any, weights: Any) -> Any:
+    """Of the rows of x and y, whose entries have weights; not a number where one is 0."""
+    squares = [(weights * side**2).sum(1) for side in (x, y)]
     squares = [np.where(one > 1e-20, one, np.nan) for one in squares]  # what rounding leaves is no variance
-    return (shares * x * y).sum(1) / np.sqrt(squares[0] * squares[1])
+    return (weights * x * y).sum(1) / np.sqrt(squares[0] * squares[1])
 
 
-def weighted_ranks(x: Any, weights: Any) -> Any:
-    """The weight below each value, and half of that at it."""
-    below = (x[:, :, None] > x[:, None, :]) + 0.5 * (x[:, :, None] == x[:, None, :])
-    return np.einsum("bij,bj->bi", below, weights)
+def weighted_pearson(x: Any, y: Any, weights: Any) -> Any:
+    """Correlations of the rows of x and y, all of shape (resamples, mixtures)."""
+    shares = weights / weights.sum(1, keepdims=True)
+    x, y = (side - (shares * side).sum(1, keepdims=True) for side in (x, y))
+    return weighted_cosine(x, y, shares)
 
 
 def weighted_spearman(x: Any, y: Any, weights: Any) -> Any:
-    return weighted_pearson(weighted_ranks(x, weights), weighted_ranks(y, weights), weights)
+    def ranks(side: Any) -> Any:
+        """The weight below each value, and half of that at it."""
+        below = (side[:, :, None] > side[:, None, :]) + 0.5 * (side[:, :, None] == side[:, None, :])
+        return np.einsum("bij,bj->bi", below, weights)
+
+    return weighted_pearson(ranks(x), ranks(y), weights)
 
 
 def weighted_kendall(x: Any, y: Any, weights: Any) -> Any:
     """τ-b, a pair of mixtures having the product of their weights."""
-    one, other = (np.sign(side[:, :, None] - side[:, None, :]) for side in (x, y))
-    pairs = weights[:, :, None] * weights[:, None, :]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (pairs * one * other).sum((1, 2)) / np.sqrt(
-            (pairs * one**2).sum((1, 2)) * (pairs * other**2).sum((1, 2))
-        )
+    shape = len(weights), -1
+    one, other = (np.sign(side[:, :, None] - side[:, None, :]).reshape(shape) for side in (x, y))
+    return weighted_cosine(one, other, (weights[:, :, None] * weights[:, None, :]).reshape(shape))
 
 
 def recalled(predicted: Any, true: Any, k: int) -> Any:
@@ -341,6 +342,4 @@ def verdict(whole: Agreement | None, larger: Agreement | None) -> Verdict:
     if whole.tied:
         return Verdict("prune", "the rows cannot tell its first mixture from the best, nor from a random one")
     place = f"it ranks the best fine-tuned mixture at place {whole.rank_of_best} of {whole.mixtures}"
-    if whole.rank_of_best <= -(-whole.mixtures // 3):
-        return Verdict("prune", place)
-    return Verdict("distrust", place)
+    return Verdict("prune" if whole.rank_of_best <= -(-whole.mixtures // 3) else "distrust", place)

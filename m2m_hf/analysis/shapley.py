@@ -83,24 +83,23 @@ def membership(mixtures: Sequence[Mixture], names: Sequence[str]) -> Any:
 def exact(known: Mapping[Mixture, Standing], names: Sequence[str]) -> ShapleyValues:
     """From all subsets. Values are linear in the scores, so every example has its own, and their mean has a standard error."""
     count = len(names)
-    mixtures = list(known)
-    members = membership(mixtures, names)
-    sizes = members.sum(1).astype(int)
+    members = membership(list(known), names)
+    sizes = members.sum(1)
     scores = [standing.score for standing in known.values() if standing.score is not None]
     by_row = all(score.values for score in scores)
-    single = np.array([factorial(s) * factorial(count - s - 1) / factorial(count) for s in range(count)] + [0.0])
-    factors = [np.where(members[:, n] > 0, single[sizes - 1], -single[sizes]) for n in range(count)]
-    pairs = list(combinations(range(count), 2))
-    double = [factorial(s) * factorial(count - s - 2) / factorial(count - 1) for s in range(count - 1)]
-    padded = np.array([*double, 0.0, 0.0])
-    for n, m in pairs:
-        inside = members[:, n] + members[:, m]
-        factors.append(np.where(inside == 1, -1.0, 1.0) * padded[sizes - inside.astype(int)])
+
+    def factors(group: tuple[int, ...]) -> Any:
+        """How much every mixture's score counts in the value of one candidate, or in the interaction of two."""
+        inside, others = members[:, group].sum(1), count - len(group)
+        weights = [factorial(s) * factorial(others - s) / factorial(others + 1) for s in range(others + 1)]
+        return (-1.0) ** (len(group) - inside) * np.array(weights)[(sizes - inside).astype(int)]
+
+    table = np.array([factors(group) for size in (1, 2) for group in combinations(range(count), size)])
     width = len(scores[0].values) if by_row else 1
-    by_example = np.zeros((len(factors), width))
+    by_example = np.zeros((len(table), width))
     for start in range(0, len(scores), step := max(1, NUMBERS // width)):  # not all of them need fit into memory
         block = [score.values if by_row else (score.value,) for score in scores[start : start + step]]
-        by_example += np.array(factors)[:, start : start + step] @ np.array(block)
+        by_example += table[:, start : start + step] @ np.array(block)
     found = [(mean, stderr if by_row else None) for mean, stderr in map(mean_and_stderr, by_example)]
     return summarised(True, names, found)
 

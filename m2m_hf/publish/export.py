@@ -38,6 +38,10 @@ TRANSLATED = {
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "gradient_checkpointing",
     "activation_checkpointing", "seed", "logging_steps", "use_cpu", "dtype",
 }  # fmt: skip
+LORA = ("lora_r", "lora_alpha", "lora_dropout")
+ALIKE = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed"
+)  # fmt: skip
 # TRL's names of settings -> theirs, where they differ; see the references of configuration options of both.
 AXOLOTL = {
     "model_name_or_path": "base_model",
@@ -145,29 +149,19 @@ def translate(
 def settings(args: "SFTConfig", model: "ModelConfig") -> dict[str, Any]:
     """What both trainers have, under TRL's names; None where there is nothing to say."""
     local, by_steps = Path(model.model_name_or_path).is_dir(), args.max_steps > 0
-    lora = {
-        "lora_r": model.lora_r,
-        "lora_alpha": model.lora_alpha,
-        "lora_dropout": model.lora_dropout,
-        "use_rslora": model.use_rslora or None,
-    }
+    lora = {name: getattr(model, name) for name in LORA} | {"use_rslora": model.use_rslora or None}
     return {
         "model_name_or_path": model.model_name_or_path,
         "model_revision": None if local else model.model_revision,
         **(lora if model.use_peft else {}),
+        **{name: getattr(args, name) for name in ALIKE},
         "max_length": args.max_length or 2048,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_train_epochs": None if by_steps else float(args.num_train_epochs),
         "max_steps": args.max_steps if by_steps else None,
-        "learning_rate": args.learning_rate,
         "optim": str(plain(args.optim)),
         "lr_scheduler_type": str(plain(args.lr_scheduler_type)),
         **warmup(args.warmup_steps),
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm,
         "bf16": bool(args.bf16),
-        "seed": args.seed,
         "save_strategy": "no",
     }
 

@@ -36,11 +36,7 @@ def sample(space: SearchSpace, ranking: Sequence[Mixture], count: int | None, se
     """The mixtures to fine-tune: all where there are few; else the top of the ranking, all together, singles and random ones.
 
     Singles, the best ones first, are up to half of the rest. They and all together are taken whether or not they may be chosen.
-
-    Args:
-        ranking: the surrogate's, best first.
-        count: how many (None: all up to 15, else 16).
-        seed: of the random ones.
+    `ranking` is the surrogate's, best first; without a `count` it is all up to 15, else 16.
     """
     singles = [Mixture.subset([name]) for name in space.names]
     everything = Mixture.subset(space.names)
@@ -78,17 +74,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the same mixtures scored on the rows of one target, as predicted and as trained.
+    """What the same mixtures scored on the rows of one target, as predicted and as trained: of shape (mixtures, rows).
 
-    Args:
-        surrogate, trained: of shape (mixtures, rows); the mean over the rows is the score. A single column, which is then not
-            resampled, where the scorer has no values by row.
-        weight: the target's share in the mean over the targets.
+    There is a single column, which is not resampled, where the scorer has no values by row.
     """
 
     surrogate: Any
     trained: Any
-    weight: float = 1.0
+    weight: float = 1.0  # the target's share in the mean over the targets
 
 
 @dataclass(frozen=True)
@@ -123,11 +116,9 @@ class Agreement:
 
 
 def agreement(mixtures: Sequence[Mixture], rows: Sequence[Rows], complete: bool = True, seed: int = 0) -> Agreement:
-    """Compares a surrogate with the truth on at least three mixtures.
+    """Compares a surrogate with the truth on at least three mixtures, all that there are (`complete`) or a sample of them.
 
-    Args:
-        rows: of every target, all in the order of `mixtures`.
-        complete: whether these are all the mixtures that there are, and not a sample of them.
+    `rows` are of every target, in the order of `mixtures`.
     """
     from scipy.stats import kendalltau, pearsonr, spearmanr  # slow to import
 
@@ -197,7 +188,7 @@ def told(differences: Sequence[Any]) -> bool:
 
 
 def constant_aware(statistic: Any, x: Any, y: Any) -> float:
-    """A correlation of SciPy's; not a number, without a warning, where one side does not vary."""
+    """A correlation of SciPy's; not a number where one side does not vary, of which SciPy would warn."""
     return float(statistic(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
 
 
@@ -323,10 +314,8 @@ def verdict(whole: Agreement | None, larger: Agreement | None) -> Verdict:
     It must order mixtures of two or more candidates: the row interval of Spearman's ρ lies above 0. (Singles do not
     count: there the merged model is itself a model trained on the mixture.) It is then trusted where its first mixture,
     fine-tuned, is better than a random one and not worse than the best, by paired tests. It is trusted to prune where the best
-    is in the first third of its ranking, or where the tests say nothing. Otherwise it is not trusted.
-
-    Args:
-        whole, larger: over all mixtures that were trained, and over those of two or more candidates; None where they are too few.
+    is in the first third of its ranking, or where the tests say nothing. Otherwise it is not trusted. `larger` is the agreement
+    over mixtures of two or more candidates, `whole` that over all; None where they are too few.
     """
     if whole is None or larger is None or larger.mixtures < FEWEST:
         return Verdict("unknown", f"fewer than {FEWEST} mixtures of two or more candidates were fine-tuned")

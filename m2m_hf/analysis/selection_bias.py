@@ -74,11 +74,8 @@ def selection_bias(
 
     Args:
         ranking: the mixtures that may be chosen, best first, scored on all rows.
-        best: the chosen one.
-        against: name -> what to compare it with.
         others: estimated scores of mixtures that may be chosen and are not in `ranking`, such as those that left a race; None
             where most are not known and differ from the known ones.
-        seed: of the resamples.
     """
     contenders = [best, *(one for one in ranking[:CONTENDERS] if one.mixture != best.mixture)]
     count, total = len(contenders), sum(best.weights.values())
@@ -146,11 +143,8 @@ def probability_best(scores: Any, covariance: Any, every: Any, seed: int = 0) ->
     scores are taken as drawn from a normal distribution, whose spread is estimated from the scores of all mixtures (empirical
     Bayes; Efron and Morris, 1975). The result is the share of draws from the posterior in which it is the highest.
 
-    Args:
-        scores: of the best mixtures, of shape (mixtures,).
-        covariance: of the errors of these, less what all have in common, of shape (mixtures, mixtures).
-        every: the scores of all mixtures, these among them, from which mean and spread are taken.
-        seed: of the draws.
+    `covariance` is of the errors of these mixtures' `scores`, less what all have in common; `every` are the scores of all
+    mixtures, these among them, from which mean and spread are taken.
     """
     count = len(scores)
     if len(every) == 1:

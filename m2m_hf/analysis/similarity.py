@@ -16,11 +16,7 @@ IMAGES = 32  # in one forward pass
 
 
 def candidate_content(candidate: Candidate, processing: Any, seed: int) -> list[Any]:
-    """Some rows of a candidate: images, or token ids of prompt and completion together.
-
-    Args:
-        processing: the tokenizer, or the image processor.
-    """
+    """Some rows of a candidate: images, or token ids of prompt and completion together."""
     rows = candidate.rows.shuffle(seed=seed).select(range(min(ROWS, len(candidate.rows))))
     where = f"candidates.{candidate.name}"
     if "image" in rows.column_names:
@@ -53,12 +49,8 @@ def similarity(
 ) -> dict[str, float]:
     """Cosine between each candidate's centroid and the targets', the weighted mean, the most similar first.
 
-    A centroid is the mean over rows of the mean over tokens of the base model's last hidden state.
-
-    Args:
-        candidates, targets: name -> content of its rows.
-        weights: of the targets.
-        longest: tokens of a row that are looked at.
+    A centroid is the mean over rows of the mean over tokens of the base model's last hidden state; of a row the first `longest`
+    tokens are looked at. `weights` are the targets'.
     """
     model.eval()
 

@@ -49,10 +49,8 @@ class Study:
     """Fine-tunes mixtures, once each, and compares.
 
     Args:
-        space: of the search.
         surrogates: name (`merged`, `ensemble`) -> its objectives, one for every target.
         trained: the trained objectives, one for every target.
-        journal: remembers trials.
         progress: `Terminal.progress`.
         broadcast: see `SearchState`.
         uniform: a merged single is an adapter that was trained like all other models, so that it shows the training noise.
@@ -74,11 +72,7 @@ class Study:
     def standings(
         self, objectives: Sequence[Objective], mixtures: Sequence[Mixture], title: str, base: Standing | None = None
     ) -> list[Standing]:
-        """How mixtures stand by some objectives; measures what the journal does not hold.
-
-        Args:
-            base: the base model's standing, if `min_delta` counts.
-        """
+        """How mixtures stand by some objectives; measures what the journal does not hold. With a `base`, `min_delta` counts."""
         with self.progress(title, len(mixtures)) as bar:
             state = SearchState(self.space, objectives, self.journal, [ProgressCallback(bar)], broadcast=self.broadcast)
             if base is not None:
@@ -114,12 +108,11 @@ class Study:
     ) -> dict[str, Choice]:
         """What this and other ways of choosing come to, by name.
 
+        What must be scored for that, by the search's objectives, is added to the result's standings.
+
         Args:
-            result: the search. What else must be scored is added to its standings.
-            objectives: the search's.
             similar: the candidates, those most similar to the targets first; empty if that is not known.
             random: how many mixtures to draw at random.
-            seed: of these draws.
         """
         names, standings = self.space.names, result.standings
         mixtures = {"chosen": result.best.mixture, "all": Mixture.subset(names)}
@@ -178,12 +171,7 @@ class Study:
     ) -> dict[str, Baseline]:
         """What every way of choosing comes to, trained and scored alike, and the base model's scores.
 
-        Scores the sealed test sets, once for every model, since everything is chosen by now.
-
-        Args:
-            choices: by name; `chosen` is that of the method.
-            base: the base model's standing.
-            scorers: target -> scorer of its test rows, of the targets that have any.
+        `scorers` (by target) score the sealed test sets, once for every model, since everything is chosen by now.
         """
         self._fine_tune([choice.counts for choice in choices.values()])
         validation = {name: self._scores(choice) for name, choice in choices.items()} | {"base": scores_of(base)}

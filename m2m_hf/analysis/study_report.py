@@ -143,11 +143,8 @@ class Verification:
 def compare(surrogate: Sequence[Standing], true: Sequence[Standing], complete: bool) -> dict[str, Agreement]:
     """Agreement by measure, over all mixtures and over those of two or more candidates; of several targets also each alone.
 
-    Mixtures that the surrogate could not score are left out, and so are comparisons of fewer than three.
-
-    Args:
-        surrogate: standings, of the same mixtures in the same order as `true`.
-        complete: whether these are all mixtures that there are.
+    Mixtures that the surrogate could not score are left out, and so are comparisons of fewer than three. `complete` says that
+    these are all mixtures that there are.
     """
     compared = {}
     for suffix, fewest in (("", 1), (LARGER, 2)):

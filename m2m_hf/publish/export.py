@@ -57,11 +57,9 @@ LLAMAFACTORY = {"lora_r": "lora_rank", "max_length": "cutoff_len"}
 
 
 def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path, list[str]]:
-    """Writes the chosen mixture for another trainer; tells the folder, and the settings that could not be translated.
+    """Writes the chosen mixture for another trainer; returns the folder, and the settings that could not be translated.
 
-    Args:
-        kind: one of `KINDS`; `trl` is the recipe itself with its rows beside it, `jsonl` the rows alone.
-        folder: where to (default: `OUT/export/<kind>`).
+    Of the kinds, `trl` is the recipe itself with its rows beside it, `jsonl` the rows alone.
     """
     if kind not in KINDS:
         raise InputError(f"--to: expected {', '.join(KINDS)}, got {kind!r}")

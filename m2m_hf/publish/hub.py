@@ -23,18 +23,10 @@ from m2m_hf.storage.run_folder import RunFolder
 def push(
     run: RunFolder, repo_id: str, terminal: Terminal, private: bool | None = None, dry_run: bool = False
 ) -> list[str]:
-    """Puts a finished run on the Hub. What is there already is not sent again, so that the same command goes on.
+    """Puts a finished run on the Hub, and returns the addresses of dataset and model, both called `repo_id`.
 
-    Args:
-        repo_id: `org/name`, of the model and of the dataset.
-        private: whether repositories that are made are private (default: as the account or organisation has it).
-        dry_run: only tell what would go.
-
-    Returns:
-        The addresses of both.
-
-    Raises:
-        InputError: nothing to push, or the Hub does not let us.
+    What is there already is not sent again, so that the same command goes on. New repositories are `private` as the account has
+    it, if that is None.
     """
     addresses = []
     for one in plan(run, repo_id):
@@ -123,11 +115,7 @@ def fetched(source: str, inside: str, patterns: list[str], but: list[str], key: 
 
 
 def fetch_expert(source: str, key: str) -> Path:
-    """The folder of one expert: a folder, or `org/name`, with a folder in it and `@revision` behind it where needed.
-
-    Args:
-        key: `adapters`, or `experts` for a fine-tuned model.
-    """
+    """The folder of one adapter, or fine-tuned model: a folder, or `org/name`, with a folder in it and `@revision` behind it."""
     inside = "/".join(source.partition("@")[0].split("/")[2:])
     below = f"{inside}/" if inside else ""
     files, what = (["adapter_*"], "an adapter") if key == "adapters" else (["*.json", "*.safetensors"], "a model")

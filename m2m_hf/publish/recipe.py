@@ -29,12 +29,7 @@ LOADING = ("model_revision", "dtype", "attn_implementation")
 def write_recipe(
     run: RunFolder, mixture: Mixture, train: Path, data: LoadedData, training: Settings, model_args: ModelConfig
 ) -> None:
-    """Writes `OUT/recipe.yaml`: for `trl sft`, or of a classification run for `recipes/classify.py`.
-
-    Args:
-        train: the rows of the mixture.
-        training: of the final fine-tune (`final:` applied).
-    """
+    """Writes `OUT/recipe.yaml`, the final fine-tune on the rows in `train`: for `trl sft`, or for `recipes/classify.py`."""
     if training.head is None:
         recipe, comment = trl_recipe(run, train, data.format, training, model_args), COMMENT
         if training.expert.parameters is not None:  # for which TRL has no field

@@ -52,21 +52,16 @@ REPUBLISHABLE = {
     "cdla-permissive-1.0", "cdla-permissive-2.0", "afl-3.0", "artistic-2.0", "ecl-2.0", *SHARE_ALIKE,
 }  # fmt: skip
 
-Files = dict[str, bytes | Path]
+Files = dict[str, bytes | Path]  # path in the repository -> content, or the file that has it
 # The client's errors are OSErrors, but for a bad name and for what goes wrong with a large file, a RuntimeError.
 FAILURES = (HFValidationError, httpx2.HTTPError, OSError, RuntimeError)
 
 
 @dataclass
 class Repository:
-    """What a repository of some kind, `model` or `dataset`, is to hold.
+    """What a repository is to hold, and what whoever pushes should know."""
 
-    Args:
-        files: path in the repository -> content, or the file that has it.
-        notes: what whoever pushes should know.
-    """
-
-    kind: str
+    kind: str  # `model` or `dataset`
     files: Files
     notes: list[str]
 
@@ -273,7 +268,7 @@ class Outcome:
         config = published({key: one for key, one in finished.config.items() if not hub_field(key)})
         config["output_dir"] = "run"
         files: Files = {
-            "README.md": self.render("model_card.md.jinja", card, pictures=[*pictures], base=name, use=self.use()),
+            "README.md": self.render("model_card.md.jinja", card, pictures=[*pictures], base=name),
             "config.yaml": (dump_yaml(config, "The configuration of the run.") + END).encode(),
             "summary.json": as_json(published(finished.summary())),
             **{f"pictures/{path.name}": path for path in pictures.values()},
@@ -288,28 +283,21 @@ class Outcome:
             notes.append("there is no final model yet; m2m sft makes it, and the same command then adds it")
         return Repository("model", files, notes)
 
-    def use(self) -> dict[str, Any]:
-        """What a card's example of use is made of beside the recipe: classes, how features are pooled, and labels."""
-        head, config = self.recipe.get("head", {}), self.finished.config
-        pooling = None
-        if self.has_names:
-            with safe_open(self.run.head, "np") as file:
-                pooling = json.loads(file.metadata()["head"])["pooling"]
-        images = self.finished.task == "image_classification"
-        targets = config["targets"] if self.labelled else {}
-        asked = {name: labels for name, one in targets.items() if (labels := one.get("labels"))}
+    @property
+    def pooling(self) -> str | None:
+        """How a head that is made of names pools a row's features."""
+        if not self.has_names:
+            return None
+        with safe_open(self.run.head, "np") as file:
+            return str(json.loads(file.metadata()["head"])["pooling"])
+
+    @property
+    def asked(self) -> dict[str, list[str]]:
+        """Target of a classifier -> the labels that its rows are a choice among, where it says so."""
+        targets = self.finished.config["targets"] if self.labelled else {}
+        given = {name: one["labels"] for name, one in targets.items() if one.get("labels")}
         return {
-            "loads": self.recipe["model_class"] if self.has_names else TASKS[self.finished.task][1],
-            "prepares": "AutoImageProcessor" if images else "AutoTokenizer",
-            "images": images,
-            "names": self.has_names,
-            "pooling": pooling,
-            "closed": head.get("closed"),
-            "labels": head.get("labels") if config.get("labels") else None,  # else all that the classifier has
-            "asked": {
-                name: sorted(set(labels.values() if isinstance(labels, dict) else labels))
-                for name, labels in asked.items()
-            },
+            name: sorted(set(labels.values() if isinstance(labels, dict) else labels)) for name, labels in given.items()
         }
 
     def render(self, template: str, card: Any, **more: Any) -> bytes:
@@ -323,6 +311,7 @@ class Outcome:
         shown = from_json(FinishedRun, {**published(self.finished.summary()), "config": self.finished.config})
         page = environment.get_template(template).render(
             run=shown, repo_id=self.repo_id, version=__version__, command=self.command, recipe=self.recipe,
-            manifest=self.manifest, labelled=self.labelled, has_names=self.has_names, **more,
+            manifest=self.manifest, labelled=self.labelled, has_names=self.has_names, pooling=self.pooling, asked=self.asked,
+            loads=self.recipe["model_class"] if self.has_names else TASKS[self.finished.task][1], **more,
         )  # fmt: skip
         return redact(f"---\n{card.to_yaml()}\n---\n\n{page}").encode()

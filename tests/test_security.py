@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pico import build_adapter, candidate_rows, choice_rows, m2m, write_rows
+from pico import build_adapter, candidate_rows, changed, choice_rows, language_searcher, m2m, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -22,7 +22,6 @@ from m2m_hf.data.loading import fill
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.modeling.loading import load_base
-from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.records import COMPLETE, describe_files
 from m2m_hf.training.fine_tune import train_expert
 
@@ -50,29 +49,33 @@ def mark(tmp_path):
     assert not path.exists()
 
 
-def change(project, edit) -> Path:
-    path = project / "run.yaml"
-    given = yaml.safe_load(path.read_text())
-    edit(given)
-    path.write_text(yaml.safe_dump(given))
-    return path
-
-
-def refused(path: Path, capsys) -> str:
-    """What is said of a configuration that is refused."""
-    assert m2m("select", "--config", path) == 2
+def refused(project: Path, capsys, **values) -> str:
+    """What is said of the project's configuration with other values."""
+    changed(project, "run", **values)
+    assert m2m("select", "--config", project / "run.yaml") == 2
     return capsys.readouterr().err
+
+
+ROWS = {"path": "json", "data_files": "alpha.jsonl"}
+TARGET = {"data": {"path": "json", "data_files": "validation.jsonl"}, "scorer": "choice"}
 
 
 @pytest.mark.parametrize(
     "name", ["../outside", "/tmp/outside", "..", ".hidden", "a/b", "a\\b", "a\0b", "x" * 65, "", "-rf"]
 )
 def test_no_name_escapes_the_run_folder(project, capsys, name):
-    for kind in ("candidates", "targets"):
-        path = change(project, lambda given, kind=kind: given[kind].update({name: next(iter(given[kind].values()))}))
-        assert "is not allowed" in refused(path, capsys)
-        change(project, lambda given, kind=kind: given[kind].pop(name))
+    assert "is not allowed" in refused(project, capsys, targets={name: TARGET})
+    assert "is not allowed" in refused(project, capsys, targets={"colours": TARGET}, candidates={name: ROWS})
     assert not (project / "out").exists()
+
+
+@pytest.fixture
+def model(project, tmp_path) -> Path:
+    """A copy of the project's model, which it uses."""
+    given = yaml.safe_load((project / "run.yaml").read_text())
+    shutil.copytree(given["model_name_or_path"], tmp_path / "model")
+    changed(project, "run", model_name_or_path=str(tmp_path / "model"))
+    return tmp_path / "model"
 
 
 def test_no_name_in_a_foreign_run_folder_leads_out_of_it(finished, capsys):
@@ -103,8 +106,7 @@ def test_no_link_in_a_foreign_run_folder_is_followed_out_of_it(finished, capsys,
         shutil.rmtree(out / place)
     (out / place).unlink(missing_ok=True)
     (out / place).symlink_to(to or outside)
-    config = ("--config", finished / "run.yaml")
-    for command in (("report", out), ("status", out), ("sft", out), ("search", *config)):
+    for command in (("report", out), ("status", out), ("sft", out), ("search", "--config", finished / "run.yaml")):
         assert m2m(*command) == 2
         assert f"is a link to {to or outside}" in capsys.readouterr().err
     assert outside.read_text() == "mine"
@@ -126,10 +128,8 @@ def test_the_name_that_an_old_final_model_gives_itself_leads_nowhere(finished):
 
 
 @pytest.mark.parametrize("harmless", [True, False])
-def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, capsys, harmless, mark):
+def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, model, tmp_path, capsys, harmless, mark):
     """Not even what would do no harm: files of that kind are not looked at."""
-    model = tmp_path / "model"
-    shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
 
     def pickled(folder: Path, name: str) -> None:
         tensors = load_file(folder / f"{name}.safetensors")
@@ -138,10 +138,9 @@ def test_nothing_is_unpickled_from_a_model_or_an_adapter(project, tmp_path, caps
             torch.save(tensors if harmless else Bomb(mark), folder / file)
 
     pickled(model, "model")
-    path = change(project, lambda given: given.update(model_name_or_path=str(model)))
-    assert "safetensors" in refused(path, capsys)
+    assert "safetensors" in refused(project, capsys)
     with pytest.raises(InputError, match="cannot be loaded"):
-        load_base(*parse(path)[:0:-1])
+        load_base(*parse(project / "run.yaml")[:0:-1])
     adapter = build_adapter("llama", tmp_path / "adapter", 1)
     pickled(adapter, "adapter_model")
     with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
@@ -156,12 +155,11 @@ def test_data_are_neither_unpickled_nor_loaded_by_a_script_of_their_own(project,
     (project / "data.pkl").write_bytes(pickle.dumps(Bomb(mark)))
     (project / "mydata").mkdir()
     (project / "mydata" / "mydata.py").write_text(explosive(mark))
-    assert "candidates.beta" in refused(change(project, lambda given: given["candidates"].update(beta=source)), capsys)
+    assert "candidates.beta" in refused(project, capsys, candidates={"alpha": ROWS, "beta": source})
 
 
 def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path, mark):
-    flags = ("--max_steps", "4", "--save_steps", "2")
-    one = MergeToMixSearcher(*parse(project / "run.yaml", flags), Terminal(quiet=True))
+    one = language_searcher(project, "--max_steps", "4", "--save_steps", "2")
 
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs) -> None:
@@ -187,12 +185,12 @@ def test_nothing_is_unpickled_from_a_checkpoint(project, tmp_path, mark):
 
 
 def test_yaml_is_safely_loaded(project, mark, capsys):
-    path = project / "run.yaml"
-    path.write_text(path.read_text() + f"final: !!python/object/apply:os.system ['touch {mark}']\n")
-    assert "expected YAML" in refused(path, capsys)
-    out = project / "out"
+    path, out, bomb = project / "run.yaml", project / "out", f"!!python/object/apply:os.system ['touch {mark}']\n"
+    path.write_text(path.read_text() + f"final: {bomb}")
+    assert m2m("select", "--config", path) == 2
+    assert "expected YAML" in capsys.readouterr().err
     out.mkdir()
-    (out / "config.yaml").write_text(f"x: !!python/object/apply:os.system ['touch {mark}']\n...\n")
+    (out / "config.yaml").write_text(f"x: {bomb}...\n")
     for command in ("status", "sft"):
         assert m2m(command, out) == 2
 
@@ -205,30 +203,27 @@ def test_templates_are_filled_and_not_run():
             fill(f"{{{field}}}", row, "here")
 
 
-def test_a_chat_template_cannot_reach_out(project, tmp_path, capsys):
-    template = tmp_path / "chat.jinja"
+def test_a_chat_template_cannot_reach_out(project, capsys):
+    template = project / "chat.jinja"
     template.write_text(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch x') }}"
     )
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 12
     write_rows(project / "beta.jsonl", rows)
-    path = change(project, lambda given: given.update(chat_template_path=str(template)))
-    assert "chat template refuses these messages" in refused(path, capsys)
+    assert "chat template refuses these messages" in refused(project, capsys, chat_template_path=str(template))
     assert not Path("x").exists()
 
 
-def test_a_metric_is_run_only_when_asked_for(project, tmp_path, capsys, mark):
-    metric = tmp_path / "mine" / "mine.py"
+def test_a_metric_is_run_only_when_asked_for(project, capsys, mark):
+    metric = project / "mine" / "mine.py"
     metric.parent.mkdir()
     metric.write_text(explosive(mark))
-    path = change(project, lambda given: given["targets"]["colours"].update(metric=str(metric.parent)))
-    assert "allow_metric_code" in refused(path, capsys)
+    target = TARGET | {"metric": str(metric.parent)}
+    assert "allow_metric_code" in refused(project, capsys, targets={"colours": target})
 
 
 @pytest.mark.parametrize("kind", ["evil", "llama"])
-def test_remote_code_stays_off(project, tmp_path, capsys, kind, mark):
-    model = tmp_path / "model"
-    shutil.copytree(yaml.safe_load((project / "run.yaml").read_text())["model_name_or_path"], model)
+def test_remote_code_stays_off(project, model, capsys, kind, mark):
     (model / "evil.py").write_text(explosive(mark) + "class Evil: pass\n")
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     for file in ("config.json", "tokenizer_config.json"):
@@ -236,57 +231,56 @@ def test_remote_code_stays_off(project, tmp_path, capsys, kind, mark):
         if kind == "evil":
             given |= {"model_type": "evil", "architectures": ["Evil"], "tokenizer_class": "Evil"}
         (model / file).write_text(json.dumps(given))
-    path = change(project, lambda given: given.update(model_name_or_path=str(model)))
-    code = m2m("search", "--config", path)
-    assert code == (2 if kind == "evil" else 0)
+    assert m2m("search", "--config", project / "run.yaml") == (2 if kind == "evil" else 0)
     capsys.readouterr()
-    change(project, lambda given: given.update(trust_remote_code=True))
-    assert "trust_remote_code: models that bring their own code are never loaded" in refused(path, capsys)
+    said = refused(project, capsys, trust_remote_code=True)
+    assert "trust_remote_code: models that bring their own code are never loaded" in said
 
 
-def test_a_command_sees_no_shell(project, tmp_path, mark):
-    script = tmp_path / "score.py"
-    script.write_text("import json, sys; open(sys.argv[1], 'w').write(json.dumps({'score': len(sys.argv)}))")
-    command = [sys.executable, str(script), "{output}", f"; touch {mark}", f"$(touch {mark})", f"`touch {mark}`"]
-    target = {"scorer": "command", "command": command}
-    path = change(project, lambda given: given.update(targets={"mine": target}, train_final=False))
-    assert m2m("search", "--config", path) == 0
+def test_a_command_sees_no_shell(project, mark):
+    (project / "score.py").write_text("import json, sys; json.dump({'score': len(sys.argv)}, open(sys.argv[1], 'w'))")
+    command = [sys.executable, str(project / "score.py"), "{output}"]
+    command += [f"; touch {mark}", f"$(touch {mark})", f"`touch {mark}`"]
+    changed(project, "run", targets={"mine": {"scorer": "command", "command": command}}, train_final=False)
+    assert m2m("search", "--config", project / "run.yaml") == 0
     assert json.loads((project / "out" / "summary.json").read_text())["best"]["score"] == 5
 
 
 SECRET = "hf_" + "abcdEFGH1234" * 3
 
 
-def test_tokens_reach_no_file_and_no_message(project, tmp_path, forks):
+NOISY = """
+import logging, os, sys
+from m2m_hf.cli.main import main
+from m2m_hf.searcher import MergeToMixSearcher
+real = MergeToMixSearcher.check
+def noisy(self):
+    log = logging.getLogger('huggingface_hub')
+    log.warning('using %s and %s', os.environ['HF_TOKEN'], os.environ['WANDB_API_KEY'])
+    self.run.terminal.say('token ' + os.environ['HF_TOKEN'])
+    real(self)
+MergeToMixSearcher.check = noisy
+code = main(sys.argv[1:])
+def broken(self): raise RuntimeError('with ' + os.environ['HF_TOKEN'])
+MergeToMixSearcher.check = broken
+main(['search', *sys.argv[2:]])
+sys.exit(code)
+"""
+SCORER = """
+import os, sys
+size = os.path.getsize(sys.argv[1] + '/adapter_model.safetensors')
+if size > 5000: sys.exit('bad token ' + os.environ['HF_TOKEN'])
+print(0.5)
+"""
+
+
+def test_tokens_reach_no_file_and_no_message(project, forks):
     """In a process of its own, in which a library logs the token, a scorer raises with it and the table is printed."""
-    script = tmp_path / "score.py"
-    script.write_text(
-        "import os, sys\n"
-        "n = len(open(sys.argv[1] + '/adapter_config.json').read())\n"
-        "if os.path.getsize(sys.argv[1] + '/adapter_model.safetensors') > 5000: sys.exit('bad token ' + os.environ['HF_TOKEN'])\n"
-        "print(0.5)\n"
-    )
-    target = {"scorer": "command", "command": [sys.executable, str(script), "{adapter}"]}
-    path = change(project, lambda given: given.update(targets={"mine": target}))
-    code = (
-        "import logging, os, sys\n"
-        "from m2m_hf.cli.main import main\n"
-        "from m2m_hf.searcher import MergeToMixSearcher\n"
-        "real = MergeToMixSearcher.check\n"
-        "def noisy(self):\n"
-        "    log = logging.getLogger('huggingface_hub')\n"
-        "    log.warning('using %s and %s', os.environ['HF_TOKEN'], os.environ['WANDB_API_KEY'])\n"
-        "    self.run.terminal.say('token ' + os.environ['HF_TOKEN'])\n"
-        "    real(self)\n"
-        "MergeToMixSearcher.check = noisy\n"
-        "code = main(sys.argv[1:])\n"
-        "def broken(self): raise RuntimeError('with ' + os.environ['HF_TOKEN'])\n"
-        "MergeToMixSearcher.check = broken\n"
-        "main(['search', *sys.argv[2:]])\n"
-        "sys.exit(code)\n"
-    )
+    (project / "score.py").write_text(SCORER)
+    command = [sys.executable, str(project / "score.py"), "{adapter}"]
+    changed(project, "run", targets={"mine": {"scorer": "command", "command": command}})
     secrets = {"HF_TOKEN": SECRET, "WANDB_API_KEY": "k" * 40}
-    done = forks.run("-c", code, "select", "--config", path, **secrets)
+    done = forks.run("-c", NOISY, "select", "--config", project / "run.yaml", **secrets)
     assert done.returncode == 0, done.stderr
     assert "bad token ***" in done.stdout
     assert "with ***" in done.stderr
@@ -323,8 +317,7 @@ def test_tokens_reach_no_file_and_no_message(project, tmp_path, forks):
     ],
 )
 def test_tokens_in_a_configuration_are_refused_and_not_repeated(project, capsys, edit, words):
-    path = change(project, lambda given: given.update(edit))
-    said = refused(path, capsys)
+    said = refused(project, capsys, **edit)
     assert words in said
     assert SECRET not in said
     assert "me:pass" not in said
@@ -361,11 +354,9 @@ def test_nothing_steers_the_terminal(capsys):
 )
 def test_a_harness_task_of_ones_own_is_run_only_when_asked_for(project, mark, capsys, task):
     (project / "evil.py").write_text(explosive(mark) + "def f(doc): return ''\n")
-    (project / "task.yaml").write_text(f"task: mine\n{task}\n")
-    path = change(project, lambda given: given.update(targets={"mine": {"scorer": "lm_eval", "task": "task.yaml"}}))
-    assert "allow_metric_code: true if you trust it" in refused(path, capsys)
+    path, target = project / "task.yaml", {"scorer": "lm_eval", "task": "task.yaml"}
+    path.write_text(f"task: mine\n{task}\n")
+    assert "allow_metric_code: true if you trust it" in refused(project, capsys, targets={"mine": target})
     for name in ("task.txt", "task"):  # the harness would take them too
-        (project / "task.yaml").rename(project / name)
-        path = change(project, lambda given, name=name: given["targets"]["mine"].update(task=str(project / name)))
-        assert "the harness has no task" in refused(path, capsys)
-        (project / name).rename(project / "task.yaml")
+        path = path.rename(project / name)
+        assert "the harness has no task" in refused(project, capsys, targets={"mine": target | {"task": str(path)}})

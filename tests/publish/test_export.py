@@ -14,8 +14,29 @@ from trl.scripts.utils import DatasetMixtureConfig
 from m2m_hf.publish.export import KINDS, warmup
 
 
+def exported(out, kind: str) -> dict:
+    """The configuration that is written for a trainer."""
+    name = {"axolotl": "config.yml", "llamafactory": "config.yaml"}[kind]
+    return yaml.safe_load((out / "export" / kind / name).read_text())
+
+
+def trl_arguments(out) -> list:
+    """What TRL reads from its recipe."""
+    parser = TrlParser((SFTConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig))
+    recipe = str(out / "export" / "trl" / "recipe.yaml")
+    return parser.parse_args_and_config(["--config", recipe], fail_with_unknown_args=True)
+
+
+def rows_of(content: bytes) -> list[dict]:
+    return [json.loads(line) for line in content.decode().split("\n")[:-1]]
+
+
 @pytest.fixture(params=["text", "chat", "shares"])
 def searched(request, project):
+    rows = candidate_rows("alpha", 12)
+    rows[0]["prompt"] += "\u2028"  # which ends a line for some, and not in JSON
+    write_rows(project / "alpha.jsonl", rows)
+    flags = ("--lora_alpha", 5, "--warmup_steps", 0.1, "--adam_beta2", 0.95, "--max_steps", 3)
     if request.param == "chat":
         for name in ("alpha", "beta", "gamma"):
             turns = [
@@ -26,7 +47,6 @@ def searched(request, project):
                 for row in candidate_rows(name, 12)
             ]
             write_rows(project / f"{name}.jsonl", [{"messages": one} for one in turns])
-    flags = ("--lora_alpha", 5, "--warmup_steps", 0.1, "--adam_beta2", 0.95, "--max_steps", 3)
     if request.param == "shares":
         text = (project / "run.yaml").read_text()
         for name in ("alpha", "beta"):
@@ -53,23 +73,19 @@ def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
         if kind in ("trl", "jsonl") or (data_format, kind) == ("text", "axolotl"):
             assert written == rows
         elif data_format == "text":  # nothing else would add the end of a text there
-            ends = [json.loads(line)["completion"] for line in written.splitlines()]
-            assert ends == [json.loads(line)["completion"] + "<|end|>" for line in rows.splitlines()]
+            ended = [row | {"completion": row["completion"] + "<|end|>"} for row in rows_of(rows)]
+            assert rows_of(written) == ended
         else:
-            for row, one in zip(map(json.loads, rows.splitlines()), map(json.loads, written.splitlines()), strict=True):
-                assert [{key: message[key] for key in ("role", "content")} for message in one["messages"]] == row[
-                    "prompt"
-                ] + row["completion"]
+            for row, one in zip(rows_of(rows), rows_of(written), strict=True):
+                said = [{key: message[key] for key in ("role", "content")} for message in one["messages"]]
+                assert said == row["prompt"] + row["completion"]
                 marks = [message.get("train") for message in one["messages"]]
                 assert marks == ([False, True] if kind == "axolotl" else [None, None])
         assert (out / "export" / kind / "manifest.json").exists()
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
-    recipe = out / "export" / "trl" / "recipe.yaml"
-    _, args, model, data = parser.parse_args_and_config(["--config", str(recipe)], fail_with_unknown_args=True)
+    args, model, _, data = trl_arguments(out)
     assert (args.max_steps, args.warmup_steps, args.adam_beta2, model.lora_alpha) == (3, 0.1, 0.95, 5)
     assert data.datasets[0].data_files == "train.jsonl"
-    axolotl = yaml.safe_load((out / "export" / "axolotl" / "config.yml").read_text())
-    factory = yaml.safe_load((out / "export" / "llamafactory" / "config.yaml").read_text())
+    axolotl, factory = exported(out, "axolotl"), exported(out, "llamafactory")
     assert axolotl["warmup_ratio"] == 0.1
     assert factory["warmup_steps"] == 1
     for given in (axolotl, factory):
@@ -98,12 +114,9 @@ def test_full_fine_tunes_are_asked_for_without_an_adapter(project, capsys):
         assert m2m("export", out, "--to", kind) == 0
         assert (f"no counterpart in {kind}: trained_parameters\n" in capsys.readouterr().out) == (kind != "jsonl")
         assert (out / "export" / kind / "train.jsonl").exists()
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
-    recipe = out / "export" / "trl" / "recipe.yaml"
-    _, args, model, _ = parser.parse_args_and_config(["--config", str(recipe)], fail_with_unknown_args=True)
+    args, model, _, _ = trl_arguments(out)
     assert (args.learning_rate, model.use_peft) == (2e-3, False)
-    axolotl = yaml.safe_load((out / "export" / "axolotl" / "config.yml").read_text())
-    factory = yaml.safe_load((out / "export" / "llamafactory" / "config.yaml").read_text())
+    axolotl, factory = exported(out, "axolotl"), exported(out, "llamafactory")
     assert factory["finetuning_type"] == "full"
     for given in (axolotl, factory):
         assert (given["max_steps"], given["learning_rate"]) == (3, 2e-3)

@@ -129,8 +129,8 @@ def check_search(run: RunContext) -> None:
     """Refuses objectives, merge methods and strategies that the targets do not allow."""
     config, scorers = run.config, run.validation_scorers
     _ = run.space  # refuses impossible constraints
-    for name in scorers:
-        if config.objective == "ensemble" and not run.has_ensemble(name):
+    for name, scorer in scorers.items():
+        if config.objective == "ensemble" and not scorer.has_ensemble:
             raise InputError(
                 f"targets.{name}: objective ensemble averages the probabilities of right answers; expected scorer choice, "
                 "classification or loss with metric accuracy, logprob, loglikelihood"

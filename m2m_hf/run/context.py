@@ -170,27 +170,22 @@ class RunContext:
         scorers = self.validation_scorers.items()
         return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers}
 
-    def has_ensemble(self, target: str) -> bool:
-        """Whether the ensemble objective can score a target."""
-        return self.validation_scorers[target].has_ensemble
-
-    def has_gradient(self, target: str, method: MergeMethod) -> bool:
-        """Whether merged scores of a target have a gradient in the mixture's weights."""
-        likelihoods = isinstance(self.validation_scorers[target], LogprobScorer)
-        return likelihoods and method.name == "average" and expert_kind(self.config.expert).gated
+    def has_gradient(self, scorer: Scorer, method: MergeMethod) -> bool:
+        """Whether merged scores have a gradient in the mixture's weights."""
+        return isinstance(scorer, LogprobScorer) and method.name == "average" and self.expert().gated
 
     @property
     def has_gradients(self) -> bool:
         """Whether the search's objectives have gradients."""
         merged = self.config.objective == "merged"
-        return merged and all(self.has_gradient(target, self.merge_method) for target in self.targets)
+        return merged and all(self.has_gradient(one, self.merge_method) for one in self.validation_scorers.values())
 
     def objectives(self, kind: str, method: MergeMethod | None = None) -> list[Objective]:
         """What scores mixtures on every target, `merged` (as the run merges, or by another method) or `ensemble`."""
         method = (method or self.merge_method) if kind == "merged" else AVERAGE
         objectives: list[Objective] = []
         for name, scorer in self.validation_scorers.items():
-            merged = (GatedObjective if self.has_gradient(name, method) else MergedObjective)(
+            merged = (GatedObjective if self.has_gradient(scorer, method) else MergedObjective)(
                 partial(self.open_stack, method),
                 scorer,
                 self.keys[name],
@@ -211,15 +206,9 @@ class RunContext:
     @cached_property
     def fine_tuned(self) -> FineTunedModels:
         """Models fine-tuned on mixtures, to compare with; all experts must be there."""
-        model_key = next(iter(self.keys.values())).model
+        key, launch = next(iter(self.keys.values())).model, self.launch_changes()
         return FineTunedModels(
-            self.folder.trained,
-            self.candidates,
-            model_key,
-            self.base.to_train,
-            self.args,
-            self.training_settings,
-            self.launch_changes(),
+            self.folder.trained, self.candidates, key, self.base.to_train, self.args, self.training_settings, launch
         )
 
     def launch_changes(self) -> list[str]:
@@ -229,16 +218,9 @@ class RunContext:
 
     def trained_objectives(self, models: FineTunedModels) -> list[TrainedObjective]:
         """What scores fine-tuned models, and the base model, on every target."""
+        models_of = partial(TrainedObjective, models, self.base.plain, partial(self.open_stack, AVERAGE))
         return [
-            TrainedObjective(
-                models,
-                self.base.plain,
-                partial(self.open_stack, AVERAGE),
-                scorer,
-                self.keys[name],
-                self._target_info(name),
-                tokens_per_batch=self.tokens_per_batch,
-            )
+            models_of(scorer, self.keys[name], self._target_info(name), tokens_per_batch=self.tokens_per_batch)
             for name, scorer in self.validation_scorers.items()
         ]
 
@@ -246,7 +228,7 @@ class RunContext:
     def study(self) -> Study:
         """Fine-tunes mixtures and compares them with what the surrogates predict; all experts must be there."""
         surrogates = {"merged": self.objectives("merged")}
-        if all(map(self.has_ensemble, self.targets)):
+        if all(scorer.has_ensemble for scorer in self.validation_scorers.values()):
             surrogates["ensemble"] = self.objectives("ensemble")
         mixed = any(one.config.training for one in self.candidates.values())
         return Study(

@@ -24,7 +24,6 @@ from m2m_hf.modeling.loading import make_plan, pin_revision, quantization_facts
 from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.objectives.merged import GatedObjective, MergedObjective
 from m2m_hf.objectives.trained import FineTunedModels, TrainedObjective
-from m2m_hf.run.base_model import BaseModel
 from m2m_hf.run.tasks import Classification, Task
 from m2m_hf.scoring.make import make_scorers
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
@@ -58,11 +57,9 @@ class RunContext:
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
         self.tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
         plan = make_plan(self.model_args, config.task)
-        self.base = BaseModel(
-            args, self.model_args, plan, lambda model: self.task.prepare(model), partial(self.terminal.say, style="dim")
-        )
-        parts = config, args, self.model_args, self.folder, self.base
-        self.task = Task(*parts) if plan is None else Classification(*parts, plan)
+        say = partial(self.terminal.say, style="dim")
+        self.task = (Task if plan is None else Classification)(config, args, self.model_args, self.folder, plan, say)
+        self.base = self.task.base
 
     # Data
 

@@ -1,6 +1,6 @@
 """What a model learns and is scored on: `Task`, a causal LM, and `Classification` carry all differences between tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,8 @@ class Task:
 
     Args:
         folder: the run folder, which may hold a head.
-        plan: where a classifier's head comes from.
+        plan: where a classifier's head comes from; None for a causal LM.
+        say: prints a line.
     """
 
     recipe_runner = "trl sft"
@@ -47,11 +48,11 @@ class Task:
         args: SFTConfig,
         model_args: ModelConfig,
         folder: RunFolder,
-        base: BaseModel,
-        plan: HeadPlan | None = None,
+        plan: HeadPlan | None,
+        say: Callable[[str], None],
     ) -> None:
-        self.config, self.args, self.model_args = config, args, model_args
-        self.folder, self.base, self.plan = folder, base, plan
+        self.config, self.args, self.model_args, self.folder, self.plan = config, args, model_args, folder, plan
+        self.base = BaseModel(args, model_args, plan, self.prepare, say)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -169,12 +169,6 @@ def test_only_the_parameters_that_are_named_are_trained(intents):
     assert all("attention" in name for name in names)
 
 
-def test_what_a_dtype_cannot_hold_is_no_expert(intents, capsys):
-    flags = ("--expert", "full", "--delta_dtype", "float16", "--learning_rate", "1e-9")
-    assert m2m("adapters", "--config", intents / "intents.yaml", *flags) == 2
-    assert "delta_dtype: float16 keeps nothing of what was learned" in capsys.readouterr().err
-
-
 def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tmp_path, capsys, monkeypatch):
     for number, name in enumerate(INTENTS):
         torch.manual_seed(number)

@@ -146,9 +146,15 @@ class MergeToMixSearcher:
             check_run(self.run)
             self._checked = True
 
-    def prepare(self) -> None:
-        """Checks everything, claims the run folder and writes the resolved configuration to it."""
+    def prepare(self, pushes: bool = False) -> None:
+        """Checks everything, claims the run folder and writes the resolved configuration to it.
+
+        Args:
+            pushes: the run ends on the Hub where `push_to_hub` says so, which must let us in.
+        """
         self.check()
+        if pushes and self.run.args.push_to_hub:
+            check_login(self.run.args.hub_model_id)
         claim_folder(self.run)
 
     def train_adapters(self) -> None:
@@ -296,8 +302,7 @@ class MergeToMixSearcher:
             The summary, as in `OUT/summary.json`.
         """
         run = self.run
-        if run.args.push_to_hub:
-            check_login(run.args.hub_model_id)
+        self.prepare(pushes=True)
         summary = self.train_final() if run.config.train_final else self.write_outcome()
         with run.terminal.keep() as self.closing:
             self.show()

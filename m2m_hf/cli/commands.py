@@ -48,11 +48,7 @@ def work(step: Callable[["MergeToMixSearcher"], None], command: Namespace) -> No
 
         show_estimate(context)
         return
-    if step in (select, sft) and context.args.push_to_hub:
-        from m2m_hf.publish.hub import check_login
-
-        check_login(context.args.hub_model_id)
-    searcher.prepare()
+    searcher.prepare(pushes=step in (select, sft))
     if context.is_main:
         command.log.open(context.folder.log)
     step(searcher)

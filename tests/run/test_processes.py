@@ -39,12 +39,19 @@ RUN = "\nimport sys\nfrom m2m_hf.cli.main import main\nsys.exit(main(['select', 
 
 @pytest.fixture
 def launch_forks(forks):
-    """A script under accelerate, in two processes over gloo, which have everything imported already."""
+    """A script under accelerate, in two processes over gloo, which have everything imported already; it must end well."""
 
-    def launch_forks(project: Path, output: Path, *flags: str, **options) -> subprocess.CompletedProcess:
-        return forks.run("-c", LAUNCH, *arguments(project, output, *flags, **options))
+    def launch_forks(project: Path, output: Path, *flags: str, **options) -> None:
+        done = forks.run("-c", LAUNCH, *arguments(project, output, *flags, **options))
+        assert done.returncode == 0, done.stderr
 
     return launch_forks
+
+
+def assert_same_scores(one: list[dict], two: list[dict]) -> None:
+    assert [line["key"] for line in one] == [line["key"] for line in two]
+    for left, right in zip(one, two, strict=True):
+        assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
 
 
 def test_two_processes_give_the_journal_of_one(project, tmp_path):
@@ -61,21 +68,17 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scored 8 mixtures") == 1  # one process speaks
     one, two = trials(project / "out"), trials(tmp_path / "two")
-    assert [line["key"] for line in one] == [line["key"] for line in two]
-    for left, right in zip(one, two, strict=True):
-        assert left["values"] == right["values"]
-        assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
+    assert [line["values"] for line in one] == [line["values"] for line in two]
+    assert_same_scores(one, two)
 
 
 def same_weights(project: Path, launch_forks, tmp_path: Path, file: str, flags: tuple, options: tuple) -> None:
     """Trains data-parallel, and with the model cut into pieces (FSDP), and compares the weights in `file`."""
-    done = launch_forks(project, tmp_path / "whole", *flags)
-    assert done.returncode == 0, done.stderr
+    launch_forks(project, tmp_path / "whole", *flags)
     script = tmp_path / "pieces.py"
     script.write_text(ON_AN_ACCELERATOR + RUN)
     options = ("--mixed_precision", "no", *options)
-    done = launch_forks(project, tmp_path / "pieces", *flags, script=script, config="fsdp2", options=options)
-    assert done.returncode == 0, done.stderr
+    launch_forks(project, tmp_path / "pieces", *flags, script=script, config="fsdp2", options=options)
     for name in ("alpha", "gamma"):
         whole, pieces = (load_file(tmp_path / run / "adapters" / name / file) for run in ("whole", "pieces"))
         torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
@@ -112,15 +115,12 @@ def test_classifiers_of_two_processes_are_those_of_one(intents, tmp_path, launch
     """Trained by two processes they are scored by one, and by two, to the same journal."""
     os.rename(intents / "intents.yaml", intents / "run.yaml")
     flags = ("--expert", kind, "--learning_rate", "1e-3")
-    done = launch_forks(intents, tmp_path / "two", *flags)
-    assert done.returncode == 0, done.stderr
+    launch_forks(intents, tmp_path / "two", *flags)
     os.rename(tmp_path / "two" / "trials.jsonl", tmp_path / "trials.jsonl")
     assert m2m("search", "--config", intents / "run.yaml", "--output_dir", tmp_path / "two", *flags) == 0
     one, two = trials(tmp_path / "two"), trials(tmp_path)
     assert len(one) == 8
-    assert [line["key"] for line in one] == [line["key"] for line in two if line["objective"] == "merged"][: len(one)]
-    for left, right in zip(one, two, strict=False):
-        assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
+    assert_same_scores(one, [line for line in two if line["objective"] == "merged"][:8])
 
 
 def test_full_experts_of_models_in_pieces_are_those_of_whole_ones(project, tmp_path, launch_forks):
@@ -131,9 +131,10 @@ def test_full_experts_of_models_in_pieces_are_those_of_whole_ones(project, tmp_p
     assert uniform(tmp_path / "pieces")["expert"] == "full"
 
 
-def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, capsys, launch_forks):
+def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(project, tmp_path, forks):
     (tmp_path / "dies.py").write_text(ONE_DIES + RUN)
-    done = launch_forks(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")
+    flags = arguments(project, project / "out", "--tokens_per_batch", "100", script=tmp_path / "dies.py")
+    done = forks.run("-c", LAUNCH, *flags)
     assert done.returncode != 0
     assert "lost another process" in done.stderr or "another process has died" in done.stderr
     assert "the same command continues from there" in done.stderr

@@ -24,17 +24,14 @@ import random
 from pathlib import Path
 from typing import Any
 
-from study_truth import fine_tuned_truth, surrogate_standings
+from study_truth import fine_tuned_truth, show, surrogate_standings
 
 from m2m_hf.analysis.study_report import compare
 from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.yaml_files import read_yaml
-from m2m_hf.core.jsonable import to_json
 from m2m_hf.errors import InputError
-from m2m_hf.reporting.tables import comparison_tables
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.files import write_json
 
 VARIED = ("learning_rate=2", "learning_rate=4", "num_train_epochs=4", "per_device_train_batch_size=4", "seed")
 
@@ -114,9 +111,8 @@ def main() -> None:
         other.train_adapters()
         other.prepare()
         found[asked] = compare(surrogate_standings(other.run, mixtures), true, complete)
-        for table in comparison_tables("how well averages of mixed adapters predict what was fine-tuned", found):
-            terminal.table(*table)
-        write_json(run.folder.root / "ablation" / "ablation.json", to_json(found))
+        title = "how well averages of mixed adapters predict what was fine-tuned"
+        show(title, found, terminal, run.folder.root / "ablation" / "ablation.json")
 
 
 if __name__ == "__main__":

@@ -20,18 +20,15 @@ LOG = LibraryLog()  # libraries have things to say when they are imported
 import argparse
 from pathlib import Path
 
-from study_truth import fine_tuned_truth, surrogate_standings
+from study_truth import fine_tuned_truth, show, surrogate_standings
 
 from m2m_hf.analysis.study_report import compare
 from m2m_hf.cli.exits import report_errors
 from m2m_hf.config.parsing import parse
 from m2m_hf.config.run_config import MERGE_PARAMETERS, check_merge_parameters
-from m2m_hf.core.jsonable import to_json
 from m2m_hf.errors import InputError
 from m2m_hf.merging.methods import MergeMethod
-from m2m_hf.reporting.tables import comparison_tables
 from m2m_hf.searcher import MergeToMixSearcher
-from m2m_hf.storage.files import write_json
 
 METHODS = (
     "average", "task_arithmetic", "task_arithmetic:scaling=1", "ties", "ties:density=0.5", "dare", "dare:density=0.1", "linear",
@@ -76,9 +73,8 @@ def main() -> None:
     found = {one.label: compare(surrogate_standings(run, mixtures, method=one), true, complete) for one in methods}
     if "ensemble" in run.study.surrogates:
         found["ensemble"] = compare(surrogate_standings(run, mixtures, "ensemble"), true, complete)
-    for table in comparison_tables("how well merged models predict what was fine-tuned", found):
-        terminal.table(*table)
-    write_json(run.folder.root / "merge_methods.json", to_json(found))
+    title = "how well merged models predict what was fine-tuned"
+    show(title, found, terminal, run.folder.root / "merge_methods.json")
 
 
 if __name__ == "__main__":

@@ -127,23 +127,23 @@ def make_report(command: Namespace) -> None:
 
 
 def show_comparison(command: Namespace) -> None:
-    from m2m_hf.reporting.compare import MOST, compare
+    from m2m_hf.reporting.compare import MOST, differences, outcomes, remarks
     from m2m_hf.reporting.finished_run import FinishedRun
 
     terminal, folders = Terminal(), (command.out, command.other)
     names = [path.absolute().name for path in folders]
     if names[0] == names[1]:
         names = [os.path.relpath(path) for path in folders]
-    found = compare(*(FinishedRun.from_pretrained(path) for path in folders))
-    if found.differences:
-        rows = [[shorten(cell) for cell in row] for row in found.differences[:MOST]]
+    first, second = (FinishedRun.from_pretrained(path) for path in folders)
+    if settings := differences(first, second):
+        rows = [[shorten(cell) for cell in row] for row in settings[:MOST]]
         terminal.table("different settings", ["", *names], rows)
-        if len(found.differences) > MOST:
-            terminal.say(f"and {len(found.differences) - MOST} more fields: see both config.yaml")
+        if len(settings) > MOST:
+            terminal.say(f"and {len(settings) - MOST} more fields: see both config.yaml")
         terminal.say("")
-    terminal.table("results", ["", *names], found.outcome)
+    terminal.table("results", ["", *names], outcomes(first, second))
     terminal.say("")
-    for line in found.remarks:
+    for line in remarks(first, second):
         terminal.say(line)
 
 

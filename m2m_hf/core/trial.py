@@ -200,17 +200,13 @@ class Standing:
 
 @dataclass(frozen=True)
 class Reference:
-    """What every mixture is compared with; turns the trials of a mixture into its standing.
-
-    Args:
-        targets: of the search.
-        base: target -> the base model's trial.
-        control: target -> the trial of a mixture that was scored on all rows. It tells how hard the first rows of a race are.
-    """
+    """What every mixture is compared with, by target; turns the trials of a mixture into its standing."""
 
     targets: Sequence[TargetInfo]
     base: Mapping[str, Trial] = field(default_factory=dict)
-    control: Mapping[str, Trial] = field(default_factory=dict)
+    control: Mapping[str, Trial] = field(
+        default_factory=dict
+    )  # of a mixture scored in full: how hard a race's first rows are
     _gains: dict[tuple[str, int], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def standing(self, mixture: Mixture, trials: Mapping[str, Trial]) -> Standing:

@@ -1,7 +1,6 @@
 """`m2m compare`: two runs side by side, from their files alone: what was asked differently, and what came of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from m2m_hf.console import duration
@@ -14,21 +13,6 @@ from m2m_hf.search.result import score_of
 MOST = 10  # lines of a list
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What `m2m compare` prints.
-
-    Args:
-        differences: field of the configuration, and what it is in either run.
-        outcome: what, and what it is in either run.
-        remarks: lines below.
-    """
-
-    differences: list[list[str]]
-    outcome: list[list[str]]
-    remarks: list[str]
-
-
 def flat(value: Any, name: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     if isinstance(value, Mapping) and value:
@@ -36,36 +20,38 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
-def compare(first: FinishedRun, second: FinishedRun) -> Comparison:
-    """Two finished searches.
-
-    Scores are compared only where both were measured on the same rows with the same scorer, as the fingerprints tell; mixtures
-    by the names of their candidates.
-    """
-    runs = (first, second)
-    configs = [flat(run.config) for run in runs]
+def differences(first: FinishedRun, second: FinishedRun) -> list[list[str]]:
+    """Fields of the configuration, and what they are in either run."""
+    configs = [flat(run.config) for run in (first, second)]
     ignored = {"output_dir", *same_content(first, second)}
     keys = [key for key in dict.fromkeys(key for one in configs for key in one) if key not in ignored]
-    differences = [
+    return [
         [key, *(str(one.get(key, "")) for one in configs)] for key in keys if configs[0].get(key) != configs[1].get(key)
     ]
-    lines = {
-        "chosen": [str(run.best.mixture) for run in runs],
-        "its score, merged": [score_figure(run.best) for run in runs],
-        "base model": [score_figure(run.base) for run in runs],
-        "all together": [score_figure(run.all) for run in runs],
-        "best single": [score_figure(run.best_single) for run in runs],
-        "final model, validation": [with_error(run.final.validation if run.final else None) for run in runs],
-        "final model, test": [with_error(run.final.test if run.final else None) for run in runs],
-        "trials": [f"{run.counts.trials:,}" for run in runs],
-        "failed": [f"{run.counts.failed:,}" for run in runs],
-        "time: training the adapters": [duration(run.costs.train_seconds) for run in runs],
-        "time: scoring": [duration(run.costs.search_seconds) for run in runs],
-        "time: final model": [duration(run.costs.final_seconds or 0) for run in runs],
+
+
+def results(run: FinishedRun) -> dict[str, str]:
+    """What came of a run."""
+    return {
+        "chosen": str(run.best.mixture),
+        "its score, merged": score_figure(run.best),
+        "base model": score_figure(run.base),
+        "all together": score_figure(run.all),
+        "best single": score_figure(run.best_single),
+        "final model, validation": with_error(run.final.validation if run.final else None),
+        "final model, test": with_error(run.final.test if run.final else None),
+        "trials": f"{run.counts.trials:,}",
+        "failed": f"{run.counts.failed:,}",
+        "time: training the adapters": duration(run.costs.train_seconds),
+        "time: scoring": duration(run.costs.search_seconds),
+        "time: final model": duration(run.costs.final_seconds or 0),
     }
-    return Comparison(
-        differences, [[name, *cells] for name, cells in lines.items() if any(cells)], remarks(first, second)
-    )
+
+
+def outcomes(first: FinishedRun, second: FinishedRun) -> list[list[str]]:
+    """What, and what it is in either run, where it is known of one."""
+    theirs = results(second)
+    return [[name, cell, theirs[name]] for name, cell in results(first).items() if cell or theirs[name]]
 
 
 def same_content(first: FinishedRun, second: FinishedRun) -> list[str]:
@@ -89,7 +75,11 @@ def scorers(run: FinishedRun) -> dict[str, str]:
 
 
 def remarks(first: FinishedRun, second: FinishedRun) -> list[str]:
-    """How far both agree on the mixtures that both have scored."""
+    """How far both agree on the mixtures that both have scored.
+
+    Scores are compared only where both were measured on the same rows with the same scorer, as the fingerprints tell; mixtures
+    by the names of their candidates.
+    """
     ours, theirs = scorers(first), scorers(second)
     if ours != theirs:
         apart = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
@@ -105,12 +95,12 @@ def remarks(first: FinishedRun, second: FinishedRun) -> list[str]:
     if first.best.mixture == second.best.mixture:
         return [*lines, "both chose the same mixture"]
     chosen = first.best.mixture, second.best.mixture
-    names = "first", "second"
-    for own, other in ((0, 1), (1, 0)):
-        if all(mixture in scored[own] for mixture in chosen):
-            gain = signed(scored[own][chosen[own]].over(scored[own][chosen[other]]))
+    for (own, other), known in zip(((0, 1), (1, 0)), scored, strict=True):
+        if all(mixture in known for mixture in chosen):
+            gain = signed(known[chosen[own]].over(known[chosen[other]]))
+            names = ("first", "second")[own], ("first", "second")[other]
             lines.append(
-                f"by the scores of the {names[own]} its choice is {gain} over the {names[other]}'s, on the same rows"
+                f"by the scores of the {names[0]} its choice is {gain} over the {names[1]}'s, on the same rows"
             )
     return lines
 

@@ -20,7 +20,7 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
 from m2m_hf.reporting.finished_run import FinishedRun, by_mixture, own_trials
-from m2m_hf.search.model_based import FEW, choose_strategy
+from m2m_hf.search.model_based import SUBSETS, choose_strategy, ensemble_shortcut
 from m2m_hf.search.result import default_budget
 from m2m_hf.storage.digests import Digests
 from m2m_hf.storage.files import checkpoints, read_json, read_json_or_empty, readable, staging_path
@@ -28,8 +28,6 @@ from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, weights_of
 from m2m_hf.storage.run_folder import RunFolder, read_config
-
-MAX_KEPT = 1000  # subsets that an ensemble search keeps
 
 
 def status(run: RunFolder, full: bool = False) -> "Status":
@@ -302,8 +300,9 @@ def remaining(
     first = dict.fromkeys([BASE, *(Mixture.subset([name]) for name in candidates), together])
     scores = [one for one in trials if one.objective != "gradient"]
     known = by_mixture(scores, config.parsed_targets)
-    exact = scores_all(config, space)
-    most = min(config.max_trials or math.inf, math.inf if exact else len(first) + proposals(config, space))
+    most = len(first) + proposals(config, space)
+    exact = most == math.inf
+    most = min(config.max_trials or math.inf, most)
     if exact or not space.continuous:
         possible = chain(first, (mixture for mixture in space.subsets() if mixture not in first))
         wanted = list(islice(possible, None if most == math.inf else int(most)))
@@ -315,19 +314,16 @@ def remaining(
     return Remaining(int(min(missing, allowed)), int(most), exact)
 
 
-def scores_all(config: MergeToMixConfig, space: SearchSpace) -> bool:
-    """True if the strategy scores every mixture that may be chosen."""
-    few = config.objective != "ensemble" or space.at_most(FEW)
-    if config.strategy == "auto" and few:
-        return choose_strategy(space, False, config.max_trials or 0)[0] == "exhaustive"
-    return config.strategy == "exhaustive" and few
-
-
-def proposals(config: MergeToMixConfig, space: SearchSpace) -> int:
-    """How many mixtures a strategy proposes at most that does not score all."""
-    if config.objective == "ensemble" and config.strategy in ("auto", "exhaustive"):
-        return MAX_KEPT
-    return default_budget(len(space.names))
+def proposals(config: MergeToMixConfig, space: SearchSpace) -> float:
+    """How many mixtures the strategy proposes at most; infinity stands for all that may be chosen."""
+    if config.objective == "ensemble":
+        shortcut = ensemble_shortcut(space, config.strategy, len(config.parsed_targets))
+        if shortcut is not None:
+            return SUBSETS if shortcut == "subsets" else 2 + space.most - space.fewest
+    strategy = config.strategy
+    if strategy == "auto":
+        strategy, _ = choose_strategy(space, False, config.max_trials or 0)
+    return math.inf if strategy == "exhaustive" else default_budget(len(space.names))
 
 
 def affordable(

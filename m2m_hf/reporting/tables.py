@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from m2m_hf.analysis.fidelity import LARGER, VERDICTS, Agreement
+from m2m_hf.analysis.fidelity import LARGER, VERDICTS
 from m2m_hf.analysis.study_report import Baseline, BaselineScore, Figures, Resilience, StudyReport, Verification
 from m2m_hf.console import duration
 from m2m_hf.core.jsonable import Measurement
@@ -222,23 +222,6 @@ def fidelity_tables(study: StudyReport) -> list[Table]:
         rows.append(["regret of its choice", *(number(one.regret.value, 3) for one in several)])
         rows.append(["  of a random choice", *(number(one.random_regret, 3) for one in several)])
         tables.append((f"{measure}: predicted against fine-tuned", ["", *parts], rows))
-    return tables
-
-
-def comparison_tables(title: str, found: Mapping[str, Mapping[str, Agreement]]) -> list[Table]:
-    """By measure, of surrogates: the correlations over mixtures of two or more, and the regret over all."""
-    columns = ["", "Pearson", "CI over rows", "Spearman", "CI over rows", "regret", "of random"]
-    tables: list[Table] = []
-    for measure in ("score", "logprob"):
-        if not all(measure in of for of in found.values()):
-            continue
-        rows = []
-        for name, of in found.items():
-            larger = of.get(measure + LARGER)
-            estimates = (larger.pearson, larger.spearman) if larger else ()
-            cells = [cell for one in estimates for cell in (number(one.value), span(one.row_ci))] or ["–"] * 4
-            rows.append([name, *cells, number(of[measure].regret.value, 3), number(of[measure].random_regret, 3)])
-        tables.append((f"{measure}: {title}", columns, rows))
     return tables
 
 

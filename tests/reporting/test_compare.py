@@ -7,8 +7,7 @@ from pico import m2m
 
 def test_two_runs_are_compared(project, capsys):
     run = project / "run.yaml"
-    text = run.read_text().replace("scorer: choice", "scorer: choice\n    metric: logprob")
-    run.write_text(text)
+    run.write_text(run.read_text().replace("scorer: choice", "scorer: choice\n    metric: logprob"))
     assert m2m("select", "--config", run, "--output_dir", project / "one") == 0
     assert m2m("search", "--config", run, "--output_dir", project / "two", "--learning_rate", 0.02) == 0
     capsys.readouterr()

@@ -4,12 +4,12 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
-from pico import choice_rows, m2m, write_rows
+from pico import copy_project, m2m
 
-from m2m_hf.core.mixture import Mixture
 from m2m_hf.reporting.finished_run import FinishedRun
 
 VOID = {"meta", "br", "img", "link", "use", "path", "rect", "line", "circle", "image"}
@@ -47,40 +47,16 @@ pytestmark = pytest.mark.usefixtures("pictures")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, pico):
-    """A run folder with everything in it: four candidates, a final model, a study. Copied for every test."""
-    root = tmp_path_factory.mktemp("report")
-    for word in ("alpha", "beta", "gamma"):
-        rows = [
-            {"prompt": f"question: {word} {i}? answer:", "completion": f" {'red blue'.split()[i % 2]}"}
-            for i in range(8)
-        ]
-        write_rows(root / f"{word}.jsonl", rows)
-    write_rows(root / "validation.jsonl", choice_rows(30))
-    write_rows(root / "test.jsonl", choice_rows(8, start=200))
-    given = {
-        "model_name_or_path": str(pico), "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-2,
-        "max_steps": 2, "per_device_train_batch_size": 4, "activation_checkpointing": False, "logging_steps": 1,
-        "use_cpu": True, "dtype": "float32", "bf16": False, "output_dir": str(root / "out"),
-        "candidates": {word: {"path": "json", "data_files": f"{word}.jsonl"} for word in ("alpha", "beta", "gamma")},
-        "targets": {
-            "colours": {
-                "data": {"path": "json", "data_files": "validation.jsonl"},
-                "test_data": {"path": "json", "data_files": "test.jsonl"},
-                "scorer": "choice", "metric": "logprob",
-            }
-        },
-    }  # fmt: skip
-    (root / "run.yaml").write_text(yaml.safe_dump(given))
-    assert m2m("fidelity", "--config", root / "run.yaml") == 0
-    assert m2m("select", "--config", root / "run.yaml") == 0
-    return root
+def studied(tmp_path_factory, finished_project):
+    """The folder of a run with everything in it: a final model, a study, and the pictures."""
+    project = copy_project(finished_project, tmp_path_factory.mktemp("report"))
+    assert m2m("fidelity", "--config", project / "run.yaml") == 0
+    return project / "out"
 
 
 @pytest.fixture
-def out(finished, tmp_path):
-    shutil.copytree(finished / "out", tmp_path / "out", ignore=shutil.ignore_patterns(".lock"))
-    return tmp_path / "out"
+def out(studied, tmp_path):
+    return Path(shutil.copytree(studied, tmp_path / "out", ignore=shutil.ignore_patterns(".lock")))
 
 
 def change(path, edit) -> None:
@@ -98,14 +74,8 @@ def test_the_page_says_what_the_summary_says(out):
         assert f"{value:.3f}" in text
     for one in summary["warnings"]:
         assert " ".join(one["text"].split()) in text
-    for word in (
-        "Shapley values",
-        "Can the scores be trusted here?",
-        "Against other ways of choosing",
-        "configuration",
-        "sealed test",
-    ):
-        assert word in text
+    headings = "Shapley values", "Can the scores be trusted here?", "Against other ways of choosing", "sealed test"
+    assert all(heading in text for heading in headings)
     assert sum(tag == "svg" for tag, _ in page.tags) == 5
     names = {path.stem for path in (out / "pictures").glob("*.png")}
     assert names == {"ranking", "shapley", "interactions", "fidelity", "curves"}
@@ -127,12 +97,10 @@ def test_it_is_one_file_that_asks_for_nothing(out):
     assert len(ids) == len(set(ids))
 
 
-def test_it_is_made_again_from_the_files_alone_to_the_same_bytes(out, finished, monkeypatch, capsys):
+def test_it_is_made_again_from_the_files_alone_to_the_same_bytes(out, capsys):
     before = (out / "report.html").read_bytes()
-    (out / "report.html").unlink()
-    shutil.rmtree(out / "adapters" / "alpha" / "nothing", ignore_errors=True)
-    for weights in out.rglob("*.safetensors"):
-        weights.unlink()
+    for path in (out / "report.html", *out.rglob("*.safetensors")):
+        path.unlink()
     assert m2m("report", out) == 0
     assert "report.html" in capsys.readouterr().out
     assert (out / "report.html").read_bytes() == before
@@ -161,14 +129,7 @@ def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):
     assert len(run.scored) == 7
     line = json.loads((out / "trials.jsonl").read_text().splitlines()[0])
     del line["crc32"]  # as of a line made by hand
-    foreign = {
-        **line,
-        "key": "0" * 16,
-        "names": ["alpha", "beta"],
-        "weights": [0.5, 0.5],
-        "score": 99.0,
-        "objective": "merged",
-    }
+    foreign = line | {"key": "0" * 16, "names": ["alpha", "beta"], "weights": [0.5, 0.5], "score": 99.0}
     with open(out / "trials.jsonl", "a") as file:
         file.write(json.dumps(foreign) + "\n")
     again = FinishedRun.from_pretrained(out)
@@ -182,10 +143,8 @@ def test_lines_of_the_journal_that_belong_to_another_run_are_not_shown(out):
 
 def test_a_changed_adapter_makes_its_old_lines_foreign(out):
     change(out / "adapters" / "beta" / "training.json", lambda record: record.update(fingerprint="f" * 16))
-    run = FinishedRun.from_pretrained(out)
-    assert {one.mixture for one in run.scored} == {
-        Mixture.subset(names) for names in (["alpha"], ["gamma"], ["alpha", "gamma"])
-    }
+    scored = {one.mixture.names for one in FinishedRun.from_pretrained(out).scored}
+    assert scored == {("alpha",), ("gamma",), ("alpha", "gamma")}
     assert m2m("report", out) == 0
 
 

@@ -54,12 +54,24 @@ def rewrite_config(out, change, **candidates) -> None:
     (out / "config.yaml").write_text(yaml.safe_dump(given) + END)
 
 
+def left_of(out) -> str:
+    return next(line for line in status(RunFolder(out)).lines if line.startswith("left: "))
+
+
+def cut(out, trials: int, kind: str = "") -> None:
+    """Leaves so many lines of a kind in the journal, and no summary."""
+    lines = [line for line in (out / "trials.jsonl").read_text().splitlines(True) if kind in line]
+    (out / "trials.jsonl").write_text("".join(lines[:trials]))
+    (out / "summary.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("change", "candidates", "left"),
     [
         ({}, {}, "up to 3 of 8"),
         ({"max_trials": 6}, {}, "up to 1 of 6"),
         ({"max_example_evaluations": 60}, {}, "up to 1 of 8"),
+        ({"objective": "ensemble", "weights": "continuous"}, {}, "up to 9 of 9"),  # the optimum, and one for every size
         ({"max_seconds": 0}, {}, "up to 0 of 8"),
         ({"max_datasets": 1}, {}, "up to 0 of 5"),
         ({"min_datasets": 3}, {}, "up to 0 of 5"),
@@ -74,11 +86,9 @@ def rewrite_config(out, change, **candidates) -> None:
 )
 def test_status_counts_what_is_left_as_the_search_would(finished, change, candidates, left):
     out = finished / "out"
-    lines = (out / "trials.jsonl").read_text().splitlines(True)
-    (out / "trials.jsonl").write_text("".join(lines[:5]))  # the base model, three singles, all together
-    (out / "summary.json").unlink()
+    cut(out, 5)  # the base model, three singles, all together
     rewrite_config(out, change, **candidates)
-    assert f"left: {left} mixtures to score; the final fine-tune" in status(RunFolder(out)).lines
+    assert left_of(out) == f"left: {left} mixtures to score; the final fine-tune"
 
 
 def test_lines_of_an_older_adapter_and_a_failed_candidate_do_not_count(finished):
@@ -86,19 +96,18 @@ def test_lines_of_an_older_adapter_and_a_failed_candidate_do_not_count(finished)
     record = out / "adapters" / "beta" / "training.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"fingerprint": "f" * 16}))
     (out / "summary.json").unlink()
-    assert "left: up to 4 of 8 mixtures to score; the final fine-tune" in status(RunFolder(out)).lines
+    assert left_of(out) == "left: up to 4 of 8 mixtures to score; the final fine-tune"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"failed": "diverged"}))
-    found = status(RunFolder(out)).lines
-    assert "  beta: failed: diverged" in found
-    assert "left: up to 1 of 5 mixtures to score; the final fine-tune" in found
+    assert "  beta: failed: diverged" in status(RunFolder(out)).lines
+    assert left_of(out) == "left: up to 1 of 5 mixtures to score; the final fine-tune"
 
 
 def test_a_finished_search_is_not_finished_for_other_constraints(finished):
     out = finished / "out"
     rewrite_config(out, {"max_datasets": 2})
-    assert "left: up to 0 of 8 mixtures to score; the final fine-tune" in status(RunFolder(out)).lines
+    assert left_of(out) == "left: up to 0 of 8 mixtures to score; the final fine-tune"
     rewrite_config(out, {"max_datasets": None, "verify_top_k": 2})
-    assert "left: the best 2 mixtures to fine-tune (verify_top_k)" in status(RunFolder(out)).lines
+    assert left_of(out) == "left: the best 2 mixtures to fine-tune (verify_top_k)"
 
 
 @pytest.fixture
@@ -124,11 +133,7 @@ def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
     ("path", "change", "words"),
     [
         ("adapters/beta/adapter_model.safetensors", lambda b: b[:-1], "adapters/beta: adapter_model.safetensors has"),
-        (
-            "adapters/beta/adapter_model.safetensors",
-            lambda b: b[:-1] + b"x",
-            "adapter_model.safetensors is not what was trained",
-        ),
+        ("adapters/beta/adapter_model.safetensors", lambda b: b[:-1] + b"x", "safetensors is not what was trained"),
         ("adapters/beta/training.json", lambda b: b[:50], "adapters/beta: training.json is missing or incomplete"),
         ("final/adapter_config.json", lambda b: b[:-2], "final: adapter_config.json has"),
         ("trials.jsonl", lambda b: b[:-2], "1 lines were cut short"),
@@ -206,10 +211,6 @@ def test_changed_target_rows_are_noticed_by_content(complete, finished, capsys, 
     assert f"targets.colours: its {part} rows, or the code of its metric, have changed" in capsys.readouterr().err
 
 
-def left_of(out) -> str:
-    return next(line for line in status(RunFolder(out)).lines if line.startswith("left: "))
-
-
 @pytest.mark.parametrize(
     ("limit", "left"), [({"max_example_evaluations": 41}, 3), ({"max_example_evaluations": 40}, 0), ({}, 3)]
 )
@@ -217,18 +218,14 @@ def test_mixtures_of_an_ensemble_cost_no_example_evaluations(finished, limit, le
     """The base model and three singles have cost 10 each; all together, nothing."""
     out = finished / "out"
     assert m2m("search", "--config", finished / "run.yaml", "--objective", "ensemble") == 0
-    trials = [line for line in (out / "trials.jsonl").read_text().splitlines(True) if '"ensemble"' in line]
-    (out / "trials.jsonl").write_text("".join(trials[:5]))
-    (out / "summary.json").unlink()
+    cut(out, 5, '"ensemble"')
     rewrite_config(out, {"objective": "ensemble", "strategy": "exhaustive"} | limit)
     assert left_of(out) == f"left: up to {left} of 8 mixtures to score; the final fine-tune"
 
 
 def test_the_mixtures_that_every_search_begins_with_are_charged_before_they_are_scored(finished):
     out = finished / "out"
-    lines = (out / "trials.jsonl").read_text().splitlines(True)
-    (out / "trials.jsonl").write_text("".join(lines[:2]))
-    (out / "summary.json").unlink()
+    cut(out, 2)
     rewrite_config(out, {"max_example_evaluations": 60})
     assert left_of(out) == "left: up to 4 of 8 mixtures to score; the final fine-tune"
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from m2m_hf.analysis.study_report import StudyReport
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.tables import INTERVAL
 from m2m_hf.search.result import score_of
@@ -37,47 +39,30 @@ def ranking(run: FinishedRun) -> Figure | None:
     shown = run.ranked[:SHOWN]
     if len(shown) < 2:
         return None
-    names = sorted(
-        run.candidates, key=lambda name: (-sum(name in one.mixture.weights for one in shown), name)
-    )  # the most frequent first
+    often = {name: sum(name in one.mixture.names for one in shown) for name in run.candidates}
+    names = sorted(often, key=lambda name: (-often[name], name))
     figure = Figure(figsize=(WIDTH, 2.4 + 0.22 * len(names)))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, max(0.9, 0.24 * len(names))])
-    places = np.arange(len(shown))
-    chosen = [one.mixture == run.best.mixture for one in shown]
-    for x, one, mine in zip(places, shown, chosen, strict=True):
-        colour = FIRST if mine else MUTED
-        score = score_of(one)
-        upper.errorbar(
-            x,
-            score.value,
-            INTERVAL * (score.stderr or 0.0),
-            fmt="o",
-            ms=4.5,
-            color=colour,
-            ecolor=colour,
-            elinewidth=1.2,
-        )
+    for place, one in enumerate(shown):
+        chosen, score = one.mixture == run.best.mixture, score_of(one)
+        colour, error = FIRST if chosen else MUTED, INTERVAL * (score.stderr or 0.0)
+        upper.errorbar(place, score.value, error, fmt="o", ms=4.5, color=colour, elinewidth=1.2)
+        colour, rows = FIRST if chosen else INK, [names.index(name) for name in one.mixture.names]
+        lower.scatter([place] * len(names), range(len(names)), s=12, color=LINE)
+        lower.scatter([place] * len(rows), rows, s=26, color=colour)
+        lower.plot([place, place], [min(rows), max(rows)], color=colour, lw=1)
     if run.base is not None:
         upper.axhline(run.base.score, color=SECOND, lw=1, ls="--")
         upper.annotate("base model", (0.01, run.base.score), xycoords=("axes fraction", "data"), color=SECOND, fontsize=9,
                        va="bottom")  # fmt: skip
     upper.set_ylabel(short(run.metric))
     upper.tick_params(bottom=False)
-    for row, name in enumerate(names):
-        inside = np.array([name in one.mixture.weights for one in shown])
-        lower.scatter(places[~inside], np.full((~inside).sum(), row), s=12, color=LINE)
-        lower.scatter(places[inside], np.full(inside.sum(), row), s=26,
-                      color=[FIRST if mine else INK for mine in np.array(chosen)[inside]])  # fmt: skip
-    for place, one in enumerate(shown):
-        rows = [names.index(name) for name in one.mixture.names]
-        lower.plot([place, place], [min(rows), max(rows)], color=FIRST if chosen[place] else INK, lw=1)
     lower.set_yticks(range(len(names)), [short(name) for name in names])
     lower.set_ylim(len(names) - 0.5, -0.5)
     lower.set_xlim(-0.7, len(shown) - 0.3)
     lower.set_xticks([])
     lower.tick_params(length=0)
-    for spine in lower.spines.values():
-        spine.set_visible(False)
+    lower.spines[:].set_visible(False)
     return figure
 
 
@@ -121,10 +106,8 @@ def interactions(run: FinishedRun) -> Figure | None:
     axes.set_yticks(np.arange(len(names) - 1) + 0.5, [short(name, 18) for name in names[1:]])
     axes.invert_yaxis()
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.7)
-    bar.outline.set_visible(False)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.7).outline.set_visible(False)
     return figure
 
 
@@ -134,35 +117,37 @@ def fidelity(run: FinishedRun) -> Figure | None:
     if study is None:
         return None
     kinds = list(study.agreement)
-    measures = [m for m in ("score", "logprob") if all(getattr(one.trained, m) is not None for one in study.mixtures)]
+    measures = {"score": short(run.metric)}
+    if all(one.trained.logprob is not None for one in study.mixtures):
+        measures["logprob"] = "log-prob."
     figure = Figure(figsize=(WIDTH, 2.5 * len(measures) + 0.2))
     grid = figure.subplots(len(measures), len(kinds), squeeze=False)
-    for row, measure in enumerate(measures):
-        for column, kind in enumerate(kinds):
-            axes = grid[row, column]
-            points = [
-                (getattr(one.predicted(kind), measure), getattr(one.trained, measure), len(one.mixture))
-                for one in study.mixtures
-                if getattr(one.predicted(kind), measure) is not None
-            ]
-            if not points:
-                continue
-            x, y, size = np.array(points).T
-            for single, label in ((True, "single"), (False, "two or more")):
-                kept = (size == 1) == single
-                axes.scatter(x[kept], y[kept], s=22, lw=0, color=SECOND if single else FIRST, label=label, alpha=0.85)
-            ends = [min(x.min(), y.min()), max(x.max(), y.max())]
-            axes.plot(ends, ends, color=LINE, lw=1, zorder=0)
-            agreement = study.agreement[kind].get(measure)
-            axes.set_title(f"{kind}, {short(run.metric) if measure == 'score' else 'log-prob.'}", fontsize=10)
-            if agreement and np.isfinite(agreement.pearson.value):
-                axes.annotate(f"r = {agreement.pearson.value:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
-            if row == len(measures) - 1:
-                axes.set_xlabel("predicted")
-            if column == 0:
-                axes.set_ylabel("fine-tuned")
+    for row, (measure, words) in enumerate(measures.items()):
+        for axes, kind in zip(grid[row], kinds, strict=True):
+            axes.set_title(f"{kind}, {words}", fontsize=10)
+            agree(axes, study, kind, measure)
+        grid[row, 0].set_ylabel("fine-tuned")
+    for axes in grid[-1]:
+        axes.set_xlabel("predicted")
     grid[0, 0].legend(loc="lower right", handletextpad=0.2)
     return figure
+
+
+def agree(axes: Axes, study: StudyReport, kind: str, measure: str) -> None:
+    """A surrogate's predictions of a measure, single candidates apart."""
+    known = [one for one in study.mixtures if getattr(one.predicted(kind), measure) is not None]
+    if not known:
+        return
+    x = np.array([getattr(one.predicted(kind), measure) for one in known])
+    y = np.array([getattr(one.trained, measure) for one in known])
+    single = np.array([len(one.mixture) == 1 for one in known])
+    for kept, colour, label in ((single, SECOND, "single"), (~single, FIRST, "two or more")):
+        axes.scatter(x[kept], y[kept], s=22, lw=0, color=colour, label=label, alpha=0.85)
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    axes.plot(ends, ends, color=LINE, lw=1, zorder=0)
+    agreement = study.agreement[kind].get(measure)
+    if agreement and np.isfinite(agreement.pearson.value):
+        axes.annotate(f"r = {agreement.pearson.value:.2f}", (0.04, 0.95), xycoords="axes fraction", va="top")
 
 
 def curves(run: FinishedRun) -> Figure | None:

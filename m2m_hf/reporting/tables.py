@@ -1,6 +1,6 @@
 """What a run ends with on the terminal: tables, and the lines under them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from m2m_hf.analysis.fidelity import LARGER, VERDICTS
 from m2m_hf.analysis.study_report import Baseline, BaselineScore, Figures, Resilience, StudyReport, Verification
@@ -53,18 +53,16 @@ def span(ends: Sequence[float] | None) -> str:
 
 def end_table(run: FinishedRun) -> Table:
     """A column for each target, and one for their mean where there are several; of a single target one for the sealed test."""
-    targets = list(run.targets)
-    several = len(targets) > 1
+    several = len(run.targets) > 1
+    targets = list(run.targets) if several else []
     test = not several and run.final_score("final", "test") is not None
 
     def row(label: str, shown: MixtureScore | None, *more: str) -> list[str]:
-        cells = [score_figure(shown) or "failed"]
-        if several:
-            cells += [figure(run.on_target(shown, name) if shown else None) or "failed" for name in targets]
-        return [label, *cells, *[""] * test, *more]
+        cells = [score_figure(shown), *(figure(run.on_target(shown, name) if shown else None) for name in targets)]
+        return [label, *(cell or "failed" for cell in cells), *[""] * test, *more]
 
     def final_row(model: str, part: str) -> list[str]:
-        return [figure(run.final_score(model, part, name)) for name in ([None, *targets] if several else [None])]
+        return [figure(run.final_score(model, part, name)) for name in (None, *targets)]
 
     rows = [row("base model", run.base)]
     for name, one in run.training.items():
@@ -76,77 +74,71 @@ def end_table(run: FinishedRun) -> Table:
         cost = ["", f"{run.final.steps:,}", duration(run.costs.final_seconds or 0)]
         sealed = final_row("final", "test") if test else []
         rows.append(["final model", *final_row("final", "validation"), *sealed, *cost])
-        if several and any(final_row("final", "test")):
+        if test:
+            (rows[0][2],) = final_row("base", "test")
+        elif several and any(final_row("final", "test")):
             rows.append(["base model, sealed test", *final_row("base", "test")])
             rows.append(["final model, sealed test", *final_row("final", "test")])
-        elif test:
-            (rows[0][2],) = final_row("base", "test")
     if several:
         title = "weighted mean and every target, validation ± standard error"
-        columns = ["", "mean", *(f"{name} ({one.label})" for name, one in run.targets.items())]
+        columns = ["mean", *(f"{name} ({one.label})" for name, one in run.targets.items())]
     else:
-        title = f"{targets[0]}: {run.targets[targets[0]].label} ± standard error"
-        columns = ["", "validation", *["test"] * test]
-    return title, [*columns, "Shapley value", "steps", "time"], rows
+        (title,) = (f"{name}: {one.label} ± standard error" for name, one in run.targets.items())
+        columns = ["validation", *["test"] * test]
+    return title, ["", *columns, "Shapley value", "steps", "time"], rows
 
 
-def selection_bias_lines(run: FinishedRun) -> list[str]:
+def remarks(run: FinishedRun) -> Iterator[str]:
+    """The lines under the end table: what was chosen, what to beware of, what the figures mean and what they cost."""
+    yield ""
+    yield f"chosen: {run.best.mixture}" + (f"; left out: {', '.join(run.left_out)}" if run.left_out else "")
+    yield from about_selection_bias(run)
+    yield from (one.text for one in run.warnings)
+    yield from about_search(run)
+    yield from explanations(run)
+    yield cost_line(run)
+
+
+def about_selection_bias(run: FinishedRun) -> Iterator[str]:
     """How sure the choice is."""
     bias = run.selection_bias
     if bias is None:
-        return []
-    how = "fine-tuned, " if run.verified else ""
+        return
+    how, among = ("fine-tuned, ", "those fine-tuned") if run.verified else ("", "the mixtures looked at")
     line = f"{how}bias-corrected score {bias.corrected:.3f} ({-bias.optimism:+z.3f} for selection bias)"
     if bias.probability_best is not None:
-        among = "those fine-tuned" if run.verified else "the mixtures looked at"
         line += f"; the best of {among} with a probability of {bias.probability_best:.2f}"
+    yield line
     words = {"base": "base model", "all": "all together", "best_single": "best single"}
     gains = [
         f"{words[name]} {one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
         for name, one in bias.differences.items()
         if name in words
     ]
-    return [line, f"gain over (paired 95 % CI, bias-corrected): {'; '.join(gains)}"] if gains else [line]
+    if gains:
+        yield f"gain over (paired 95 % CI, bias-corrected): {'; '.join(gains)}"
 
 
-def remarks(run: FinishedRun) -> list[str]:
-    """The lines under the end table: what was chosen, what to beware of, what the figures mean and what they cost."""
-    chosen = f"chosen: {run.best.mixture}" + (f"; left out: {', '.join(run.left_out)}" if run.left_out else "")
-    return [
-        "",
-        chosen,
-        *selection_bias_lines(run),
-        *(one.text for one in run.warnings),
-        *search_lines(run),
-        *explanations(run),
-        cost_line(run),
-    ]
-
-
-def search_lines(run: FinishedRun) -> list[str]:
+def about_search(run: FinishedRun) -> Iterator[str]:
     """What of the search is not in the table."""
-    lines = []
     for name, target in run.targets.items():
         if target.short:
-            lines.append(
+            yield (
                 f"{target.short} mixtures could not be chosen: they make {name} worse than the base model by more than "
                 f"{target.min_delta:g} (min_delta)"
             )
     if len(run.targets) > 1:
         front = len(run.pareto_front)
-        lines.append(
-            f"{front} mixtures are on the Pareto front of the {len(run.targets)} targets; summary.json lists them"
-        )
+        yield f"{front} mixtures are on the Pareto front of the {len(run.targets)} targets; summary.json lists them"
     pruned = [one for one in run.standings.values() if one.pruned]
     if pruned:
         tied = sum(may_win(one, run.best.score) for one in pruned)
         found = f"{tied} of them may be as good as the chosen one" if tied else "none is close to the chosen one"
-        lines.append(f"{len(pruned)} mixtures were pruned before all rows were scored; {found}")
+        yield f"{len(pruned)} mixtures were pruned before all rows were scored; {found}"
     if run.counts.failed:
         trials = [trial for one in run.standings.values() for trial in one.trials.values()]
         reason = next((trial.reason for trial in trials if trial.state == "failed"), "see trials.jsonl")
-        lines.append(f"{run.counts.failed} trials failed; their mixtures cannot be chosen. The first: {reason}")
-    return lines
+        yield f"{run.counts.failed} trials failed; their mixtures cannot be chosen. The first: {reason}"
 
 
 def may_win(pruned: Standing, best: float) -> bool:
@@ -165,15 +157,12 @@ def stand_in(run: FinishedRun) -> str:
     return words.get(run.objective, f"the {run.expert}s by {run.objective}")
 
 
-def explanations(run: FinishedRun) -> list[str]:
+def explanations(run: FinishedRun) -> Iterator[str]:
     """What the words of the table mean."""
-    lines = []
     if run.shapley:
         how = "" if run.shapley.exact else ", estimated from the mixtures scored"
-        lines.append(
-            f"Shapley value: a candidate's mean marginal gain over all orders{how}; the first to join gains most"
-        )
-    lines.append(f"merged: {stand_in(run)}, not trained")
+        yield f"Shapley value: a candidate's mean marginal gain over all orders{how}; the first to join gains most"
+    yield f"merged: {stand_in(run)}, not trained"
     steps, epochs = run.config.get("max_steps", -1), run.config.get("num_train_epochs", 3.0)
     if overrides := run.config.get("final"):
         how = f"as final: says ({', '.join(f'{key}: {value}' for key, value in overrides.items())})"
@@ -181,8 +170,7 @@ def explanations(run: FinishedRun) -> list[str]:
         how = f"for the same {steps} steps"
     else:
         how = f"for the same {epochs:g} epoch{'' if epochs == 1 else 's'}, so steps in proportion to its rows"
-    lines.append(f"final model: {'' if run.final else 'to be '}fine-tuned on the chosen mixture, {how}")
-    return lines
+    yield f"final model: {'' if run.final else 'to be '}fine-tuned on the chosen mixture, {how}"
 
 
 def cost_line(run: FinishedRun) -> str:
@@ -250,17 +238,19 @@ def baselines_table(baselines: Mapping[str, Baseline]) -> Table:
     return "ways of choosing, all fine-tuned alike ± standard error (of the paired difference)", columns, rows
 
 
-def fidelity_remarks(study: StudyReport) -> list[str]:
+def fidelity_remarks(study: StudyReport) -> Iterator[str]:
     """The lines under the tables: the verdicts, and what else was seen."""
-    lines = [f"{name}: {VERDICTS[one.verdict]}, since {one.why}" for name, one in study.verdict.items()]
+    for name, one in study.verdict.items():
+        yield f"{name}: {VERDICTS[one.verdict]}, since {one.why}"
     if study.training_noise is not None:
-        lines.append(
-            f"training noise: two trainings on the same rows in another order differ by {study.training_noise:.3f} (root mean "
-            "square over the singles)"
-        )
+        noise = f"{study.training_noise:.3f} (root mean square over the singles)"
+        yield f"training noise: two trainings on the same rows in another order differ by {noise}"
     for name, measures in study.resilience.items():
-        lines += [resilience_line(name, measure, one) for measure, one in measures.items() if one.hurt]
-    return lines + [f"left out: {one.mixture} could not be fine-tuned and scored: {one.reason}" for one in study.failed]
+        for measure, found in measures.items():
+            if found.hurt:
+                yield resilience_line(name, measure, found)
+    for failed in study.failed:
+        yield f"left out: {failed.mixture} could not be fine-tuned and scored: {failed.reason}"
 
 
 def resilience_line(name: str, measure: str, one: Resilience) -> str:
@@ -278,12 +268,8 @@ def resilience_line(name: str, measure: str, one: Resilience) -> str:
 
 def verified_table(verified: Verification) -> Table:
     """What was fine-tuned before choosing, best first."""
-    rows = [
-        [
-            str(one.mixture),
-            *(with_error(part.score, part.stderr) or "failed" for part in (one.trained, one.merged)),
-            f"{one.steps:,}",
-        ]
-        for one in sorted(verified.mixtures, key=lambda one: -(one.trained.score or 0.0))
-    ]
+    rows = []
+    for one in sorted(verified.mixtures, key=lambda one: -(one.trained.score or 0.0)):
+        scores = [with_error(part.score, part.stderr) or "failed" for part in (one.trained, one.merged)]
+        rows.append([str(one.mixture), *scores, f"{one.steps:,}"])
     return "fine-tuned before choosing, validation ± standard error", ["", "fine-tuned", "merged", "steps"], rows

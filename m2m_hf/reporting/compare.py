@@ -63,10 +63,8 @@ def same_content(first: FinishedRun, second: FinishedRun) -> list[str]:
             fields.append(f"candidates.{name}.data_files")
         if ours.uniform["base_model"] == theirs.uniform["base_model"]:
             fields.append("model_name_or_path")
-    for name in first.targets.keys() & second.targets.keys():
-        if scorers(first)[name] == scorers(second)[name]:
-            fields.append(f"targets.{name}.data.data_files")
-    return fields
+    same = scorers(first).items() & scorers(second).items()
+    return [*fields, *(f"targets.{name}.data.data_files" for name, _ in same)]
 
 
 def scorers(run: FinishedRun) -> dict[str, str]:
@@ -94,14 +92,14 @@ def remarks(first: FinishedRun, second: FinishedRun) -> list[str]:
     lines = common_mixtures(*scored)
     if first.best.mixture == second.best.mixture:
         return [*lines, "both chose the same mixture"]
-    chosen = first.best.mixture, second.best.mixture
-    for (own, other), known in zip(((0, 1), (1, 0)), scored, strict=True):
-        if all(mixture in known for mixture in chosen):
-            gain = signed(known[chosen[own]].over(known[chosen[other]]))
-            names = ("first", "second")[own], ("first", "second")[other]
-            lines.append(
-                f"by the scores of the {names[0]} its choice is {gain} over the {names[1]}'s, on the same rows"
-            )
+    ours_best, theirs_best = first.best.mixture, second.best.mixture
+    for known, name, best, other, rival in (
+        (scored[0], "first", ours_best, "second", theirs_best),
+        (scored[1], "second", theirs_best, "first", ours_best),
+    ):
+        if best in known and rival in known:
+            gain = signed(known[best].over(known[rival]))
+            lines.append(f"by the scores of the {name} its choice is {gain} over the {other}'s, on the same rows")
     return lines
 
 
@@ -109,13 +107,13 @@ def common_mixtures(first: Mapping[Mixture, Standing], second: Mapping[Mixture, 
     """How many mixtures both have scored, and how alike."""
     both = [mixture for mixture in first if mixture in second]
     lines = [f"{len(both)} mixtures were scored on all rows in both"]
+    x, y = ([score_of(scored[mixture]).value for mixture in both] for scored in (first, second))
     if len(both) > 2:
-        pairs = [(score_of(first[mixture]).value, score_of(second[mixture]).value) for mixture in both]
-        if all(len(set(side)) > 1 for side in zip(*pairs, strict=True)):
+        if len(set(x)) > 1 and len(set(y)) > 1:
             from scipy.stats import spearmanr
 
-            lines[0] += f"; rank correlation {spearmanr(*zip(*pairs, strict=True)).statistic:.2f} (Spearman)"
-        (ours, theirs), mixture = max(zip(pairs, both, strict=True), key=lambda one: abs(one[0][0] - one[0][1]))
-        if ours != theirs:
-            lines.append(f"furthest apart: {mixture}, {ours:.3f} in the first and {theirs:.3f} in the second")
+            lines[0] += f"; rank correlation {spearmanr(x, y).statistic:.2f} (Spearman)"
+        far = max(range(len(both)), key=lambda number: abs(x[number] - y[number]))
+        if x[far] != y[far]:
+            lines.append(f"furthest apart: {both[far]}, {x[far]:.3f} in the first and {y[far]:.3f} in the second")
     return lines

@@ -15,6 +15,11 @@ from m2m_hf.storage.files import checkpoints, staging_path
 from m2m_hf.storage.run_folder import END, RunFolder
 
 
+@pytest.fixture
+def complete(finished):
+    return finished / "out"
+
+
 def told(capsys, out, code: int = 0) -> str:
     capsys.readouterr()
     assert m2m("status", out) == code
@@ -39,12 +44,6 @@ def test_status_of_every_stage(project, capsys):
     assert "trials: 8 (8 complete)" in shown
     assert "search: finished; chosen " in shown
     assert "left: the final fine-tune" in shown
-    assert m2m("select", "--config", run) == 0
-    shown = told(capsys, out)
-    assert "final model: " in shown
-    assert "left: nothing" in shown
-    assert "intact: adapters, models, journal and mixture are as they were written" in shown
-    assert "continue with" not in shown
 
 
 def rewrite_config(out, change, **candidates) -> None:
@@ -82,11 +81,14 @@ def cut(out, trials: int, kind: str = "") -> None:
         ({}, {"beta": {"required": True}}, "up to 2 of 7"),
         ({"strategy": "random"}, {}, "up to 3 of 8"),
         ({"merge_method": "ties"}, {}, "up to 8 of 8"),
+        # with the base model and one single scored; the mixtures that every search begins with are charged before they are
+        ({"max_example_evaluations": 60, "lines": 2}, {}, "up to 4 of 8"),
     ],
 )
 def test_status_counts_what_is_left_as_the_search_would(finished, change, candidates, left):
     out = finished / "out"
-    cut(out, 5)  # the base model, three singles, all together
+    change = dict(change)
+    cut(out, change.pop("lines", 5))  # the base model, three singles, all together
     rewrite_config(out, change, **candidates)
     assert left_of(out) == f"left: {left} mixtures to score; the final fine-tune"
 
@@ -110,11 +112,6 @@ def test_a_finished_search_is_not_finished_for_other_constraints(finished):
     assert left_of(out) == "left: the best 2 mixtures to fine-tune (verify_top_k)"
 
 
-@pytest.fixture
-def complete(finished):
-    return finished / "out"
-
-
 def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
     finished, finished_project, capsys, monkeypatch
 ):
@@ -124,6 +121,8 @@ def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(
     shown = told(capsys, finished / "out")
     assert "intact: adapters, models, journal and mixture are as they were written" in shown
     assert "left: nothing" in shown
+    assert "final model: " in shown
+    assert "continue with" not in shown
     monkeypatch.setattr("m2m_hf.run.base_model.load_base", lambda *args: pytest.fail("the model was loaded"))
     assert m2m("select", "--config", finished / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -211,23 +210,14 @@ def test_changed_target_rows_are_noticed_by_content(complete, finished, capsys, 
     assert f"targets.colours: its {part} rows, or the code of its metric, have changed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("limit", "left"), [({"max_example_evaluations": 41}, 3), ({"max_example_evaluations": 40}, 0), ({}, 3)]
-)
-def test_mixtures_of_an_ensemble_cost_no_example_evaluations(finished, limit, left):
+def test_mixtures_of_an_ensemble_cost_no_example_evaluations(finished):
     """The base model and three singles have cost 10 each; all together, nothing."""
     out = finished / "out"
     assert m2m("search", "--config", finished / "run.yaml", "--objective", "ensemble") == 0
     cut(out, 5, '"ensemble"')
-    rewrite_config(out, {"objective": "ensemble", "strategy": "exhaustive"} | limit)
-    assert left_of(out) == f"left: up to {left} of 8 mixtures to score; the final fine-tune"
-
-
-def test_the_mixtures_that_every_search_begins_with_are_charged_before_they_are_scored(finished):
-    out = finished / "out"
-    cut(out, 2)
-    rewrite_config(out, {"max_example_evaluations": 60})
-    assert left_of(out) == "left: up to 4 of 8 mixtures to score; the final fine-tune"
+    for limit, left in ((None, 3), (41, 3), (40, 0)):
+        rewrite_config(out, {"objective": "ensemble", "strategy": "exhaustive", "max_example_evaluations": limit})
+        assert left_of(out) == f"left: up to {left} of 8 mixtures to score; the final fine-tune"
 
 
 def test_the_seconds_of_every_rung_of_a_race_are_spent():

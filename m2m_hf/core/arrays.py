@@ -9,12 +9,7 @@ TYPE = np.dtype("<f8")
 
 
 class LazyArray(Sequence[float]):
-    """A list of numbers that behaves like a tuple of floats, as compact as an array and read from the disk on access.
-
-    Args:
-        load: returns the array, of shape (count,).
-        count: how many numbers there are.
-    """
+    """Numbers that behave like a tuple of floats, as compact as an array; `load` reads the array when they are used."""
 
     def __init__(self, load: Callable[[], Any], count: int) -> None:
         self._load, self._count = load, count

@@ -46,8 +46,7 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], value: Any) -> T:
     """The inverse of `to_json`: null for a plain number is the field's default, or NaN. Other keys are ignored.
 
-    Raises:
-        ValueError: the value is not of this kind.
+    Raises ValueError if the value is not of this kind.
     """
     return cast(T, decode(kind, value))
 

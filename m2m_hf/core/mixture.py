@@ -59,11 +59,7 @@ BASE = Mixture(())
 
 
 def row_counts(mixture: Mixture, rows: Mapping[str, int]) -> dict[str, int]:
-    """How many rows of each candidate the mixture takes: all if the weights are equal, otherwise in proportion to them.
-
-    Args:
-        rows: name -> rows of the candidate.
-    """
+    """How many rows of each candidate the mixture takes: all if the weights are equal, otherwise in proportion to them."""
     if len(set(mixture.weights.values())) <= 1:
         return {name: rows[name] for name in mixture.names}
     total = min(rows[name] / weight for name, weight in mixture.items)

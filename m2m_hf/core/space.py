@@ -104,12 +104,7 @@ class SearchSpace:
         return [Mixture.subset(names) for names in subsets if self.allows(names)]
 
     def nearest(self, order: Sequence[str], size: int) -> tuple[str, ...]:
-        """Picks `size` candidates: the required ones, then the first of `order` that `max_cost` allows.
-
-        Args:
-            order: all names, the most wanted first.
-            size: brought into the range that the space allows.
-        """
+        """Picks about `size` candidates: the required ones, then the first of `order` (all names) that `max_cost` allows."""
         size = min(max(size, self.fewest), self.most)
         picked = sorted(self.required)
         optional = [name for name in order if name not in self.required]
@@ -133,8 +128,7 @@ class SearchSpace:
     def weighted(values: Mapping[str, float], drop: bool = False) -> Mixture:
         """The mixture with weights in proportion to `values` (≥ 0, not all 0).
 
-        Args:
-            drop: leave out weights below 0.01, unless all are. Otherwise they are raised to 0.01, or to half an equal weight.
+        Weights below 0.01 are left out with `drop`, unless all are; else they are raised to 0.01, or to half an equal weight.
         """
         total = sum(values.values())
         shares = {name: value / total for name, value in values.items()}

@@ -108,11 +108,7 @@ STATES = ("complete", "pruned", "failed")
 
 
 def check_record(record: Any) -> None:
-    """Refuses a journal line of other keys or types.
-
-    Raises:
-        ValueError, KeyError: see above.
-    """
+    """Refuses a journal line that has not the keys and types of `Trial.to_json`."""
     expect(isinstance(record, dict), "an object", record)
     for key in ("key", "objective", "target", "state"):
         expect(isinstance(record[key], str), f"a string as {key}", record[key])

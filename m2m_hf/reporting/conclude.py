@@ -46,11 +46,7 @@ def analyse(
 ) -> Analysis:
     """Shapley values and selection bias of a search.
 
-    Of a verified choice only the bias among the fine-tuned mixtures is known, not that of coming among these.
-
-    Args:
-        usable: the candidates that have an expert.
-        fine_tuned: how the mixtures stand that were fine-tuned before choosing, best first.
+    Of a verified choice only the bias among the `fine_tuned` mixtures is known (best first), not that of coming among these.
     """
     standings = result.standings
     singles = [one for name in usable if (one := standings[Mixture.subset([name])]).score]
@@ -84,29 +80,18 @@ def conclude(
     *,
     config: Mapping[str, Any],
     targets: Mapping[str, TargetConfig],
-    rows: Mapping[str, Mapping[str, int]],
+    rows: Mapping[str, Mapping[str, int]],  # target -> `validation`, `test` -> how many
     keys: Mapping[str, Keys],
-    training: Mapping[str, Mapping[str, Any]],
+    training: Mapping[str, Mapping[str, Any]],  # candidate -> `training.json`
     space: SearchSpace,
-    study: str,
-    overlap: Mapping[tuple[str, str], int],
-    fidelity: Mapping[str, Any] | None,
-    verified: Mapping[str, Any] | None,
-    final: Mapping[str, Any] | None,
-    compare_seconds: float,
+    study: str,  # the fingerprint that a correlation study of this run has
+    overlap: Mapping[tuple[str, str], int],  # (candidate, target) -> rows of the target that the candidate contains
+    fidelity: Mapping[str, Any] | None,  # `fidelity.json` of this very run
+    verified: Mapping[str, Any] | None,  # `verified` of the summary
+    final: Mapping[str, Any] | None,  # `final/training.json` of the chosen mixture's model
+    compare_seconds: float,  # spent on fine-tuning mixtures to compare
 ) -> FinishedRun:
-    """A search as a finished run, from which `summary.json` is written.
-
-    Args:
-        rows: target -> part (`validation`, `test`) -> rows.
-        training: candidate -> `training.json` of its expert.
-        study: fingerprint that a correlation study of this run has.
-        overlap: (candidate, target) -> rows of the target that the candidate contains.
-        fidelity: `fidelity.json` of this very run.
-        verified: what is in the summary of mixtures that were fine-tuned before choosing.
-        final: `final/training.json`, or None while there is no final model of the chosen mixture.
-        compare_seconds: time spent fine-tuning mixtures to compare.
-    """
+    """A search as a finished run, from which `summary.json` is written."""
     experts = {name: from_json(Training, record) for name, record in training.items()}
     usable = [name for name, one in experts.items() if one.failed is None]
     states = [trial.state for trial in result.trials]

@@ -306,11 +306,7 @@ def is_repo_id(text: str) -> bool:
 
 
 def download(repo_id: str, revision: str | None) -> Path:
-    """The files of a published run that tell about it, without weights.
-
-    Raises:
-        InputError: the Hub does not show it.
-    """
+    """The files of a published run that tell about it, without weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -341,11 +337,7 @@ def read_standings(journal: Journal, run: FinishedRun) -> dict[Mixture, Standing
 
 
 def own_trials(trials: Iterable[Trial], keys: Mapping[str, Keys], objectives: Collection[str]) -> list[Trial]:
-    """The trials of a run as it is now: those whose key is what it gives them.
-
-    Args:
-        keys: target -> what makes its keys.
-    """
+    """The trials of a run as it is now: those whose key is what `keys` make of their mixture for their target."""
     return [one for one in trials if one.objective in objectives and one.target in keys and keys[one.target].own(one)]
 
 

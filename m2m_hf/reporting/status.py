@@ -289,12 +289,7 @@ class Remaining:
 def remaining(
     config: MergeToMixConfig, space: SearchSpace, failed: Collection[str], trials: Sequence[Trial]
 ) -> Remaining:
-    """Counts as the search would: constraints, costs, licences and budgets included.
-
-    Args:
-        failed: the candidates that have no expert.
-        trials: the lines of the journal that belong to the run as it is now.
-    """
+    """Counts as the search would: constraints, costs, licences and budgets included; by the trials of the run as it is now."""
     candidates = list(config.parsed_candidates)
     together = Mixture.subset([name for name in candidates if name not in failed])
     first = dict.fromkeys([BASE, *(Mixture.subset([name]) for name in candidates), together])
@@ -329,12 +324,9 @@ def proposals(config: MergeToMixConfig, space: SearchSpace) -> float:
 def affordable(
     config: MergeToMixConfig, spent: Sequence[Trial], base: Mapping[str, Trial], ahead: Collection[Mixture]
 ) -> float:
-    """How many mixtures the budgets of rows and seconds allow after those that every search begins with.
+    """How many mixtures the budgets of rows and seconds allow after those `ahead`, with which every search begins.
 
-    Args:
-        spent: the trials that the search counts: every rung of a race, and passes for gradients.
-        base: target -> the base model's trial, which tells how many rows it has.
-        ahead: what the search begins with and has not scored yet.
+    `spent` has every rung of a race, and passes for gradients; the base model's trials tell how many rows the targets have.
     """
     if config.max_seconds is not None and sum(trial.seconds for trial in spent) >= config.max_seconds:
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pico import copy_project, m2m
+from pico import m2m, project_folder
 
 from m2m_hf.reporting.finished_run import FinishedRun
 
@@ -47,10 +47,13 @@ pytestmark = pytest.mark.usefixtures("pictures")
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory, finished_project):
+def studied(tmp_path_factory, pico):
     """The folder of a run with everything in it: a final model, a study, and the pictures."""
-    project = copy_project(finished_project, tmp_path_factory.mktemp("report"))
-    assert m2m("fidelity", "--config", project / "run.yaml") == 0
+    project = project_folder(tmp_path_factory.mktemp("report"), pico)
+    run = project / "run.yaml"
+    run.write_text(run.read_text().replace("scorer: choice", "scorer: choice\n    metric: logprob"))
+    assert m2m("fidelity", "--config", run) == 0
+    assert m2m("select", "--config", run) == 0
     return project / "out"
 
 

@@ -70,7 +70,7 @@ def cut(out, trials: int, kind: str = "") -> None:
         ({}, {}, "up to 3 of 8"),
         ({"max_trials": 6}, {}, "up to 1 of 6"),
         ({"max_example_evaluations": 60}, {}, "up to 1 of 8"),
-        ({"objective": "ensemble", "weights": "continuous"}, {}, "up to 9 of 9"),  # the optimum, and one for every size
+        ({"objective": "ensemble", "strategy": "auto", "weights": "continuous"}, {}, "up to 9 of 9"),
         ({"max_seconds": 0}, {}, "up to 0 of 8"),
         ({"max_datasets": 1}, {}, "up to 0 of 5"),
         ({"min_datasets": 3}, {}, "up to 0 of 5"),

@@ -94,6 +94,7 @@ def conclude(
     """A search as a finished run, from which `summary.json` is written."""
     experts = {name: from_json(Training, record) for name, record in training.items()}
     usable = [name for name, one in experts.items() if one.failed is None]
+    alone = [result.standings[Mixture.subset([name])] for name in experts]
     states = [trial.state for trial in result.trials]
     (best,) = mixture_scores([result.best])
     run = FinishedRun(
@@ -105,11 +106,7 @@ def conclude(
         base=mixture_score(result.base),
         all=mixture_score(result.standings[Mixture.subset(usable)]),
         best_single=mixture_score(analysis.best_single),
-        singles={
-            name: one
-            for name in experts
-            if (one := mixture_score(result.standings[Mixture.subset([name])])) is not None
-        },
+        singles={one.mixture.names[0]: one for one in mixture_scores(alone)},
         top=mixture_scores(result.ranking[:10]),
         selection_bias=analysis.selection_bias,
         shapley=analysis.shapley,

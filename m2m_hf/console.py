@@ -5,6 +5,7 @@ import logging.handlers
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ class Terminal:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._kept: list[dict[str, Any]] | None = None
+        self._kept: list[dict[str, Any]] = []
 
     @cached_property
     def console(self) -> "Console":
@@ -45,45 +46,33 @@ class Terminal:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints one line literally; see `printable`."""
-        self._keep(text=printable(text), style=style)
-        self._print(text, style)
-
-    def _print(self, text: str, style: str | None) -> None:
-        if self._quiet:
-            return
         from rich.text import Text
 
-        self.console.print(Text(printable(text), style=style or ""))
+        text = printable(text)
+        self._kept.append({"text": text, "style": style})
+        self.console.print(Text(text, style=style or ""))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table: the first column is text, the others are numbers. Short rows are filled up."""
-        self._keep(title=title, columns=list(columns), rows=[list(map(printable, row)) for row in rows])
-        if self._quiet:
-            return
         from rich.table import Table
         from rich.text import Text
 
-        self._print(title, "bold")
+        rows = [[printable(cell) for cell in row] for row in rows]
+        self._kept.append({"title": title, "columns": list(columns), "rows": rows})
         table = Table(box=None, pad_edge=False, header_style="dim")
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
         for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
+            table.add_row(*map(Text, row))
+        self.console.print(Text(printable(title), style="bold"))
         self.console.print(table, soft_wrap=False)
-
-    def _keep(self, **arguments: Any) -> None:
-        if self._kept is not None:
-            self._kept.append(arguments)
 
     @contextmanager
     def keep(self) -> Iterator[list[dict[str, Any]]]:
         """Collects what is printed meanwhile, for `replay`."""
-        kept: list[dict[str, Any]] = []
-        self._kept = kept
-        try:
-            yield kept
-        finally:
-            self._kept = None
+        self._kept = []
+        yield self._kept
+        self._kept = []
 
     def replay(self, kept: Sequence[Mapping[str, Any]]) -> None:
         """Prints again what `keep` collected."""
@@ -115,42 +104,39 @@ class Terminal:
             TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=total, completed=done, note="")
-            yield Bar(self, title, total, done, progress, task)
+            progress.add_task(title, total=total, completed=done, note="")
+            yield Bar(self, title, total, done, progress)
 
 
+@dataclass
 class Bar:
     """Shows how far the work is; made by `Terminal.progress`."""
 
-    def __init__(
-        self,
-        terminal: Terminal,
-        title: str,
-        total: int,
-        done: int,
-        progress: "Progress | None" = None,
-        task: Any = None,
-    ) -> None:
-        self._terminal, self._title, self._total = terminal, title, total
-        self._progress, self._task = progress, task
-        self._first = self._done = done
+    terminal: Terminal
+    title: str
+    total: int
+    done: int
+    progress: "Progress | None" = None
+
+    def __post_init__(self) -> None:
+        self._first = self.done
         self._start = self._said = time.monotonic()
 
     def advance(self) -> None:
         """Moves on by one."""
-        self.update(self._done + 1)
+        self.update(self.done + 1)
 
     def update(self, done: int, note: str = "") -> None:
         """Moves to `done` of the total, with a short note behind the bar."""
-        self._done = done = min(done, self._total)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, note=note)
+        self.done = done = min(done, self.total)
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=done, note=note)
             return
         now = time.monotonic()
         if now - self._said >= max(PLAIN_SECONDS, (now - self._start) / 10) and done > self._first:
             self._said = now
-            left = (now - self._start) / (done - self._first) * (self._total - done)
-            self._terminal.say(f"  {self._title}: {done}/{self._total}, {duration(left)} left  {note}".rstrip())
+            left = (now - self._start) / (done - self._first) * (self.total - done)
+            self.terminal.say(f"  {self.title}: {done}/{self.total}, {duration(left)} left  {note}".rstrip())
 
 
 class Redacted(logging.Formatter):
@@ -168,7 +154,6 @@ class LibraryLog:
 
     def __init__(self) -> None:
         self._memory = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
-        self._handler: logging.Handler = self._memory
         logging.getLogger().addHandler(self._memory)
         logging.captureWarnings(True)
 
@@ -192,18 +177,18 @@ class LibraryLog:
         disable_progress_bars()
 
     def open(self, path: Path) -> None:
-        """Appends everything to `path` from now on."""
+        """Appends everything to `path`, from the beginning on."""
         handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._memory.setTarget(handler)
+        self._memory.flushLevel = logging.NOTSET
         self._memory.flush()
-        self.close()
-        self._handler = handler
-        logging.captureWarnings(True)
-        logging.getLogger().addHandler(handler)
 
     def close(self) -> None:
         """Restores logging."""
         logging.captureWarnings(False)
-        logging.getLogger().removeHandler(self._handler)
-        self._handler.close()
+        logging.getLogger().removeHandler(self._memory)
+        file = self._memory.target
+        self._memory.close()
+        if file is not None:
+            file.close()

@@ -53,53 +53,27 @@ VALUES = st.recursive(
 )
 
 
-def paths_in(value, path=()):
-    """Every place in a tree."""
-    yield path
-    if isinstance(value, dict):
-        for key in value:
-            yield from paths_in(value[key], (*path, key))
-    elif isinstance(value, list):
-        for index in range(len(value)):
-            yield from paths_in(value[index], (*path, index))
-
-
-def put(tree, path, value):
-    """A copy of a tree with another value in one place; without a value, without the place."""
-    tree = copy.deepcopy(tree)
-    if not path:
-        return value
-    parent = tree
-    for key in path[:-1]:
-        parent = parent[key]
-    if value is REMOVED:
-        del parent[path[-1]]
-    else:
-        parent[path[-1]] = value
-    return tree
-
-
-REMOVED = object()
+def places(tree):
+    """(mapping or list, key or index) of everything below the root of a tree."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield tree, key
+        yield from places(tree[key])
 
 
 @st.composite
-def changed(draw, tree, values=VALUES, most=3):
+def changed(draw, tree):
     """A tree with some of its places changed, removed or added to."""
-    for _ in range(draw(st.integers(1, most))):
-        places = list(paths_in(tree))
-        path = draw(st.sampled_from(places))
+    root = [copy.deepcopy(tree)]
+    for _ in range(draw(st.integers(1, 3))):
+        parent, key = draw(st.sampled_from(list(places(root))))
         kind = draw(st.sampled_from(["change", "change", "remove", "add"]))
-        if kind == "remove" and path:
-            tree = put(tree, path, REMOVED)
-        elif kind == "add":
-            parent = tree
-            for key in path:
-                parent = parent[key]
-            if isinstance(parent, dict):
-                tree = put(tree, (*path, draw(st.text(max_size=8))), draw(values))
+        if kind == "remove" and parent is not root:
+            del parent[key]
+        elif kind == "add" and isinstance(parent[key], dict):
+            parent[key][draw(st.text(max_size=8))] = draw(VALUES)
         else:
-            tree = put(tree, path, draw(values))
-    return tree
+            parent[key] = draw(VALUES)
+    return root[0]
 
 
 def attempt(work) -> None:

@@ -13,6 +13,7 @@ from m2m_hf.cli import commands
 from m2m_hf.cli.init import init
 from m2m_hf.cli.launch import FLAGS, recipe
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.targets import SCORERS
 
 DESCRIPTION = """\
 Which datasets belong in the fine-tuning mixture? Trains one expert per candidate dataset (a LoRA adapter, or a fine-tune
@@ -59,12 +60,10 @@ output_dir runs/<name of the YAML>.
 
 def targets_text() -> str:
     """The scorers and their options, for `--help`."""
-    from m2m_hf.config.targets import SCORERS
-
     lines = ["targets: each has a scorer, and its options:"]
     for name, kind in SCORERS.items():
-        first, *others = kind.help.splitlines() or [""]
-        lines += [f"  {name:<15} {first}", *(" " * 18 + line for line in others)] if first else []
+        for number, line in enumerate(kind.help.splitlines()):
+            lines.append(f"  {'' if number else name:15} {line}")
     return "\n".join(lines) + "\n" + TARGETS
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from pico import ROOT, m2m, write_rows
+from pico import ROOT, m2m
 
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate", "bitsandbytes", "sklearn"}
 CODE = f"""
@@ -50,17 +50,11 @@ def light(monkeypatch, tmp_path):
         (["export", "out", "--to", "trl"], "exported: out/export/trl"),
         (["export", "out", "--to", "jsonl"], "exported: out/export/jsonl"),
         (["compare", "out", "out"], "both chose the same mixture"),
+        (["init", "--model", "a/b", "--data", "a=alpha.jsonl", "--target", "t=test.jsonl"], "written: m2m.yaml"),
     ],
 )
 def test_commands_on_a_finished_run_import_nothing_heavy(light, finished, arguments, words):
     assert words in light(*arguments)
-
-
-def test_init_imports_nothing_heavy(light, tmp_path):
-    for name in ("sums", "quiz"):
-        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}])
-    said = light("init", "--model", "org/model", "--data", "sums=sums.jsonl", "--target", "quiz=quiz.jsonl")
-    assert "written: m2m.yaml" in said
 
 
 def test_select_with_nothing_to_do_imports_nothing_heavy_and_prints_the_same(light, project, capsys):

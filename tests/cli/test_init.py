@@ -32,7 +32,9 @@ def test_what_is_written_from_flags_runs(project, model, capsys):
 
 
 def test_four_questions(project, model, monkeypatch, capsys):
-    answers = iter([model, "alpha.jsonl, beta.jsonl", "validation.jsonl", ""])
+    for name in ("2024", "no"):  # YAML would read them as something else
+        write_rows(project / f"{name}.jsonl", candidate_rows("alpha", 12))
+    answers = iter([model, "2024.jsonl, no.jsonl", "validation.jsonl", ""])
     asked = []
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or next(answers))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
@@ -40,7 +42,7 @@ def test_four_questions(project, model, monkeypatch, capsys):
     assert len(asked) == 4
     assert asked[3].endswith("[choice]: ")
     config, *_ = parse(project / "m2m.yaml")
-    assert list(config.parsed_candidates) == ["alpha", "beta"]
+    assert list(config.parsed_candidates) == ["2024", "no"]
 
 
 FLAGS = ("--data", "alpha.jsonl", "--target", "validation.jsonl")
@@ -108,44 +110,26 @@ def test_the_datasets_of_other_trainers_become_candidates(project, model, given,
     assert training["steps"] == 2
 
 
-def test_names_that_yaml_would_read_as_something_else_are_quoted(project, model):
-    for name in ("2024", "no"):
-        write_rows(project / f"{name}.jsonl", candidate_rows("alpha", 12))
-    flags = ("--model", model, "--target", "validation.jsonl", "--data")
-    assert m2m("init", *flags, "2024.jsonl", "no.jsonl") == 0
-    config, *_ = parse(project / "m2m.yaml")
-    assert list(config.parsed_candidates) == ["2024", "no"]
-
-
-def test_rows_of_text_and_label_make_a_classification(intents, encoder, monkeypatch):
-    monkeypatch.chdir(intents)
-    flags = ("--model", encoder, "--data", "colours.jsonl", "noise.jsonl", "--target", "asked=validation_intents.jsonl")
-    assert m2m("init", *flags) == 0
-    given = yaml.safe_load((intents / "m2m.yaml").read_text())
-    assert given["task"] == "sequence_classification"
-    assert given["targets"]["asked"]["scorer"] == "classification"
-    assert m2m("search", "--config", "m2m.yaml", "--max_steps", 1) == 0
-
-
-@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder", "disk"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "parquet", "folder", "disk"])
 def test_rows_of_every_kind_of_file_tell_their_task(intents, encoder, monkeypatch, kind):
     monkeypatch.chdir(intents)
+    source = intents / f"asked.{kind}"
     rows = [json.loads(line) for line in (intents / "validation_intents.jsonl").read_text().splitlines()]
-    source = f"asked.{kind}"
-    if kind == "json":
-        (intents / source).write_text(json.dumps(rows))
+    made = Dataset.from_list(rows)
+    if kind == "jsonl":
+        write_rows(source, rows)
+    elif kind == "json":
+        source.write_text(json.dumps(rows))
     elif kind == "folder":
         for number, label in enumerate(("red", "blue")):
-            (intents / source / label).mkdir(parents=True)
-            picture((200 * number, 0, 0), number).save(intents / source / label / "0.png")
-    elif kind == "disk":
-        Dataset.from_list(rows).save_to_disk(intents / source)
+            (source / label).mkdir(parents=True)
+            picture((200 * number, 0, 0), number).save(source / label / "0.png")
     else:
-        made = Dataset.from_list(rows)
-        (made.to_csv if kind == "csv" else made.to_parquet)(intents / source)
-    flags = ("--model", encoder, "--data", "colours.jsonl", "--target", f"asked={source}", "--scorer", "classification")
+        {"disk": made.save_to_disk, "csv": made.to_csv, "parquet": made.to_parquet}[kind](source)
+    flags = ("--model", encoder, "--data", "colours.jsonl", "--target", f"asked={source.name}")
     assert m2m("init", *flags) == 0
     given = yaml.safe_load((intents / "m2m.yaml").read_text())
+    assert given["targets"]["asked"]["scorer"] == "classification"
     assert given["task"] == ("image_classification" if kind == "folder" else "sequence_classification")
     if kind != "folder":
         assert m2m("adapters", "--config", "m2m.yaml", "--max_steps", 1) == 0

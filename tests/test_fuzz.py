@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pico import build_adapter, build_model, candidate_rows, choice_rows
 from safetensors.torch import load_file, save_file
 
-from m2m_hf.config.parsing import field_names, parse
+from m2m_hf.config.parsing import KEYS, parse
 from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Score
@@ -103,16 +103,14 @@ def test_configurations(configuration, project, data):
     attempt(work)
 
 
-@given(name=st.sampled_from(sorted(field_names())), value=VALUES)
+@given(name=st.sampled_from(sorted(KEYS)), value=VALUES)
 def test_every_field(configuration, project, name, value):
     path = project / "fuzz.yaml"
     path.write_text(as_yaml(configuration | {name: value}), encoding="utf-8", errors="surrogatepass")
     attempt(lambda: parse(path))
 
 
-@given(
-    flags=st.lists(st.one_of(st.sampled_from([f"--{name}" for name in field_names()]), SCALARS.map(str)), max_size=4)
-)
+@given(flags=st.lists(st.one_of(st.sampled_from([f"--{name}" for name in KEYS]), SCALARS.map(str)), max_size=4))
 def test_flags(project, flags):
     attempt(lambda: parse(project / "run.yaml", flags))
 

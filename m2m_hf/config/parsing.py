@@ -48,6 +48,8 @@ CommandLine = dataclasses.make_dataclass(  # the fields of MergeToMixConfig that
         if item.name not in (*YAML_ONLY, "folder")
     ],
 )
+TRL_KEYS = [item.name for config in (SFTConfig, ModelConfig) for item in dataclasses.fields(config) if item.init]
+KEYS = [item.name for item in dataclasses.fields(MergeToMixConfig) if item.name != "folder"] + TRL_KEYS
 NOT_IN_FINAL = {
     **dict.fromkeys(
         ("model_name_or_path", "model_revision"),
@@ -130,17 +132,9 @@ def refuse_flags(words: Sequence[str]) -> None:
         if word.startswith("--") and name in YAML_ONLY:
             raise InputError(f"--{name}: expected in the YAML, under {name}:")
         if word.startswith("--"):
-            raise InputError(unknown_key_message(name, field_names(), word))
+            raise InputError(unknown_key_message(name, KEYS, word))
     if words:
         raise InputError(f"unrecognised arguments: {' '.join(words)}; expected --field value")
-
-
-def field_names(*configs: type) -> list[str]:
-    """Every key of a configuration file, or of `configs` alone."""
-    configs = configs or (MergeToMixConfig, SFTConfig, ModelConfig)
-    return [
-        item.name for config in configs for item in dataclasses.fields(config) if item.init and item.name != "folder"
-    ]
 
 
 def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Settings:
@@ -158,7 +152,7 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
     folder = config.absolute().parent if config is not None else Path.cwd()
     if "env" in settings:
         raise InputError("env: set environment variables where the command is started; libraries read them on import")
-    check_keys(settings, field_names(), f"--config {config}")
+    check_keys(settings, KEYS, f"--config {config}")
     check_types(settings)
     structured = {key: settings.pop(key) for key in YAML_ONLY if key in settings}
     sources = {key: settings.pop(key) for key in SOURCES if isinstance(settings.get(key), Mapping)}
@@ -284,7 +278,7 @@ def with_overrides(
     args: SFTConfig, model_args: ModelConfig, overrides: Mapping[str, Any], where: str = "final"
 ) -> tuple[SFTConfig, ModelConfig]:
     """Both configurations with the fields of `final:`, or of a candidate's `training:`, put over them."""
-    check_keys(overrides, field_names(SFTConfig, ModelConfig), where)
+    check_keys(overrides, TRL_KEYS, where)
     for key in overrides:
         if key in NOT_IN_FINAL:
             raise InputError(f"{where}.{key}: {NOT_IN_FINAL[key]}")

@@ -9,7 +9,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from m2m_hf.config.checks import rules
-from m2m_hf.config.parsing import field_names, parse, trl_fields, with_overrides
+from m2m_hf.config.parsing import KEYS, parse, trl_fields, with_overrides
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.errors import InputError
@@ -181,6 +181,7 @@ def test_the_command_line_overrides_values_which_override_the_file(tmp_path):
         ({"lr_scheduler_type": "zigzag"}, "", "zigzag"),
         ({"model_name_or_path": MISSING}, "", "model_name_or_path is missing"),
         ({"learning_rate": None}, "", "learning_rate: expected float, got None"),
+        ({"strategy": None}, "", "strategy: expected one of exhaustive, .*, got None"),
         ({"trust_remote_code": True}, "", "never loaded"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "", "8 bit and 4 bit"),
         ({"push_to_hub": True}, "", "push_to_hub"),
@@ -192,13 +193,14 @@ def test_the_command_line_overrides_values_which_override_the_file(tmp_path):
         ({}, "stray", "unrecognised arguments: stray"),
         ({}, "--labels a", "--labels: expected in the YAML"),
         ({}, "--use_cpu maybe", "use_cpu"),
-        ({"strategy": None}, "", "strategy: expected one of exhaustive, .*, got None"),
         ({"num_train_epochs": 0}, "", "num_train_epochs: expected a number above 0, got 0"),
         ({"max_steps": 0}, "", "max_steps: expected at least 1, or -1 for num_train_epochs, got 0"),
         ({"seed": 2**32}, "", "seed: expected an integer from 0 to"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "", "the training arguments cannot be used"),
+        ({"truncation_mode": "keep_end"}, "", "truncation_mode: expected keep_start"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*truncation_mode:FutureWarning")
 def test_bad_files_and_flags(tmp_path, fields, flags, message):
     with pytest.raises(InputError, match=message):
         parse(write(tmp_path, **fields), flags.split())
@@ -234,11 +236,6 @@ def test_what_is_written_is_read_back_as_the_same(tmp_path):
     assert their_model == model_args
 
 
-def test_deprecated_truncation_is_refused(tmp_path):
-    with pytest.warns(FutureWarning), pytest.raises(InputError, match="truncation_mode: expected keep_start"):
-        parse(write(tmp_path, truncation_mode="keep_end"))
-
-
 @pytest.mark.parametrize(
     ("fields", "flags", "native", "expected"),
     [
@@ -261,9 +258,8 @@ def test_precision_follows_the_hardware_and_what_was_said(tmp_path, monkeypatch,
 
 def test_final_overrides(tmp_path):
     _, args, model_args = parse(write(tmp_path, learning_rate=1e-3, bf16=False))
-    new_args, new_model_args = with_overrides(
-        args, model_args, {"num_train_epochs": 5, "lora_r": 2, "learning_rate": "1e-5"}
-    )
+    overrides = {"num_train_epochs": 5, "lora_r": 2, "learning_rate": "1e-5"}
+    new_args, new_model_args = with_overrides(args, model_args, overrides)
     assert (new_args.num_train_epochs, new_args.learning_rate, new_model_args.lora_r) == (5, 1e-5, 2)
     assert new_args.to_dict() | {"num_train_epochs": 3.0, "learning_rate": 1e-3} == args.to_dict()
     for wrong, message in (
@@ -277,8 +273,7 @@ def test_final_overrides(tmp_path):
 
 
 def test_our_fields_do_not_collide_with_trls():
-    names = field_names()
-    assert len(names) == len(set(names))
+    assert len(KEYS) == len(set(KEYS))
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml")), ids=lambda p: p.name)

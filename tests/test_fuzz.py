@@ -76,10 +76,7 @@ def changed(draw, tree):
     return root[0]
 
 
-def attempt(work) -> None:
-    """Does it; that the input is wrong is the only thing that may be said."""
-    with suppress(InputError):
-        work()
+WRONG_INPUT = suppress(InputError)  # the only thing that may be said
 
 
 @pytest.fixture
@@ -96,23 +93,22 @@ def test_configurations(configuration, project, data):
     tree = data.draw(changed(configuration))
     path = project / "fuzz.yaml"
     path.write_text(as_yaml(tree), encoding="utf-8", errors="surrogatepass")
-
-    def work():
+    with WRONG_INPUT:
         MergeToMixSearcher(*parse(path), Terminal(quiet=True)).check()
-
-    attempt(work)
 
 
 @given(name=st.sampled_from(sorted(KEYS)), value=VALUES)
 def test_every_field(configuration, project, name, value):
     path = project / "fuzz.yaml"
     path.write_text(as_yaml(configuration | {name: value}), encoding="utf-8", errors="surrogatepass")
-    attempt(lambda: parse(path))
+    with WRONG_INPUT:
+        parse(path)
 
 
 @given(flags=st.lists(st.one_of(st.sampled_from([f"--{name}" for name in KEYS]), SCALARS.map(str)), max_size=4))
 def test_flags(project, flags):
-    attempt(lambda: parse(project / "run.yaml", flags))
+    with WRONG_INPUT:
+        parse(project / "run.yaml", flags)
 
 
 @given(
@@ -121,7 +117,8 @@ def test_flags(project, flags):
 def test_files_that_are_no_configuration(project, text):
     path = project / "fuzz.yaml"
     path.write_bytes(text)
-    attempt(lambda: parse(path))
+    with WRONG_INPUT:
+        parse(path)
 
 
 ROW = candidate_rows("alpha", 1)[0]
@@ -145,7 +142,8 @@ def check(project, **files) -> None:
     """A run's check with other rows."""
     for name, content in files.items():
         (project / f"{name}.jsonl").write_bytes(content)
-    attempt(lambda: MergeToMixSearcher(*parse(project / "run.yaml"), Terminal(quiet=True)).check())
+    with WRONG_INPUT:
+        MergeToMixSearcher(*parse(project / "run.yaml"), Terminal(quiet=True)).check()
 
 
 @given(content=files_of_rows([ROW, ROW, CHAT]))
@@ -171,15 +169,12 @@ def test_journals(tmp_path, records, rest):
     path = tmp_path / "trials.jsonl"
     path.write_bytes(b"".join(json.dumps(one).encode() + b"\n" for one in [LINE, *records]) + rest)
     (tmp_path / "trials.values").write_bytes(b"12345678" * 3)
-
-    def work():
+    with WRONG_INPUT:
         journal = Journal(path)
         for trial in journal.trials.values():
             assert trial.score is None or trial.score.finite
         journal.append(Trial("new", Mixture.subset("a"), "merged", "t", 2, "failed", None, 1.0, "why"))
         assert Journal(path).get("new")
-
-    attempt(work)
 
 
 @given(data=st.data())
@@ -211,8 +206,7 @@ def test_adapter_folders(tmp_path_factory, adapter_folder, data):
         elif new != "gone":
             tensors[name] = other[new].contiguous()
         save_file(tensors, weights)
-
-    def work():
+    with WRONG_INPUT:
         adapters = {"a": Adapter.load(folder), "b": Adapter.load(adapter_folder)}
         stack = GatedStack(build_model("llama"), adapters)
         stack.set({"a": 0.5, "b": 0.5})
@@ -220,8 +214,6 @@ def test_adapter_folders(tmp_path_factory, adapter_folder, data):
             logits = stack.model(input_ids=torch.tensor([[1, 2, 3]])).logits
         assert logits.isfinite().all()
         mixture_adapter(adapters, {"a": 0.5, "b": 0.5})
-
-    attempt(work)
 
 
 @pytest.fixture(scope="module")

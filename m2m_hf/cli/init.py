@@ -26,18 +26,15 @@ COLUMNS = {
 }
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
 DATA_KEYS = ("path", "name", "data_dir", "data_files", "split", "revision")
-SAME = {
-    name: name
-    for name in (
-        "lora_alpha", "lora_dropout", "learning_rate", "max_steps", "gradient_accumulation_steps", "weight_decay", "seed",
-    )
-}  # fmt: skip
-AXOLOTL = SAME | {
+SAME = (
+    "lora_alpha", "lora_dropout", "learning_rate", "max_steps", "gradient_accumulation_steps", "weight_decay", "seed",
+)  # fmt: skip
+AXOLOTL = dict(zip(SAME, SAME, strict=True)) | {  # theirs -> ours
     "lora_r": "lora_r", "lora_target_modules": "lora_target_modules", "num_epochs": "num_train_epochs",
     "micro_batch_size": "per_device_train_batch_size", "sequence_len": "max_length", "lr_scheduler": "lr_scheduler_type",
     "load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit", "sample_packing": "packing",
 }  # fmt: skip
-FACTORY = SAME | {
+FACTORY = dict(zip(SAME, SAME, strict=True)) | {
     "lora_rank": "lora_r", "num_train_epochs": "num_train_epochs", "cutoff_len": "max_length", "packing": "packing",
     "per_device_train_batch_size": "per_device_train_batch_size", "lr_scheduler_type": "lr_scheduler_type",
 }  # fmt: skip

@@ -40,9 +40,9 @@ class DataConfig:
     @classmethod
     def parse(cls, entry: Any, where: str, folder: Path) -> "DataConfig":
         """Reads one mapping of the YAML; relative paths are resolved against `folder`."""
-        if hasattr(entry, "column_names"):
-            return cls(rows=entry)
         if not isinstance(entry, Mapping):
+            if hasattr(entry, "column_names"):
+                return cls(rows=entry)
             raise InputError(
                 f"{where}: expected what load_dataset takes, such as {{path: json, data_files: file.jsonl}}, "
                 f"got {entry!r}"

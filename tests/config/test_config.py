@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import DatasetDict
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from m2m_hf.config.checks import rules
@@ -65,6 +66,7 @@ TIES = {"merge_method": "ties"}
         ({"candidates": {"a": {"path": "json"}}}, r"candidates\.a\.data_files is missing"),
         ({"candidates": {"a": "file.jsonl"}}, "expected what load_dataset takes"),
         ({"candidates": {str(i): CANDIDATES["a"] for i in range(17)}}, "17 given.* Use strategy: auto"),
+        ({"candidates": {"a": DatasetDict()}}, r"candidates\.a\.path is missing"),
         (candidate(data_file="x"), "unknown key 'data_file'; did you mean 'data_files'"),
         (candidate(max_examples="5"), "max_examples: expected an integer of at least 1, got '5'"),
         (candidate(data_files=["a.jsonl", 5]), "data_files: expected a file or a list of files"),

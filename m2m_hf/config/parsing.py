@@ -13,7 +13,6 @@ Where the file and the command line say nothing, four defaults differ from TRL's
 import argparse
 import dataclasses
 import enum
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from m2m_hf.config.checks import (
 )
 from m2m_hf.config.run_config import YAML_ONLY, MergeToMixConfig
 from m2m_hf.config.yaml_files import changed_fields, read_yaml
+from m2m_hf.core.jsonable import is_number
 from m2m_hf.errors import InputError
 
 Settings = tuple[MergeToMixConfig, SFTConfig, ModelConfig]
@@ -185,25 +185,24 @@ def check_types(settings: Mapping[str, Any]) -> None:
 
 def fits(value: Any, hint: Any) -> bool:
     """True if a value of a YAML file has a field's type; text passes for what the parser can convert it to."""
-    if hint is Any or isinstance(hint, (str, typing.TypeVar)):
-        return True
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
-    if kind is type(None):
-        return value is None
-    if kind is typing.Literal or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+    if kind in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    if kind is typing.Literal:
         return isinstance(value, (str, int))
-    if isinstance(value, str) or kind is str:
-        return isinstance(value, str) and kind in (str, int, float, bool, dict, list)
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if issubclass(kind, enum.Enum):
+        return isinstance(value, (str, int))
+    if isinstance(value, str):
+        return kind in (str, int, float, bool, dict, list)
     if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        return abs(value) < 2**63 if isinstance(value, int) else kind is float and math.isfinite(value)
+        in_range = isinstance(value, float) or (is_number(value) and abs(value) < 2**63)
+        return is_number(value) and isinstance(value, (int, kind)) and in_range
     if kind is list:
         inner = typing.get_args(hint)
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value if inner)
-    return isinstance(value, kind) if isinstance(kind, type) else True
+    return isinstance(value, kind)
 
 
 def native_bfloat16(use_cpu: bool) -> bool:

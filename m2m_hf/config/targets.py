@@ -24,7 +24,7 @@ class ScorerKind:
     """What configuration, data and help ask of a kind of scorer; `scoring/make.py` has its class.
 
     Args:
-        options: what it takes beside `COMMON`, first what it cannot do without.
+        options: what it takes beside `COMMON`, first what is scored, which it cannot do without, and its sealed test.
         help: its options, as `m2m select --help` shows them.
         metrics: those that it computes itself, the default first.
         metric: the default where it computes none itself.

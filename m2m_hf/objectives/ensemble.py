@@ -32,10 +32,8 @@ class Ensemble:
     """Scores of mixtures from the probabilities of their parts.
 
     Args:
-        names: of the parts.
         probabilities: float32, of shape (parts, items, options). For choices an item is a row and an option a choice; otherwise
             an item is a scored token, and its probability the only option.
-        answers: the right option of every item.
         accuracy: score by the share of items whose most probable option is right, instead of the log-probability.
         counts: items per row, if rows have several.
     """
@@ -79,11 +77,7 @@ class Ensemble:
         return (weights @ self.right).log_().mean(1)
 
     def best_subsets(self, space: SearchSpace, count: int = SUBSETS) -> list[Mixture]:
-        """The best subsets of the space, best first, found by looking at all: 2^20 take seconds.
-
-        Args:
-            space: of at most `MAX_SUBSETS` candidates.
-        """
+        """The best subsets of the space, best first, found by looking at all: 2^20 take seconds."""
         kept: list[tuple[float, tuple[int, ...]]] = []
         place = [self.names.index(name) for name in space.names]
         for bits in subset_blocks(space, max(1, BLOCK // self.probabilities[0].numel())):
@@ -145,12 +139,7 @@ def subset_blocks(space: SearchSpace, size: int) -> Iterator[torch.Tensor]:
 
 
 class EnsembleObjective(ScorerObjective):
-    """The second surrogate, far cheaper than the merged one. Keeps on the disk what costs a forward pass.
-
-    Args:
-        merged: the merged objective of the same target; shares its stack, scorer and keys.
-        folder: keeps the probabilities.
-    """
+    """The second surrogate, far cheaper than the merged one of the same target. Keeps in `folder` what costs a forward pass."""
 
     name = "ensemble"
     scorer: LogprobScorer

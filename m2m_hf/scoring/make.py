@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from m2m_hf.config.targets import TargetConfig
+from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.rows import Target
 from m2m_hf.scoring.causal_lm import ChoiceScorer, GenerationScorer, LossScorer
 from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.scoring.scorers import Scorer, Setup
 
-SCORERS: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given what is scored: rows, a command or a task
+CLASSES: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given what is scored: rows, a command or a task
     "choice": ChoiceScorer,
     "classification": ChoiceScorer,  # by the words of the labels; with a head `ClassificationScorer`
     "loss": LossScorer,
@@ -23,28 +23,18 @@ SCORERS: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given wh
 
 
 def make_scorer(config: TargetConfig, given: Any, setup: Setup) -> Scorer:
-    """The scorer that `config` asks for.
-
-    Args:
-        given: the rows, the command or the task.
-
-    Raises:
-        InputError: rows that do not fit the model, or a metric or task that cannot be loaded or does not fit the scorer.
-    """
+    """The scorer that `config` asks for, of the rows, the command or the task that is given."""
     if config.kind == "classification" and setup.head is not None:
         return ClassificationScorer(config, given, setup)
-    return SCORERS[config.kind](config, given, setup)
+    return CLASSES[config.kind](config, given, setup)
 
 
 def make_scorers(target: Target, setup: Setup) -> dict[str, Scorer]:
-    """`validation` and, where anything is sealed, `test` -> scorer of a target.
-
-    Raises:
-        InputError: see `make_scorer`.
-    """
+    """`validation` and, where anything is sealed, `test` -> scorer of a target."""
     config, setup = target.config, replace(setup, where=f"targets.{target.name}")
+    what, sealed = SCORERS[config.kind].options[:2]
     parts: dict[str, Any] = {
-        "validation": target.rows or config.command or config.task or (),
-        "test": target.test_rows or config.test_command or config.test_task,
+        "validation": target.rows or getattr(config, what) or (),
+        "test": target.test_rows or getattr(config, sealed),
     }
     return {part: make_scorer(config, given, setup) for part, given in parts.items() if part == "validation" or given}

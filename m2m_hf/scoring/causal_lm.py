@@ -51,6 +51,7 @@ class LossScorer(LogprobScorer):
     def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
         inputs = encode_rows(rows, setup.processing, setup.positions)
         super().__init__(rows, inputs)
+        self._tokens = QuestionInputs(inputs.questions, by_token=True)
         self.fingerprint = content_fingerprint([config.kind, config.metric, *rows])
         self.counts = [question.requests[0].scored for question in inputs.questions]  # scored tokens of every row
         self.total = sum(self.counts)
@@ -68,8 +69,8 @@ class LossScorer(LogprobScorer):
 
     def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every scored token of all rows, of shape (tokens, 1)."""
-        (rows,) = measure(stack, [weights], self.inputs, range(self.examples), tokens_per_batch)
-        logprobs = torch.tensor([value for (tokens,) in rows for value in tokens], dtype=torch.float64)
+        (rows,) = measure(stack, [weights], self._tokens, range(self.examples), tokens_per_batch)
+        logprobs = torch.tensor([value for tokens in rows for value in tokens], dtype=torch.float64)
         return logprobs.exp().float()[:, None]
 
     def whole(self, score: Score) -> Score:

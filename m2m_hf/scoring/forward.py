@@ -29,8 +29,7 @@ from m2m_hf.scoring.packing import Question, batches, padded
 Weights = Mapping[str, float]
 Job = tuple[int, int]  # (index of a mixture, number of a row that it is asked)
 Outputs = tuple[torch.Tensor, list[tuple[int, int]]]  # numbers, and the (row of the batch, answer) that each belongs to
-Answers = tuple[list[float], ...]  # of one row, the numbers of every possible answer
-# (row, sums of its answers) -> a score's derivatives by these
+# (row, numbers of its answers) -> a score's derivatives by these
 Slopes = Callable[[int, Sequence[float]], Sequence[float]]
 
 
@@ -51,7 +50,7 @@ class Inputs(ABC):
 
     @abstractmethod
     def outputs(self, model: PreTrainedModel, rows: Sequence[int]) -> Outputs:
-        """What the model gives for rows of one batch."""
+        """What the model gives for rows of one batch; the numbers of one answer are summed."""
 
 
 def job_batches(sizes: Sequence[int], jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
@@ -61,14 +60,17 @@ def job_batches(sizes: Sequence[int], jobs: Sequence[Job], budget: int) -> Itera
 
 
 class QuestionInputs(Inputs):
-    """Questions: what the model gives are the log-probabilities of the completions' tokens.
+    """Questions: what the model gives are the log-probabilities of the completions' tokens, which sum to the completions'.
 
     A question is one row: its prompt is computed once, and its completions stand side by side behind it, each seeing the
     prompt and itself. Where the model does not allow that, every completion takes a forward pass of its own.
+
+    Args:
+        by_token: every token counts as an answer of its own, of questions with one completion.
     """
 
-    def __init__(self, questions: Sequence[Question], truncated: int = 0) -> None:
-        self.questions, self.truncated = questions, truncated
+    def __init__(self, questions: Sequence[Question], truncated: int = 0, by_token: bool = False) -> None:
+        self.questions, self.truncated, self._by_token = questions, truncated, by_token
         self.tokens = sum(len(one.ids) + len(one.requests) for one in questions)
 
     def batches(self, model: PreTrainedModel, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
@@ -92,6 +94,9 @@ class QuestionInputs(Inputs):
             logprobs, of_part = score_rows(model, parts)
             tensors.append(logprobs)
             owners += [(row, number + completion) for row, completion in of_part]
+        if self._by_token:
+            tokens = [len(self.questions[row].scored) for row in rows]
+            owners = [(row, token) for row, count in enumerate(tokens) for token in range(count)]
         return torch.cat(tensors), owners
 
 
@@ -170,10 +175,10 @@ def agree_on_memory(stack: Stack) -> None:
 @torch.inference_mode()
 def measure(
     stack: Stack, mixtures: Sequence[Weights], inputs: Inputs, rows: Sequence[int], tokens_per_batch: int
-) -> list[list[Answers]]:
+) -> list[list[tuple[float, ...]]]:
     """By mixture and row: what the model gives for every possible answer."""
 
-    def forward(numbers: list[int]) -> list[Answers]:
+    def forward(numbers: list[int]) -> list[tuple[float, ...]]:
         return by_answer(*inputs.outputs(stack.model, numbers), len(numbers))
 
     return ask(stack, mixtures, rows, tokens_per_batch, partial(inputs.batches, stack.model), forward)
@@ -183,16 +188,16 @@ def measure(
 def measure_gradient(
     stack: GatedStack, weights: Weights, inputs: Inputs, rows: Sequence[int], tokens_per_batch: int, slopes: Slopes
 ) -> tuple[list[tuple[float, ...]], dict[str, float]]:
-    """(sums by row and answer, derivative of a score by every adapter's weight, also of those with weight 0).
+    """(numbers by row and answer, derivative of a score by every adapter's weight, also of those with weight 0).
 
-    One forward and one backward pass give both; `slopes` says how the score depends on the sums.
+    One forward and one backward pass give both; `slopes` says how the score depends on the numbers.
     """
     gates = torch.tensor([weights.get(name, 0.0) for name in stack.names], requires_grad=True)
 
     def forward(numbers: list[int]) -> list[tuple[float, ...]]:
         stack.set_gates(gates)  # for every batch, since a graph can be differentiated once
         outputs, owners = inputs.outputs(stack.model, numbers)
-        values = sums(by_answer(outputs.detach(), owners, len(numbers)))
+        values = by_answer(outputs.detach(), owners, len(numbers))
         factors = [slopes(row, of_row) for row, of_row in zip(numbers, values, strict=True)]
         by_output = torch.tensor([factors[row][answer] for row, answer in owners], device=outputs.device)
         torch.autograd.backward((outputs * by_output).sum())
@@ -205,25 +210,19 @@ def measure_gradient(
     return results, {name: sum(share[number] for share in shares) for number, name in enumerate(stack.names)}
 
 
-def by_answer(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[Answers]:
-    """By row: the numbers of every answer."""
+def by_answer(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[tuple[float, ...]]:
+    """By row: the sum of every answer's numbers."""
     numbers: list[dict[int, list[float]]] = [defaultdict(list) for _ in range(rows)]
     for (row, answer), value in zip(owners, outputs.double().tolist(), strict=True):
         numbers[row][answer].append(value)
-    return [tuple(of_row[answer] for answer in range(len(of_row))) for of_row in numbers]
-
-
-def sums(rows: Iterable[Answers]) -> list[tuple[float, ...]]:
-    """By row: the sum of every answer's numbers."""
-    return [tuple(map(sum, answers)) for answers in rows]
+    return [tuple(sum(of_row[answer]) for answer in range(len(of_row))) for of_row in numbers]
 
 
 def completion_logprobs(
     stack: Stack, mixtures: Sequence[Weights], questions: Sequence[Question], tokens_per_batch: int
 ) -> list[list[tuple[float, ...]]]:
     """By mixture and question: the log-probability of every completion given its prompt (natural, summed over tokens)."""
-    answers = measure(stack, mixtures, QuestionInputs(questions), range(len(questions)), tokens_per_batch)
-    return [sums(of_mixture) for of_mixture in answers]
+    return measure(stack, mixtures, QuestionInputs(questions), range(len(questions)), tokens_per_batch)
 
 
 def shared_span(model: PreTrainedModel) -> float:

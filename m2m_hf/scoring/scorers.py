@@ -19,7 +19,7 @@ from m2m_hf.errors import redact
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import Head
-from m2m_hf.scoring.forward import Inputs, Weights, measure, measure_gradient, sums
+from m2m_hf.scoring.forward import Inputs, Weights, measure, measure_gradient
 from m2m_hf.scoring.metrics.metric import Metric
 
 ROUND = 6  # decimals kept of a log-probability, so that what is compared now is what the journal will hold
@@ -115,7 +115,7 @@ class LogprobScorer(Scorer):
     ) -> list[Score | Failure]:
         chosen = range(self.examples) if rows is None else rows
         measured = measure(stack, mixtures, self.inputs, chosen, tokens_per_batch)
-        return [self._score(sums(answers), rows) for answers in measured]
+        return [self._score(logprobs, rows) for logprobs in measured]
 
     def gradient(
         self, stack: Stack, weights: Weights, tokens_per_batch: int
@@ -167,7 +167,7 @@ class AnswerScorer(LogprobScorer):
         """The probability of every choice, of shape (rows, most choices); 0 where a row has fewer."""
         (answers,) = measure(stack, [weights], self.inputs, range(self.examples), tokens_per_batch)
         probabilities = torch.zeros(len(answers), max(map(len, answers)))
-        for row, values in enumerate(sums(answers)):
+        for row, values in enumerate(answers):
             probabilities[row, : len(values)] = self._distribution(row, values).exp().float()
         return probabilities
 

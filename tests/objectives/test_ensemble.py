@@ -17,7 +17,7 @@ from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.objectives.ensemble import Ensemble, EnsembleObjective, subset_blocks
 from m2m_hf.objectives.merged import MergedObjective
-from m2m_hf.scoring.forward import measure
+from m2m_hf.scoring.forward import QuestionInputs, measure
 from m2m_hf.search.loop import ensemble_likelihood
 from m2m_hf.storage.keys import Keys
 
@@ -48,10 +48,11 @@ def direct(stack: GatedStack, scorer, metric: str, mixture: Mixture) -> list[flo
     parts = [({name: 1.0}, weight) for name, weight in mixture.items] or [({}, 1.0)]
 
     def probabilities(number: int, part: dict) -> torch.Tensor:
-        ((answers,),) = measure(stack, [part], scorer.inputs, [number], 500)
+        inputs = QuestionInputs(scorer.inputs.questions, by_token=metric == "loglikelihood")
+        ((answers,),) = measure(stack, [part], inputs, [number], 500)
         if metric == "loglikelihood":
-            return torch.tensor(answers[0]).exp()
-        return (torch.tensor([sum(tokens) for tokens in answers]) / torch.tensor(scorer.lengths[number])).softmax(0)
+            return torch.tensor(answers).exp()
+        return (torch.tensor(answers) / torch.tensor(scorer.lengths[number])).softmax(0)
 
     rows = []
     for number, row in enumerate(scorer.rows):

@@ -82,7 +82,7 @@ def judge(samples: Sequence[Sample], looks: int) -> tuple[int, list[int]]:
         looks: rungs at which something may be dropped.
 
     Returns:
-        The number of the contender with the highest score so far, and the numbers of those that cannot win.
+        (the contender with the highest score so far, those that cannot win), by their numbers.
     """
     means = sum(sample.weight * sample.values.mean(1) for sample in samples)
     leader = int(np.argmax(means))

@@ -65,11 +65,7 @@ class ArrayStore:
         return Place(place, len(values), zlib.crc32(content))
 
     def numbers(self, where: Place) -> LazyArray:
-        """A list, read when it is used.
-
-        Raises:
-            EOFError: it is not in the file.
-        """
+        """A list, read when it is used; raises an EOFError if the file does not hold it."""
         if min(where.place, where.count) < 0 or where.place + where.count > self.count:
             raise EOFError(f"{self.path} does not hold {where}")
         return LazyArray(lambda: self._view(where), where.count)

@@ -16,12 +16,7 @@ def stamp(path: str | Path) -> list[int]:
 
 
 class Digests:
-    """Digests of the files of a run folder, computed only for files that have changed since `save`.
-
-    Args:
-        root: the run folder; its hidden `.digests.json` remembers.
-        full: compute every digest, whatever is remembered.
-    """
+    """Digests of the files of a run folder, computed only for files that have changed since `save`; with `full` for all."""
 
     def __init__(self, root: Path, full: bool = False) -> None:
         self.root = root

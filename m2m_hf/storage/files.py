@@ -46,11 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`.
-
-    Raises:
-        InputError: the file is missing or is not JSON.
-    """
+    """The JSON in a file that must be there."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

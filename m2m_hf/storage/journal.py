@@ -65,11 +65,7 @@ class Journal:
             self._store = ArrayStore.temporary()
 
     def _add(self, record: Any) -> Trial:
-        """Remembers the trial of a line.
-
-        Raises:
-            EOFError: its values were cut short.
-        """
+        """Remembers the trial of a line; raises an EOFError if its values were cut short."""
         if not isinstance(record, dict) or not record.get("stored"):
             trial = Trial.from_json(record)
             self._stored.pop(trial.key, None)
@@ -99,7 +95,7 @@ class Journal:
         ]
 
     def get(self, key: str) -> Trial | None:
-        """The trial with this key. A failed one counts too: it would fail again."""
+        """The trial with this key; a failed one too, for it would fail again."""
         return self.trials.get(key)
 
     def append(self, trial: Trial) -> Trial:
@@ -150,12 +146,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_line(line: bytes) -> Any:
-    """The record of a line.
-
-    Raises:
-        EOFError: the line was cut short.
-        ValueError: it is not what was written.
-    """
+    """The record of a line; raises an EOFError if it was cut short, a ValueError if it is not what was written."""
     if not line.endswith(b"\n"):
         raise EOFError("a torn line")
     text, found, rest = line.rpartition(CHECK)

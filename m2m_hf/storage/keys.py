@@ -13,11 +13,7 @@ LABELLED_FACTS = (*CAUSAL_FACTS, "image_processor", "head", "labels", "label_tem
 
 
 def base_key(facts: Mapping[str, Any]) -> str:
-    """Fingerprint of the base model as it is scored.
-
-    Args:
-        facts: what all experts have in common, `uniform` of a `training.json`.
-    """
+    """Fingerprint of the base model as it is scored, from what all experts have in common (`uniform` of a `training.json`)."""
     return fingerprint([facts.get(name) for name in (LABELLED_FACTS if "head" in facts else CAUSAL_FACTS)])
 
 

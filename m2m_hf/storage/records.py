@@ -51,10 +51,7 @@ def weights_of(record: Any) -> Any:
 
 
 def find_incomplete(folder: Path, record: str = "training.json") -> str | None:
-    """Says what a crash or a full disk left incomplete in a folder; None if nothing is.
-
-    Compares sizes only; `find_modified` compares the contents.
-    """
+    """What a crash or a full disk left incomplete in a folder, by the files' sizes; None if nothing is."""
     try:
         known = json.loads((folder / record).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -67,11 +64,7 @@ def find_incomplete(folder: Path, record: str = "training.json") -> str | None:
 
 
 def find_modified(folder: Path, record: str = "training.json", digest: Callable[[Path], str] = digest_of) -> str | None:
-    """The first file that is missing or differs from what `record` says; None if all are as they were written.
-
-    Args:
-        digest: gives the digest of a file; `Digests.of` remembers those of unchanged files.
-    """
+    """The first file that is missing or has other content than `record` says; `Digests.of` is a faster `digest`."""
     for name, facts in files_of(read_json(folder / record)).items():
         if not (folder / name).is_file() or digest(folder / name) != facts.get("sha256_16"):
             return name

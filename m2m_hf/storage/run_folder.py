@@ -16,11 +16,7 @@ END = "...\n"  # ends a complete YAML document
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads `OUT/config.yaml`.
-
-    Raises:
-        InputError: it is missing, damaged or was cut short.
-    """
+    """Reads `OUT/config.yaml`; refuses one that is missing, damaged or was cut short."""
     try:
         text = path.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
@@ -69,11 +65,7 @@ class RunFolder:
         return {name: parts for name, parts in read_json_or_empty(self.targets).items() if isinstance(parts, dict)}
 
     def refuse_links(self) -> None:
-        """Refuses links that lead out of the folder: a stranger's folder could make us read or write anywhere.
-
-        Raises:
-            InputError: naming the link.
-        """
+        """Refuses links that lead out of the folder: a stranger's folder could make us read or write anywhere."""
         root = self.root.resolve()
         for place, folders, files in os.walk(root):
             for path in (Path(place) / name for name in (*folders, *files)):
@@ -84,11 +76,7 @@ class RunFolder:
                     )
 
     def lock(self) -> None:
-        """Claims the folder until this process ends. From now on it may change, so `unchanged` is deleted.
-
-        Raises:
-            InputError: another process holds it, or it cannot be written to.
-        """
+        """Claims the folder until this process ends. From now on it may change, so `unchanged` is deleted."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -103,11 +91,7 @@ class RunFolder:
 
 
 def disk_is_full(error: BaseException | None, folder: Path | None = None) -> bool:
-    """True if the error means that the disk is full, whichever library raised it.
-
-    Args:
-        folder: where the error arose, if not in the run folder.
-    """
+    """True if the error, which arose in `folder` or the run folder, means that the disk is full; whichever library raised it."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error) or "quota exceeded" in str(error):

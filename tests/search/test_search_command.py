@@ -16,13 +16,16 @@ def summary(project) -> dict:
 
 @pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
 def test_every_strategy_in_one_folder(finished, capsys, strategy):
-    best = summary(finished)["best"]
+    told = summary(finished)
+    shapley = [one["value"] for one in told["worth"]["shapley"].values()]
+    assert sum(shapley) == pytest.approx(told["all"]["score"] - told["base"]["score"])
+    assert len(told["worth"]["interactions"]) == 3
     before = trials(finished / "out")
     assert m2m("search", "--config", finished / "run.yaml", "--strategy", strategy, "--max_trials", "20") == 0
     after = trials(finished / "out")
     assert after[: len(before)] == before
     assert {line["objective"] for line in after[len(before) :]} <= {"gradient"}  # all mixtures are known already
-    assert summary(finished)["best"]["score"] <= best["score"]
+    assert summary(finished)["best"]["score"] <= told["best"]["score"]
     printed = capsys.readouterr().out
     assert ("strategy: exhaustive, since" in printed) == (strategy == "auto")
 
@@ -129,16 +132,6 @@ def test_constraints_hold_and_what_may_not_be_chosen_is_shown(project):
     assert all("beta" in one["mixture"] and "gamma" not in one["mixture"] for one in summary(project)["top"])
     assert "gamma" in summary(project)["singles"]
     assert summary(project)["worth"] is None or set(summary(project)["worth"]["shapley"]) == {"alpha", "beta", "gamma"}
-
-
-def test_worth_is_in_the_table_and_the_summary(project, capsys):
-    assert m2m("search", "--config", project / "run.yaml") == 0
-    found = summary(project)["worth"]
-    assert found["exact"]
-    whole = summary(project)["all"]["score"] - summary(project)["base"]["score"]
-    assert sum(one["value"] for one in found["shapley"].values()) == pytest.approx(whole)
-    assert len(found["interactions"]) == 3
-    assert "Shapley value" in capsys.readouterr().out
 
 
 def test_callbacks_of_a_search_that_is_done_are_told_of_its_trials(finished):

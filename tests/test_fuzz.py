@@ -25,7 +25,7 @@ from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Score
 from m2m_hf.core.trial import Trial
 from m2m_hf.errors import InputError
-from m2m_hf.merging.adapter import Adapter, mixture_adapter
+from m2m_hf.merging.adapter import Adapter, write_adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.journal import Journal
@@ -213,7 +213,7 @@ def test_adapter_folders(tmp_path_factory, adapter_folder, data):
         with torch.inference_mode():
             logits = stack.model(input_ids=torch.tensor([[1, 2, 3]])).logits
         assert logits.isfinite().all()
-        mixture_adapter(adapters, {"a": 0.5, "b": 0.5})
+        write_adapter(folder.with_name("merged"), adapters, {"a": 0.5, "b": 0.5}, "base")
 
 
 @pytest.fixture(scope="module")

@@ -129,17 +129,17 @@ class Adapter(Expert):
         return {module: self._part(module, pair) for module, pair in modules.items()}
 
     def _part(self, module: str, pair: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, float]:
-        shapes = {kind: tuple(tensor.shape) for kind, tensor in sorted(pair.items())}
-        matrices = len(pair) == 2 and all(len(shape) == 2 and 0 not in shape for shape in shapes.values())
-        if not matrices or shapes["A"][0] != shapes["B"][1]:
-            raise InputError(f"{module}: factors of shape {shapes} are no low-rank pair of A and B")
-        if not all(tensor.is_floating_point() for tensor in pair.values()):
-            raise InputError(f"{module}: its weights are no floating-point numbers")
-        rank, alphas = len(pair["A"]), self.config.alpha_pattern
+        a, b = pair.get("A"), pair.get("B")
+        if a is None or b is None or not is_matrix(a) or not is_matrix(b) or a.shape[0] != b.shape[1]:
+            found = ", ".join(f"{kind} {tuple(tensor.shape)} {tensor.dtype}" for kind, tensor in sorted(pair.items()))
+            raise InputError(
+                f"{module}: expected a low-rank pair A (r, in) and B (out, r) of floating-point numbers, got {found}"
+            )
+        rank, alphas = len(a), self.config.alpha_pattern
         alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha))
         if not math.isfinite(alpha):
             raise InputError(f"{module}: lora_alpha is {alpha!r}; expected a finite number")
-        return pair["A"].float(), pair["B"].float(), alpha / (rank**0.5 if self.config.use_rslora else rank)
+        return a.float(), b.float(), alpha / (rank**0.5 if self.config.use_rslora else rank)
 
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Module name -> (A, s B): see `parts`."""
@@ -163,6 +163,10 @@ class Adapter(Expert):
         return changes
 
 
+def is_matrix(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.numel() > 0 and tensor.is_floating_point()
+
+
 def another_base(layer: str, model: PreTrainedModel) -> InputError:
     return InputError(f"the adapters adapt {layer!r}, which {type(model).__name__} does not have: another base model?")
 
@@ -178,10 +182,8 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     return (wide, high) if isinstance(wide, int) and isinstance(high, int) else None
 
 
-def mixture_adapter(
-    adapters: Mapping[str, Adapter], weights: Mapping[str, float]
-) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The mixture as one adapter of rank Σ r_i, exactly: A = [A_i], B = [w_i s_i B_i], scaling 1, in fp32.
+def write_adapter(folder: Path, adapters: Mapping[str, Adapter], weights: Mapping[str, float], base: str) -> None:
+    """Writes the mixture as one PEFT adapter of rank Σ r_i, exactly: A = [A_i], B = [w_i s_i B_i], scaling 1, in fp32.
 
     What PEFT's `combination_type="cat"` builds, but also right for rank-stabilised LoRA and without rounding to the base's
     dtype.
@@ -200,7 +202,6 @@ def mixture_adapter(
         ranks[module] = sum(len(a) for a, _ in pairs)
     width = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != width}
-    first = adapters[min(weights)].config
     config = LoraConfig(
         r=width,
         lora_alpha=width,
@@ -209,17 +210,10 @@ def mixture_adapter(
         rank_pattern=others,
         alpha_pattern=others,
         fan_in_fan_out=any(adapters[name].config.fan_in_fan_out for name in weights),
-        task_type=first.task_type,  # of a classifier's encoder none
-        base_model_name_or_path=first.base_model_name_or_path,
+        task_type=adapters[min(weights)].config.task_type,  # of a classifier's encoder none
+        base_model_name_or_path=base,
         inference_mode=True,
     )
-    return config, tensors
-
-
-def write_adapter(folder: Path, adapters: Mapping[str, Adapter], weights: Mapping[str, float], base: str) -> None:
-    """Writes `mixture_adapter` as a PEFT adapter folder of the base model `base`."""
-    config, tensors = mixture_adapter(adapters, weights)
-    config.base_model_name_or_path = base
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -110,6 +110,17 @@ def encoder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def refused(capsys):
+    """A configuration and flags -> what is said when its adapters are to be trained."""
+
+    def run(path: Path, *flags: str) -> str:
+        assert main(["adapters", "--config", str(path), *flags]) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
 def intents(tmp_path, encoder) -> Path:
     """See `write_intents`."""
     return write_intents(tmp_path, encoder)

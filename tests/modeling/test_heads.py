@@ -19,17 +19,6 @@ from m2m_hf.publish.repositories import published
 DEPRECATED = pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning")
 
 
-@pytest.fixture
-def refused(capsys):
-    """A configuration and flags -> what is said when its adapters are to be trained."""
-
-    def run(path: Path, *flags: str) -> str:
-        assert m2m("adapters", "--config", path, *flags) == 2
-        return capsys.readouterr().err
-
-    return run
-
-
 def test_fingerprints_change_with_what_scores_and_experts_depend_on(intents, copied):
     def names(**values) -> tuple:
         one = searcher(intents, **values)

@@ -41,11 +41,7 @@ from m2m_hf.storage.files import read_json_or_empty
 
 
 class LiveTargets:
-    """Targets that are scored with the model a Trainer is training; the callbacks describe the arguments.
-
-    Raises:
-        InputError: a target that cannot be read, or a scorer that needs more than a model.
-    """
+    """Targets that are scored with the model a Trainer is training; the callbacks describe the arguments."""
 
     def __init__(
         self,
@@ -109,15 +105,13 @@ class LiveTargets:
         assert plan.own is not None
         head = Head(tuple(plan.own), plan)
         processing = copy.deepcopy(self.processing)  # which is the training's own
-        if plan.task == "sequence_classification":
-            if processing.pad_token is None:
-                raise InputError(
-                    "trainer: its tokenizer has no pad_token, and texts are padded to one length; give it one"
-                )
+        if plan.task == "image_classification":
+            length = Length(patches(config))
+        elif processing.pad_token is None:
+            raise InputError("trainer: its tokenizer has no pad_token, and texts are padded to one length; give it one")
+        else:
             processing.padding_side = "right"
-        longest = min(positions(self.base), getattr(self.processing, "model_max_length", 1))
-        images = plan.task == "image_classification"
-        length = Length(patches(config)) if images else Length(longest, processing)
+            length = Length(min(positions(self.base), processing.model_max_length), processing)
         reader = ClassificationReader(plan.task, head.labels, length, self.trainer.args.seed, image_mode(config))
         return reader.load({}, targets).targets, Setup(processing, head=lambda: head, length=length)
 
@@ -207,14 +201,12 @@ class TargetScoreCallback(TrainerCallback):
         values = {f"eval_{name}": value for name, value in scores.items()}
         return values | ({"eval_targets": self._targets.mean(scores)} if len(scores) > 1 else {})
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, *args: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         scores = self.scores()
-        kwargs["metrics"].update(scores)
+        metrics.update(scores)
         self._targets.log(scores)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         if args.eval_strategy == "no":
             self._targets.log(self.scores())
 
@@ -287,7 +279,7 @@ class MergeProbeCallback(TrainerCallback):
         self._every, self._patience, self._agreement, self._stop = every, patience, agreement, stop
         self.ranking: list[tuple[Mixture, float]] = []
         self.settled: float | None = None
-        self._agreeing: tuple[int, int] = (0, 0)  # the step of the first ranking, and how many agreed with it in a row
+        self._first, self._agreed = 0, 0  # the step of a ranking, and how many in a row agreed with it
 
     def probe(self, share: float) -> list[tuple[Mixture, float]]:
         """Returns the mixtures of the adapters at this share of their training with their scores, best first."""
@@ -305,7 +297,7 @@ class MergeProbeCallback(TrainerCallback):
         ranking = [(mixture, self._targets.mean(values)) for mixture, values in zip(mixtures, scores, strict=True)]
         return sorted(ranking, key=lambda pair: (math.isnan(pair[1]), -pair[1], len(pair[0]), pair[0].items))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self._every:
             return
         before, self.ranking = dict(self.ranking), self.probe(state.global_step / state.max_steps)
@@ -317,16 +309,15 @@ class MergeProbeCallback(TrainerCallback):
             values["probe_kendall"] = tau
         self._targets.log(values)
         same_best = bool(before) and max(before, key=before.__getitem__) == self.ranking[0][0]
-        agrees = tau >= self._agreement and same_best
-        first, times = self._agreeing
-        self._agreeing = (first, times + 1) if agrees else (state.global_step, 0)
-        if not agrees:
-            self.settled = None
-        elif self._agreeing[1] == self._patience:
-            self.settled = first / state.max_steps
+        if not (tau >= self._agreement and same_best):
+            self._first, self._agreed, self.settled = state.global_step, 0, None
+            return
+        self._agreed += 1
+        if self._agreed == self._patience:
+            self.settled = self._first / state.max_steps
             Terminal(quiet=not state.is_world_process_zero).say(
-                f"the ranking of {len(now)} mixtures has been stable since step {first:,} of {state.max_steps:,}, the best one "
-                f"{self.ranking[0][0]}: adapters trained that far already lead to the same choice"
+                f"the ranking of {len(now)} mixtures has been stable since step {self._first:,} of {state.max_steps:,}, the best "
+                f"one {self.ranking[0][0]}: adapters trained that far already lead to the same choice"
             )
         if self.settled is not None and self._stop:
             control.should_training_stop = True

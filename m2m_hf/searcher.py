@@ -42,7 +42,8 @@ from m2m_hf.search.race import reasons_against_racing
 from m2m_hf.search.result import Budget, SearchResult
 from m2m_hf.search.strategies import Strategy, exhaustive, listed
 from m2m_hf.storage.files import write_json
-from m2m_hf.training.imported_experts import make_importer
+from m2m_hf.storage.records import experts_noun
+from m2m_hf.training.imported_experts import import_experts
 from m2m_hf.training.trackers import SearchTracker, Tracker
 
 
@@ -172,12 +173,12 @@ class MergeToMixSearcher:
                 run.base.to_train, lambda name: run.training_settings(*run.candidate_settings(name)), run.terminal
             )
             self._worked = True
-            noun = run.expert().noun(len(missing))
+            noun = experts_noun(run.facts, len(missing))
             run.terminal.say(f"trained {len(missing)} {noun}: {os.path.relpath(run.folder.adapters)}\n")
 
     def _import_experts(self, source: str | Mapping[str, str], missing: Sequence[str]) -> None:
         """Takes missing experts from a published bank, or each from where somebody else has it."""
-        run, key = self.run, self.run.expert().noun()
+        run, key = self.run, experts_noun(self.run.facts)
         if isinstance(source, str):
             with run.state.local_main_process_first():  # one process of every machine fetches
                 bank = fetch_bank(source, key)
@@ -185,10 +186,10 @@ class MergeToMixSearcher:
             return
         with run.state.local_main_process_first():
             others = {name: (source[name], fetch_expert(source[name], key)) for name in missing if name in source}
-        make_importer(
-            run.expert(), run.bank, run.base.plan, run.terminal,
+        import_experts(
+            run.bank, others, run.expert(), run.base.plan, run.terminal,
             lambda lora: adapted_layers(run.model_args, run.args, lora, run.base.plan), run.base.plain, run.base.load_other,
-        ).run(others)  # fmt: skip
+        )  # fmt: skip
 
     def search(self, callbacks: Sequence[SearchCallback] = ()) -> SearchResult:
         """Scores mixtures and chooses one, training missing adapters first. What the journal knows is not scored again.

@@ -24,14 +24,8 @@ from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.storage.files import read_json, read_json_or_empty, staging_path, write_json
 from m2m_hf.storage.keys import Keys
 from m2m_hf.storage.records import find_incomplete, weights_of
-from m2m_hf.training.fine_tune import (
-    TrainingFailedError,
-    finished,
-    load_trained,
-    mixture_steps,
-    publish,
-    train_expert,
-)
+from m2m_hf.training.experts import load_trained
+from m2m_hf.training.fine_tune import TrainingFailedError, finished, mixture_steps, publish, train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
 Counts = Mapping[str, int]  # candidate -> how many of its rows a model is trained on

@@ -22,6 +22,7 @@ from m2m_hf.config.targets import SCORERS
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.modeling.devices import broadcast
+from m2m_hf.modeling.inspection import check_model
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.external import CommandScorer
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
@@ -31,13 +32,13 @@ from m2m_hf.training.bank import differing
 from m2m_hf.training.experts import expert_kind
 from m2m_hf.training.fine_tune import planned_steps
 from m2m_hf.training.imported_experts import check_sources
-from m2m_hf.training.trackers import check_trackers
+from m2m_hf.training.trackers import make_trackers
 
 
 def check_values(config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig) -> None:
     """Refuses values that no run can use, before anything is read or fetched."""
     check_trl(args, model_args)
-    check_trackers(args)
+    make_trackers(args)
     for name, value in {**trl_fields(args, model_args), **config.to_yaml()}.items():
         if holds_secret(str(value)):
             raise InputError(
@@ -71,7 +72,8 @@ def check_run(run: RunContext) -> None:
     run.task.check_labels()
     if config.final:
         args, model_args = run.final_settings
-        run.expert(model_args).check_model(model_args, args, run.base.plan)
+        kind = run.expert(model_args)
+        check_model(model_args, args, kind.lora, run.base.plan, kind.parameters)
     show_data(run)
     for target, parts in scorers.items():
         for part, scorer in parts.items():

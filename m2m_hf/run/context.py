@@ -20,6 +20,7 @@ from m2m_hf.data.rows import Candidate, Target, overlap
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
 from m2m_hf.modeling.devices import broadcast
+from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import make_plan, pin_revision, quantization_facts
 from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.objectives.merged import GatedObjective, MergedObjective
@@ -105,10 +106,15 @@ class RunContext:
 
     def training_facts(self, args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
         """What a model depends on beside its rows: see `uniform_facts`."""
-        quantization = quantization_facts(model_args)
-        more = {"quantization": fingerprint(quantization)} if quantization else {}
-        base, dtype, data_format = self.base.fingerprint, model_args.dtype, self.task.data.format
-        return uniform_facts(args, self.expert(model_args), self.task.facts(), base, dtype, data_format, more)
+        about = {
+            "base_model": self.base.fingerprint,
+            "dtype": model_args.dtype,
+            "data_format": self.task.data.format,
+            **self.task.facts(),
+        }
+        if quantization := quantization_facts(model_args):
+            about["quantization"] = fingerprint(quantization)
+        return uniform_facts(args, self.expert(model_args), about)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -117,12 +123,11 @@ class RunContext:
 
     @cached_property
     def bank(self) -> Bank:
-        mixed = {
-            name: self.training_facts(*self.candidate_settings(name))
+        facts = {
+            name: self.training_facts(*self.candidate_settings(name)) if candidate.config.training else self.facts
             for name, candidate in self.candidates.items()
-            if candidate.config.training
         }
-        return Bank(self.folder.adapters, self.candidates, self.facts, mixed)
+        return Bank(self.folder.adapters, self.candidates, facts)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -141,7 +146,8 @@ class RunContext:
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:
         """Target -> `validation` and, where there are sealed rows, `test` -> scorer."""
-        positions = self.expert().check_model(self.model_args, self.args, self.base.plan)
+        kind = self.expert()
+        positions = check_model(self.model_args, self.args, kind.lora, self.base.plan, kind.parameters)
         setup = self.task.scoring_setup(positions)
         return {name: make_scorers(target, setup) for name, target in self.targets.items()}
 

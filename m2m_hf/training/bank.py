@@ -21,17 +21,9 @@ from m2m_hf.errors import InputError
 from m2m_hf.merging.expert import Expert
 from m2m_hf.modeling.devices import broadcast, is_sharded
 from m2m_hf.storage.files import fingerprint, read_json, staging_path, sync
-from m2m_hf.storage.records import experts_noun, files_of, find_incomplete, find_modified
-from m2m_hf.training.experts import ExpertKind
-from m2m_hf.training.fine_tune import (
-    TrainingFailedError,
-    finished,
-    load_trained,
-    move,
-    planned_steps,
-    publish,
-    train_expert,
-)
+from m2m_hf.storage.records import experts_noun, files_of, find_incomplete
+from m2m_hf.training.experts import ExpertKind, load_trained
+from m2m_hf.training.fine_tune import TrainingFailedError, finished, move, planned_steps, publish, train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
 # Settings that change where or how something is logged or stored, not what is learned.
@@ -52,34 +44,12 @@ LAUNCH = ("processes", "sharded")  # facts about how the training was launched
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers")
 
 
-def uniform_facts(
-    args: SFTConfig,
-    expert: ExpertKind,
-    processing: Mapping[str, Any],
-    base: str,
-    dtype: str | None,
-    data_format: str,
-    more: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def uniform_facts(args: SFTConfig, expert: ExpertKind, about: Mapping[str, Any]) -> dict[str, Any]:
     """Returns everything beside the data that an expert depends on, flat, so that a difference has a name.
 
-    Args:
-        expert: its kind.
-        processing: what prepares the data, see `tokenizer_facts`.
-        base: fingerprint of the base weights.
-        dtype: of the base, as asked for.
-        data_format: of the run's rows.
-        more: how the base is quantised, and where the head comes from.
+    `about` says the base model, and how rows are prepared.
     """
-    facts: dict[str, Any] = {
-        "base_model": base,
-        "dtype": dtype,
-        "data_format": data_format,
-        **processing,
-        **(more or {}),
-        **expert.facts(),
-    }
-    facts["processes"] = PartialState().num_processes
+    facts: dict[str, Any] = {**about, **expert.facts(), "processes": PartialState().num_processes}
     if is_sharded():
         facts["sharded"] = True  # accelerate then trains in float32 where it would otherwise not
     for name, value in args.to_dict().items():
@@ -111,12 +81,9 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return [f"{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)" for name in names]
 
 
-def lost_to_dtype(kept: Mapping[str, Any]) -> str | None:
-    """Says what the dtype of a full expert lost, if it is much.
-
-    Args:
-        kept: see `save_delta`; empty for an adapter.
-    """
+def lost_to_dtype(record: Mapping[str, Any]) -> str | None:
+    """Says what the dtype of a full expert lost, if it is much; see `save_delta` for what is `kept`."""
+    kept = record.get("kept", {})
     if kept.get("lost", 0.0) <= MAX_LOST:
         return None
     return f"delta_dtype {kept['dtype']} has lost {kept['lost']:.1%} of what was learned"
@@ -130,68 +97,71 @@ class Bank:
     Args:
         folder: `OUT/adapters`.
         candidates: each needs an expert.
-        facts: `uniform_facts` of this run.
-        mixed: name -> those of a candidate with settings of its own (`allow_mixed_training`).
+        facts: candidate -> `uniform_facts`; the same for all, unless `allow_mixed_training`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        candidates: Mapping[str, Candidate],
-        facts: Mapping[str, Any],
-        mixed: Mapping[str, Mapping[str, Any]] | None = None,
+        self, folder: Path, candidates: Mapping[str, Candidate], facts: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        self.folder = folder
-        self.candidates = dict(candidates)
-        self.facts = {name: dict((mixed or {}).get(name, facts)) for name in candidates}
+        self.folder, self.candidates, self.facts = folder, candidates, facts
+
+    def training(self) -> dict[str, dict[str, Any]]:
+        """Returns name -> `training.json` of every expert; its `fingerprint` identifies the expert.
+
+        Raises:
+            InputError: one that does not say how its expert was trained.
+        """
+        return {name: read_record(self.folder / name) for name in self.candidates}
+
+    def load(self) -> dict[str, Expert]:
+        """Loads every expert but those that failed.
+
+        Raises:
+            InputError: one whose files were modified.
+        """
+        records = self.training()
+        return {name: load_trained(self.folder / name) for name in records if "failed" not in records[name]}
 
     def check(self) -> list[str]:
         """Returns the names of the experts that must still be trained, with those that a crash left incomplete.
-
-        A complete bank may be searched with any number of processes, so these and sharding count only while experts must still
-        be trained.
 
         Raises:
             InputError: an expert was trained with other settings, or on other rows; nothing is overwritten.
         """
         missing = [name for name in self.candidates if find_incomplete(self.folder / name) is not None]
-        trained = self.training(skip=missing)
-        for name, record in trained.items():
-            self._refuse_different(name, record, self.folder, trained if not missing else {})
+        records = {name: read_record(self.folder / name) for name in self.candidates if name not in missing}
+        self._refuse_different(self.folder, records)
         return missing
 
-    def _refuse_different(
-        self, name: str, record: Mapping[str, Any], folder: Path, bank: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        """Refuses an expert that was trained with other settings than this run's, or on other rows.
+    def _refuse_different(self, folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuses experts that were trained with other settings than this run's, or on other rows.
 
-        Args:
-            record: its `training.json`.
-            folder: of the bank that it is in.
-            bank: the records of a complete bank, whose launch then does not count.
+        A complete bank may be searched with any number of processes, so how a training was launched counts only while experts
+        are missing. `folder` is of this bank, or of one that experts are taken from.
         """
-        launch = {fact: next(iter(bank.values()))["uniform"].get(fact) for fact in LAUNCH} if bank else {}
-        ours, noun = folder == self.folder, experts_noun(record, 1)
-        differences = differing(self.facts[name] | launch, record["uniform"])
-        if differences and "source" in record:
-            raise InputError(
-                f"{noun} {name!r} in {folder} was taken from {record['source']} when this run had other settings: "
-                f"{'; '.join(differences)}. Restore them, choose another --output_dir, or delete {folder / name} to take it again"
-            )
-        if differences:
-            remedy = f"choose another --output_dir, or delete {folder} to train all again"
-            raise InputError(
-                f"{noun} {name!r} in {folder} was trained with other settings, and only {noun}s that differ in nothing but "
-                f"their data can be averaged: {'; '.join(differences)}. Restore the settings, "
-                + (remedy if ours else f"or leave out {noun}s:")
-            )
-        data = self.candidates[name].fingerprint
-        if record["data"] != data:
-            remedy = f"delete {folder / name} to train this {noun} again"
-            raise InputError(
-                f"candidate {name!r} has changed since its {noun} was trained (rows {record['data']} there, {data} now). "
-                f"Restore the data, give the new data another name, or {remedy if ours else f'leave out {noun}s: ({folder})'}"
-            )
+        ours = folder == self.folder
+        launch: dict[str, Any] = {}
+        if len(records) == len(self.candidates):
+            first = next(iter(records.values()))["uniform"]
+            launch = {fact: first.get(fact) for fact in LAUNCH}
+        for name, record in records.items():
+            noun = experts_noun(record, 1)
+            if differences := differing({**self.facts[name], **launch}, record["uniform"]):
+                how = f"with other settings, and only {noun}s that differ in nothing but their data can be averaged"
+                if "source" in record:
+                    how = f"by others, and taken from {record['source']} when this run had other settings"
+                remedy = f"choose another --output_dir, or delete {folder} to train all again"
+                raise InputError(
+                    f"{noun} {name!r} in {folder} was trained {how}: {'; '.join(differences)}. Restore the settings, "
+                    + (remedy if ours else f"or leave out {noun}s:")
+                )
+            if record["data"] != (data := self.candidates[name].fingerprint):
+                remedy = f"delete {folder / name} to train this {noun} again"
+                raise InputError(
+                    f"candidate {name!r} has changed since its {noun} was trained (rows {record['data']} there, {data} now). "
+                    "Restore the data, give the new data another name, or "
+                    + (remedy if ours else f"leave out {noun}s: ({folder})")
+                )
 
     def take(self, folder: Path, missing: Sequence[str], terminal: Terminal) -> None:
         """Copies missing experts from another bank if they are what this run would train.
@@ -202,21 +172,16 @@ class Bank:
         Raises:
             InputError: one was trained with other settings, on other rows, or is incomplete or modified.
         """
-        records = {name: read_json(folder / name / "training.json") for name in missing if (folder / name).is_dir()}
-        complete = len(records) == len(self.candidates)
+        records = {name: read_record(folder / name) for name in missing if (folder / name).is_dir()}
+        self._refuse_different(folder, records)
         for name, record in records.items():
-            valid = isinstance(record, dict) and set(record) >= NEEDED and isinstance(record["uniform"], dict)
-            if not valid or "failed" in record:
-                raise InputError(f"{folder / name} holds no adapter that can be taken: see its training.json")
-            self._refuse_different(name, record, folder, records if complete else {})
-            if (reason := find_incomplete(folder / name)) or find_modified(folder / name):
-                raise InputError(f"{folder / name}: {reason or 'not what was trained'}; fetch it again")
+            if reason := record.get("failed") or find_incomplete(folder / name):
+                raise InputError(f"{folder / name} holds no expert that can be taken: {reason}; fetch it again")
             load_trained(folder / name)
         if PartialState().is_main_process:
             for name, record in records.items():
                 partial = staging_path(self.folder / name)
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
                 for file in ("training.json", *files_of(record)):  # no links, and nothing that is not described
                     (partial / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(folder / name / file, partial / file)
@@ -226,6 +191,18 @@ class Bank:
         if records:
             word = experts_noun(next(iter(records.values())), len(records))
             terminal.say(f"took {len(records)} {word} that were trained elsewhere: {', '.join(records)}")
+
+    def publish(self, name: str, of: str, record: Mapping[str, Any]) -> None:
+        """Renames an expert into place from its staging path (collective); `of` identifies it, `record` says how it was made."""
+        candidate = self.candidates[name]
+        about = {
+            "candidate": name,
+            "fingerprint": of,
+            "data": candidate.fingerprint,
+            "rows": len(candidate.rows),
+            "data_tokens": candidate.tokens,
+        }
+        publish(self.folder / name, {**about, **record, "uniform": self.facts[name]})
 
     def train_missing(
         self, base: Callable[[], PreTrainedModel], settings: Callable[[str], Settings], terminal: Terminal
@@ -242,22 +219,20 @@ class Bank:
             InputError: all failed.
         """
         of = {name: fingerprint([self.facts[name], self.candidates[name].fingerprint]) for name in self.candidates}
-        asked: list[str] = broadcast(self.check())
-        torn = {name: find_incomplete(self.folder / name) for name in asked if (self.folder / name).exists()}
-        missing = [name for name in asked if not finished(self.folder / name, of[name])]
-        steps = {
-            name: planned_steps(settings(name).args, candidate.trained_rows, candidate.tokens)
-            for name, candidate in self.candidates.items()
-            if name in missing
-        }
-        for name in (name for name in missing if name in torn):
-            terminal.say(f"  {name}: {torn[name]}; its {settings(name).expert.noun(1)} is trained again", "yellow")
+        steps: dict[str, int] = {}  # of those to be trained
+        for name in broadcast(self.check()):
+            torn = find_incomplete(self.folder / name) if (self.folder / name).exists() else None
+            if finished(self.folder / name, of[name]):
+                continue
+            if torn:
+                terminal.say(f"  {name}: {torn}; its {experts_noun(self.facts[name], 1)} is trained again", "yellow")
+            candidate = self.candidates[name]
+            steps[name] = planned_steps(settings(name).args, candidate.trained_rows, candidate.tokens)
         done = 0
-        title = f"training {settings(missing[0]).expert.noun() if missing else 'experts'}"
-        with terminal.progress(title, sum(steps.values())) as bar:
-            for number, name in enumerate(missing, start=1):
-                progress = BankProgress(bar, done, f"{name} ({number} of {len(missing)})")
-                self._train(name, base(), settings(name), of[name], progress, terminal)
+        with terminal.progress(f"training {self._noun()}", sum(steps.values())) as bar:
+            for number, name in enumerate(steps, start=1):
+                progress = BankProgress(bar, done, f"{name} ({number} of {len(steps)})")
+                self._train(name, of[name], base(), settings(name), progress, terminal)
                 done += steps[name]
         records = self.training().values()
         PartialState().wait_for_everyone()
@@ -267,68 +242,36 @@ class Bank:
                     shutil.rmtree(self.folder / name)
             PartialState().wait_for_everyone()
             reasons = dict.fromkeys(record["failed"] for record in records)
-            noun = experts_noun({"uniform": next(iter(self.facts.values()))}, 1)
-            raise InputError(f"not one {noun} could be trained: {'; '.join(reasons)}")
+            raise InputError(f"not one {self._noun(1)} could be trained: {'; '.join(reasons)}")
+
+    def _noun(self, count: int = 2) -> str:
+        return experts_noun(next(iter(self.facts.values())), count)
 
     def _train(
-        self,
-        name: str,
-        base: PreTrainedModel,
-        settings: Settings,
-        of: str,
-        progress: BankProgress,
-        terminal: Terminal,
+        self, name: str, of: str, base: PreTrainedModel, settings: Settings, progress: BankProgress, terminal: Terminal
     ) -> None:
         """Trains one expert, or records why it failed."""
-        folder, candidate = self.folder / name, self.candidates[name]
-        about = {
-            "candidate": name,
-            "fingerprint": of,
-            "data": candidate.fingerprint,
-            "rows": len(candidate.rows),
-            "data_tokens": candidate.tokens,
-        }
+        rows, folder = self.candidates[name].rows, staging_path(self.folder / name)
         try:
-            record = train_expert(
-                base, candidate.rows, settings, staging_path(folder), [progress], of, f"adapters/{name}"
-            )
+            record = train_expert(base, rows, settings, folder, [progress], of, f"adapters/{name}")
         except TrainingFailedError as error:
-            failure = {"steps": 0, "seconds": 0.0, "failed": str(error)}
-            publish(folder, {**about, **failure, "uniform": self.facts[name]})
+            self.publish(name, of, {"steps": 0, "seconds": 0.0, "failed": str(error)})
             terminal.say(f"  {name}: failed: {error}", "yellow")
             return
-        publish(folder, {**about, **record, "uniform": self.facts[name]})
+        self.publish(name, of, record)
         curve = [loss for _, loss in record["loss_curve"]]
         loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
         seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
         terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
-        if warning := lost_to_dtype(record.get("kept", {})):
+        if warning := lost_to_dtype(record):
             terminal.say(f"  {name}: {warning}", "yellow")
 
-    def training(self, skip: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-        """Returns name -> `training.json` of every expert but those to skip; its `fingerprint` identifies the expert.
 
-        Raises:
-            InputError: one that does not say how its expert was trained.
-        """
-        records = {}
-        for name in self.candidates:
-            if name in skip:
-                continue
-            path = self.folder / name / "training.json"
-            record = read_json(path)
-            if not isinstance(record, dict) or not set(record) >= NEEDED:
-                raise InputError(
-                    f"{path} does not say how the adapter was trained; delete {path.parent} to train it again"
-                )
-            records[name] = record
-        return records
-
-    def load(self) -> dict[str, Expert]:
-        """Loads every expert but those that failed.
-
-        Raises:
-            InputError: one whose files were modified.
-        """
-        records = self.training()
-        return {name: load_trained(self.folder / name) for name in records if "failed" not in records[name]}
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns the `training.json` of an expert; refuses one that does not say how the expert was trained."""
+    record = read_json(folder / "training.json")
+    if not isinstance(record, dict) or not set(record) >= NEEDED or not isinstance(record["uniform"], dict):
+        raise InputError(
+            f"{folder / 'training.json'} does not say how the expert was trained; delete {folder}, and it is made again"
+        )
+    return record

@@ -6,7 +6,7 @@ It resumes from its last complete checkpoint, its result is checked, and the fol
 import copy
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,30 +16,19 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig
 
 from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError, StoppedError
-from m2m_hf.merging.expert import Expert
 from m2m_hf.merging.full_experts import floats
 from m2m_hf.modeling.devices import broadcast, is_sharded, out_of_memory
 from m2m_hf.storage.files import checkpoints, fingerprint, read_json, read_json_or_empty, staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files, find_incomplete, find_modified
-from m2m_hf.training.experts import ExpertKind, load_expert
+from m2m_hf.training.experts import ExpertKind, Tensors
 from m2m_hf.training.trackers import Tracker
-from m2m_hf.training.trainers import (
-    DECIMALS,
-    BookkeepingTrainer,
-    Checkpoints,
-    LabelTrainer,
-    Settings,
-    TrainingRecorder,
-    arguments,
-    make_trainer,
-)
+from m2m_hf.training.trainers import DECIMALS, BookkeepingTrainer, LabelTrainer, Settings, make_trainer
 
 
 def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
@@ -55,63 +44,64 @@ def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
 
 def mixture_steps(args: SFTConfig, candidates: Mapping[str, Candidate], counts: Mapping[str, int]) -> int:
     """Counts the optimizer steps that the Trainer will make on so many rows of each candidate."""
-    chosen = [(candidates[name], count) for name, count in counts.items()]
-    rows = sum(candidate.trained_rows * count // len(candidate.rows) for candidate, count in chosen)
-    return planned_steps(
-        args, rows, sum(candidate.tokens * count // len(candidate.rows) for candidate, count in chosen)
-    )
+    rows = tokens = 0
+    for name, count in counts.items():
+        candidate = candidates[name]
+        rows += candidate.trained_rows * count // len(candidate.rows)
+        tokens += candidate.tokens * count // len(candidate.rows)
+    return planned_steps(args, rows, tokens)
 
 
 class TrainingFailedError(InputError):
     """A training whose result is useless: not finite, worse than guessing, or no change at all."""
 
 
-class BaseSnapshot:
-    """The base model before a training: tells what was trained, and restores the base.
+def on_main_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what `work` gives on the main process; all processes raise what it refuses there (collective)."""
+    result: dict[str, Any] = {}
+    refused: InputError | None = None
+    if PartialState().is_main_process:
+        try:
+            result = work()
+        except InputError as error:
+            refused = error
+    result, refused = broadcast((result, refused))
+    if refused is not None:
+        raise refused
+    return result
 
-    Args:
-        base: before a Trainer has seen it.
-        kind: of the expert to be trained.
+
+class BaseSnapshot:
+    """The base model before a Trainer has seen it, to be restored afterwards.
+
+    `before` holds its weights as far as a training may change them, `learned` names its parameters. If the model is sharded,
+    only the main process has the weights.
     """
 
     def __init__(self, base: PreTrainedModel, kind: ExpertKind) -> None:
-        self._base, self._kind = base, kind
+        self._base = base
         self._attributes = set(vars(base))
-        self._learned = {name for name, _ in base.named_parameters()}  # before a Trainer wraps any layer
-        # The Trainer writes the tokenizer's special tokens into both, by which some models find a text's end.
-        self._configs = [
-            (config, copy.deepcopy(vars(config)))
-            for config in (base.config, getattr(base, "generation_config", None))
-            if config
-        ]
         self._hooks = set(input_hooks(base))
+        # The Trainer writes the tokenizer's special tokens into both, by which some models find a text's end.
+        configs = (base.config, getattr(base, "generation_config", None))
+        self._configs = [(config, copy.deepcopy(vars(config))) for config in configs if config]
+        self.learned = {name for name, _ in base.named_parameters()}
         is_here = PartialState().is_main_process or not is_sharded()
         self.before = {
             name: tensor.detach().cpu().clone()
             for name, tensor in (floats(base).items() if is_here else ())
-            if kind.may_change(tensor)
+            # Beside an adapter only running statistics of normalisation change.
+            if kind.lora is None or not isinstance(tensor, torch.nn.Parameter)
         }
         self._counts = {  # such as the number of batches that running statistics have seen
             name: tensor.detach().clone() for name, tensor in base.named_buffers() if not tensor.is_floating_point()
         }
 
-    def trained(self, trainer: BookkeepingTrainer) -> tuple[dict[str, torch.Tensor], bool]:
-        """Returns the weights that were trained, and whether training changed any (collective).
-
-        If the model is sharded, the main process gets the weights.
-        """
-        sharded = is_sharded()
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
-        return self._kind.trained_weights(state, self.before, self._learned)
-
     def restore(self, model: Any) -> None:
         """Restores the base, to be trained or scored as if it were freshly loaded.
 
         With activation checkpointing TRL and the Trainer each put a hook on the input embeddings and remember the last one
-        only, so transformers' own way to remove them would leave one behind.
-
-        Args:
-            model: what was trained: the base, or the PEFT model around it.
+        only, so transformers' own way to remove them would leave one behind. `model` is the base, or the PEFT model around it.
         """
         base = self._base
         if isinstance(model, PeftModel):
@@ -130,13 +120,11 @@ class BaseSnapshot:
             vars(config).clear()
             vars(config).update(values)
         base.requires_grad_(False)
+        saved = self.before | self._counts
         with torch.no_grad():
-            for name, tensor in floats(base).items():
-                if name in self.before:
-                    tensor.copy_(self.before[name])
-            for name, tensor in base.named_buffers():
-                if name in self._counts:
-                    tensor.copy_(self._counts[name])
+            for name, tensor in (floats(base) | dict(base.named_buffers())).items():
+                if name in saved:
+                    tensor.copy_(saved[name])
         base.eval()
 
 
@@ -159,14 +147,7 @@ def last_checkpoint(folder: Path, of: str) -> Path | None:
 
 
 def verdict(finite: bool, changed: bool, loss: float, curve: Sequence[float], lr: float, choices: int) -> str | None:
-    """Says why what was trained is useless; None if it is not.
-
-    Args:
-        finite, changed: whether all trained weights are finite, and some changed.
-        loss, curve: the mean loss, and the logged losses.
-        lr: the learning rate.
-        choices: tokens of the vocabulary, or labels: guessing has the loss log(choices).
-    """
+    """Says why what was trained is useless; None if it is not. Guessing among so many choices has the loss log(choices)."""
     lower = f"try a lower learning_rate (now {lr:g})"
     if not math.isfinite(loss) or not finite:
         return f"it diverged: loss {loss:g}, or weights that are not finite; {lower} or max_grad_norm"
@@ -187,20 +168,15 @@ def train_expert(
     of: str = "",
     run: str = "training",
 ) -> dict[str, Any]:
-    """Fine-tunes on `rows`, saves the expert to `folder`, and restores the base.
+    """Fine-tunes on `rows`, saves the expert to `folder`, restores the base, and returns what `training.json` says of it.
 
     Checkpoints go to `checkpoints(folder)` as the arguments say (TRL: every 500 steps), and stay until `publish`. A training
     resumes from its last complete checkpoint and ends with the same weights as without an interruption. Under FSDP or DeepSpeed
     there are no checkpoints, and the base is not restored: it is sharded, and of no further use.
 
-    Every training sets the seed before it makes an adapter, so all adapters start from the same weights.
-
     Args:
         of: fingerprint of all that the result depends on.
         run: its name in the trackers that `report_to` names.
-
-    Returns:
-        What the run used, see `TrainingRecorder`; `loss`, its mean over the steps; and what `ExpertKind.save` adds.
 
     Raises:
         TrainingFailedError: nothing is saved.
@@ -208,41 +184,28 @@ def train_expert(
     """
     state = PartialState()
     tracker = Tracker(settings.args, run, of, state.is_main_process)
-    saved = checkpoints(folder)
-    args = arguments(settings, saved)
     of = fingerprint([of, state.num_processes, is_sharded()])
+    saved = checkpoints(folder)
     checkpoint = last_checkpoint(saved, of) if state.is_main_process else None
     if checkpoint is None and state.is_main_process:
         shutil.rmtree(saved, ignore_errors=True)  # of another training
     checkpoint = broadcast(checkpoint)
-    before: dict[str, Any] = read_json(checkpoint / COMPLETE) if checkpoint else {"seconds": 0.0, "losses": {}}
-    recorder = TrainingRecorder(before["seconds"])
+    resumed = read_json(checkpoint / COMPLETE) if checkpoint else {}
     snapshot = BaseSnapshot(base, settings.expert)
     trainer: BookkeepingTrainer | None = None
     try:
-        trainer = make_trainer(base, rows, settings, args, [recorder, tracker, *callbacks])
-        trainer.add_callback(Checkpoints(of, recorder, trainer.losses))
-        for name, value in before["losses"].items():
-            setattr(trainer, name, value)
-        for printing in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(printing)
+        trainer = make_trainer(base, rows, settings, saved, of=of, resumed=resumed, callbacks=[tracker, *callbacks])
         with tracker:
-            run_trainer(trainer, args, checkpoint)
-        loss = trainer.summed() / max(1, trainer.state.global_step)
-        kept = keep_or_refuse(trainer, snapshot, settings, folder, loss, recorder)
+            run_trainer(trainer, checkpoint)
+        return save_trained(trainer, snapshot, settings, folder)
     finally:
         if not is_sharded():
             snapshot.restore(base if trainer is None else trainer.model)
-    return recorder.record | {"loss": round(loss, DECIMALS)} | kept
 
 
-def run_trainer(trainer: BookkeepingTrainer, args: SFTConfig, checkpoint: Path | None) -> None:
-    """Trains to the last step.
-
-    Raises:
-        InputError: too little memory, or a checkpoint that could run code.
-        StoppedError: something ended the training early.
-    """
+def run_trainer(trainer: BookkeepingTrainer, checkpoint: Path | None) -> None:
+    """Trains to the last step, and says what to do where memory or a checkpoint is in the way."""
+    args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UnpicklingError as error:
@@ -262,41 +225,34 @@ def run_trainer(trainer: BookkeepingTrainer, args: SFTConfig, checkpoint: Path |
         raise StoppedError(f"the training was ended after {done:,} of {planned:,} steps")
 
 
-def keep_or_refuse(
-    trainer: BookkeepingTrainer,
-    snapshot: BaseSnapshot,
-    settings: Settings,
-    folder: Path,
-    loss: float,
-    recorder: TrainingRecorder,
+def save_trained(
+    trainer: BookkeepingTrainer, snapshot: BaseSnapshot, settings: Settings, folder: Path
 ) -> dict[str, Any]:
-    """Saves what was trained if it is of use (collective).
+    """Saves what was trained, if it is of use, and returns what `train_expert` returns (collective)."""
+    record = trainer.recorder.record
+    loss = trainer.summed() / max(1, trainer.state.global_step)
+    sharded = is_sharded()  # then the main process gets the weights
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
+    weights, changed = settings.expert.trained_weights(state, snapshot.before, snapshot.learned)
 
-    Returns:
-        What `ExpertKind.save` adds to the record.
-
-    Raises:
-        TrainingFailedError: with the reason; nothing is saved.
-    """
-    head = settings.head
-    choices = len(head.labels) if head else trainer.model.config.get_text_config().vocab_size
-    curve = [value for _, value in recorder.record["loss_curve"]]
-    weights, changed = snapshot.trained(trainer)
-    # Squares too must be finite: a step of 1e30 may leave a finite loss and weights that nothing can be made of.
-    finite = all(tensor.float().square().sum().isfinite() for tensor in weights.values())
-    reason: str | None = broadcast(verdict(finite, changed, loss, curve, settings.args.learning_rate, choices))
-    kept: dict[str, Any] = {}
-    if PartialState().is_main_process:
+    def save() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
-        if reason is None:
-            try:
-                kept = settings.expert.save(trainer.model, snapshot.before, weights, folder)
-            except InputError as error:  # the other processes must hear of it
-                reason = str(error)
-    reason = broadcast(reason)
-    if reason is not None:
-        raise TrainingFailedError(reason)
-    return kept
+        head = settings.head
+        choices = len(head.labels) if head else trainer.model.config.get_text_config().vocab_size
+        curve = [value for _, value in record["loss_curve"]]
+        if reason := verdict(is_finite(weights), changed, loss, curve, settings.args.learning_rate, choices):
+            raise TrainingFailedError(reason)
+        try:
+            return settings.expert.save(trainer.model, snapshot.before, weights, folder)
+        except InputError as error:
+            raise TrainingFailedError(str(error)) from error
+
+    return record | {"loss": round(loss, DECIMALS)} | on_main_process(save)
+
+
+def is_finite(weights: Tensors) -> bool:
+    """True if all weights and their squares are finite: a step of 1e30 may leave weights that nothing can be made of."""
+    return all(tensor.float().square().sum().isfinite() for tensor in weights.values())
 
 
 def publish(folder: Path, record: Mapping[str, Any]) -> None:
@@ -320,26 +276,9 @@ def move(folder: Path) -> None:
 
 
 def finished(folder: Path, of: str) -> bool:
-    """True if `folder` is complete (collective); one that a crash left in its staging path is renamed into place first.
-
-    Args:
-        of: the `fingerprint` that its `training.json` must have.
-    """
+    """True if `folder` is complete (collective); a crash may have left it in its staging path, where `of` must identify it."""
     if PartialState().is_main_process and find_incomplete(folder) is not None:
         partial = staging_path(folder)
         if find_incomplete(partial) is None and read_json_or_empty(partial / "training.json").get("fingerprint") == of:
             move(folder)
     return bool(broadcast(find_incomplete(folder) is None))
-
-
-def load_trained(folder: Path) -> Expert:
-    """Loads the expert in `folder`.
-
-    Raises:
-        InputError: its files were modified.
-    """
-    if file := find_modified(folder):
-        raise InputError(
-            f"{folder / file} is not what was trained: it was modified. Restore it, or delete {folder} to train it again"
-        )
-    return load_expert(folder)

@@ -7,10 +7,10 @@ every result.
 import math
 import re
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -29,133 +29,75 @@ from m2m_hf.modeling.lora import lora_facts
 from m2m_hf.storage.files import digest_of, fingerprint, read_json_or_empty, staging_path
 from m2m_hf.training.bank import Bank, differing, lost_to_dtype
 from m2m_hf.training.experts import ExpertKind
-from m2m_hf.training.fine_tune import publish
+from m2m_hf.training.fine_tune import on_main_process
 
 OWN_HEAD = (
     "the average of heads that were trained on different labels has no meaning. Expected experts with the base model's head, or "
     "with none"
 )
 MAX_MOVED = 0.5  # of the norm of the base's weights: fine-tuning moves them by a few percent
-NAMING = (  # how the layers of an adapter were chosen
-    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-)  # fmt: skip
-
-
-def refuse_head(changed: Sequence[str], plan: HeadPlan | None, where: str) -> None:
-    """Refuses an expert that changed the head; `changed` names the modules or weights that it changes."""
-    kept = plan.untrained if plan is not None and plan.own is not None else None
-    if head := [name for name in changed if kept and re.fullmatch(kept, name)]:
-        raise InputError(f"{where} has trained {', '.join(head[:3])}: {OWN_HEAD}")
+UNTOLD = {  # what an adapter's own layers tell better: how they were chosen; and the task, which is often left out
+    f"lora_config.{key}"
+    for key in (
+        "task_type", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "fan_in_fan_out",
+    )
+}  # fmt: skip
 
 
 def check_sources(bank: Bank, sources: Mapping[str, str], key: str) -> None:
     """Refuses another source for an expert than the one it was taken from, or a source whose files have changed since.
 
-    Args:
-        sources: candidate -> where its expert is to be taken from.
-        key: `adapters` or `experts`.
+    `sources` is what the configuration has under `key`: candidate -> where its expert is to be taken from.
     """
-    for name, source in sources.items():
-        problem: str | None = None
-        if PartialState().is_main_process and (record := read_json_or_empty(bank.folder / name / "training.json")):
+
+    def check() -> dict[str, Any]:
+        for name, source in sources.items():
+            record = read_json_or_empty(bank.folder / name / "training.json")
             files = sorted(Path(source).expanduser().glob("*.safetensors"))
-            if record.get("source") != source:
+            if record and record.get("source") != source:
                 problem = f"came from {record['source']}" if record.get("source") else "was trained here"
-            elif files and record.get("source_files") not in (None, digest_of(*files)):
+            elif record and files and record.get("source_files") not in (None, digest_of(*files)):
                 problem = "differs from it: its files have changed since it was taken"
-        if problem := broadcast(problem):
+            else:
+                continue
             raise InputError(
                 f"{key}.{name}: {source} is to be taken, and the one in {bank.folder / name} {problem}. Restore the source, or "
                 f"delete {bank.folder / name} to take it again"
             )
+        return {}
+
+    on_main_process(check)
 
 
-class Importer(ABC):
-    """Imports experts of one kind into a bank.
+@dataclass(frozen=True)
+class AdapterImporter:
+    """Imports LoRA adapters that are on the `layers` of the base that this run's are on -> (in, out) features of each."""
 
-    Args:
-        plan: of the head of a classification run.
-    """
-
-    key: str  # of the configuration
-    noun: str  # what is imported
-    trust: str  # said of what was imported
-
-    def __init__(self, bank: Bank, plan: HeadPlan | None, terminal: Terminal) -> None:
-        self.bank, self.plan, self.terminal = bank, plan, terminal
-
-    def run(self, others: Mapping[str, tuple[str, Path]]) -> None:
-        """Imports experts.
-
-        Args:
-            others: candidate -> (source as configured, its folder).
-
-        Raises:
-            InputError: one that cannot be averaged with this run's.
-        """
-        for name, (source, folder) in others.items():
-            partial = staging_path(self.bank.folder / name)
-            if PartialState().is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            known, more = self.stage(name, folder, partial, f"{self.key}.{name}: {source}")
-            files = [partial / file for file in (*ADAPTER_FILES, DELTA_FILE) if (partial / file).exists()]
-            weights = broadcast(digest_of(*files) if PartialState().is_main_process else None)
-            facts, candidate = self.bank.facts[name], self.bank.candidates[name]
-            record = {
-                "candidate": name,
-                "fingerprint": fingerprint([facts, candidate.fingerprint, weights]),
-                "data": candidate.fingerprint,
-                "rows": len(candidate.rows),
-                "data_tokens": candidate.tokens,
-                "steps": 0,
-                "seconds": 0.0,
-                "source": source,
-                "source_files": digest_of(*sorted(folder.glob("*.safetensors"))),
-                "unknown": [fact for fact in facts if fact not in known],
-                **more,
-                "uniform": facts,
-            }
-            publish(self.bank.folder / name, record)
-        if others:
-            self.terminal.say(
-                f"imported {len(others)} {self.noun}{'s' * (len(others) > 1)}: {', '.join(others)}. {self.trust}",
-                "yellow",
-            )
-
-    @abstractmethod
-    def stage(self, name: str, folder: Path, partial: Path, where: str) -> tuple[set[str], dict[str, Any]]:
-        """Checks an expert and, on the main process, writes it to its staging path.
-
-        Returns:
-            (the facts that its files tell, what `training.json` adds)
-        """
-
-
-class AdapterImporter(Importer):
-    """Imports LoRA adapters that are on the layers `adapted`, as this run's are."""
-
-    key = "adapters"
-    noun = "adapter"
-    trust = (
+    plan: HeadPlan | None
+    terminal: Terminal
+    layers: Mapping[str, tuple[int, int]]
+    key: ClassVar[str] = "adapters"  # of the configuration
+    noun: ClassVar[str] = "adapter"  # what is imported
+    trust: ClassVar[str] = (  # what is said of it
         "Rank, scaling and layers were checked; base weights, data, learning rate, epochs, batch size, seed and "
         "versions cannot be checked"
     )
 
-    def __init__(
-        self, bank: Bank, plan: HeadPlan | None, terminal: Terminal, adapted: Mapping[str, tuple[int, int]]
-    ) -> None:
-        super().__init__(bank, plan, terminal)
-        self.adapted = adapted
+    def stage(
+        self, name: str, facts: Mapping[str, Any], folder: Path, partial: Path, where: str
+    ) -> tuple[set[str], dict[str, Any]]:
+        """Checks the expert in `folder`, and stages it.
 
-    def stage(self, name: str, folder: Path, partial: Path, where: str) -> tuple[set[str], dict[str, Any]]:
+        Returns:
+            (which of this run's facts its files tell, what `training.json` adds)
+        """
         adapter = Adapter.load(folder)
         refuse_head([*adapter.parts()], self.plan, where)
         self._check_layers(adapter, where)
-        # The layers themselves tell more than how they were named; the task is often left out.
-        ignored = {f"lora_config.{key}" for key in ("task_type", *NAMING)}
-        shape = {fact: value for fact, value in lora_facts(adapter.config).items() if fact not in ignored}
-        ours = {fact: value for fact, value in self.bank.facts[name].items() if fact in shape}
-        if differences := differing(ours, shape):
+        told = {fact: value for fact, value in lora_facts(adapter.config).items() if fact not in UNTOLD}
+        ours = {fact: value for fact, value in facts.items() if fact in told}
+        if differences := differing(ours, told):
             raise InputError(
                 f"{where} has another shape than this run's adapters: {'; '.join(differences)}. The final model is trained with "
                 "this run's shape: configure that of the adapters"
@@ -166,41 +108,34 @@ class AdapterImporter(Importer):
             partial.mkdir(parents=True)
             for file in ADAPTER_FILES:
                 shutil.copyfile(folder / file, partial / file)
-        return set(shape), {}
+        return set(told), {}
 
     def _check_layers(self, adapter: Adapter, where: str) -> None:
         layers = {layer: (a.shape[1], b.shape[0]) for layer, (a, b, _) in adapter.parts().items()}
-        different = sorted(layer for layer in {*layers, *self.adapted} if layers.get(layer) != self.adapted.get(layer))
+        different = sorted(layer for layer in {*layers, *self.layers} if layers.get(layer) != self.layers.get(layer))
         if different:
             first = different[0]
             actual = f"of (in, out) {layers[first]}" if first in layers else "not at all"
             raise InputError(
                 f"{where} adapts other layers than this run does, or those of another base model: {first} {actual}, expected "
-                f"{self.adapted.get(first, 'nothing there')}; {len(different)} such layers. See lora_target_modules"
+                f"{self.layers.get(first, 'nothing there')}; {len(different)} such layers. See lora_target_modules"
             )
 
 
-class ModelImporter(Importer):
+@dataclass(frozen=True)
+class ModelImporter:
     """Imports full fine-tunes: what each has changed of the base becomes an expert. `load` loads as the base was loaded."""
 
-    key = "experts"
-    noun = "fine-tune"
-    trust = (
+    plan: HeadPlan | None
+    terminal: Terminal
+    base: PreTrainedModel
+    load: Callable[[Path], PreTrainedModel]
+    key: ClassVar[str] = "experts"
+    noun: ClassVar[str] = "fine-tune"
+    trust: ClassVar[str] = (
         "Architecture and distance from the base were checked; data, learning rate, epochs, batch size, seed "
         "and versions cannot be checked"
     )
-
-    def __init__(
-        self,
-        bank: Bank,
-        plan: HeadPlan | None,
-        terminal: Terminal,
-        base: PreTrainedModel,
-        load: Callable[[Path], PreTrainedModel],
-    ) -> None:
-        super().__init__(bank, plan, terminal)
-        self.base, self.load = base, load
-        self.before = self._weights(base)
 
     def _weights(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The weights of a model, without a pooler, which nothing reads."""
@@ -211,35 +146,42 @@ class ModelImporter(Importer):
             if unread is None or not re.fullmatch(unread, name)
         }
 
-    def stage(self, name: str, folder: Path, partial: Path, where: str) -> tuple[set[str], dict[str, Any]]:
-        after = self._weights(self._load(folder, where))
-        if [(key, one.shape) for key, one in self.before.items()] != [(key, one.shape) for key, one in after.items()]:
-            different = sorted({*self.before} ^ {*after}) or ["shapes"]
+    def stage(
+        self, name: str, facts: Mapping[str, Any], folder: Path, partial: Path, where: str
+    ) -> tuple[set[str], dict[str, Any]]:
+        """See `AdapterImporter.stage`."""
+        before, after = self._weights(self.base), self._weights(self._load_other(folder, where))
+        if [(key, one.shape) for key, one in before.items()] != [(key, one.shape) for key, one in after.items()]:
+            different = sorted({*before} ^ {*after}) or ["shapes"]
             raise InputError(f"{where} has other weights than the base model: {', '.join(different[:3])}")
-        changed = [key for key, weight in self.before.items() if not torch.equal(weight, after[key])]
-        self._check_changed(changed, self.bank.facts[name]["trained_parameters"], where)
-        moved = self._distance(after, changed, where)
+        changed = [key for key, weight in before.items() if not torch.equal(weight, after[key])]
+        self._check_changed(changed, facts["trained_parameters"], where)
+        size = math.sqrt(sum(float(weight.double().square().sum()) for weight in before.values()))
+        squares = (float((after[key].double() - before[key].double()).square().sum()) for key in changed)
+        moved = math.sqrt(sum(squares)) / size
+        if not changed or not moved < MAX_MOVED:
+            reason = "expected a fine-tune of the base model" if changed else "it is the base itself"
+            raise InputError(f"{where} differs from the base weights by {100 * moved:.0f} % of their norm: {reason}")
         self.terminal.say(
-            f"  {name}: {len(changed)} of {len(self.before)} weights changed, by {moved:.2%} of the base's", "dim"
+            f"  {name}: {len(changed)} of {len(before)} weights changed, by {moved:.2%} of the base's", "dim"
         )
-        kept: dict[str, Any] = {}
-        if PartialState().is_main_process:
-            try:
-                kept = save_delta(partial, self.before, after, self.bank.facts[name]["delta_dtype"])
-            except InputError as error:  # the other processes must hear of it
-                kept = {"reason": str(error)}
-        kept = broadcast(kept)
-        if "reason" in kept:
-            raise InputError(f"{where}: {kept['reason']}")
-        if warning := lost_to_dtype(kept):
-            self.terminal.say(f"  {name}: {warning}", "yellow")
-        return {"base_model", "dtype", "data_format"}, {"kept": kept}
 
-    def _load(self, folder: Path, where: str) -> PreTrainedModel:
+        def save() -> dict[str, Any]:
+            try:
+                return {"kept": save_delta(partial, before, after, facts["delta_dtype"])}
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+
+        record = on_main_process(save)
+        if warning := lost_to_dtype(record):
+            self.terminal.say(f"  {name}: {warning}", "yellow")
+        return {"base_model", "dtype", "data_format"}, record
+
+    def _load_other(self, folder: Path, where: str) -> PreTrainedModel:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model = self.load(folder)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, InputError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = first_line(error)
             raise InputError(f"{where} cannot be loaded as the base model is ({reason[:300]})") from error
         architecture = next(iter(config.architectures or ()), "")
@@ -257,27 +199,58 @@ class ModelImporter(Importer):
                 f"as {', '.join(frozen[:3])}; set the pattern that it was trained with"
             )
 
-    def _distance(self, after: Mapping[str, torch.Tensor], changed: Sequence[str], where: str) -> float:
-        """Returns how far the weights moved, as a share of the base's norm; refuses what is no fine-tune of the base."""
-        size = math.sqrt(sum(float(weight.double().square().sum()) for weight in self.before.values()))
-        squares = (float((after[key].double() - self.before[key].double()).square().sum()) for key in changed)
-        moved = math.sqrt(sum(squares)) / size
-        if not changed or not moved < MAX_MOVED:
-            reason = "expected a fine-tune of the base model" if changed else "it is the base itself"
-            raise InputError(f"{where} differs from the base weights by {100 * moved:.0f} % of their norm: {reason}")
-        return moved
+
+def refuse_head(changed: Sequence[str], plan: HeadPlan | None, where: str) -> None:
+    """Refuses an expert that changed the head; `changed` names the modules or weights that it changes."""
+    kept = plan.untrained if plan is not None and plan.own is not None else None
+    if head := [name for name in changed if kept and re.fullmatch(kept, name)]:
+        raise InputError(f"{where} has trained {', '.join(head[:3])}: {OWN_HEAD}")
 
 
-def make_importer(
-    kind: ExpertKind,
+def import_experts(
     bank: Bank,
+    others: Mapping[str, tuple[str, Path]],
+    kind: ExpertKind,
     plan: HeadPlan | None,
     terminal: Terminal,
     adapted: Callable[[LoraConfig], Mapping[str, tuple[int, int]]],
     base: Callable[[], PreTrainedModel],
     load: Callable[[Path], PreTrainedModel],
-) -> Importer:
-    """Makes what imports experts of this kind; `adapted` gives the layers that a LoRA shape adapts."""
+) -> None:
+    """Imports experts of one kind into the bank.
+
+    Args:
+        others: candidate -> (source as configured, its folder).
+        plan: of the head of a classification run.
+        adapted: gives the layers that a LoRA shape adapts -> (in, out) features of each.
+        base: gives the base model.
+        load: loads a model as the base was loaded.
+
+    Raises:
+        InputError: one that cannot be averaged with this run's.
+    """
+    if not others:
+        return
+    importer: AdapterImporter | ModelImporter
     if kind.lora is not None:
-        return AdapterImporter(bank, plan, terminal, adapted(kind.lora))
-    return ModelImporter(bank, plan, terminal, base(), load)
+        importer = AdapterImporter(plan, terminal, adapted(kind.lora))
+    else:
+        importer = ModelImporter(plan, terminal, base(), load)
+    for name, (source, folder) in others.items():
+        facts, partial = bank.facts[name], staging_path(bank.folder / name)
+        if PartialState().is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        told, more = importer.stage(name, facts, folder, partial, f"{importer.key}.{name}: {source}")
+        files = [partial / file for file in (*ADAPTER_FILES, DELTA_FILE) if (partial / file).exists()]
+        weights = broadcast(digest_of(*files) if PartialState().is_main_process else None)
+        record = {
+            "steps": 0,
+            "seconds": 0.0,
+            "source": source,
+            "source_files": digest_of(*sorted(folder.glob("*.safetensors"))),
+            "unknown": [fact for fact in facts if fact not in told],
+            **more,
+        }
+        bank.publish(name, fingerprint([facts, bank.candidates[name].fingerprint, weights]), record)
+    noun = f"{importer.noun}s" if len(others) > 1 else importer.noun
+    terminal.say(f"imported {len(others)} {noun}: {', '.join(others)}. {importer.trust}", "yellow")

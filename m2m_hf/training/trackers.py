@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import (
     TensorBoardCallback,
     TrackioCallback,
@@ -29,16 +29,15 @@ from m2m_hf.storage.files import fingerprint
 MAX_NAME = 80  # characters of a run's name, which is also TensorBoard's folder
 
 
-def check_trackers(args: SFTConfig) -> None:
-    """Makes every tracker that `report_to` names once.
+def make_trackers(args: SFTConfig) -> list[Any]:
+    """Makes the callback of every tracker that `report_to` names.
 
     Raises:
         InputError: one is unknown, or not installed.
     """
     try:
         with captured_output():
-            for kind in get_reporting_integration_callbacks(args.report_to):
-                kind()
+            return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
     except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"report_to: {error}") from error
 
@@ -87,42 +86,38 @@ class Tracker(TrainerCallback):
         out, run = Path(args.output_dir).absolute(), run[:MAX_NAME]
         boards = os.environ.get("TENSORBOARD_LOGGING_DIR")
         self._group = tracker_group(args)
+        self._board = Path(boards).expanduser() / self._group / run if boards else out / "tensorboard" / run
+        self._id = fingerprint([str(out), run, of])
         self._args = copy.deepcopy(args)
         self._args.run_name = f"{self._group}/{run}"
         if self._args.trackio_static_space_id is None:
             self._args.trackio_static_space_id = False  # None would make a Space of every run that ends
-        self._board = Path(boards).expanduser() / self._group / run if boards else out / "tensorboard" / run
-        self._id = fingerprint([str(out), run, of])
+        self._trackers = make_trackers(args) if enabled else []
         self._begun = False
-        with captured_output():
-            kinds = get_reporting_integration_callbacks(args.report_to) if enabled else []
-            self._callbacks: list[Any] = [kind() for kind in kinds]
 
-    def _each(self, call: Callable[[Any], None]) -> None:
-        """Calls every tracker. One that fails is dropped, and the run goes on."""
-        for callback in list(self._callbacks):
+    def _each(self, tell: Callable[[Any], None]) -> None:
+        """Tells every tracker. One that fails is dropped, and the run goes on."""
+        for tracker in list(self._trackers):
             try:
                 with captured_output():
-                    call(callback)
+                    tell(tracker)
             except Exception as error:  # whatever a tracker, or the network behind it, raises
-                self._callbacks.remove(callback)
-                name = type(callback).__name__.removesuffix("Callback")
+                self._trackers.remove(tracker)
+                name = type(tracker).__name__.removesuffix("Callback")
                 Terminal().say(
                     f"report_to: {name} failed, and is told nothing more of {self._args.run_name}: {error}", "yellow"
                 )
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._begun = True
 
-        def begin(callback: Any) -> None:
-            if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = str(self._board)
-            if isinstance(callback, WandbCallback):  # it would log to a run that is open
-                if callback._wandb.run is not None:
+        def begin(tracker: Any) -> None:
+            if isinstance(tracker, TensorBoardCallback):
+                tracker.logging_dir = str(self._board)
+            if isinstance(tracker, WandbCallback):  # it would log to a run that is open
+                if tracker._wandb.run is not None:
                     raise RuntimeError("another W&B run is active in this process; it is left as it is")
-                callback._wandb.init(
+                tracker._wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "huggingface"),
                     name=self._args.run_name,
                     group=self._group,
@@ -130,31 +125,24 @@ class Tracker(TrainerCallback):
                     resume="allow",
                     settings={"silent": True, "console": "off"},
                 )
-            callback.on_train_begin(self._args, state, control, **kwargs)
-            if isinstance(callback, TrackioCallback):  # it has no argument for the group
-                callback._trackio.config["_Group"] = self._group
+            tracker.on_train_begin(self._args, state, control, **kwargs)
+            if isinstance(tracker, TrackioCallback):  # it has no argument for the group
+                tracker._trackio.config["_Group"] = self._group
 
         self._each(begin)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs: Any
     ) -> None:
-        self._each(lambda callback: callback.on_log(self._args, state, control, logs=dict(logs or {}), **kwargs))
+        self._each(lambda tracker: tracker.on_log(self._args, state, control, logs=dict(logs), **kwargs))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._begun = False
 
-        def end(callback: Any) -> None:
-            callback.on_train_end(self._args, state, control, **kwargs)
-            if isinstance(callback, WandbCallback):
-                callback._wandb.finish()  # or the next run would continue this one
+        def end(tracker: Any) -> None:
+            tracker.on_train_end(self._args, state, control, **kwargs)
+            if isinstance(tracker, WandbCallback):
+                tracker._wandb.finish()  # or the next run would continue this one
 
         self._each(end)
 
@@ -167,19 +155,16 @@ class Tracker(TrainerCallback):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the numbers of a step; the prefixes `eval_` and `test_` put a name under that heading."""
-        state = TrainerState(global_step=step)
+        state, control = TrainerState(global_step=step), TrainerControl()
         if not self._begun:
-            self.on_train_begin(self._args, state, TrainerControl(), model=None)
-        self.on_log(self._args, state, TrainerControl(), logs=dict(values))
+            self.on_train_begin(self._args, state, control, model=None)
+        self.on_log(self._args, state, control, values)
 
 
 class SearchTracker(SearchCallback):
     """Tells the trackers of a search: the score of every mixture and the best so far, from the first mixture on.
 
     It tells nothing of a search that the journal answers, since the trackers know that one.
-
-    Args:
-        tracker: the run in the trackers.
     """
 
     def __init__(self, tracker: Tracker) -> None:

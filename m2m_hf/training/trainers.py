@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
@@ -34,15 +26,27 @@ from m2m_hf.storage.files import staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files
 from m2m_hf.training.experts import ExpertKind
 
+DECIMALS = 6  # of a loss: more would tell how often its sum was interrupted
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is fine-tuned: everything but the base model and the rows."""
+
+    args: SFTConfig
+    processing: Any  # the tokenizer, or the image processor
+    expert: ExpertKind
+    head: Head | None = None  # of a classifier
+    limit: int = 0  # tokens that a classifier's text is cut to
+    among: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # its datasets -> the labels that their rows may have
+
 
 class Collate:
-    """Makes a batch of training rows: the model's inputs, `labels` (places in the head) and `allowed`, of shape (rows, labels).
+    """Makes a batch of a classifier's rows: the model's inputs, `labels` (places in the head) and `allowed` (rows, labels).
 
-    Args:
-        processing: the tokenizer, or the image processor.
-        head: the run's.
-        among: `source` -> the labels that a row of it may have; without effect where the label space is closed.
-        limit: tokens that a text is cut to.
+    Where the label space is closed, a row may have any label, whatever `among` says of its dataset.
     """
 
     def __init__(self, processing: Any, head: Head, among: Mapping[str, Sequence[str]], limit: int) -> None:
@@ -63,9 +67,8 @@ class Collate:
 class TrainingRecorder(TrainerCallback):
     """Records what a training run really used; `record` is what goes into `training.json`.
 
-    `record` holds: `steps`, `epochs`, `tokens` (seen, padding excluded), `seconds`, `loss` (mean over the run),
-    `loss_curve` ([step, loss] pairs), and `peak_memory_bytes` (allocated on the accelerator; on a CPU the highest resident
-    size that the process has had).
+    `record` holds: `steps`, `epochs`, `tokens` (seen, padding excluded), `seconds`, `loss_curve` ([step, loss] pairs), and
+    `peak_memory_bytes` (allocated on the accelerator; on a CPU the highest resident size that the process has had).
 
     Args:
         before: seconds spent on the same training before it was interrupted.
@@ -81,16 +84,12 @@ class TrainingRecorder(TrainerCallback):
         """Spent so far."""
         return round(self._before + time.monotonic() - self._start, 3)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.record = {
             "steps": state.global_step,
             "epochs": round(state.epoch or 0.0, 4),
@@ -112,94 +111,35 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Checkpoints(TrainerCallback):
-    """Marks a checkpoint as complete when everything in it is written, and adds what resuming exactly needs.
-
-    There is none at the last step: the Trainer would resume from it with one step too many.
-
-    Args:
-        of: fingerprint of what is trained; another training does not resume from its checkpoints.
-        recorder: of the same training.
-        losses: gives the losses of all steps so far (collective).
-    """
-
-    def __init__(self, of: str, recorder: TrainingRecorder, losses: Callable[[], dict[str, Any]]) -> None:
-        self._of, self._recorder, self._losses = of, recorder, losses
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-
-    on_epoch_end = on_step_end
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        losses = self._losses()
-        PartialState().wait_for_everyone()  # every process writes the state of its random numbers
-        if PartialState().is_main_process:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            for old in (folder / COMPLETE, staging_path(folder / COMPLETE)):  # of a checkpoint that was killed here
-                old.unlink(missing_ok=True)
-            sync(folder)
-            known = {
-                "of": self._of,
-                "steps": state.global_step,
-                "seconds": self._recorder.seconds,
-                "losses": losses,
-            }
-            write_json(folder / COMPLETE, known | {"files": describe_files(folder)})
-
-
 class BankProgress(TrainerCallback):
-    """Moves one bar through the training of a whole bank.
-
-    Args:
-        bar: counts optimizer steps.
-        before: steps that the bar had done when this training began.
-        note: what is being trained.
-    """
+    """Moves one bar of optimizer steps through all trainings of a bank; `before` were done when this one began."""
 
     def __init__(self, bar: Bar, before: int, note: str) -> None:
         self._bar, self._before, self._note = bar, before, note
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._bar.update(self._before + state.global_step, self._note)
 
 
-DECIMALS = 6  # of a loss: more would tell how often its sum was interrupted
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is fine-tuned: everything but the base model and the rows.
-
-    Args:
-        args: the Trainer's.
-        processing: the tokenizer, or the image processor.
-        expert: the kind of expert, with its own settings.
-        head: of a classifier; None for a causal LM.
-        limit: tokens that a classifier's text is cut to.
-        among: dataset of a classifier -> the labels that its rows may have.
-    """
-
-    args: SFTConfig
-    processing: Any
-    expert: ExpertKind
-    head: Head | None = None
-    limit: int = 0
-    among: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-
 class BookkeepingTrainer(Trainer):
-    """What both trainers add to transformers': checkpoints of the adapter alone, and a sum of all losses.
+    """What both trainers add to transformers': checkpoints that a training resumes from exactly, and a sum of all losses.
 
     The Trainer forgets the losses before a checkpoint, and drops those that are not finite; here the logged losses are the same
-    whether or not training was interrupted. With an adapter, the Trainer would ask the Hub for the base model's vocabulary at
-    every checkpoint.
+    whether or not training was interrupted. `of` identifies the training that a checkpoint belongs to; `resumed` is the
+    `checkpoint_complete.json` to go on from, or empty.
     """
 
-    loss_sum: Any = 0.0
-    logged_step: int = 0
-    logged_sum: float = 0.0
+    def __init__(
+        self, of: str, resumed: Mapping[str, Any], callbacks: Sequence[TrainerCallback], **kwargs: Any
+    ) -> None:
+        self.recorder = TrainingRecorder(resumed.get("seconds", 0.0))
+        super().__init__(callbacks=[self.recorder, *callbacks], **kwargs)
+        self.remove_callback(PrinterCallback)
+        self._of = of
+        losses = resumed.get("losses", {})
+        self._loss_sum: Any = losses.get("loss_sum", 0.0)
+        self._logged_step: int = losses.get("logged_step", 0)
+        self._logged_sum: float = losses.get("logged_sum", 0.0)
 
     @property
     def _precision(self) -> torch.dtype:
@@ -207,17 +147,40 @@ class BookkeepingTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self.loss_sum = self.loss_sum + loss.detach().to(self._precision)
+        self._loss_sum = self._loss_sum + loss.detach().to(self._precision)
         return loss
+
+    def summed(self) -> float:
+        """Returns the sum of the losses of all steps so far, averaged over the processes (collective)."""
+        total = torch.as_tensor(self._loss_sum, dtype=self._precision, device=self.args.device)
+        return float(self.accelerator.gather(total).mean())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             step, total = self.state.global_step, self.summed()
-            logs = logs | {"loss": round((total - self.logged_sum) / max(1, step - self.logged_step), DECIMALS)}
-            self.logged_step, self.logged_sum = step, total
+            mean = (total - self._logged_sum) / max(1, step - self._logged_step)
+            logs = logs | {"loss": round(mean, DECIMALS)}
+            self._logged_step, self._logged_sum = step, total
         super().log(logs, *args, **kwargs)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint, and marks it as complete when everything in it is written."""
+        step = self.state.global_step
+        if step >= self.state.max_steps:
+            return  # the Trainer would resume from it with one step too many
+        super()._save_checkpoint(model, trial)
+        losses = {"loss_sum": self.summed(), "logged_step": self._logged_step, "logged_sum": self._logged_sum}
+        PartialState().wait_for_everyone()  # every process writes the state of its random numbers
+        if PartialState().is_main_process:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            for old in (folder / COMPLETE, staging_path(folder / COMPLETE)):  # of a checkpoint that was killed here
+                old.unlink(missing_ok=True)
+            sync(folder)
+            known = {"of": self._of, "steps": step, "seconds": self.recorder.seconds, "losses": losses}
+            write_json(folder / COMPLETE, known | {"files": describe_files(folder)})
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Saves the adapter alone: the Trainer would ask the Hub for the base model's vocabulary at every checkpoint."""
         if self.args.should_save and isinstance(self.model, PeftModel):
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
         elif self.args.should_save:
@@ -225,15 +188,6 @@ class BookkeepingTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes none: nobody reads a checkpoint's."""
-
-    def summed(self) -> float:
-        """Returns the sum of the losses of all steps so far, averaged over the processes (collective)."""
-        total = torch.as_tensor(self.loss_sum, dtype=self._precision, device=self.args.device)
-        return float(self.accelerator.gather(total).mean())
-
-    def losses(self) -> dict[str, Any]:
-        """Returns what a resumed training must know of the losses before it (collective)."""
-        return {"loss_sum": self.summed(), "logged_step": self.logged_step, "logged_sum": self.logged_sum}
 
 
 class CompletionTrainer(BookkeepingTrainer, SFTTrainer):
@@ -260,6 +214,22 @@ class LabelTrainer(BookkeepingTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def make_trainer(
+    base: PreTrainedModel, rows: Dataset, settings: Settings, saved: Path, **bookkeeping: Any
+) -> BookkeepingTrainer:
+    """Makes the Trainer that the settings ask for, over the base with an adapter on it or with its parameters free."""
+    args = arguments(settings, saved)
+    set_seed(args.seed)
+    head = settings.head
+    adapter = settings.expert.prepare(base, None if head is None else head.plan)
+    common = {"args": args, "train_dataset": rows, "processing_class": settings.processing, **bookkeeping}
+    if head is None:
+        return CompletionTrainer(model=base, peft_config=adapter, **common)
+    collate = Collate(settings.processing, head, settings.among, settings.limit)
+    model = base if adapter is None else get_peft_model(base, adapter)
+    return LabelTrainer(head, model=model, data_collator=collate, **common)
+
+
 def arguments(settings: Settings, saved: Path) -> SFTConfig:
     """The Trainer's arguments for one training, whose checkpoints go to `saved`."""
     args = copy.deepcopy(settings.args)
@@ -279,23 +249,3 @@ def arguments(settings: Settings, saved: Path) -> SFTConfig:
         if settings.head.plan.task == "image_classification":
             args.include_num_input_tokens_seen = "no"
     return args
-
-
-def make_trainer(
-    base: PreTrainedModel, rows: Dataset, settings: Settings, args: SFTConfig, callbacks: Sequence[TrainerCallback]
-) -> BookkeepingTrainer:
-    """Makes the Trainer that the settings ask for, over the base with an adapter on it or with its parameters free."""
-    set_seed(args.seed)
-    head = settings.head
-    adapter = settings.expert.prepare(base, None if head is None else head.plan)
-    common: dict[str, Any] = {
-        "args": args,
-        "train_dataset": rows,
-        "processing_class": settings.processing,
-        "callbacks": list(callbacks),
-    }
-    if head is None:
-        return CompletionTrainer(model=base, peft_config=adapter, **common)
-    collate = Collate(settings.processing, head, settings.among, settings.limit)
-    model = base if adapter is None else get_peft_model(base, adapter)
-    return LabelTrainer(head, model=model, data_collator=collate, **common)

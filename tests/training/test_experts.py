@@ -20,7 +20,6 @@ from trl import SFTConfig, SFTTrainer
 
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.full_experts import FullExpert
-from m2m_hf.training.experts import KINDS
 
 FLAGS = {"lora": (), "full": ("--expert", "full", "--learning_rate", "1e-3")}
 
@@ -37,34 +36,28 @@ def levit(tmp_path):
     return tmp_path / "levit"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FLAGS)
 def test_a_training_gives_the_base_back_with_its_statistics(pictures_of, levit, kind):
+    """Also one whose Trainer could not be made."""
     run = images(pictures_of(levit, "all-linear"), *FLAGS[kind])
     before = {name: tensor.clone() for name, tensor in run.run.base.model.state_dict().items()}
     assert {tensor.dtype for tensor in before.values()} >= {torch.int64, torch.float32}
-    run.train_adapters()
-    after = run.run.base.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert isinstance(run.run.bank.load()["warm"], {"lora": Adapter, "full": FullExpert}[kind])
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_trainer_that_cannot_be_made_leaves_nothing_on_the_base(intents, monkeypatch, kind):
-    run = searcher(intents, *FLAGS[kind])
-    before = {name: tensor.clone() for name, tensor in run.run.base.model.state_dict().items()}
+    def is_untouched() -> bool:
+        after = run.run.base.model.state_dict()
+        return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
     def fails(self, head, **kwargs):
         raise ValueError("not today")
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("m2m_hf.training.trainers.LabelTrainer.__init__", fails)
         with pytest.raises(ValueError, match="not today"):
             run.train_adapters()
-    after = run.run.base.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert is_untouched()
     run.train_adapters()
+    assert is_untouched()
+    assert isinstance(run.run.bank.load()["warm"], {"lora": Adapter, "full": FullExpert}[kind])
 
 
 def test_changed_statistics_alone_are_nothing_learned(pictures_of, resnet, capsys):
@@ -81,21 +74,22 @@ def test_what_an_expert_depends_on_is_among_its_facts(intents, flags):
     assert facts != searcher(intents, *FLAGS["full"], *flags).run.facts
 
 
-@pytest.mark.parametrize("where", ["final", "candidate"])
-def test_full_experts_refuse_the_shape_of_an_adapter(intents, capsys, where):
-    config = changed(intents)
-    if where == "final":
-        changed(intents, final={"lora_r": 64})
-    else:
-        config["candidates"]["noise"]["training"] = {"lora_r": 64}
-        changed(intents, candidates=config["candidates"], allow_mixed_training=True)
-    assert m2m("adapters", "--config", intents / "intents.yaml", "--expert", "full") == 2
-    assert "lora_r: belongs to expert: lora" in capsys.readouterr().err
-
-
-def test_full_experts_refuse_a_quantised_base(project, capsys):
-    assert m2m("adapters", "--config", project / "run.yaml", "--expert", "full", "--load_in_4bit", "true") == 2
-    assert "expert: full trains the base's own weights" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"final": {"lora_r": 64}}, "final.lora_r: belongs to expert: lora"),
+        ({"training": {"lora_r": 64}}, "training.lora_r: belongs to expert: lora"),
+        ({"load_in_4bit": True}, "expert: full trains the base's own weights"),
+    ],
+)
+def test_full_experts_refuse_what_belongs_to_adapters(project, capsys, change, words):
+    config = changed(project, "run", expert="full")
+    if "training" in change:
+        config["candidates"]["gamma"] |= change
+        change = {"candidates": config["candidates"], "allow_mixed_training": True}
+    changed(project, "run", **change)
+    assert m2m("adapters", "--config", project / "run.yaml") == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_full_fine_tune_of_a_language_model_is_that_of_trl(project, capsys):

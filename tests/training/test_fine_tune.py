@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import language_searcher
-from safetensors.torch import load_file
+from pico import language_searcher, m2m, trials
 from transformers import TrainerCallback
 
 from m2m_hf import InputError
-from m2m_hf.cli.main import main
 from m2m_hf.errors import StoppedError
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.storage.files import staging_path
@@ -21,11 +19,11 @@ from m2m_hf.training.fine_tune import finished, last_checkpoint, publish, train_
 TIMES = {"seconds", "peak_memory_bytes"}
 
 
+END = 7  # steps of a training here
+
+
 class Killed(BaseException):
     """Nothing that any code expects."""
-
-
-END = 7  # steps of a training here
 
 
 class KillAt(TrainerCallback):
@@ -91,25 +89,12 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(checkpointed, tmp_p
         train(checkpointed, tmp_path / "killed", [KillAt(5)])
     last = tmp_path / "killed.checkpoints" / "checkpoint-4"
     of = json.loads((last / COMPLETE).read_text())["of"]
-    assert last_checkpoint(tmp_path / "killed.checkpoints", of) == last
-    assert last_checkpoint(tmp_path / "killed.checkpoints", "other") is None
+    assert last_checkpoint(last.parent, of) == last
+    assert last_checkpoint(last.parent, "other") is None
     content = (last / damage).read_bytes()
-    (last / damage).write_bytes(content[: len(content) // 2])
-    assert last_checkpoint(tmp_path / "killed.checkpoints", of) == tmp_path / "killed.checkpoints" / "checkpoint-2"
-    (last / damage).write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert last_checkpoint(tmp_path / "killed.checkpoints", of) in (
-        tmp_path / "killed.checkpoints" / "checkpoint-2",
-        None,
-    )
-
-
-def test_another_training_does_not_go_on_from_a_checkpoint(checkpointed, tmp_path):
-    with pytest.raises(Killed):
-        train(checkpointed, tmp_path / "killed", [KillAt(5)], of="one")
-    train(checkpointed, tmp_path / "killed", of="other")
-    train(checkpointed, tmp_path / "whole", of="other")
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("killed", "whole"))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for spoilt in (content[: len(content) // 2], bytes([content[0] ^ 1]) + content[1:]):
+        (last / damage).write_bytes(spoilt)
+        assert last_checkpoint(last.parent, of) == last.with_name("checkpoint-2")
 
 
 def test_what_is_published_is_whole(tmp_path):
@@ -120,6 +105,10 @@ def test_what_is_published_is_whole(tmp_path):
     assert find_incomplete(folder) is None
     assert find_modified(folder) is None
     assert finished(folder, "f")
+    folder.rename(staging_path(folder))  # as a crash leaves what was finished just before
+    assert not finished(folder, "another")
+    assert finished(folder, "f")
+    assert not staging_path(folder).exists()
     (folder / "weights").write_bytes(b"12346")
     assert find_incomplete(folder) is None
     assert find_modified(folder) == "weights"
@@ -128,18 +117,6 @@ def test_what_is_published_is_whole(tmp_path):
     (folder / "training.json").write_text('{"fingerprint": "f"')
     assert find_incomplete(folder) == "training.json is missing or incomplete"
     assert not finished(folder, "f")
-
-
-def test_what_was_finished_before_a_crash_is_moved_to_its_place(tmp_path):
-    folder = tmp_path / "model"
-    staging_path(folder).mkdir()
-    (staging_path(folder) / "weights").write_bytes(b"12345")
-    publish(folder, {"fingerprint": "f"})
-    folder.rename(staging_path(folder))
-    assert not finished(folder, "another")
-    assert finished(folder, "f")
-    assert find_incomplete(folder) is None
-    assert not staging_path(folder).exists()
 
 
 def test_a_training_that_does_not_fit_into_memory_says_what_to_change(checkpointed, tmp_path):
@@ -179,18 +156,13 @@ def test_verdicts():
 def one_fails(project):
     """A configuration in which gamma's training diverges."""
     path = project / "run.yaml"
-    path.write_text(
-        path.read_text().replace(
-            "data_files: gamma.jsonl}",
-            "data_files: gamma.jsonl, training: {learning_rate: 1.0e+30, max_grad_norm: 0.0}}",
-        )
-        + "allow_mixed_training: true\n"
-    )
+    diverging = "gamma.jsonl, training: {learning_rate: 1.0e+30, max_grad_norm: 0.0}}"
+    path.write_text(path.read_text().replace("gamma.jsonl}", diverging) + "allow_mixed_training: true\n")
     return path
 
 
 def test_a_candidate_whose_training_fails_is_in_no_mixture_and_the_run_goes_on(one_fails, project, capsys):
-    assert main(["select", "--config", str(one_fails)]) == 0
+    assert m2m("select", "--config", one_fails) == 0
     printed = capsys.readouterr().out
     assert "gamma: failed: it diverged" in printed
     assert "gamma is in no mixture: the training of its adapter failed: it diverged" in printed
@@ -201,36 +173,35 @@ def test_a_candidate_whose_training_fails_is_in_no_mixture_and_the_run_goes_on(o
     assert set(summary["best"]["mixture"]) <= {"alpha", "beta"}
     assert summary["space"]["names"] == ["alpha", "beta"]
     assert set(summary["all"]["mixture"]) == {"alpha", "beta"}
-    lines = [json.loads(line) for line in (project / "out" / "trials.jsonl").read_text().splitlines()]
-    (failed,) = [line for line in lines if line["state"] == "failed"]
+    (failed,) = [line for line in trials(project / "out") if line["state"] == "failed"]
     assert failed["names"] == ["gamma"]
     assert "diverged" in failed["reason"]
-    assert main(["select", "--config", str(one_fails)]) == 0
+    assert m2m("select", "--config", one_fails) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert main(["report", str(project / "out")]) == 0
+    assert m2m("report", project / "out") == 0
 
 
 def test_a_required_candidate_must_not_fail(one_fails, capsys):
     one_fails.write_text(one_fails.read_text().replace("training: {", "required: true, training: {"))
-    assert main(["select", "--config", str(one_fails)]) == 2
+    assert m2m("select", "--config", one_fails) == 2
     assert "candidates.gamma: it is required, but has no adapter: it diverged" in capsys.readouterr().err
 
 
 def test_an_adapter_that_a_crash_cut_short_is_trained_again_and_one_that_was_changed_is_refused(finished, capsys):
-    run = str(finished / "run.yaml")
-    trials = (finished / "out" / "trials.jsonl").read_bytes()
+    run, journal = finished / "run.yaml", finished / "out" / "trials.jsonl"
+    scored = journal.read_bytes()
     weights = finished / "out" / "adapters" / "beta" / "adapter_model.safetensors"
     content = weights.read_bytes()
     for path in (weights, weights.with_name("training.json"), weights.with_name("adapter_config.json")):
         path.write_bytes(path.read_bytes()[:-2])
         capsys.readouterr()
-        assert main(["search", "--config", run]) == 0
+        assert m2m("search", "--config", run) == 0
         assert "its adapter is trained again" in capsys.readouterr().out
         assert weights.read_bytes() == content
-        assert (finished / "out" / "trials.jsonl").read_bytes() == trials
+        assert journal.read_bytes() == scored
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=r"adapter_model\.safetensors is not what was trained"):
         language_searcher(finished).run.bank.load()
     shutil.rmtree(weights.parent)
-    assert main(["search", "--config", run]) == 0
+    assert m2m("search", "--config", run) == 0
     assert weights.read_bytes() == content

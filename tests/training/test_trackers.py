@@ -5,11 +5,10 @@ import sqlite3
 
 import pytest
 import wandb
-from pico import candidate_rows, m2m, write_rows
+from pico import candidate_rows, m2m, trials, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m2m_hf.config.parsing import parse
-from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.errors import InputError
 from m2m_hf.searcher import MergeToMixSearcher
 from m2m_hf.training.trackers import Tracker, tracker_group
@@ -51,7 +50,7 @@ def test_all_is_one_group(project, kept_here, capsys):
         assert [step for step, _ in told] == [step for step, _ in losses]
         assert [loss for _, loss in told] == pytest.approx([loss for _, loss in losses], abs=1e-5)
     assert len(curve(out / "tensorboard" / "final", "train/loss")) == 3
-    scores = [json.loads(line)["score"] for line in (out / "trials.jsonl").read_text().splitlines()]
+    scores = [one["score"] for one in trials(out)]
     told = [value for _, value in curve(out / "tensorboard" / "search", "eval/score")]
     assert sorted(told) == pytest.approx(sorted(scores[1:]))  # all but the base model's
     best = [value for _, value in curve(out / "tensorboard" / "search", "eval/best_score")]
@@ -80,19 +79,16 @@ def test_all_is_one_group(project, kept_here, capsys):
 
 @pytest.mark.parametrize(("given", "words"), [("tensorbord", "tensorbord"), ("comet_ml", "comet")])
 def test_a_tracker_that_is_none_or_not_installed_is_refused_before_anything_is_done(project, given, words):
-    config, args, model_args = parse(project / "run.yaml", values={"report_to": given})
-    assert isinstance(config, MergeToMixConfig)
     with pytest.raises(InputError, match=f"report_to: .*{words}"):
-        MergeToMixSearcher(config, args, model_args)
+        MergeToMixSearcher.from_yaml(project / "run.yaml", report_to=given)
     assert not (project / "out").exists()
 
 
 def test_runs_of_one_name_in_two_folders_are_two_groups(project):
-    groups = {
-        tracker_group(parse(project / "run.yaml", values={"output_dir": str(project / one / "out")})[1]) for one in "ab"
-    }
-    assert len(groups) == 2
-    assert all(group.startswith("out-") for group in groups)
+    folders = [str(project / one / "out") for one in "ab"]
+    one, other = (tracker_group(parse(project / "run.yaml", values={"output_dir": out})[1]) for out in folders)
+    assert one != other
+    assert one.startswith("out-")
 
 
 def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(project, monkeypatch, capsys):

@@ -42,7 +42,6 @@ from m2m_hf.search.race import reasons_against_racing
 from m2m_hf.search.result import Budget, SearchResult
 from m2m_hf.search.strategies import Strategy, exhaustive, listed
 from m2m_hf.storage.files import write_json
-from m2m_hf.storage.records import experts_noun
 from m2m_hf.training.imported_experts import import_experts
 from m2m_hf.training.trackers import SearchTracker, Tracker
 
@@ -173,12 +172,12 @@ class MergeToMixSearcher:
                 run.base.to_train, lambda name: run.training_settings(*run.candidate_settings(name)), run.terminal
             )
             self._worked = True
-            noun = experts_noun(run.facts, len(missing))
+            noun = run.bank.noun(len(missing))
             run.terminal.say(f"trained {len(missing)} {noun}: {os.path.relpath(run.folder.adapters)}\n")
 
     def _import_experts(self, source: str | Mapping[str, str], missing: Sequence[str]) -> None:
         """Takes missing experts from a published bank, or each from where somebody else has it."""
-        run, key = self.run, experts_noun(self.run.facts)
+        run, key = self.run, self.run.bank.noun()
         if isinstance(source, str):
             with run.state.local_main_process_first():  # one process of every machine fetches
                 bank = fetch_bank(source, key)

@@ -11,7 +11,6 @@ from m2m_hf.cli.exits import DamagedError
 from m2m_hf.cli.launch import relaunched, replace_process
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
-from m2m_hf.storage.records import experts_noun
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
 if TYPE_CHECKING:  # it imports torch
@@ -76,7 +75,7 @@ def adapters(searcher: "MergeToMixSearcher") -> None:
     failed = context.failed
     trained = len(context.candidates) - len(failed)
     context.terminal.say(
-        f"{trained} {experts_noun(context.facts, trained)} complete: {os.path.relpath(context.folder.adapters)}"
+        f"{trained} {context.bank.noun(trained)} complete: {os.path.relpath(context.folder.adapters)}"
         + (f"; the training of {', '.join(failed)} failed" if failed else "")
     )
 

@@ -92,7 +92,7 @@ def check_run(run: RunContext) -> None:
     check_folder(run)
     run.bank.check()
     if isinstance(config.bank, Mapping):
-        check_sources(run.bank, config.bank, run.expert().noun())
+        check_sources(run.bank, config.bank, run.bank.noun())
 
 
 def show_data(run: RunContext) -> None:

@@ -34,7 +34,7 @@ def show_estimate(run: RunContext) -> None:
 def estimate(run: RunContext) -> list[str]:
     """Measures a few training steps and a few scored rows, and says what all of them would take."""
     config, candidates, scorers = run.config, run.candidates, run.validation_scorers
-    missing, noun = run.bank.check(), run.expert().noun()
+    missing, noun = run.bank.check(), run.bank.noun()
     steps = sum(
         planned_steps(run.candidate_settings(name)[0], candidates[name].trained_rows, candidates[name].tokens)
         for name in missing

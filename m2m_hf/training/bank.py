@@ -229,7 +229,7 @@ class Bank:
             candidate = self.candidates[name]
             steps[name] = planned_steps(settings(name).args, candidate.trained_rows, candidate.tokens)
         done = 0
-        with terminal.progress(f"training {self._noun()}", sum(steps.values())) as bar:
+        with terminal.progress(f"training {self.noun()}", sum(steps.values())) as bar:
             for number, name in enumerate(steps, start=1):
                 progress = BankProgress(bar, done, f"{name} ({number} of {len(steps)})")
                 self._train(name, of[name], base(), settings(name), progress, terminal)
@@ -242,9 +242,10 @@ class Bank:
                     shutil.rmtree(self.folder / name)
             PartialState().wait_for_everyone()
             reasons = dict.fromkeys(record["failed"] for record in records)
-            raise InputError(f"not one {self._noun(1)} could be trained: {'; '.join(reasons)}")
+            raise InputError(f"not one {self.noun(1)} could be trained: {'; '.join(reasons)}")
 
-    def _noun(self, count: int = 2) -> str:
+    def noun(self, count: int = 2) -> str:
+        """What messages call so many of its experts: adapter, adapters, expert or experts."""
         return experts_noun(next(iter(self.facts.values())), count)
 
     def _train(

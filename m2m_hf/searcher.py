@@ -389,15 +389,13 @@ class MergeToMixSearcher:
     def show(self) -> None:
         """Prints the end table, what was chosen and why, and what to do next."""
         run, finished = self.run, self._finished_run()
-        tables = [end_table(finished)]
+        run.terminal.table(*end_table(finished))
         if finished.verified:
-            tables.append(verified_table(finished.verified))
-            if finished.verified.baselines:
-                tables.append(baselines_table(finished.verified.baselines))
-        for number, table in enumerate(tables):
-            if number:
-                run.terminal.say("")
-            run.terminal.table(*table)
+            run.terminal.say("")
+            run.terminal.table(*verified_table(finished.verified))
+        if finished.verified and finished.verified.baselines:
+            run.terminal.say("")
+            run.terminal.table(*baselines_table(finished.verified.baselines))
         for line in remarks(finished):
             run.terminal.say(line)
         if run.is_main:

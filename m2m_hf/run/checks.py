@@ -235,11 +235,9 @@ def check_machines(run: RunContext) -> None:
 
 def has_content(path: Path, content: str, patience: float = 10.0) -> bool:
     """True once a file has this content, waiting up to `patience` seconds: shared file systems take a moment to show it."""
-    end = time.monotonic() + patience
-    while True:
+    for _ in range(1 + round(10 * patience)):
         with contextlib.suppress(OSError, UnicodeError):
             if path.read_text(encoding="utf-8") == content:
                 return True
-        if time.monotonic() >= end:
-            return False
         time.sleep(0.1)
+    return False

@@ -263,6 +263,7 @@ def test_python_objects_in_memory(project, pico):
     assert summary["best"]["mixture"] == searcher.search().best.mixture.weights
     again = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
     assert again.search().measured == 0
+    assert MergeToMixSearcher.from_yaml(project / "run.yaml", seed=3).run.args.seed == 3
     with pytest.raises(InputError, match="push_to_hub: expected hub_model_id: org/name"):
         MergeToMixSearcher(config, SFTConfig(args.output_dir, use_cpu=True, bf16=False, push_to_hub=True), model_args)
     with pytest.raises(InputError, match="model_name_or_path is missing"):

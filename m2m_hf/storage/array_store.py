@@ -66,8 +66,10 @@ class ArrayStore:
 
     def numbers(self, where: Place) -> LazyArray:
         """A list, read when it is used; raises an EOFError if the file does not hold it."""
-        if min(where.place, where.count) < 0 or where.place + where.count > self.count:
-            raise EOFError(f"{self.path} does not hold {where}")
+        if min(where.place, where.count) < 0:
+            raise ValueError(f"expected no negative number, got {where}")
+        if where.place + where.count > self.count:
+            raise EOFError(f"{self.path} ends before {where}")
         return LazyArray(lambda: self._view(where), where.count)
 
     def is_intact(self, where: Place) -> bool:

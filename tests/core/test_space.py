@@ -5,20 +5,11 @@ import random
 from dataclasses import replace
 
 import pytest
+from searches import COSTS, NAMES, SPACES
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.errors import InputError
-
-NAMES = tuple("abcdefg")
-COSTS = {name: float(number + 1) for number, name in enumerate(NAMES)}
-SPACES = {
-    "all": SearchSpace(NAMES),
-    "required": SearchSpace(NAMES, required=frozenset({"e", "g"})),
-    "sizes": SearchSpace(NAMES, min_datasets=2, max_datasets=3),
-    "cost": SearchSpace(NAMES, costs=COSTS, max_cost=8.0),
-    "everything": SearchSpace(NAMES[1:], frozenset({"d"}), 2, 4, COSTS, 14.0),
-}
 
 
 @pytest.mark.parametrize(

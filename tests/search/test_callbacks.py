@@ -1,33 +1,18 @@
 """Callbacks are told of everything in order, and may stop a search at any trial without losing anything."""
 
-import json
-
 import pytest
+import searches
 from replay import Landscape, Replay
+from searches import FIVE, lines, table
 
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.score import Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.errors import InputError
 from m2m_hf.search.callbacks import ProgressCallback, SearchCallback
-from m2m_hf.search.loop import search
-from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES
-from m2m_hf.storage.journal import Journal
 
-NAMES = tuple("abcde")
-SPACE = SearchSpace(NAMES)
-ROWS = 160
-
-
-def table() -> dict[Mixture, Score]:
-    """The first candidates are the best; every row is right for mixtures above its difficulty."""
-    worth = dict(zip(NAMES, (0.8, 0.7, 0.5, 0.3, 0.2), strict=True))
-    scores = {}
-    for mixture in (BASE, *SPACE.subsets()):
-        level = sum(weight * worth[name] for name, weight in mixture.items) + 0.03 * len(mixture)
-        scores[mixture] = Score.of([float(row * 37 % ROWS < level * ROWS) for row in range(ROWS)], [-1.0] * ROWS)
-    return scores
+TABLE = table(1, rows=160)
 
 
 class Log(SearchCallback):
@@ -51,25 +36,14 @@ class Log(SearchCallback):
         self.events.append(("end", result.best.mixture, result.ended))
 
 
-def run(path, *callbacks, strategy="exhaustive", race=False, objective=None, space=SPACE, **options):
-    objective = objective or Replay(table())
-    state = SearchState(space, [objective], Journal(path), callbacks, broadcast=without_time)
-    return search(state, STRATEGIES[strategy], NAMES, race=race, **options)
-
-
-def without_time(value):
-    """Two runs differ in their times alone."""
-    return 0.0 if isinstance(value, float) else value
-
-
-def lines(path) -> list[dict]:
-    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
+def run(path, *callbacks, strategy="exhaustive", objective=None, **options):
+    return searches.run(objective or Replay(TABLE), path, STRATEGIES[strategy], callbacks=callbacks, **options)
 
 
 def test_callbacks_are_told_of_everything_in_order(tmp_path):
     log = Log()
     result = run(tmp_path / "t", log)
-    assert log.events[0] == ("begin", SPACE, 32)
+    assert log.events[0] == ("begin", FIVE, 32)
     assert log.events[-1] == ("end", result.best.mixture, "strategy")
     assert log.events[1:3] == [("trial", BASE, False), ("standing", BASE, None)]
     told = [mixture for kind, mixture, _ in log.events if kind == "trial"]
@@ -95,7 +69,7 @@ def test_the_progress_bar_counts_every_mixture_once(tmp_path, race):
             updates.append((done, note))
 
     updates = []
-    result = run(tmp_path / "t", ProgressCallback(Bar()), race=race, objective=Replay(table(), seed=2))
+    result = run(tmp_path / "t", ProgressCallback(Bar()), race=race, objective=Replay(TABLE, seed=2))
     counts = [done for done, _ in updates]
     assert counts == sorted(counts)
     assert set(counts) == set(range(1, len(result.standings) + 1))
@@ -115,7 +89,7 @@ def test_a_stop_between_events_takes_effect_with_the_next_one(tmp_path):
             return super()._score(mixtures, rows)
 
     log = Elsewhere()
-    result = run(tmp_path / "t", log, objective=Stops(table()))
+    result = run(tmp_path / "t", log, objective=Stops(TABLE))
     assert result.ended == "callback"
     assert len(log.trials) == 10
 
@@ -142,26 +116,26 @@ def test_stopped_at_any_trial_and_resumed_nothing_is_lost_or_different(tmp_path,
 
 
 def test_a_stopped_race_scores_its_leader_and_goes_on_from_there(tmp_path):
-    objective = Replay(table(), seed=2)
+    objective = Replay(TABLE, seed=2)
     reference = run(tmp_path / "r", race=True, objective=objective)
     spent = objective.spent
     for stop in range(8, reference.measured, 3):
         path = tmp_path / f"{stop}"
-        objective = Replay(table(), seed=2)
+        objective = Replay(TABLE, seed=2)
         stopped = run(path, Log(stop), race=True, objective=objective)
         assert stopped.ended == "callback"
         assert stopped.best.complete
         resumed = run(path, race=True, objective=objective)
         assert resumed.best == reference.best
         assert resumed.evaluations == reference.evaluations
-        assert objective.spent <= spent + ROWS  # no row twice; the leader at the stop is one that may be dropped later
+        assert objective.spent <= spent + 160  # no row twice; the leader at the stop is one that may be dropped later
         for mixture, standing in resumed.standings.items():
             expected = reference.standings[mixture]
-            assert standing.score == expected.score or (expected.pruned and standing.score == table()[mixture])
+            assert standing.score == expected.score or (expected.pruned and standing.score == TABLE[mixture])
 
 
 def test_a_search_stopped_before_any_allowed_mixture_says_so(tmp_path):
-    space = SearchSpace(NAMES, min_datasets=2, max_datasets=3)
+    space = SearchSpace(FIVE.names, min_datasets=2, max_datasets=3)
     with pytest.raises(InputError, match="a callback stopped the search before any mixture that is allowed was scored"):
         run(tmp_path / "t", Log(1), space=space)
 

@@ -2,8 +2,10 @@
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import pytest
+import searches
 
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.objective import Objective, TargetInfo
@@ -11,10 +13,9 @@ from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.search.loop import make_screen, search
+from m2m_hf.search.loop import make_screen
 from m2m_hf.search.measure import SearchState
 from m2m_hf.search.result import Budget, choose, preference
-from m2m_hf.search.strategies import exhaustive
 from m2m_hf.storage import array_store as stored
 from m2m_hf.storage.journal import Journal
 
@@ -49,12 +50,7 @@ class TableObjective(Objective):
         return Score(value, 0.01, (value,) * 4, (-1.0,) * 4)
 
 
-def run(objective, path, **options):
-    space = options.pop("space", SPACE)
-    objectives = objective if isinstance(objective, list) else [objective]
-    given = {name: options.pop(name) for name in ("failed", "budget") if name in options}
-    state = SearchState(space, objectives, Journal(path), **given)
-    return search(state, exhaustive, options.pop("names", space.names), **options)
+run = partial(searches.run, space=SPACE)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
@@ -171,7 +167,7 @@ def make(names: str, value: float, logprob: float = -1.0, stderr: float = 0.05) 
         ([make("ab", 0.52), make("a", 0.5)], False, "ab"),
         ([make("ab", 0.52), make("a", 0.5)], True, "a"),
         ([make("ab", 0.56), make("a", 0.5)], True, "ab"),
-        ([make("a", 0.5, -2.0), make("b", 0.5, -1.0)], False, "b"),
+        ([make("a", 0.5, -1.0), make("b", 0.5, -2.0)], False, "a"),
         ([make("a", 0.5), make("d", 0.5)], False, "d"),
     ],
     ids=["ties-smaller", "better", "one-stderr", "beyond-one-stderr", "likelier", "cheaper"],

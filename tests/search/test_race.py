@@ -1,41 +1,21 @@
 """Races drop what cannot win, and what is left wins as it would have without them."""
 
 import itertools
-import json
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import searches
 from replay import Replay, tells_apart
+from searches import FIVE, lines, table
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import TargetInfo
-from m2m_hf.core.score import Score
-from m2m_hf.core.space import SearchSpace
-from m2m_hf.search.loop import search
-from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.search.race import FIRST, Sample, judge, plan_rungs, reasons_against_racing
-from m2m_hf.search.result import UNLIMITED, Budget
-from m2m_hf.search.strategies import exhaustive
-from m2m_hf.storage.journal import Journal
-
-NAMES = tuple("abcde")
-SPACE = SearchSpace(NAMES)
-
-
-def table(seed: int, rows: int = 300, binary: bool = True, spread: float = 0.3) -> dict[Mixture, Score]:
-    """Scores of all mixtures: each row is harder or easier for all, and candidates differ by what is drawn for them."""
-    draw = np.random.default_rng(seed)
-    ease, gifts = draw.normal(size=rows), draw.normal(scale=spread, size=len(NAMES))
-    scores = {Mixture(()): Score.of([0.0] * rows, [-9.0] * rows)}
-    for mixture in SPACE.subsets():
-        ability = sum(gifts[NAMES.index(name)] for name in mixture.names) / len(mixture)
-        values = ease + ability + draw.normal(scale=0.5, size=rows)
-        values = (values > 0).astype(float) if binary else values
-        scores[mixture] = Score.of(values.tolist(), (values - 10).tolist())
-    return scores
+from m2m_hf.search.result import Budget
 
 
 class Counting(Replay):
@@ -55,10 +35,7 @@ class Counting(Replay):
         return super()._score(mixtures, rows)
 
 
-def run(objective, path, strategy=exhaustive, **options):
-    objectives = objective if isinstance(objective, list) else [objective]
-    state = SearchState(SPACE, objectives, Journal(path), budget=options.pop("budget", UNLIMITED))
-    return search(state, strategy, NAMES, **{"race": True, **options})
+run = partial(searches.run, race=True)
 
 
 def has_content(result) -> dict:
@@ -123,7 +100,7 @@ def test_no_row_is_scored_twice_and_none_is_dropped_before_64(tmp_path):
     result = run(objective, tmp_path / "t")
     assert all(len(rows) == len(set(rows)) for rows in objective.rows.values())
     assert sum(map(len, objective.rows.values())) == result.evaluations
-    trials = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
+    trials = lines(tmp_path / "t")
     assert min(trial["rung"] for trial in trials) == FIRST
     assert {trial["state"] for trial in trials} == {"pruned", "complete"}
     by_mixture: dict[str, list[dict]] = {}
@@ -164,6 +141,13 @@ def test_scores_of_the_dropped_are_put_right_by_what_their_examples_were_like(tm
     assert not any(one.may_be_chosen for one in pruned)
 
 
+def test_what_may_be_tied_with_the_best_is_scored_to_the_end(tmp_path):
+    result = run(Counting(table(4), seed=4), tmp_path / "t")
+    pruned = [one for one in result.standings.values() if one.pruned]
+    assert pruned
+    assert all(one.estimate + 1.645 * one.score.stderr <= result.best.score.value for one in pruned)
+
+
 def test_several_targets_race_together(tmp_path):
     objectives = [
         Counting(table(7 + number, rows=rows), seed=number, target=f"t{number}")
@@ -173,7 +157,7 @@ def test_several_targets_race_together(tmp_path):
     assert result.best.complete
     assert any(one.pruned for one in result.standings.values())
     assert result.evaluations < 32 * 420
-    full = {m: (objectives[0].table[m].value + objectives[1].table[m].value) / 2 for m in SPACE.subsets()}
+    full = {m: (objectives[0].table[m].value + objectives[1].table[m].value) / 2 for m in FIVE.subsets()}
     assert full[result.best.mixture] >= max(full.values()) - 0.05
 
 

@@ -1,36 +1,23 @@
 """Strategies: one contract for all, and what each is for."""
 
-import json
 import math
 import random
 
 import pytest
+import searches
 from replay import Landscape, larger_landscape
+from searches import NAMES, SPACES, lines
 
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
-from m2m_hf.search.loop import search
-from m2m_hf.search.measure import SearchState
 from m2m_hf.search.model_based import STRATEGIES, ScoreModel, choose_strategy, expected_improvement
-from m2m_hf.search.result import UNLIMITED, Budget
+from m2m_hf.search.result import Budget
 from m2m_hf.search.strategies import SearchProblem
-from m2m_hf.storage.journal import Journal
 
-NAMES = tuple("abcdefg")
-COSTS = {name: float(number + 1) for number, name in enumerate(NAMES)}
 SLOPES = {"a": 0.9, "b": 0.7, "c": 0.8, "d": 0.2, "e": -0.3, "f": -0.6, "g": 0.1}
-SPACES = {
-    "all": SearchSpace(NAMES),
-    "required": SearchSpace(NAMES, required=frozenset({"e", "g"})),
-    "sizes": SearchSpace(NAMES, min_datasets=2, max_datasets=3),
-    "cost": SearchSpace(NAMES, costs=COSTS, max_cost=8.0),
-    "everything": SearchSpace(NAMES[1:], frozenset({"d"}), 2, 4, COSTS, 14.0),
-}
-
-
 CONTINUOUS = [
     SearchSpace(NAMES, min_datasets=5, continuous=True),
     SearchSpace(NAMES, frozenset("fg"), 2, 4, continuous=True),
@@ -72,17 +59,12 @@ class Smooth(Landscape):
 
 
 def run(strategy, space, path, objective=None, **options):
-    state = SearchState(space, [objective or Smooth()], Journal(path), budget=options.pop("budget", UNLIMITED))
-    return search(state, strategy, NAMES, **options)
+    return searches.run(objective or Smooth(), path, strategy, space, NAMES, **options)
 
 
 def standing(mixture: Mixture) -> Standing:
     trial = Trial(str(mixture), mixture, "merged", "t", 1, "complete", Score(concave(mixture)), 0.0)
     return Standing(mixture, {"t": trial}, {"t": 1.0})
-
-
-def lines(path) -> list[dict]:
-    return [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,17 +75,18 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "manifest.json", manifest)
     lost: list[str] = []
-    if kind != "jsonl" and read_config(run.config).get("trained_parameters"):
-        lost.append("trained_parameters")  # which TRL's own recipe cannot say either
     if kind in ("trl", "jsonl"):
         shutil.copyfile(run.rows, folder / DATA)
         config = recipe | {"datasets": [{**recipe["datasets"][0], "data_files": DATA}], "output_dir": "trl"}
     else:
-        config = translate(run, kind, recipe, manifest, folder, lost)
-    if kind != "jsonl":
-        note = f"# Without a counterpart there: {', '.join(lost)}\n" if lost else ""
-        comment = f"Run it in this folder with: {COMMANDS[kind]}"
-        write_atomic(folder / COMMANDS[kind].split()[-1], note + dump_yaml(config, comment))
+        config, lost = translate(run, kind, recipe, manifest, folder)
+    if kind == "jsonl":
+        return folder, lost
+    if read_config(run.config).get("trained_parameters"):
+        lost = ["trained_parameters", *lost]  # which TRL's own recipe cannot say either
+    note = f"# Without a counterpart there: {', '.join(lost)}\n" if lost else ""
+    comment = f"Run it in this folder with: {COMMANDS[kind]}"
+    write_atomic(folder / COMMANDS[kind].split()[-1], note + dump_yaml(config, comment))
     return folder, lost
 
 
@@ -101,9 +103,9 @@ def read_outcome(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def translate(
-    run: RunFolder, kind: str, recipe: dict[str, Any], manifest: dict[str, Any], folder: Path, lost: list[str]
-) -> dict[str, Any]:
-    """The configuration for axolotl or LLaMA-Factory; writes the rows as it reads them, and adds to `lost`."""
+    run: RunFolder, kind: str, recipe: dict[str, Any], manifest: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """(configuration for axolotl or LLaMA-Factory, what has no counterpart there); writes the rows as these read them."""
     from trl import ModelConfig, SFTConfig
 
     from m2m_hf.config.parsing import Parser
@@ -111,37 +113,51 @@ def translate(
 
     known = {key: value for key, value in recipe.items() if key in TRANSLATED | {"eos_token"} - {"datasets"}}
     args, model = Parser(SFTConfig, ModelConfig).read(known | {"output_dir": str(folder), "use_cpu": True})
-    with run.rows.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    data_format = "text"
-    if recipe["datasets"][0]["columns"] == ["messages"]:
-        data_format = "messages"
-    elif isinstance(rows[0]["prompt"], list):
-        data_format = "chat"
-        rows = [in_one_list(row, marked=kind == "axolotl") for row in rows]
-    elif kind == "llamafactory":  # whose empty template does not end a text, as TRL does
-        from m2m_hf.modeling.processing import load_tokenizer
-
-        end = load_tokenizer(model, args).eos_token
-        rows = [{**row, "completion": row["completion"] + end} for row in rows]
-    write_atomic(folder / DATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    data_format = write_rows(run, kind, recipe, args, model, folder)
     modules = target_modules(run) if model.use_peft else []
-    lost += sorted(set(recipe) - TRANSLATED)
-    if kind == "llamafactory" and any(re.search(r"[^\w.]", one) for one in modules):
-        lost.append("lora_target_modules, a pattern")
+    lost = sorted(set(recipe) - TRANSLATED)
     if not args.max_length:
         lost.append("max_length: null, which is 2048 here")
-    if kind == "llamafactory" and 0 < args.warmup_steps < 1:  # it takes a share or steps, as its transformers does
-        tokens = sum(one["tokens"] for one in manifest["sources"].values())
-        args.warmup_steps = args.get_warmup_steps(planned_steps(args, manifest["rows"], tokens))
     if kind == "axolotl":
         names, config = AXOLOTL, axolotl(args, model, modules, data_format)
     else:
+        if any(re.search(r"[^\w.]", one) for one in modules):
+            lost.append("lora_target_modules, a pattern")
+        if 0 < args.warmup_steps < 1:  # it takes a share or steps, as its transformers does
+            tokens = sum(one["tokens"] for one in manifest["sources"].values())
+            args.warmup_steps = args.get_warmup_steps(planned_steps(args, manifest["rows"], tokens))
         names, config = LLAMAFACTORY, llamafactory(args, model, modules, data_format)
         config["use_cpu"] = recipe.get("use_cpu") or None
         write_json(folder / "dataset_info.json", {"mixture": {"file_name": DATA, **columns(data_format)}})
     config = {names.get(key, key): value for key, value in settings(args, model).items()} | config
-    return {key: value for key, value in config.items() if value is not None}
+    return {key: value for key, value in config.items() if value is not None}, lost
+
+
+def write_rows(
+    run: RunFolder, kind: str, recipe: dict[str, Any], args: "SFTConfig", model: "ModelConfig", folder: Path
+) -> str:
+    """Writes the rows as a trainer reads them. Returns their format: `text`, `chat` or `messages`."""
+    with run.rows.open(encoding="utf-8") as file:
+        chat = isinstance(json.loads(file.readline()).get("prompt"), list)
+    messages = recipe["datasets"][0]["columns"] == ["messages"]
+    if chat:
+        change = partial(in_one_list, marked=kind == "axolotl")
+    elif kind == "llamafactory" and not messages:
+        from m2m_hf.modeling.processing import load_tokenizer
+
+        change = partial(ended, end=load_tokenizer(model, args).eos_token)
+    else:
+        shutil.copyfile(run.rows, folder / DATA)
+        return "messages" if messages else "text"
+    with run.rows.open(encoding="utf-8") as file:  # whose lines end with \n alone: JSON may hold other ends of lines
+        rows = [change(json.loads(line)) for line in file]
+    write_atomic(folder / DATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return "chat" if chat else "text"
+
+
+def ended(row: dict[str, Any], end: str) -> dict[str, Any]:
+    """A row whose completion ends with this token, as TRL has it and LLaMA-Factory's empty template does not."""
+    return {**row, "completion": row["completion"] + end}
 
 
 def settings(args: "SFTConfig", model: "ModelConfig") -> dict[str, Any]:

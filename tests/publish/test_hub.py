@@ -94,7 +94,8 @@ def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, run, finished
     assert card["library_name"] == "peft"
     assert "org/quiz" in card["datasets"]
     assert {"license", "tags", "model-index"} <= set(card)
-    assert metadata(data)["license"] == "cc-by-4.0"
+    card = metadata(data)
+    assert (card["license"], card["tags"]) == ("cc-by-4.0", ["merge-to-mix", "instruction-tuning"])
     assert "| **final model** |" in model["README.md"].decode()
     # A public one does not become private by itself, and nothing is sent to it then.
     hub.repositories["dataset", "org/quiz"].private = False
@@ -162,25 +163,26 @@ def test_hub_datasets_and_models_are_pinned_to_their_commits(hub, run, project):
 
 
 KINDS = {"lora": (), "full": ("--expert", "full", "--learning_rate", "1e-3")}
-# The example of a card, run with other texts or images than it names.
-USE = """
+CARD = """
 import json, sys
 from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 code = open(hf_hub_download("org/quiz", "README.md")).read().split("```python\\n")[1].split("```")[0]
-if len(sys.argv) > 1:
-    file = sys.argv[1]
-    rows = load_dataset("parquet" if file.endswith("parquet") else "json", data_files=file, split="train")
-    given = "[Image.open(\\"picture.png\\")]" if "image" in rows.column_names else "[\\"a text\\"]"
-    assert code.count(given) == 1
-    code = code.replace(given, "given")
-found = {"given": rows["image" if "image" in rows.column_names else "text"][:]} if len(sys.argv) > 1 else {}
+"""
+# The example of a card, run with other texts or images than it names.
+USE = f"""{CARD}
+rows = load_dataset(sys.argv[1].split(".")[-1].replace("jsonl", "json"), data_files=sys.argv[1], split="train")
+column, given = ("text", '["a text"]') if "text" in rows.column_names else ("image", '[Image.open("picture.png")]')
+assert code.count(given) == 1
+found = {{"given": rows[column][:]}}
+exec(code.replace(given, "given"), found)
+told = {{"labels": found["labels"], "probabilities": found["probabilities"].tolist(), "right": rows["label"][:]}}
+print(json.dumps(told | {{"rows": len(load_dataset("org/quiz", split="train"))}}))
+"""
+WEIGHTS = f"""{CARD}
+found = {{}}
 exec(code, found)
-if len(sys.argv) > 1:
-    told = {"labels": found["labels"], "probabilities": found["probabilities"].tolist(), "right": rows["label"][:]}
-    print(json.dumps(told | {"rows": len(load_dataset("org/quiz", split="train"))}))
-else:
-    print(json.dumps({name: float(one.double().abs().sum()) for name, one in found["model"].state_dict().items()}))
+print(json.dumps({{name: float(one.double().abs().sum()) for name, one in found["model"].state_dict().items()}}))
 """
 
 
@@ -353,7 +355,7 @@ def test_a_full_causal_lm_is_pushed_whole_and_taken_away_whole(hub, run, project
     }
     final = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
     sums = {name: float(one.double().abs().sum()) for name, one in final.items()}
-    assert json.loads(run(code=USE).splitlines()[-1]) == pytest.approx(sums, rel=1e-12)
+    assert json.loads(run(code=WEIGHTS).splitlines()[-1]) == pytest.approx(sums, rel=1e-12)
     # The final model is one that others may take as an expert; the bank beside it is then not asked for.
     hub.requests.clear()
     config.write_text(yaml.safe_dump(given | {"experts": {"alpha": "org/quiz"}}))

@@ -17,8 +17,6 @@ from m2m_hf.storage.records import COMPLETE, find_incomplete, find_modified
 from m2m_hf.training.fine_tune import finished, last_checkpoint, publish, train_expert, verdict
 
 TIMES = {"seconds", "peak_memory_bytes"}
-
-
 END = 7  # steps of a training here
 
 
@@ -26,23 +24,22 @@ class Killed(BaseException):
     """Nothing that any code expects."""
 
 
-class KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
+class RaiseAt(TrainerCallback):
+    def __init__(self, step: int, error: BaseException | type[BaseException] = Killed) -> None:
+        self.step, self.error = step, error
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.step:
-            raise Killed
+            raise self.error
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.step == END:
-            raise Killed
+            raise self.error
 
 
-def train(one: MergeToMixSearcher, folder: Path, callbacks=(), of: str = "x"):
-    return train_expert(
-        one.run.base.model, one.run.candidates["alpha"].rows, one.run.training_settings(), folder, callbacks, of
-    )
+def train(one: MergeToMixSearcher, folder: Path, *callbacks: TrainerCallback):
+    rows, settings = one.run.candidates["alpha"].rows, one.run.training_settings()
+    return train_expert(one.run.base.model, rows, settings, folder, callbacks, "x")
 
 
 @pytest.fixture
@@ -63,14 +60,14 @@ def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, ste
     checkpointed.run.args.logging_steps = log
     whole = train(checkpointed, tmp_path / "whole")
     with pytest.raises(Killed):
-        train(checkpointed, tmp_path / "killed", [KillAt(step)])
+        train(checkpointed, tmp_path / "killed", RaiseAt(step))
     seen = []
 
     class Steps(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
             seen.append(state.global_step)
 
-    record = train(checkpointed, tmp_path / "killed", [Steps()])
+    record = train(checkpointed, tmp_path / "killed", Steps())
     assert seen == list(range((step if step < END else END - 1) // save * save + 1, END + 1))
     assert timeless(record) == timeless(whole)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -86,7 +83,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, ste
 )
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(checkpointed, tmp_path, damage):
     with pytest.raises(Killed):
-        train(checkpointed, tmp_path / "killed", [KillAt(5)])
+        train(checkpointed, tmp_path / "killed", RaiseAt(5))
     last = tmp_path / "killed.checkpoints" / "checkpoint-4"
     of = json.loads((last / COMPLETE).read_text())["of"]
     assert last_checkpoint(last.parent, of) == last
@@ -120,12 +117,9 @@ def test_what_is_published_is_whole(tmp_path):
 
 
 def test_a_training_that_does_not_fit_into_memory_says_what_to_change(checkpointed, tmp_path):
-    class Full(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-
+    full = RaiseAt(0, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."))
     with pytest.raises(InputError, match="does not fit into memory: lower per_device_train_batch_size \\(now 4"):
-        train(checkpointed, tmp_path / "full", [Full()])
+        train(checkpointed, tmp_path / "full", full)
     train(checkpointed, tmp_path / "full")  # the base was given back
 
 
@@ -135,7 +129,7 @@ def test_a_training_that_something_ends_early_is_not_taken_for_finished(checkpoi
             control.should_training_stop = state.global_step == 3
 
     with pytest.raises(StoppedError, match="ended after 3 of 7 steps"):
-        train(checkpointed, tmp_path / "stopped", [Stop()])
+        train(checkpointed, tmp_path / "stopped", Stop())
     assert not (tmp_path / "stopped").exists()
     record = train(checkpointed, tmp_path / "stopped")
     assert timeless(record) == timeless(train(checkpointed, tmp_path / "whole"))

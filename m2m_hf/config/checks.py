@@ -84,7 +84,12 @@ def check_fields(values: Mapping[str, Any], rules: Mapping[str, Rule], where: st
     for name, value in values.items():
         if not rules[name].accepts(value):
             place = f"{where}.{name}" if where else name
-            raise InputError(f"{place}: expected {rules[name].expected}, got {value!r}")
+            raise InputError(f"{place}: expected {rules[name].expected}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value of a YAML as a message shows it."""
+    return "nothing; give a value or remove the key" if value is None else f"{value!r:.100}"
 
 
 def read_entry(entry: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from m2m_hf.config.checks import (
     integer,
     number,
     resolve_existing,
+    shown,
     unknown_key_message,
 )
 from m2m_hf.config.run_config import YAML_ONLY, MergeToMixConfig
@@ -180,7 +181,7 @@ def check_types(settings: Mapping[str, Any]) -> None:
     for name, hint in TRL_TYPES.items():
         if name in settings and not fits(settings[name], hint):
             words = str(hint if typing.get_origin(hint) else getattr(hint, "__name__", hint)).replace("typing.", "")
-            raise InputError(f"{name}: expected {words}, got {settings[name]!r:.100}")
+            raise InputError(f"{name}: expected {words}, got {shown(settings[name])}")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -163,20 +163,22 @@ def check_folder(run: RunContext) -> None:
     neither.
     """
     run.folder.refuse_links()
-    known = run.folder.known_targets()
-    for name, parts in run.target_fingerprints().items():
-        for part, now in parts.items():
-            there = known.get(name, {}).get(part, now)
-            if there != now:
-                raise InputError(
-                    f"targets.{name}: its {part} rows, or the code of its metric, have changed since they were scored, or how "
-                    f"they are scored has ({there} there, {now} now). Restore it, or give the target another name"
-                )
     try:
-        attention = read_config(run.folder.config).get("attn_implementation")
+        there = read_config(run.folder.config)
     except InputError:
-        return  # there is none yet, or a crash cut it short; it is written again
-    if attention != run.model_args.attn_implementation and len(run.bank.check()) < len(run.candidates):
+        there = {}  # there is none yet, or a crash cut it short; it is written again
+    known, now = run.folder.known_targets(), yaml.safe_load(run.config_yaml())
+    for name, parts in run.target_fingerprints().items():
+        for part, fingerprint in parts.items():
+            before = known.get(name, {}).get(part, fingerprint)
+            if before != fingerprint:
+                fields = differing(now["targets"][name], (there.get("targets") or {}).get(name) or {})
+                what = "; ".join([f"its {part} set is {before} there, {fingerprint} now", *fields])
+                raise InputError(
+                    f"targets.{name} has changed since it was scored ({what}). Restore it, or give the target another name"
+                )
+    attention = there.get("attn_implementation")
+    if there and attention != run.model_args.attn_implementation and len(run.bank.check()) < len(run.candidates):
         raise InputError(
             f"attn_implementation: {run.folder.root} was made with another one ({attention} there, "
             f"{run.model_args.attn_implementation} now). Restore it, or choose another --output_dir"

@@ -237,6 +237,13 @@ def test_a_model_without_a_pad_token_is_finished_once(project, tmp_path, pico, c
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_target_that_is_scored_otherwise_is_refused_by_the_field(finished, capsys):
+    text = (finished / "run.yaml").read_text()
+    (finished / "run.yaml").write_text(text.replace("scorer: choice", "scorer: choice\n    metric: logprob"))
+    assert m2m("search", "--config", finished / "run.yaml") == 2
+    assert "metric ('accuracy' there, 'logprob' now)). Restore it, or give" in capsys.readouterr().err
+
+
 def test_another_final_model_leaves_the_old_one(finished, capsys):
     final = finished / "out" / "final"
     old = read(final / "training.json")

@@ -23,13 +23,13 @@ from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.objective import Objective
 from m2m_hf.core.score import Score, mean_over_targets, paired
 from m2m_hf.core.space import SearchSpace
-from m2m_hf.core.trial import Standing, Trial, scores_of
+from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
 from m2m_hf.objectives.trained import Counts, FineTunedModels, TrainedObjective
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.callbacks import ProgressCallback
 from m2m_hf.search.measure import SearchState
-from m2m_hf.search.result import SearchResult, score_of
+from m2m_hf.search.result import SearchResult, best_scored
 from m2m_hf.storage.journal import Journal
 from m2m_hf.training.fine_tune import TrainingFailedError
 
@@ -116,15 +116,14 @@ class Study:
         """
         names, standings = self.space.names, result.standings
         mixtures = {"chosen": result.best.mixture, "all": Mixture.subset(names)}
-        singles = [standings[Mixture.subset([name])] for name in names]
-        if single := best_of(singles):
-            mixtures["best_single"] = single
+        if single := best_scored(standings[Mixture.subset([name])] for name in names):
+            mixtures["best_single"] = single.mixture
         prefixes = [Mixture.subset(similar[:size]) for size in range(1, len(similar) + 1)]
         prefixes = [mixture for mixture in prefixes if mixture in self.space]
         if unknown := [one for one in prefixes if one not in standings or not standings[one].complete]:
             standings.update(zip(unknown, self.standings(objectives, unknown, "scoring mixtures"), strict=True))
-        if prefix := best_of([standings[mixture] for mixture in prefixes]):
-            mixtures["similarity"] = prefix
+        if prefix := best_scored(standings[mixture] for mixture in prefixes):
+            mixtures["similarity"] = prefix.mixture
         choices = {name: self.choice(mixture) for name, mixture in mixtures.items()}
         rows = {name: len(self.models.candidates[name].rows) for name in names}
         choices["stratified"] = Choice(Mixture.subset(rows), dict.fromkeys(sorted(rows), min(rows.values())))
@@ -174,7 +173,7 @@ class Study:
         `scorers` (by target) score the sealed test sets, once for every model, since everything is chosen by now.
         """
         self._fine_tune([choice.counts for choice in choices.values()])
-        validation = {name: self._scores(choice) for name, choice in choices.items()} | {"base": scores_of(base)}
+        validation = {name: self._scores(choice) for name, choice in choices.items()} | {"base": base.scores}
         choices = {**choices, "base": Choice(BASE, {})}
         tests = self._test_scores(choices, validation, scorers)
         return {
@@ -224,13 +223,6 @@ class Study:
             return None
         gain = Measurement(*paired(scores, chosen, weights)) if len(chosen) == len(weights) else None
         return BaselineScore(*mean_over_targets(scores, weights), gain)
-
-
-def best_of(standings: Sequence[Standing]) -> Mixture | None:
-    """The mixture with the highest score; of equal ones, the one with the likelier right answers, or else the first."""
-    scored = [one for one in standings if one.score]
-    best = max(scored, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
-    return best.mixture if best else None
 
 
 def reason_of(standing: Standing) -> str:

@@ -22,9 +22,7 @@ from m2m_hf.config.checks import BUILDERS, exists
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.errors import SECRET_NAMES
-from m2m_hf.storage.digests import NAME as DIGESTS
-from m2m_hf.storage.digests import stamp
-from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
+from m2m_hf.storage.files import DIGESTS, fingerprint, read_json_or_empty, stamp, write_json
 from m2m_hf.storage.run_folder import RunFolder
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "evaluate")

@@ -153,6 +153,11 @@ class Standing:
     short: tuple[str, ...] = ()
     offset: float = 0.0
 
+    @property
+    def scores(self) -> dict[str, Score]:
+        """Target -> score, of the targets that have one."""
+        return {target: trial.score for target, trial in self.trials.items() if trial.score}
+
     @cached_property
     def score(self) -> Score | None:
         """The weighted mean of the targets' scores; None if one of them failed.
@@ -160,7 +165,7 @@ class Standing:
         With several targets it has a value and a standard error only, since their rows are not the same. The rows count as
         drawn independently.
         """
-        scores = scores_of(self)
+        scores = self.scores
         if len(scores) < len(self.trials):
             return None
         return next(iter(scores.values())) if len(scores) == 1 else Score(*mean_over_targets(scores, self.weights))
@@ -168,7 +173,7 @@ class Standing:
     @property
     def mean_logprob(self) -> float:
         """The weighted sum over the targets of the right answers' log-probability; breaks ties."""
-        return sum(self.weights[target] * score.mean_logprob for target, score in scores_of(self).items())
+        return sum(self.weights[target] * score.mean_logprob for target, score in self.scores.items())
 
     @property
     def pruned(self) -> bool:
@@ -191,7 +196,7 @@ class Standing:
 
     def over(self, other: "Standing") -> Measurement:
         """How much better it is than another mixture, on the same rows."""
-        return Measurement(*paired(scores_of(self), scores_of(other), self.weights))
+        return Measurement(*paired(self.scores, other.scores, self.weights))
 
 
 @dataclass(frozen=True)
@@ -230,8 +235,3 @@ class Reference:
             seen = np.asarray(control.score.values)[list(target.order[: trial.rung])]
             self._gains[key] = control.score.value - float(seen.mean())
         return self._gains[key]
-
-
-def scores_of(standing: Standing) -> dict[str, Score]:
-    """Target -> score, of the targets that have one."""
-    return {target: trial.score for target, trial in standing.trials.items() if trial.score}

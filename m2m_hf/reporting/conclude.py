@@ -24,7 +24,7 @@ from m2m_hf.reporting.finished_run import (
     mixture_score,
     mixture_scores,
 )
-from m2m_hf.search.result import SearchResult, score_of
+from m2m_hf.search.result import SearchResult, best_scored, score_of
 from m2m_hf.storage.keys import Keys
 
 SIGNIFICANT = 1.645  # standard errors, of one-sided tests at 5 %
@@ -49,8 +49,7 @@ def analyse(
     Of a verified choice only the bias among the `fine_tuned` mixtures is known (best first), not that of coming among these.
     """
     standings = result.standings
-    singles = [one for name in usable if (one := standings[Mixture.subset([name])]).score]
-    best_single = max(singles, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
+    best_single = best_scored(standings[Mixture.subset([name])] for name in usable)
     trained = {one.mixture: one for one in fine_tuned}
     against = {"base": result.base}
     for name, reference in {"all": standings[Mixture.subset(usable)], "best_single": best_single}.items():

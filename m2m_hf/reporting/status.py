@@ -22,8 +22,7 @@ from m2m_hf.errors import InputError
 from m2m_hf.reporting.finished_run import FinishedRun, by_mixture, own_trials
 from m2m_hf.search.model_based import SUBSETS, choose_strategy, ensemble_shortcut
 from m2m_hf.search.result import default_budget
-from m2m_hf.storage.digests import Digests
-from m2m_hf.storage.files import checkpoints, read_json, read_json_or_empty, readable, staging_path
+from m2m_hf.storage.files import Digests, checkpoints, read_json, read_json_or_empty, readable, staging_path
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, weights_of

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,12 @@ def score_of(scored: Standing | Trial) -> Score:
     """The score of a mixture, or of a trial, that did not fail."""
     assert scored.score is not None
     return scored.score
+
+
+def best_scored(standings: Iterable[Standing]) -> Standing | None:
+    """The one with the highest score; of equal ones, the one with the likelier right answers, or else the first."""
+    scored = [one for one in standings if one.score]
+    return max(scored, key=lambda one: (score_of(one).value, one.mean_logprob), default=None)
 
 
 def preference(standing: Standing, space: SearchSpace) -> tuple[Any, ...]:

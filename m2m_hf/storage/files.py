@@ -1,14 +1,17 @@
-"""Files that are written completely or not at all, and their fingerprints."""
+"""Files that are written completely or not at all, their fingerprints and remembered digests."""
 
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from m2m_hf.errors import InputError
+
+DIGESTS = ".digests.json"
 
 
 def fingerprint(value: Any) -> str:
@@ -91,3 +94,32 @@ def readable(path: Path) -> bool:
             return bool(file.keys())
     except (OSError, SafetensorError):
         return False
+
+
+def stamp(path: str | Path) -> list[int]:
+    """Size, modification time and change time: all the same, the content is too. Links are followed."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+class Digests:
+    """Digests of the files of a run folder, computed only for files that have changed since `save`; with `full` for all."""
+
+    def __init__(self, root: Path, full: bool = False) -> None:
+        self.root = root
+        self._known = {} if full else read_json_or_empty(root / DIGESTS)
+        self._seen: dict[str, list[int | str]] = {}
+
+    def of(self, path: Path) -> str:
+        """The digest of a file, see `digest_of`."""
+        name = Path(os.path.relpath(path, self.root)).as_posix()
+        known, now = self._known.get(name), stamp(path)
+        if not (isinstance(known, list) and len(known) == 4 and known[:3] == now and isinstance(known[3], str)):
+            known = [*now, digest_of(path)]
+        self._seen[name] = known
+        return str(known[3])
+
+    def save(self) -> None:
+        """Remembers every digest that was asked for; a folder that cannot be written to stays as it is."""
+        with suppress(OSError):
+            write_json(self.root / DIGESTS, self._seen)

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from m2m_hf.analysis.selection_bias import probability_best, selection_bias, told_apart
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.score import Score, paired
-from m2m_hf.core.trial import Standing, Trial, scores_of
+from m2m_hf.core.trial import Standing, Trial
 
 NAMES = [f"d{number}" for number in range(5)]
 MIXTURES = [Mixture.subset(some) for size in range(1, 6) for some in combinations(NAMES, size)]
@@ -108,7 +108,7 @@ def test_so_many_rows_tell_them_apart():
 
 def test_paired_differences_and_several_targets():
     a, b = standing(MIXTURES[0], [1, 1, 0, 1], [0.5, 0.7]), standing(MIXTURES[1], [1, 0, 0, 0], [0.4, 0.6])
-    value, stderr = paired(scores_of(a), scores_of(b), {"t0": 3.0, "t1": 1.0})
+    value, stderr = paired(a.scores, b.scores, {"t0": 3.0, "t1": 1.0})
     assert value == pytest.approx(0.75 * 0.5 + 0.25 * 0.1)
     expected = 0.75 * np.std([0, 1, 0, 1], ddof=1) / 2  # of the other target both differ by the same on every row
     assert stderr == pytest.approx(expected)

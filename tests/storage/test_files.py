@@ -6,8 +6,7 @@ import os
 import pytest
 
 from m2m_hf.errors import InputError
-from m2m_hf.storage.digests import Digests
-from m2m_hf.storage.files import fingerprint, read_json, write_atomic
+from m2m_hf.storage.files import Digests, fingerprint, read_json, write_atomic
 from m2m_hf.storage.keys import LABELLED_FACTS, base_key
 from m2m_hf.storage.records import is_inside
 from m2m_hf.storage.run_folder import RunFolder
@@ -61,7 +60,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     computed = []
-    monkeypatch.setattr("m2m_hf.storage.digests.digest_of", lambda path: computed.append(path) or "digest")
+    monkeypatch.setattr("m2m_hf.storage.files.digest_of", lambda path: computed.append(path) or "digest")
     path = tmp_path / "weights"
     path.write_text("a")
     digests = Digests(tmp_path)

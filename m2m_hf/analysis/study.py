@@ -1,7 +1,6 @@
 """The correlation study: fine-tunes mixtures and compares their scores with the surrogates and with other ways of choosing."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -31,7 +30,6 @@ from m2m_hf.search.callbacks import ProgressCallback
 from m2m_hf.search.measure import SearchState
 from m2m_hf.search.result import SearchResult, best_scored
 from m2m_hf.storage.journal import Journal
-from m2m_hf.training.fine_tune import TrainingFailedError
 
 RANDOM = 3  # mixtures drawn at random to compare with
 
@@ -96,8 +94,7 @@ class Study:
         with self.progress("fine-tuning mixtures", sum(steps.values())) as bar:
             for number, (folder, counts) in enumerate(missing.items(), start=1):
                 note = f"{number} of {len(missing)}: {' + '.join(counts)}"
-                with suppress(TrainingFailedError):  # the models know of it: its score is a failure
-                    self.models.train(counts, bar, before, note)
+                self.models.train(counts, bar, before, note)
                 before += steps[folder]
 
     def choice(self, mixture: Mixture) -> Choice:

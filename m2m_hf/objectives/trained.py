@@ -25,7 +25,7 @@ from m2m_hf.storage.files import read_json, read_json_or_empty, staging_path, wr
 from m2m_hf.storage.keys import Keys
 from m2m_hf.storage.records import find_incomplete, weights_of
 from m2m_hf.training.experts import load_trained
-from m2m_hf.training.fine_tune import TrainingFailedError, finished, mixture_steps, publish, train_expert
+from m2m_hf.training.fine_tune import finished, mixture_steps, publish, train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
 Counts = Mapping[str, int]  # candidate -> how many of its rows a model is trained on
@@ -58,12 +58,10 @@ class FineTunedModels:
         """How many optimizer steps training takes."""
         return mixture_steps(self.args, self.candidates, counts)
 
-    def train(self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "", run: str = "") -> Path:
-        """The folder of the model; trains it if it is missing. `bar` counts steps after `before`; trackers call it `run`.
-
-        Raises:
-            TrainingFailedError: see `train_expert`.
-        """
+    def train(
+        self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "", run: str = ""
+    ) -> dict[str, Any]:
+        """The model's record; trains it if it is missing. `bar` counts steps after `before`; trackers call it `run`."""
         folder = self.folder(counts)
         if not finished(folder, folder.name):
             if self.launch:  # another number of processes has another batch size
@@ -74,19 +72,14 @@ class FineTunedModels:
             callbacks = [] if bar is None else [BankProgress(bar, before, note)]
             rows = mixture_dataset(counts, self.candidates, self.args.seed)
             run = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
-            try:
-                record = train_expert(
-                    self.base(), rows, self.settings(), staging_path(folder), callbacks, folder.name, run
-                )
-            except TrainingFailedError as error:
-                record = {"steps": 0, "seconds": 0.0, "failed": f"training on {' + '.join(counts)}: {error}"}
+            record = train_expert(self.base(), rows, self.settings(), staging_path(folder), callbacks, folder.name, run)
+            if "failed" in record:
+                record["failed"] = f"training on {' + '.join(counts)}: {record['failed']}"
             publish(folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
-        if failed := self.record(counts).get("failed"):
-            raise TrainingFailedError(failed)
-        return folder
+        return self.record(counts)
 
     def record(self, counts: Counts) -> dict[str, Any]:
-        """The model's `training.json`: see `TrainingRecorder`."""
+        """The model's `training.json`: see `train_expert`."""
         record: dict[str, Any] = read_json(self.folder(counts) / "training.json")
         return record
 
@@ -132,11 +125,9 @@ class TrainedObjective(ScorerObjective):
         scorer = scorer or self.scorer
         if not counts:
             return scorer.score(self._bare(), [{}], self._tokens_per_batch)[0]
-        try:
-            folder = self.models.train(counts)
-        except TrainingFailedError as error:
-            return Failure(str(error))
-        stack = open_stack(self._base(), {"trained": load_trained(folder)}, AVERAGE)
+        if failed := self.models.train(counts).get("failed"):
+            return Failure(failed)
+        stack = open_stack(self._base(), {"trained": load_trained(self.models.folder(counts))}, AVERAGE)
         try:
             return scorer.score(stack, [{"trained": 1.0}], self._tokens_per_batch)[0]
         finally:

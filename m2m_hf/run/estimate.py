@@ -17,7 +17,7 @@ from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.loop import planned_mixtures
 from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.search.result import Budget
-from m2m_hf.training.fine_tune import TrainingFailedError, planned_steps, train_expert
+from m2m_hf.training.fine_tune import planned_steps, train_expert
 
 STEPS = 3  # of a training that is measured, the first of which is left out
 ROWS = 64  # that are scored to measure
@@ -103,15 +103,11 @@ def measure_training(run: RunContext) -> tuple[float | None, int]:
     name = sorted(rows, key=rows.__getitem__)[len(rows) // 2]
     args = copy.deepcopy(run.args)
     args.max_steps, args.save_strategy, args.report_to = STEPS, "no", []
-    clock, memory = Clock(), 0
+    clock = Clock()
     with tempfile.TemporaryDirectory(prefix="m2m-plan-") as folder:
-        try:
-            base, settings = run.base.to_train(), run.training_settings(args)
-            record = train_expert(base, run.candidates[name].rows, settings, Path(folder) / "measured", [clock], "plan")
-            memory = record["peak_memory_bytes"]
-        except TrainingFailedError:
-            pass  # of so few steps no wonder
-    return clock.per_step, memory
+        base, settings = run.base.to_train(), run.training_settings(args)
+        record = train_expert(base, run.candidates[name].rows, settings, Path(folder) / "measured", [clock], "plan")
+    return clock.per_step, record.get("peak_memory_bytes", 0)  # none if it failed: of so few steps no wonder
 
 
 def scoring_seconds(scorer: Scorer, run: RunContext) -> float:

@@ -60,13 +60,14 @@ def make_final(run: RunContext, mixture: Mixture) -> None:
     counts = models.counts(mixture)
     start = time.monotonic()
     with run.terminal.progress(f"final fine-tune on {mixture}", models.steps(counts)) as bar:
-        trained = models.train(counts, bar, run="final")
+        record = models.train(counts, bar, run="final")
+    if "failed" in record:
+        raise InputError(record["failed"])
     seconds = time.monotonic() - start
     scores = score_base_and_final(run, models, counts)
-    record = models.record(counts)
     if run.is_main:
         keep_previous(run)
-        stage(run, trained)
+        stage(run, models.folder(counts))
     publish(
         run.folder.final,
         {

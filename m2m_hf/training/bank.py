@@ -23,7 +23,7 @@ from m2m_hf.modeling.devices import broadcast, is_sharded
 from m2m_hf.storage.files import fingerprint, read_json, staging_path, sync
 from m2m_hf.storage.records import experts_noun, files_of, find_incomplete
 from m2m_hf.training.experts import ExpertKind, load_trained
-from m2m_hf.training.fine_tune import TrainingFailedError, finished, move, planned_steps, publish, train_expert
+from m2m_hf.training.fine_tune import finished, move, planned_steps, publish, train_expert
 from m2m_hf.training.trainers import BankProgress, Settings
 
 # Settings that change where or how something is logged or stored, not what is learned.
@@ -253,13 +253,11 @@ class Bank:
     ) -> None:
         """Trains one expert, or records why it failed."""
         rows, folder = self.candidates[name].rows, staging_path(self.folder / name)
-        try:
-            record = train_expert(base, rows, settings, folder, [progress], of, f"adapters/{name}")
-        except TrainingFailedError as error:
-            self.publish(name, of, {"steps": 0, "seconds": 0.0, "failed": str(error)})
-            terminal.say(f"  {name}: failed: {error}", "yellow")
-            return
+        record = train_expert(base, rows, settings, folder, [progress], of, f"adapters/{name}")
         self.publish(name, of, record)
+        if "failed" in record:
+            terminal.say(f"  {name}: failed: {record['failed']}", "yellow")
+            return
         curve = [loss for _, loss in record["loss_curve"]]
         loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
         seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""

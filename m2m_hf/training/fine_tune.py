@@ -52,10 +52,6 @@ def mixture_steps(args: SFTConfig, candidates: Mapping[str, Candidate], counts: 
     return planned_steps(args, rows, tokens)
 
 
-class TrainingFailedError(InputError):
-    """A training whose result is useless: not finite, worse than guessing, or no change at all."""
-
-
 def on_main_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Returns what `work` gives on the main process; all processes raise what it refuses there (collective)."""
     result: dict[str, Any] = {}
@@ -170,6 +166,8 @@ def train_expert(
 ) -> dict[str, Any]:
     """Fine-tunes on `rows`, saves the expert to `folder`, restores the base, and returns what `training.json` says of it.
 
+    If the result is useless (not finite, worse than guessing, or no change at all) nothing is saved, and `failed` says why.
+
     Checkpoints go to `checkpoints(folder)` as the arguments say (TRL: every 500 steps), and stay until `publish`. A training
     resumes from its last complete checkpoint and ends with the same weights as without an interruption. Under FSDP or DeepSpeed
     there are no checkpoints, and the base is not restored: it is sharded, and of no further use.
@@ -179,7 +177,6 @@ def train_expert(
         run: its name in the trackers that `report_to` names.
 
     Raises:
-        TrainingFailedError: nothing is saved.
         StoppedError: something ended it early.
     """
     state = PartialState()
@@ -229,7 +226,6 @@ def save_trained(
     trainer: BookkeepingTrainer, snapshot: BaseSnapshot, settings: Settings, folder: Path
 ) -> dict[str, Any]:
     """Saves what was trained, if it is of use, and returns what `train_expert` returns (collective)."""
-    record = trainer.recorder.record
     loss = trainer.summed() / max(1, trainer.state.global_step)
     sharded = is_sharded()  # then the main process gets the weights
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
@@ -239,15 +235,21 @@ def save_trained(
         shutil.rmtree(folder, ignore_errors=True)
         head = settings.head
         choices = len(head.labels) if head else trainer.model.config.get_text_config().vocab_size
+        record = trainer.recorder.record | {"loss": round(loss, DECIMALS)}
         curve = [value for _, value in record["loss_curve"]]
         if reason := verdict(is_finite(weights), changed, loss, curve, settings.args.learning_rate, choices):
-            raise TrainingFailedError(reason)
+            return failure(reason)
         try:
-            return settings.expert.save(trainer.model, snapshot.before, weights, folder)
+            return record | settings.expert.save(trainer.model, snapshot.before, weights, folder)
         except InputError as error:
-            raise TrainingFailedError(str(error)) from error
+            return failure(str(error))
 
-    return record | {"loss": round(loss, DECIMALS)} | on_main_process(save)
+    return on_main_process(save)
+
+
+def failure(reason: str) -> dict[str, Any]:
+    """What `training.json` says of a training that gave nothing of use."""
+    return {"steps": 0, "seconds": 0.0, "failed": reason}
 
 
 def is_finite(weights: Tensors) -> bool:

@@ -18,7 +18,7 @@ from m2m_hf.objectives import trained
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.scoring.causal_lm import ChoiceScorer
 from m2m_hf.training import bank
-from m2m_hf.training.fine_tune import TrainingFailedError
+from m2m_hf.training.fine_tune import failure
 
 
 def read(path) -> dict:
@@ -111,9 +111,10 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
     """Bit for bit; and the one is not trained again where the other is there."""
     one, other = language_searcher(project), language_searcher(project, "--output_dir", str(project / "other"))
     best = one.search().best.mixture
-    folder, final = one.run.fine_tuned.train(one.run.fine_tuned.counts(best)), other.run.folder.final
+    models, final = one.run.fine_tuned, other.run.folder.final
+    models.train(models.counts(best))
     other.train_final()
-    weights = (folder / "adapter_model.safetensors").read_bytes()
+    weights = (models.folder(models.counts(best)) / "adapter_model.safetensors").read_bytes()
     assert weights == (final / "adapter_model.safetensors").read_bytes()
     validation = read(final / "training.json")["scores"]["colours"]["final"]["validation"]
     assert one.run.study.trained[0]([best])[0].value == validation["score"]
@@ -121,7 +122,7 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
     assert (one.run.folder.final / "adapter_model.safetensors").read_bytes() == weights
     assert "counts" in read(one.run.folder.final / "training.json")  # it is a copy
     # A single is its adapter but for the order of its rows.
-    single = read(one.run.fine_tuned.train(one.run.fine_tuned.counts(Mixture.subset(["alpha"]))) / "training.json")
+    single = models.train(models.counts(Mixture.subset(["alpha"])))
     adapter = read(one.run.folder.adapters / "alpha" / "training.json")
     assert (single["steps"], single["counts"]) == (adapter["steps"], {"alpha": 12})
 
@@ -224,7 +225,7 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
     def diverges(base, rows, *rest):
         words = {row["prompt"].split()[1] for row in rows}
         if words == {"alpha", "beta"}:
-            raise TrainingFailedError("loss nan")
+            return failure("loss nan")
         return real(base, rows, *rest)
 
     monkeypatch.setattr(trained, "train_expert", diverges)

@@ -4,11 +4,11 @@ import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from trl import ModelConfig, SFTConfig
@@ -26,12 +26,10 @@ from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
 from m2m_hf.publish.recipe import write_recipe
-from m2m_hf.reporting.conclude import conclude
-from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.page import write_report
 from m2m_hf.reporting.tables import baselines_table, end_table, remarks, verified_table
 from m2m_hf.run.checks import RememberTargets, check_run, check_settings, check_values, claim_folder
-from m2m_hf.run.comparison import Selection, baseline_scores, read_study, study_fidelity, verify
+from m2m_hf.run.comparison import Selection, baseline_scores, study_fidelity, verify
 from m2m_hf.run.context import RunContext
 from m2m_hf.run.final import make_final, read_final
 from m2m_hf.search.callbacks import ProgressCallback, SearchCallback
@@ -291,7 +289,8 @@ class MergeToMixSearcher:
             make_final(self.run, selection.result.best.mixture)
             summary = self._write_summary()
         if selection.verified is not None:
-            selection.verified["baselines"] = baseline_scores(self.run, selection.result)
+            scores = baseline_scores(self.run, selection.result)
+            selection.verified = replace(selection.verified, baselines=scores)
             summary = self._write_summary()
         return summary
 
@@ -360,35 +359,15 @@ class MergeToMixSearcher:
         return self._write_summary()
 
     def _write_summary(self) -> dict[str, Any]:
-        run, summary = self.run, self._finished_run().summary()
+        run, summary = self.run, self._select().finished().summary()
         if run.is_main:
             write_json(run.folder.summary, summary)
         run.state.wait_for_everyone()
         return summary
 
-    def _finished_run(self) -> FinishedRun:
-        run, selection = self.run, self._select()
-        final = read_final(run, selection.result.best.mixture)
-        return conclude(
-            selection.result,
-            selection.analysis,
-            config=yaml.safe_load(run.config_yaml()),
-            targets={name: one.config for name, one in run.targets.items()},
-            rows={name: {part: one.examples for part, one in parts.items()} for name, parts in run.scorers.items()},
-            keys=run.keys,
-            training=run.bank.training(),
-            space=run.space,
-            study=run.study_fingerprint,
-            overlap=run.overlap,
-            fidelity=read_study(run),
-            verified=selection.verified,
-            final=final,
-            compare_seconds=run.fine_tuned.seconds(without=final),
-        )
-
     def show(self) -> None:
         """Prints the end table, what was chosen and why, and what to do next."""
-        run, finished = self.run, self._finished_run()
+        run, finished = self.run, self._select().finished()
         run.terminal.table(*end_table(finished))
         if finished.verified:
             run.terminal.say("")

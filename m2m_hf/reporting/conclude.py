@@ -1,31 +1,16 @@
-"""What a search concludes: its `FinishedRun`, and what a user should know before believing it."""
+"""What a search concludes: its analysis, and what a user should know before believing it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from m2m_hf.analysis.fidelity import VERDICTS
 from m2m_hf.analysis.selection_bias import SelectionBias, selection_bias
 from m2m_hf.analysis.shapley import ShapleyValues, shapley_values
-from m2m_hf.analysis.study_report import StudyReport, Verification
-from m2m_hf.config.targets import TargetConfig
-from m2m_hf.core.jsonable import from_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Standing
-from m2m_hf.reporting.finished_run import (
-    Costs,
-    Counts,
-    FinalModel,
-    FinishedRun,
-    FinishedTarget,
-    RunWarning,
-    Training,
-    mixture_score,
-    mixture_scores,
-)
+from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.search.result import SearchResult, best_scored, score_of
-from m2m_hf.storage.keys import Keys
 
 SIGNIFICANT = 1.645  # standard errors, of one-sided tests at 5 %
 
@@ -73,81 +58,6 @@ def others(result: SearchResult, space: SearchSpace) -> list[float] | None:
     return [one.estimate for one in standings if one.pruned and one.estimate is not None]
 
 
-def conclude(
-    result: SearchResult,
-    analysis: Analysis,
-    *,
-    config: Mapping[str, Any],
-    targets: Mapping[str, TargetConfig],
-    rows: Mapping[str, Mapping[str, int]],  # target -> `validation`, `test` -> how many
-    keys: Mapping[str, Keys],
-    training: Mapping[str, Mapping[str, Any]],  # candidate -> `training.json`
-    space: SearchSpace,
-    study: str,  # the fingerprint that a correlation study of this run has
-    overlap: Mapping[tuple[str, str], int],  # (candidate, target) -> rows of the target that the candidate contains
-    fidelity: Mapping[str, Any] | None,  # `fidelity.json` of this very run
-    verified: Mapping[str, Any] | None,  # `verified` of the summary
-    final: Mapping[str, Any] | None,  # `final/training.json` of the chosen mixture's model
-    compare_seconds: float,  # spent on fine-tuning mixtures to compare
-) -> FinishedRun:
-    """A search as a finished run, from which `summary.json` is written."""
-    experts = {name: from_json(Training, record) for name, record in training.items()}
-    usable = [name for name, one in experts.items() if one.failed is None]
-    alone = [result.standings[Mixture.subset([name])] for name in experts]
-    states = [trial.state for trial in result.trials]
-    (best,) = mixture_scores([result.best])
-    run = FinishedRun(
-        objective=result.trials[0].objective,
-        candidates=tuple(experts),
-        space=space,
-        study=study,
-        best=best,
-        base=mixture_score(result.base),
-        all=mixture_score(result.standings[Mixture.subset(usable)]),
-        best_single=mixture_score(analysis.best_single),
-        singles={one.mixture.names[0]: one for one in mixture_scores(alone)},
-        top=mixture_scores(result.ranking[:10]),
-        selection_bias=analysis.selection_bias,
-        shapley=analysis.shapley,
-        warnings=(),
-        verified=from_json(Verification, verified) if verified else None,
-        pareto_front=mixture_scores(result.pareto_front),
-        targets={
-            name: FinishedTarget(
-                metric=one.metric,
-                scorer=one.kind,
-                weight=one.weight,
-                min_delta=one.min_delta,
-                short=sum(name in standing.short for standing in result.standings.values()),
-                validation_rows=rows[name].get("validation", 0),
-                test_rows=rows[name].get("test", 0),
-                fingerprints={"base": keys[name].base, "scorer": keys[name].scorer},
-            )
-            for name, one in targets.items()
-        },
-        final=from_json(FinalModel, {"validation": None, "test": None, **final}) if final else None,
-        counts=Counts(len(experts), len(states), states.count("pruned"), states.count("failed")),
-        costs=Costs(
-            train_seconds=round(sum(one.seconds for one in experts.values()), 3),
-            search_seconds=round(result.seconds, 3),
-            final_seconds=final["total_seconds"] if final else None,
-            compare_seconds=round(compare_seconds, 3),
-            example_evaluations=result.evaluations,
-            adapter_steps=sum(one.steps for one in experts.values()),
-        ),
-        config=config,
-        training=experts,
-        fidelity=from_json(StudyReport, fidelity) if fidelity else None,
-        standings=result.standings,
-    )
-    if run.final:
-        means = [run.final_score("final", part) for part in ("validation", "test")]
-        values = [one.value if one else None for one in means]
-        run = replace(run, final=replace(run.final, validation=values[0], test=values[1]))
-    found = find_warnings(run, analysis, overlap, result.ended)
-    return replace(run, warnings=tuple(RunWarning(code, text) for code, text in found))
-
-
 def joining(standings: Mapping[Mixture, Standing], name: str) -> list[float]:
     """By how much the score changes when `name` joins a mixture, for every mixture that was scored with and without it."""
     changes = []
@@ -163,7 +73,10 @@ Warnings = Iterator[tuple[str, str]]  # code, text
 
 
 def find_warnings(run: FinishedRun, analysis: Analysis, overlap: Mapping[tuple[str, str], int], ended: str) -> Warnings:
-    """Everything that a user should know before believing the result, the gravest first; see `conclude`."""
+    """Everything that a user should know before believing the result, the gravest first.
+
+    `overlap`: (candidate, target) -> rows of the target that the candidate contains; `ended`: see `SearchResult`.
+    """
     yield from against_base(run)
     yield from about_candidates(run, analysis.joined)
     for (name, target), rows in overlap.items():

@@ -1,20 +1,35 @@
-"""Mixtures really fine-tuned: to choose by (`verify_top_k`), and to test the surrogates (`m2m fidelity`)."""
+"""What a run has chosen, and mixtures really fine-tuned: to choose by (`verify_top_k`), to test surrogates (`m2m fidelity`)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import yaml
+
 from m2m_hf.analysis.fidelity import sample
 from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
-from m2m_hf.analysis.study_report import Verification
-from m2m_hf.core.jsonable import to_json
+from m2m_hf.analysis.study_report import Baseline, StudyReport, Verification
+from m2m_hf.core.jsonable import from_json, to_json
+from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.reporting.conclude import Analysis, analyse
+from m2m_hf.reporting.conclude import Analysis, analyse, find_warnings
+from m2m_hf.reporting.finished_run import (
+    Costs,
+    Counts,
+    FinalModel,
+    FinishedRun,
+    FinishedTarget,
+    RunWarning,
+    Training,
+    mixture_score,
+    mixture_scores,
+)
 from m2m_hf.run.context import RunContext
+from m2m_hf.run.final import read_final
 from m2m_hf.search.result import SearchResult, score_of
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 
@@ -32,7 +47,7 @@ class Selection:
     run: RunContext
     result: SearchResult
     fine_tuned: Sequence[Standing] = ()
-    verified: dict[str, Any] | None = None
+    verified: Verification | None = None
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -40,6 +55,68 @@ class Selection:
         failed = self.run.failed
         usable = [name for name in self.run.candidates if name not in failed]
         return analyse(self.result, self.run.space, usable, self.fine_tuned)
+
+    def finished(self) -> FinishedRun:
+        """The run as it stands now, from which `summary.json` is written."""
+        run, result, analysis = self.run, self.result, self.analysis
+        final, study = read_final(run, result.best.mixture), read_study(run)
+        training = {name: from_json(Training, record) for name, record in run.bank.training().items()}
+        usable = [name for name, one in training.items() if one.failed is None]
+        alone = [result.standings[Mixture.subset([name])] for name in training]
+        states = [trial.state for trial in result.trials]
+        (best,) = mixture_scores([result.best])
+        finished = FinishedRun(
+            objective=result.trials[0].objective,
+            candidates=tuple(training),
+            space=run.space,
+            study=run.study_fingerprint,
+            best=best,
+            base=mixture_score(result.base),
+            all=mixture_score(result.standings[Mixture.subset(usable)]),
+            best_single=mixture_score(analysis.best_single),
+            singles={one.mixture.names[0]: one for one in mixture_scores(alone)},
+            top=mixture_scores(result.ranking[:10]),
+            selection_bias=analysis.selection_bias,
+            shapley=analysis.shapley,
+            warnings=(),
+            verified=self.verified,
+            pareto_front=mixture_scores(result.pareto_front),
+            targets={name: self._target(name) for name in run.targets},
+            final=from_json(FinalModel, {"validation": None, "test": None, **final}) if final else None,
+            counts=Counts(len(training), len(states), states.count("pruned"), states.count("failed")),
+            costs=Costs(
+                train_seconds=round(sum(one.seconds for one in training.values()), 3),
+                search_seconds=round(result.seconds, 3),
+                final_seconds=final["total_seconds"] if final else None,
+                compare_seconds=round(run.fine_tuned.seconds(without=final), 3),
+                example_evaluations=result.evaluations,
+                adapter_steps=sum(one.steps for one in training.values()),
+            ),
+            config=yaml.safe_load(run.config_yaml()),
+            training=training,
+            fidelity=from_json(StudyReport, study) if study else None,
+            standings=result.standings,
+        )
+        if finished.final:
+            means = [finished.final_score("final", part) for part in ("validation", "test")]
+            values = [one.value if one else None for one in means]
+            finished = replace(finished, final=replace(finished.final, validation=values[0], test=values[1]))
+        warnings = find_warnings(finished, analysis, run.overlap, result.ended)
+        return replace(finished, warnings=tuple(RunWarning(code, text) for code, text in warnings))
+
+    def _target(self, name: str) -> FinishedTarget:
+        config, keys, scorers = self.run.targets[name].config, self.run.keys[name], self.run.scorers[name]
+        rows = {part: scorer.examples for part, scorer in scorers.items()}
+        return FinishedTarget(
+            metric=config.metric,
+            scorer=config.kind,
+            weight=config.weight,
+            min_delta=config.min_delta,
+            short=sum(name in standing.short for standing in self.result.standings.values()),
+            validation_rows=rows.get("validation", 0),
+            test_rows=rows.get("test", 0),
+            fingerprints={"base": keys.base, "scorer": keys.scorer},
+        )
 
 
 def verify(run: RunContext, result: SearchResult) -> Selection:
@@ -75,13 +152,12 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
     verified = Verification(
         result.best.mixture, found.uniform, found.mixtures, found.failed, found.agreement, found.training_noise, None
     )
-    return Selection(run, replace(result, best=result.standings[best]), allowed, to_json(verified))
+    return Selection(run, replace(result, best=result.standings[best]), allowed, verified)
 
 
-def baseline_scores(run: RunContext, result: SearchResult) -> dict[str, Any]:
+def baseline_scores(run: RunContext, result: SearchResult) -> dict[str, Baseline]:
     """Every baseline's fine-tuned model on validation and sealed test rows: once all is chosen and the final model there."""
-    found: dict[str, Any] = to_json(run.study.baselines(baseline_choices(run, result), result.base, run.test_scorers))
-    return found
+    return run.study.baselines(baseline_choices(run, result), result.base, run.test_scorers)
 
 
 def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[str, Any]:

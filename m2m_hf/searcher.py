@@ -379,6 +379,6 @@ class MergeToMixSearcher:
             run.terminal.say(line)
         if run.is_main:
             run.terminal.say(f"report: {os.path.relpath(write_report(run.folder.root))}")
-        run.terminal.say(f"recipe: {run.task.recipe_runner} --config {os.path.relpath(run.folder.recipe)}")
+        run.terminal.say(f"recipe: {finished.recipe_runner} --config {os.path.relpath(run.folder.recipe)}")
         if finished.final is None:
             run.terminal.say(f"next: m2m sft {os.path.relpath(run.folder.root)}")

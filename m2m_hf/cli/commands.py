@@ -127,29 +127,9 @@ def make_report(command: Namespace) -> None:
 
 
 def show_comparison(command: Namespace) -> None:
-    from m2m_hf.reporting.compare import MOST, differences, outcomes, remarks
-    from m2m_hf.reporting.finished_run import FinishedRun
+    from m2m_hf.reporting.compare import compare
 
-    terminal, folders = Terminal(), (command.out, command.other)
-    names = [path.absolute().name for path in folders]
-    if names[0] == names[1]:
-        names = [os.path.relpath(path) for path in folders]
-    first, second = (FinishedRun.from_pretrained(path) for path in folders)
-    if settings := differences(first, second):
-        rows = [[shorten(cell) for cell in row] for row in settings[:MOST]]
-        terminal.table("different settings", ["", *names], rows)
-        if len(settings) > MOST:
-            terminal.say(f"and {len(settings) - MOST} more fields: see both config.yaml")
-        terminal.say("")
-    terminal.table("results", ["", *names], outcomes(first, second))
-    terminal.say("")
-    for line in remarks(first, second):
-        terminal.say(line)
-
-
-def shorten(text: str, most: int = 48) -> str:
-    """`text`, without its middle if it is long."""
-    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
+    compare(command.out, command.other, Terminal())
 
 
 def export_mixture(command: Namespace) -> None:

@@ -189,7 +189,7 @@ class Outcome:
     @property
     def command(self) -> str:
         """What runs the published recipe."""
-        return f"{'m2m recipe classify' if self.labelled else 'trl sft'} --config recipe.yaml"
+        return f"{self.finished.recipe_runner} --config recipe.yaml"
 
     @property
     def base_model(self) -> tuple[str, bool]:

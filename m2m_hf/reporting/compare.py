@@ -1,9 +1,11 @@
 """`m2m compare`: two runs side by side, from their files alone: what was asked differently, and what came of it."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from m2m_hf.console import duration
+from m2m_hf.console import Terminal, duration
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.trial import Standing
 from m2m_hf.reporting.finished_run import FinishedRun
@@ -11,6 +13,29 @@ from m2m_hf.reporting.tables import score_figure, signed, with_error
 from m2m_hf.search.result import score_of
 
 MOST = 10  # lines of a list
+
+
+def compare(out: Path, other: Path, terminal: Terminal) -> None:
+    """Prints two runs side by side."""
+    first, second = FinishedRun.from_pretrained(out), FinishedRun.from_pretrained(other)
+    names = [path.absolute().name for path in (out, other)]
+    if names[0] == names[1]:
+        names = [os.path.relpath(path) for path in (out, other)]
+    if settings := differences(first, second):
+        rows = [[shorten(cell) for cell in row] for row in settings[:MOST]]
+        terminal.table("different settings", ["", *names], rows)
+        if len(settings) > MOST:
+            terminal.say(f"and {len(settings) - MOST} more fields: see both config.yaml")
+        terminal.say("")
+    terminal.table("results", ["", *names], outcomes(first, second))
+    terminal.say("")
+    for line in remarks(first, second):
+        terminal.say(line)
+
+
+def shorten(text: str, most: int = 48) -> str:
+    """`text`, without its middle if it is long."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -239,6 +239,11 @@ class FinishedRun:
         return str(self.config.get("task", "causal_lm"))
 
     @property
+    def recipe_runner(self) -> str:
+        """The command that runs the recipe, but for `--config`."""
+        return "trl sft" if self.task == "causal_lm" else "m2m recipe classify"
+
+    @property
     def full(self) -> bool:
         """Whether all parameters are trained, and not adapters."""
         return bool(self.config.get("expert") == "full")

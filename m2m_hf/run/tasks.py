@@ -38,7 +38,6 @@ class Task:
         say: prints a line.
     """
 
-    recipe_runner = "trl sft"
     truncation = "prompts with their answers exceed the model's context; truncated at the start"
     limit = 0  # tokens that a row is cut to; 0 where the Trainer cuts it
 
@@ -123,7 +122,6 @@ class Task:
 class Classification(Task):
     """A classifier of texts or images, trained by transformers' Trainer with one frozen head."""
 
-    recipe_runner = "m2m recipe classify"
     truncation = "texts exceed max_length or the model's context; truncated at the end"
     plan: HeadPlan
 

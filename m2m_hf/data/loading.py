@@ -103,7 +103,8 @@ def column_values(data: DataConfig, column: str, where: str) -> list[tuple[Any, 
         raise InputError(
             f"{where}: {column!r} has {len(values):,} values; expected at most {MAX_PARTS}, one candidate each"
         )
-    return [(value, name or "none") for value, name in zip(values, names_in(rows, column, values), strict=True)]
+    names = names_in(rows, column, values)
+    return [(value, "none" if name is None else name) for value, name in zip(values, names, strict=True)]
 
 
 def names_in(rows: Dataset, column: str, values: Iterable[Any]) -> list[str | None]:
@@ -219,11 +220,19 @@ def json_fault(path: Path, modified: int, size: int) -> str | None:
             try:
                 value = parse_json(text) if text.strip() else {}
             except (ValueError, RecursionError) as error:
-                return f"{line} is not JSON ({error})"
+                return None if number == 1 and is_one_object(path) else f"{line} is not JSON ({error})"
             for row in value if is_list else [value]:
                 if not isinstance(row, dict):
                     return f'{line}: expected an object such as {{"prompt": ...}}, got {row!r:.100}'
     return None
+
+
+def is_one_object(path: Path) -> bool:
+    """True if a file is one JSON object over several lines, which Arrow reads as one row."""
+    try:
+        return isinstance(parse_json(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def parse_json(text: bytes) -> Any:

@@ -35,7 +35,10 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig, generates: bool = T
         tokenizer.padding_side = "right"
     for name in ("eos_token", "pad_token") if generates else ("pad_token",):
         if getattr(tokenizer, name) not in tokenizer.get_vocab():
-            raise InputError(f"{name}: {getattr(tokenizer, name)!r} is not a token of this model; give one that is")
+            why = "" if generates else ", and a batch needs padding"
+            raise InputError(
+                f"{name}: {getattr(tokenizer, name)!r} is not a token of this model{why}; give one that is"
+            )
     if generates and args.chat_template_path is not None:
         if not Path(args.chat_template_path).is_file():
             raise InputError(f"chat_template_path: expected a Jinja file, got {args.chat_template_path!r}")

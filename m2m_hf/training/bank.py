@@ -144,16 +144,23 @@ class Bank:
         if len(records) == len(self.candidates):
             first = next(iter(records.values()))["uniform"]
             launch = {fact: first.get(fact) for fact in LAUNCH}
+        differences = {
+            name: found
+            for name, record in records.items()
+            if (found := differing({**self.facts[name], **launch}, record["uniform"]))
+        }
         for name, record in records.items():
             noun = experts_noun(record, 1)
-            if differences := differing({**self.facts[name], **launch}, record["uniform"]):
+            if name in differences:
                 how = f"with other settings, and only {noun}s that differ in nothing but their data can be averaged"
+                again = f"{folder} to train all again" if len(differences) > 1 else f"{folder / name} to train it again"
                 if "source" in record:
                     how = f"by others, and taken from {record['source']} when this run had other settings"
-                remedy = f"choose another --output_dir, or delete {folder} to train all again"
+                    again = f"{folder / name} to take it again"
+                remedy = f"choose another --output_dir, or delete {again}" if ours else f"or leave out {noun}s:"
                 raise InputError(
-                    f"{noun} {name!r} in {folder} was trained {how}: {'; '.join(differences)}. Restore the settings, "
-                    + (remedy if ours else f"or leave out {noun}s:")
+                    f"{noun} {name!r} in {folder} was trained {how}: {'; '.join(differences[name])}. "
+                    f"Restore the settings, {remedy}"
                 )
             if record["data"] != (data := self.candidates[name].fingerprint):
                 remedy = f"delete {folder / name} to train this {noun} again"
@@ -172,7 +179,7 @@ class Bank:
         Raises:
             InputError: one was trained with other settings, on other rows, or is incomplete or modified.
         """
-        records = {name: read_record(folder / name) for name in missing if (folder / name).is_dir()}
+        records = {name: read_record(folder / name, "fetch it again") for name in missing if (folder / name).is_dir()}
         self._refuse_different(folder, records)
         for name, record in records.items():
             if reason := record.get("failed") or find_incomplete(folder / name):
@@ -266,11 +273,10 @@ class Bank:
             terminal.say(f"  {name}: {warning}", "yellow")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path, remedy: str = "") -> dict[str, Any]:
     """Returns the `training.json` of an expert; refuses one that does not say how the expert was trained."""
     record = read_json(folder / "training.json")
     if not isinstance(record, dict) or not set(record) >= NEEDED or not isinstance(record["uniform"], dict):
-        raise InputError(
-            f"{folder / 'training.json'} does not say how the expert was trained; delete {folder}, and it is made again"
-        )
+        remedy = remedy or f"delete {folder}, and it is made again"
+        raise InputError(f"{folder / 'training.json'} does not say how the expert was trained; {remedy}")
     return record

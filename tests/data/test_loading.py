@@ -9,7 +9,7 @@ from pico import build_adapter, candidate_rows, changed, choice_rows, intent_row
 
 from m2m_hf import InputError
 from m2m_hf.config.candidates import DataConfig
-from m2m_hf.data.loading import load_rows, parse_json
+from m2m_hf.data.loading import column_values, load_rows, parse_json
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "save_to_disk", "save_to_disk_dict"])
@@ -69,10 +69,19 @@ def test_files_that_hold_no_objects_of_json(tmp_path, content, words):
         load_rows(DataConfig(path="json", data_files=(str(tmp_path / "bad.jsonl"),)), "candidates.a", 0)
 
 
-def test_a_json_list_of_objects_is_read(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(candidate_rows("alpha"), indent=1))
-    rows = load_rows(DataConfig(path="json", data_files=(str(tmp_path / "a.json"),)), "candidates.a", 0)
-    assert rows.to_list() == candidate_rows("alpha")
+@pytest.mark.parametrize(("count", "content"), [(12, lambda rows: rows), (1, lambda rows: rows[0])])
+def test_a_json_list_of_objects_is_read_and_so_is_one_object(tmp_path, count, content):
+    rows = candidate_rows("alpha", count)
+    (tmp_path / "a.json").write_text(json.dumps(content(rows), indent=1))
+    read = load_rows(DataConfig(path="json", data_files=(str(tmp_path / "a.json"),)), "candidates.a", 0)
+    assert read.to_list() == rows
+
+
+def test_parts_are_called_as_their_values(tmp_path):
+    rows = [{"kind": kind, "prompt": "x", "completion": "y"} for kind in ("", None, "a b")]
+    write_rows(tmp_path / "a.jsonl", rows)
+    data = DataConfig(path="json", data_files=(str(tmp_path / "a.jsonl"),))
+    assert column_values(data, "kind", "here") == [("", ""), (None, "none"), ("a b", "a b")]
 
 
 @pytest.mark.parametrize("path", ["json", "csv", "text", "parquet"])

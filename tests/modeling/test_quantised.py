@@ -119,6 +119,11 @@ def test_a_run_on_a_4bit_base_with_a_paged_optimiser(project, capsys):
     assert "quantization" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_run_on_an_8bit_base(project):
+    assert m2m("search", "--config", project / "run.yaml", "--load_in_8bit", "true", "--optim", "adamw_8bit") == 0
+
+
 def test_nothing_but_quantising_needs_bitsandbytes():
     """Machines without it must still import every module."""
     for path in (ROOT / "m2m_hf").rglob("*.py"):

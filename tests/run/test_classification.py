@@ -169,6 +169,11 @@ def test_only_the_parameters_that_are_named_are_trained(intents):
     assert all("attention" in name for name in names)
 
 
+@pytest.mark.parametrize("method", ["dare", "task_arithmetic"])
+def test_a_search_of_full_experts_by_another_merge_method(intents, method):
+    assert searcher(intents, "--expert", "full", "--merge_method", method).search().best.mixture.names
+
+
 def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tmp_path, capsys, monkeypatch):
     for number, name in enumerate(INTENTS):
         torch.manual_seed(number)

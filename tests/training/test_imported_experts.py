@@ -143,7 +143,9 @@ def test_a_source_that_changes_is_refused(project, tmp_path, capsys, kind, key):
     shutil.rmtree(record.parent)
     assert not refusal(alpha=one)
     assert json.loads(record.read_text())["fingerprint"] != first  # other weights are another expert
-    assert f"taken from {one}" in refusal("--learning_rate", "3e-3", alpha=one)
+    message = refusal("--learning_rate", "3e-3", alpha=one)
+    assert f"taken from {one}" in message
+    assert f"or delete {record.parent} to take it again" in message
 
 
 @pytest.fixture

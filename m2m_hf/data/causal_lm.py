@@ -109,7 +109,7 @@ def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Pro
         messages = as_turns(row["messages"], "user", f"{where}.messages")
         if len(messages) == 1 or messages[-1]["role"] != "assistant":
             raise InputError(
-                f"{where}.messages: expected at least two turns, of which the last is the assistant's, got {messages!r}"
+                f"{where}.messages: expected at least two turns, of which the last is the assistant's, got {row['messages']!r}"
             )
         return messages[:-1], messages[-1:]
     prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
@@ -146,6 +146,7 @@ def make_target(name: str, config: TargetConfig, parts: Mapping[str, Dataset], d
             rows[part] = tuple(dataset)
             continue
         if config.kind == "classification":
+            require_columns(dataset, ("label",), f"targets.{name}.{part}")
             # Without a list of labels they are those of the validation set, also for the test.
             words = config.labels or {label: label for label in sorted(set(map(str, parts["data"]["label"])))}
             template = parts_of(config)[part].template.get("completion", "{label}")

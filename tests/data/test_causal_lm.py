@@ -158,5 +158,11 @@ def test_bad_target_rows(change, message):
         target_row(choice_rows(1)[0] | change, "text", "choice", "row 1")
 
 
+def test_labels_of_conversations_are_missed(tokenizer):
+    config = TargetConfig("classification", "accuracy", DataConfig(rows=Dataset.from_list([{"messages": MESSAGES}])))
+    with pytest.raises(InputError, match=r"targets\.t\.data: column 'label' missing; it has messages"):
+        load_causal_lm_data({}, {"t": config}, tokenizer, seed=0, max_length=64, assistant_only_loss=False)
+
+
 def test_an_answer_may_be_given_as_its_text():
     assert target_row(choice_rows(1)[0] | {"answer": " green"}, "text", "choice", "row").answer == 1

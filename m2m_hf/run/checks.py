@@ -173,7 +173,7 @@ def check_folder(run: RunContext) -> None:
             before = known.get(name, {}).get(part, fingerprint)
             if before != fingerprint:
                 fields = differing(now["targets"][name], (there.get("targets") or {}).get(name) or {})
-                what = "; ".join([f"its {part} set is {before} there, {fingerprint} now", *fields])
+                what = "; ".join([f"its {part} rows, or what scores them: {before} there, {fingerprint} now", *fields])
                 raise InputError(
                     f"targets.{name} has changed since it was scored ({what}). Restore it, or give the target another name"
                 )

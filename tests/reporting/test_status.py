@@ -207,7 +207,10 @@ def test_changed_target_rows_are_noticed_by_content(complete, finished, capsys, 
     path = finished / file
     path.write_text(path.read_text().replace("red", "pink"))
     assert m2m("select", "--config", finished / "run.yaml") == 2
-    assert f"targets.colours has changed since it was scored (its {part} set is " in capsys.readouterr().err
+    assert (
+        f"targets.colours has changed since it was scored (its {part} rows, or what scores them: "
+        in capsys.readouterr().err
+    )
 
 
 def test_mixtures_of_an_ensemble_cost_no_example_evaluations(finished):

@@ -1,1 +1,1 @@
-"""What the scores mean: selection bias, Shapley values, fidelity. Imports objectives and search."""
+"""What the scores mean: selection bias, Shapley values, fidelity. Imports search and objectives, and what these import."""

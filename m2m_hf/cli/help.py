@@ -52,9 +52,9 @@ a configuration that runs:
       test_data: {path: json, data_files: data/arc_test.jsonl}
       scorer: choice
 
-Every field can also be given as --field value. Fields are those above and those of TRL's SFTConfig and ModelConfig, with
-TRL's defaults except: learning_rate 2e-4 (with expert: full 2e-5); use_cpu, dtype and bf16 as the hardware suggests;
-output_dir runs/<name of the YAML>.
+Fields are those above and those of TRL's SFTConfig and ModelConfig. All but those marked YAML only can also be given as
+--field value. TRL's defaults hold except: learning_rate 2e-4 (with expert: full 2e-5); use_cpu, dtype and bf16 as the
+hardware suggests; output_dir runs/<name of the YAML>.
 """
 
 
@@ -62,8 +62,8 @@ def targets_text() -> str:
     """The scorers and their options, for `--help`."""
     lines = ["targets: each has a scorer, and its options:"]
     for name, kind in SCORERS.items():
-        for number, line in enumerate(kind.help.splitlines()):
-            lines.append(f"  {'' if number else name:15} {line}")
+        if kind.help:
+            lines.append(textwrap.fill(f"  {name:15} {kind.help}", 120, subsequent_indent=" " * 18))
     return "\n".join(lines) + "\n" + TARGETS
 
 
@@ -85,7 +85,12 @@ def shared(*names: str, **options: Any) -> argparse.ArgumentParser:
     return parent
 
 
-CONFIG = shared("--config", required=True, type=Path, help="the YAML")
+CONFIG = shared(
+    "--config",
+    required=True,
+    type=Path,
+    help="the YAML; most of its fields may also be given as --field value, which wins",
+)
 OUT = shared("out", type=Path, metavar="OUT", help="the run folder")
 LAUNCH = shared(
     "--accelerate_config",
@@ -119,8 +124,12 @@ def make_parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     argument = add("init", "write a configuration, from four questions, flags or another trainer's file", init)
-    argument("--output", type=Path, default=Path("m2m.yaml"), help="the file to write (default: m2m.yaml)")
-    argument("--from", dest="origin", type=Path, metavar="FILE", help="a YAML of TRL, axolotl or LLaMA-Factory")
+    argument(
+        "--output", type=Path, default=Path("m2m.yaml"), metavar="FILE", help="the file to write (default: m2m.yaml)"
+    )
+    argument(
+        "--from", dest="origin", type=Path, metavar="FILE", help="take over a YAML of TRL, axolotl or LLaMA-Factory"
+    )
     argument("--model", default="", help="the base model: a Hub id or a folder")
     argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids")
     argument("--target", metavar="NAME=PATH", help="validation rows of the task that you care about")
@@ -152,7 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     text = "the chosen mixture and its settings for trl, axolotl or llamafactory, or its rows as jsonl"
     argument = add("export OUT --to TRAINER", text, commands.export_mixture, OUT)
-    argument("--to", required=True, help="trl, axolotl, llamafactory, or jsonl (the rows alone)")
+    argument("--to", required=True, metavar="TRAINER", help="trl, axolotl, llamafactory, or jsonl (the rows alone)")
     argument("--folder", type=Path, help="where to write (default: OUT/export/<trainer>)")
 
     add("report OUT", "rebuild OUT/report.html from the files in OUT", commands.make_report, OUT)
@@ -161,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     argument = add("status OUT", text, commands.show_status, OUT)
     argument("--full", action="store_true", help="read every file again, also those unchanged since the last time")
 
-    text = "run a shipped recipe (demo, benchmarks, studies), print one that is a configuration, or list all"
+    text = "list the shipped recipes (demo, benchmarks, studies), or run a script, or print a configuration"
     argument = add("recipe [NAME]", text, recipe)
     argument("name", nargs="?", metavar="NAME", help="such as gpu_check or demo/data; NAME --help says more")
     argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="for the recipe")

@@ -56,8 +56,8 @@ class MergeToMixConfig:
     candidates: dict[str, Any] = option(
         filled("my_data: {path: json, data_files: my_data.jsonl}"),
         dict,
-        "YAML only: name -> what load_dataset takes, plus max_examples, columns, where, split_by, required, excluded, cost, "
-        "license, labels.",
+        "YAML only: name -> what load_dataset takes, plus max_examples, columns, template, where, split_by, required, excluded, "
+        "cost, license, labels.",
     )
     targets: dict[str, Any] = option(
         filled("my_task: {scorer: choice, data: {path: json, data_files: validation.jsonl}}"),

@@ -28,7 +28,7 @@ class ScorerKind:
         help: its options, as `m2m select --help` shows them.
         metrics: those that it computes itself, the default first.
         metric: the default where it computes none itself.
-        column: what its rows have beside a prompt.
+        column: what its rows have beside a prompt; with `completion` a metric compares texts, else the indices of answers.
         described: what it runs, if it scores otherwise than by our own forward passes.
         classifies: it can score classifiers too.
         watchable: what it depends on can be watched for changes.

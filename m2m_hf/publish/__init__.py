@@ -1,1 +1,1 @@
-"""The outcome for others: recipe, export, Hub. Imports reporting."""
+"""The outcome for others: recipe, export, Hub. Imports config, storage, modeling, data, training and reporting."""

@@ -1,1 +1,1 @@
-"""A finished run as tables, plots, a page and a status. Imports storage and analysis."""
+"""A finished run as tables, plots, a page and a status. Imports config, storage, search and analysis."""

@@ -1,7 +1,8 @@
 """Refusals before work begins that need the whole run: settings, targets, a run folder that another run has used.
 
-Others stand where what they refuse is read: values in `config/`, rows in `data/`, a bank in `training/bank.py` and
-`training/imported_experts.py`, a folder in `storage/run_folder.py`.
+`RememberTargets` writes the `targets.json` that a later run is compared with. Other refusals stand where what they refuse is
+read: values in `config/`, rows in `data/`, a bank in `training/bank.py` and `training/imported_experts.py`, a folder in
+`storage/run_folder.py`.
 """
 
 import contextlib

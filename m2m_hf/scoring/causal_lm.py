@@ -123,7 +123,7 @@ class GenerationScorer(Scorer):
         self._sizes = [len(ids) + new for ids in self.prompts]
         alone = self.settings.do_sample or self.settings.num_beams not in (None, 1)
         self.tokens = 0 if alone else sum(self._sizes)
-        self.fingerprint = content_fingerprint(["generation", metric_fingerprint(config), fields, *rows])
+        self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), fields, *rows])
 
     @torch.inference_mode()
     def score(

@@ -1,1 +1,1 @@
-"""One fine-tune, and the bank of them. Imports merging, modeling, data and storage."""
+"""One fine-tune, and the bank of them. Imports storage, search, merging, modeling and data."""

@@ -1,4 +1,4 @@
-"""Writes the demo's data: five small instruction datasets and one target, all generated from the word lists below.
+"""Writes the demo's data: five small instruction datasets and one target, all generated from lists of words.
 
 ```bash
 python recipes/demo/data.py .demo/data

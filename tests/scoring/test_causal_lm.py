@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from pico import build_adapter, build_model, build_stack, observed, questions_of_many_shapes, scorer_on, small_memory
+from pico import (
+    build_adapter,
+    build_model,
+    build_stack,
+    config,
+    observed,
+    questions_of_many_shapes,
+    scorer_on,
+    small_memory,
+)
 
 from m2m_hf import InputError
 from m2m_hf.core.score import Failure, Score
@@ -12,9 +21,10 @@ from m2m_hf.data.rows import TargetRow
 from m2m_hf.data.tokens import encode
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.scoring.causal_lm import GenerationScorer
 from m2m_hf.scoring.forward import completion_logprobs, scored_positions
 from m2m_hf.scoring.packing import Question, Request, batches
-from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.scoring.scorers import Scorer, Setup
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
 MIXTURES = [{}, {"a": 1.0}, {"a": 0.5, "c": 0.5}, {"a": 0.2, "b": 0.3, "c": 0.5}]
@@ -247,6 +257,12 @@ def test_generation_is_greedy_and_independent_of_batches_and_company(tmp_path, t
         hits = [truth[index][n].split() == truth[n % 4][n].split() for n in range(len(rows))]
         assert list(score.values) == [float(hit) for hit in hits]
         assert scorer.score(stack, [MIXTURES[index]], budget)[0] == score
+
+
+def test_another_kind_of_scorer_on_the_same_rows_has_another_fingerprint(tokenizer):
+    rows = [TargetRow("question: red? answer:", (" one",), 0)]
+    kinds = [config(kind, "exact_match") for kind in ("generation", "loss")]  # both compare texts
+    assert len({GenerationScorer(kind, rows, Setup(tokenizer, 128)).fingerprint for kind in kinds}) == 2
 
 
 def test_generation_stops_at_a_string(tokenizer):

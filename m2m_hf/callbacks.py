@@ -35,7 +35,7 @@ from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import SUFFIX, Head, plan_own
 from m2m_hf.modeling.inspection import positions
 from m2m_hf.modeling.processing import image_mode, patches
-from m2m_hf.scoring.make import make_scorers
+from m2m_hf.scoring.make import make_scorer
 from m2m_hf.scoring.scorers import Setup
 from m2m_hf.storage.files import read_json_or_empty
 
@@ -69,7 +69,10 @@ class LiveTargets:
         self.shares = {name: target.weight / total for name, target in parsed.items()}
         loaded, setup = self._causal(parsed) if suffix is None else self._classifiers(parsed)
         setup = replace(setup, allow_metric_code=allow_metric_code)
-        self.scorers = {name: make_scorers(target, setup)["validation"] for name, target in loaded.items()}
+        self.scorers = {
+            name: make_scorer(target.config, target.rows, replace(setup, where=f"targets.{name}"))
+            for name, target in loaded.items()
+        }
         self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
 
     def _refuse_unless_scorable(

@@ -1,5 +1,7 @@
 """Callbacks in training scripts of one's own: scores while it trains, and a training that is not changed by it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset, load_dataset
@@ -118,6 +120,12 @@ def test_what_cannot_be_scored_so_is_refused(tokenizer, tmp_path, targets):
         TargetScoreCallback(one, {"x": {"scorer": "command", "command": ["true"]}})
     with pytest.raises(InputError, match="nothing found"):
         TargetScoreCallback(one, {"x": {"scorer": "loss", "data": {"path": "json", "data_files": "none.jsonl"}}})
+
+
+def test_sealed_rows_are_not_made_ready(tokenizer, tmp_path, targets):
+    write_rows(Path("sealed.jsonl"), [{"prompt": "a", "completion": "b" * 9999}])  # fits into no model
+    said = targets["said"] | {"test_data": {"path": "json", "data_files": "sealed.jsonl"}}
+    assert TargetScoreCallback(trainer(tokenizer, tmp_path), {"said": said}).scores().keys() == {"eval_said"}
 
 
 SAVED = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}

@@ -142,6 +142,11 @@ class Study:
             name: self.standings(objectives, mixtures, f"scoring mixtures ({name})")
             for name, objectives in self.surrogates.items()
         }
+        for name, standings in surrogates.items():
+            if all(one.score is None for one in standings):
+                raise InputError(
+                    f"not a single fine-tuned mixture could be scored by the {name} objective: {reason_of(standings[0])}"
+                )
         complete = set(islice(self.space.subsets(), len(asked) + 1)) <= asked
         agreements = {name: compare(standings, true, complete) for name, standings in surrogates.items()}
         return StudyReport(

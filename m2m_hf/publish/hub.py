@@ -6,10 +6,11 @@ holds the rows of the chosen mixture where their licences allow it, and always i
 labels' names is in both. Nothing that names a place on this machine is published.
 """
 
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import HfUriError, LocalTokenNotFoundError
 
 from m2m_hf.console import Terminal
 from m2m_hf.core.mixture import Mixture
@@ -18,6 +19,8 @@ from m2m_hf.publish.repositories import FAILURES, OWN, Repository, check_name, p
 from m2m_hf.storage.files import read_json_or_empty
 from m2m_hf.storage.records import files_of
 from m2m_hf.storage.run_folder import RunFolder
+
+UNREADABLE = (HfUriError, JSONDecodeError, KeyError)  # what the client raises where an answer is not what it expects
 
 
 def push(
@@ -63,7 +66,7 @@ def send(repository: Repository, repo_id: str, private: bool | None, message: st
         new = [CommitOperationAdd(path, content) for path, content in repository.files.items()]
         old = [CommitOperationDelete(path) for path in gone]
         done = api.create_commit(repo_id, [*new, *old], commit_message=message, repo_type=kind)
-    except FAILURES as error:
+    except (*FAILURES, *UNREADABLE) as error:
         raise refused(error, repo_id) from error
     return str(done.repo_url)
 

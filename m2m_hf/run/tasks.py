@@ -160,7 +160,9 @@ class Classification(Task):
         return fingerprint([*base, *parts])
 
     def save_head(self) -> None:
-        if self.head.vectors is not None:
+        # One that is there is not written anew: its bytes would differ, and a command that is given it would count as another.
+        there = Head.read(self.folder.head, self.plan, self.head.closed, self.head_fingerprint) is not None
+        if self.head.vectors is not None and not there:
             self.head.save(self.folder.head, self.head_fingerprint)
 
     @cached_property

@@ -13,6 +13,7 @@ from study_truth import fine_tuned_truth, surrogate_standings
 from m2m_hf import InputError
 from m2m_hf.analysis.study_report import compare
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import Failure, Score
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import trained
 from m2m_hf.reporting.finished_run import FinishedRun
@@ -216,6 +217,29 @@ def test_verification_obeys_min_delta(studied):
     else:
         with pytest.raises(InputError, match="min_delta"):
             one.search()
+
+
+def test_where_no_fine_tuned_mixture_may_be_chosen_that_is_said(studied, monkeypatch, capsys):
+    target = yaml.safe_load((studied / "run.yaml").read_text())["targets"]["colours"]
+    changed(studied, "run", targets={"others": target | {"metric": "logprob", "min_delta": 0.0}})
+
+    def poor(objective, mixtures, rows):
+        return [Score.of([-99.0] * objective.scorer.examples) for _ in mixtures]
+
+    monkeypatch.setattr(trained.TrainedObjective, "_score", poor)
+    assert m2m("search", "--config", studied / "run.yaml", "--verify_top_k", 7) == 2
+    assert "fine-tuned, every mixture makes a target worse" in capsys.readouterr().err
+
+
+def test_a_surrogate_that_scores_none_of_the_fine_tuned_is_named(studied, monkeypatch):
+    one = language_searcher(studied)
+    base, study = one.search().base, one.run.study
+    (objective,) = study.surrogates["ensemble"]
+    monkeypatch.setattr(objective, "key", lambda mixture, rung=None: f"failing {mixture}")
+    monkeypatch.setattr(objective, "_score", lambda mixtures, rows: [Failure("it is broken")] * len(mixtures))
+    true = study.trained_standings([*one.run.space.subsets()], base)
+    with pytest.raises(InputError, match="could be scored by the ensemble objective: it is broken"):
+        study.report(true, base, "", "")
 
 
 def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, capsys):

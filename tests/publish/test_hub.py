@@ -130,6 +130,14 @@ def test_a_run_is_pushed_and_pulled_back_with_the_same_scores(hub, run, finished
     assert "mine.txt" in hub.files("model", "org/quiz")
 
 
+@pytest.mark.parametrize("answer", [b"<html>", {}, {"commitUrl": "here", "commitOid": "1", "hookOutput": ""}])
+def test_an_answer_that_cannot_be_read_is_said(hub, run, finished, monkeypatch, answer):
+    monkeypatch.setattr(hub, "commit", lambda *given: answer)
+    complaint = run("push", finished / "out", "--repo_id", "org/quiz", ends=2)
+    assert "org/quiz: the Hub cannot be used" in complaint
+    assert "Traceback" not in complaint
+
+
 def test_without_a_login_it_is_said_before_anything_is_trained(hub, run, project):
     flags = ("select", "--config", project / "run.yaml", "--push_to_hub", "true")
     assert "expected hub_model_id: org/name" in run(*flags, ends=2)

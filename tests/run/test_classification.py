@@ -76,6 +76,9 @@ def test_from_rows_to_a_final_model(intents, encoder, kind, capsys):
         assert m2m("select", "--config", out / "config.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert m2m("status", out) == 0
+    head = (out / "head.safetensors").stat()
+    assert m2m("search", "--config", out / "config.yaml") == 0
+    assert (out / "head.safetensors").stat() == head  # a command that is given the head is still the same scorer
 
 
 @pytest.mark.parametrize("kind", KINDS)

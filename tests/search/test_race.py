@@ -13,6 +13,7 @@ from searches import FIVE, lines, table
 
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import TargetInfo
+from m2m_hf.search.callbacks import SearchCallback
 from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.search.race import FIRST, Sample, judge, plan_rungs, reasons_against_racing
 from m2m_hf.search.result import Budget
@@ -114,6 +115,18 @@ def test_no_row_is_scored_twice_and_none_is_dropped_before_64(tmp_path):
         trial for trial in trials if trial["names"] == list(result.best.mixture.names) and trial["rung"] == 300
     )
     assert tuple(whole["values"]) == objective.table[result.best.mixture].values  # in the order of the examples again
+
+
+def test_callbacks_are_told_of_a_trial_once(tmp_path):
+    told = []
+
+    class Watcher(SearchCallback):
+        def on_trial(self, trial, recalled, control) -> None:
+            told.append((trial.mixture, trial.target, trial.rung))
+
+    objectives = [Counting(table(3, rows), seed=3, target=name) for name, rows in (("small", 70), ("large", 300))]
+    result = run(objectives, tmp_path / "t", callbacks=[Watcher()])
+    assert len(told) == len(set(told)) == result.measured
 
 
 @pytest.mark.parametrize(("seed", "spread"), [(6, 0.3), *((seed, 0.05) for seed in range(5))])

@@ -131,6 +131,12 @@ class TargetConfig:
         """The scorer's name; `callable` for a Python function."""
         return self.scorer if isinstance(self.scorer, str) else "callable"
 
+    @property
+    def parts(self) -> dict[str, DataConfig]:
+        """The `data` and `test_data`, where it has them."""
+        parts = {"data": self.data, "test_data": self.test_data}
+        return {part: data for part, data in parts.items() if data is not None}
+
     @classmethod
     def parse(cls, entry: Any, where: str, folder: Path) -> "TargetConfig":
         """Reads one target of the YAML; relative paths are resolved against `folder`."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
-from m2m_hf.data.loading import fill, load_rows, parts_of, require_columns
+from m2m_hf.data.loading import fill, load_rows, require_columns
 from m2m_hf.data.rows import FEATURES, Candidate, LoadedData, Prompt, Target, TargetRow
 from m2m_hf.data.tokens import encode, render
 from m2m_hf.errors import InputError
@@ -39,7 +39,7 @@ def load_causal_lm_data(
     raw_targets: dict[str, dict[str, Dataset]] = {name: {} for name in targets}
     for name, config in targets.items():
         column = None if config.kind == "callable" else SCORERS[config.kind].column
-        for part, data in parts_of(config).items():
+        for part, data in config.parts.items():
             raw_targets[name][part] = load(data, f"targets.{name}.{part}", column)
     if conversations and tokenizer.chat_template is None:
         raise InputError(
@@ -149,7 +149,7 @@ def make_target(name: str, config: TargetConfig, parts: Mapping[str, Dataset], d
             require_columns(dataset, ("label",), f"targets.{name}.{part}")
             # Without a list of labels they are those of the validation set, also for the test.
             words = config.labels or {label: label for label in sorted(set(map(str, parts["data"]["label"])))}
-            template = parts_of(config)[part].template.get("completion", "{label}")
+            template = config.parts[part].template.get("completion", "{label}")
             numbered = [(place, label_row(row, words, template, place)) for place, row in numbered]
         rows[part] = tuple(target_row(row, data_format, config.kind, place) for place, row in numbered)
     return Target(name, config, rows.get("data", ()), rows.get("test_data", ()))

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import TargetConfig
-from m2m_hf.data.loading import load_rows, names_in, parts_of, require_columns
+from m2m_hf.data.loading import load_rows, names_in, require_columns
 from m2m_hf.data.rows import Candidate, ImageRow, LoadedData, Target, TargetRow, image_digest
 from m2m_hf.errors import InputError
 
@@ -77,7 +77,7 @@ class ClassificationReader:
         """A loaded target. Its labels, of the test set too, are those it lists, the label space, or the validation set's."""
         parts: dict[str, tuple[Any, ...]] = {}
         labels: list[str] = []
-        for part, data in parts_of(config).items():
+        for part, data in config.parts.items():
             where = f"targets.{name}.{part}"
             if config.kind == "callable":
                 parts[part] = tuple(load_rows(data, where, self.seed))

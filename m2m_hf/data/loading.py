@@ -21,7 +21,6 @@ from huggingface_hub.errors import RevisionResolutionError
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.checks import BUILDERS, check_name
 from m2m_hf.config.run_config import MergeToMixConfig
-from m2m_hf.config.targets import TargetConfig
 from m2m_hf.errors import InputError
 
 MAX_FILES = 10_000  # in a folder that is given as a dataset
@@ -29,20 +28,12 @@ MAX_PARTS = 256  # of one dataset with `split_by`
 SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`, in the folder of a dataset or of several splits
 
 
-def parts_of(target: TargetConfig) -> dict[str, DataConfig]:
-    """The `data` and `test_data` of a target, where it has them."""
-    parts = {"data": target.data, "test_data": target.test_data}
-    return {part: data for part, data in parts.items() if data is not None}
-
-
 def pin_data(config: MergeToMixConfig) -> None:
     """Puts the commit of every Hub dataset into `config`, so that manifest and recipe name what was really read."""
     for name, candidate in config.parsed_candidates.items():
         config.parsed_candidates[name] = replace(candidate, data=pinned(candidate.data, f"candidates.{name}"))
     for name, target in config.parsed_targets.items():
-        parts: dict[str, Any] = {
-            part: pinned(data, f"targets.{name}.{part}") for part, data in parts_of(target).items()
-        }
+        parts: dict[str, Any] = {part: pinned(data, f"targets.{name}.{part}") for part, data in target.parts.items()}
         config.parsed_targets[name] = replace(target, **parts)
 
 

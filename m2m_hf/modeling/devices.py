@@ -1,10 +1,12 @@
 """Processes and memory."""
 
-from typing import Any
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
+
+T = TypeVar("T")
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -17,6 +19,9 @@ def is_sharded() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
 
 
-def broadcast(value: Any) -> Any:
+def broadcast(value: T) -> T:
     """Broadcasts the main process's value (collective)."""
-    return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
+    values = [value]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(values)  # in place
+    return values[0]

@@ -1,5 +1,6 @@
 """Tokenizers and image processors, as TRL and transformers load them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.errors import InputError, first_line
 from m2m_hf.modeling.loading import load_config
+from m2m_hf.storage.files import fingerprint
 
 PATCHES = 256  # assumed of an image where the model has none; sets how many images are scored at once
 
@@ -72,3 +74,17 @@ def inputs_of(processing: Any, content: Sequence[Any], limit: int) -> Mapping[st
     else:
         inputs = processing(images=list(content), return_tensors="pt")
     return inputs
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Any]:
+    """Returns what identifies a tokenizer and, if it is used, its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for last_call in ("truncation", "padding"):
+            content.pop(last_call, None)
+    return {
+        "tokenizer": fingerprint([content, str(tokenizer.special_tokens_map)]),
+        "chat_template": fingerprint(tokenizer.chat_template) if chat else None,
+    }

@@ -6,7 +6,6 @@ Experts, arXiv 2502.15950; MixMin, arXiv 2502.10510).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ class EnsembleObjective(ScorerObjective):
     scorer: LogprobScorer
 
     def __init__(self, merged: MergedObjective, folder: Path) -> None:
-        super().__init__(merged.scorer, merged.keys, replace(merged.target, order=()))
+        super().__init__(merged.scorer, merged.keys, merged.target)
         self._merged = merged
         self._folder = folder
         self._parts: dict[str, torch.Tensor] = {}

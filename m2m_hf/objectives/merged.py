@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.objective import Objective, TargetInfo, race_order
+from m2m_hf.core.objective import Objective, TargetInfo
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
@@ -24,8 +24,7 @@ class ScorerObjective(Objective):
     def __call__(
         self, mixtures: Sequence[Mixture], rung: int | None = None, before: Mapping[Mixture, Score] | None = None
     ) -> list[Score | Failure]:
-        scores: list[Score | Failure] = broadcast(super().__call__(mixtures, rung, before))
-        return scores
+        return broadcast(super().__call__(mixtures, rung, before))
 
     def key(self, mixture: Mixture, rung: int | None = None) -> str:
         return self.keys.of(self.name, mixture, rung)
@@ -56,8 +55,7 @@ class MergedObjective(ScorerObjective):
         tokens_per_batch: int,
         method: MergeMethod = AVERAGE,
     ) -> None:
-        order = race_order(scorer.fingerprint, scorer.examples) if scorer.by_row else ()
-        super().__init__(scorer, keys, replace(target, order=order))
+        super().__init__(scorer, keys, target)
         self.name = method.label
         self._method, self._open_stack, self._tokens_per_batch = method, open_stack, tokens_per_batch
 
@@ -83,5 +81,4 @@ class GatedObjective(MergedObjective):
         score, slopes = self.scorer.gradient(*self.model(mixture))
         if isinstance(score, Score):
             score = replace(score, gradient=tuple(slopes[name] for name in mixture.names))
-        result: Score | Failure = broadcast(score)
-        return result
+        return broadcast(score)

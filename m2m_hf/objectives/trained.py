@@ -52,7 +52,7 @@ class FineTunedModels:
 
     def is_trained(self, counts: Counts) -> bool:
         """True if the model is trained, or its training failed (collective)."""
-        return bool(broadcast(find_incomplete(self.folder(counts)) is None))
+        return broadcast(find_incomplete(self.folder(counts)) is None)
 
     def steps(self, counts: Counts) -> int:
         """How many optimizer steps training takes."""

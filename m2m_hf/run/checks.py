@@ -29,11 +29,11 @@ from m2m_hf.scoring.external import CommandScorer
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.storage.files import write_atomic, write_json
 from m2m_hf.storage.run_folder import read_config
-from m2m_hf.training.bank import differing
 from m2m_hf.training.experts import expert_kind
 from m2m_hf.training.fine_tune import planned_steps
 from m2m_hf.training.imported_experts import check_sources
 from m2m_hf.training.trackers import make_trackers
+from m2m_hf.training.uniformity import differing
 
 
 def check_values(config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig) -> None:
@@ -224,7 +224,7 @@ def check_machines(run: RunContext) -> None:
         "targets": run.target_fingerprints(),
     }
     text = run.folder.config.read_text(encoding="utf-8") if run.is_main else ""
-    text, theirs = broadcast([text, ours])
+    text, theirs = broadcast((text, ours))
     host = socket.gethostname()
     for what, facts in ours.items():
         if differences := differing(facts, theirs[what]):

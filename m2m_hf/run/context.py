@@ -13,7 +13,7 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.search_space import search_space
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.console import Terminal
-from m2m_hf.core.objective import Objective, TargetInfo
+from m2m_hf.core.objective import Objective, TargetInfo, race_order
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.loading import pin_data, split_candidates
 from m2m_hf.data.rows import Candidate, Target, overlap
@@ -33,9 +33,10 @@ from m2m_hf.storage.files import fingerprint, read_json_or_empty
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.run_folder import END, RunFolder
-from m2m_hf.training.bank import LAUNCH, Bank, differing, uniform_facts
+from m2m_hf.training.bank import Bank
 from m2m_hf.training.experts import ExpertKind, expert_kind
 from m2m_hf.training.trainers import Settings
+from m2m_hf.training.uniformity import LAUNCH, differing, uniform_facts
 
 
 class RunContext:
@@ -192,7 +193,7 @@ class RunContext:
                 partial(self.open_stack, method),
                 scorer,
                 self.keys[name],
-                self._target_info(name),
+                self._target_info(name, raced=kind == "merged" and scorer.by_row),
                 tokens_per_batch=self.tokens_per_batch,
                 method=method,
             )
@@ -200,9 +201,10 @@ class RunContext:
             objectives.append(merged if kind == "merged" else EnsembleObjective(merged, ensemble))
         return objectives
 
-    def _target_info(self, name: str) -> TargetInfo:
-        config = self.targets[name].config
-        return TargetInfo(name, self.validation_scorers[name].examples, config.weight, config.min_delta)
+    def _target_info(self, name: str, raced: bool = False) -> TargetInfo:
+        config, scorer = self.targets[name].config, self.validation_scorers[name]
+        order = race_order(scorer.fingerprint, scorer.examples) if raced else ()
+        return TargetInfo(name, scorer.examples, config.weight, config.min_delta, order)
 
     # Fine-tuned mixtures
 

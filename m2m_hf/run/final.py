@@ -14,10 +14,10 @@ from m2m_hf.objectives.trained import Counts, FineTunedModels, TrainedObjective
 from m2m_hf.run.context import RunContext
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, staging_path
 from m2m_hf.storage.records import find_incomplete
-from m2m_hf.training.bank import LAUNCH
 from m2m_hf.training.experts import expert_kind
 from m2m_hf.training.fine_tune import publish
 from m2m_hf.training.trackers import Tracker
+from m2m_hf.training.uniformity import LAUNCH
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 

@@ -17,12 +17,11 @@ from m2m_hf.errors import InputError
 from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, head_of_names
 from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import load_base, load_config
-from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches
+from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches, tokenizer_facts
 from m2m_hf.run.base_model import BaseModel
 from m2m_hf.scoring.scorers import Setup
 from m2m_hf.storage.files import fingerprint
 from m2m_hf.storage.run_folder import RunFolder
-from m2m_hf.training.bank import tokenizer_facts
 from m2m_hf.training.experts import ExpertKind
 from m2m_hf.training.trainers import Settings
 

@@ -283,4 +283,4 @@ def finished(folder: Path, of: str) -> bool:
         partial = staging_path(folder)
         if find_incomplete(partial) is None and read_json_or_empty(partial / "training.json").get("fingerprint") == of:
             move(folder)
-    return bool(broadcast(find_incomplete(folder) is None))
+    return broadcast(find_incomplete(folder) is None)

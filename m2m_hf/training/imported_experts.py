@@ -27,9 +27,10 @@ from m2m_hf.modeling.heads import SUFFIX, HeadPlan
 from m2m_hf.modeling.inspection import is_trained
 from m2m_hf.modeling.lora import lora_facts
 from m2m_hf.storage.files import digest_of, fingerprint, read_json_or_empty, staging_path
-from m2m_hf.training.bank import Bank, differing, lost_to_dtype
+from m2m_hf.training.bank import Bank, lost_to_dtype
 from m2m_hf.training.experts import ExpertKind
 from m2m_hf.training.fine_tune import on_main_process
+from m2m_hf.training.uniformity import differing
 
 OWN_HEAD = (
     "the average of heads that were trained on different labels has no meaning. Expected experts with the base model's head, or "

@@ -14,8 +14,8 @@ from trl import SFTTrainer
 
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.loading import load_base
-from m2m_hf.training.bank import differing
 from m2m_hf.training.fine_tune import planned_steps, train_expert
+from m2m_hf.training.uniformity import differing
 
 FILE = "adapter_model.safetensors"
 

@@ -143,7 +143,7 @@ class MergeToMixConfig:
     merge_method: str = option(
         one_of(*MERGE_PARAMETERS),
         "average",
-        "How adapters are merged: average (the method's own), or to compare with: task_arithmetic, ties, dare, linear.",
+        f"How adapters are merged: average (the method's own), or to compare with: {', '.join([*MERGE_PARAMETERS][1:])}.",
     )
     merge_parameters: dict[str, Any] = option(
         mapping("names and numbers"),

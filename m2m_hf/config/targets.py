@@ -12,11 +12,6 @@ from m2m_hf.config.checks import Rule, absolute, mapping, option, text
 from m2m_hf.errors import InputError
 
 COMMON = ("scorer", "metric", "weight", "min_delta")
-NEEDED = {
-    "data": "give the validation set as what load_dataset takes",
-    "command": "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",
-    "task": "give the name of a task, or the path of its YAML",
-}
 
 
 @dataclass(frozen=True)
@@ -25,6 +20,7 @@ class ScorerKind:
 
     Args:
         options: what it takes beside `COMMON`, first what is scored, which it cannot do without, and its sealed test.
+        needed: what to give for the first of them, said where it is missing.
         help: its options, as `m2m select --help` shows them.
         metrics: those that it computes itself, the default first.
         metric: the default where it computes none itself.
@@ -35,6 +31,7 @@ class ScorerKind:
     """
 
     options: tuple[str, ...]
+    needed: str = "give the validation set as what load_dataset takes"
     help: str = ""
     metrics: tuple[str, ...] = ()
     metric: str = "score"
@@ -47,7 +44,7 @@ class ScorerKind:
 SCORERS = {
     "choice": ScorerKind(
         ("data", "test_data", "normalize", "metric_key"),
-        """\
+        help="""\
 data: rows of prompt, choices, answer (index or text); metric: accuracy or logprob; normalize: none,
 tokens or bytes""",
         metrics=("accuracy", "logprob"),
@@ -55,7 +52,7 @@ tokens or bytes""",
     ),
     "classification": ScorerKind(
         ("data", "test_data", "normalize", "labels", "metric_key"),
-        """\
+        help="""\
 data: rows of prompt, label; labels: {label: word}, or those in the data; metric and normalize as above. With
 task: sequence_classification rows of text, label, with image_classification of image, label (path: imagefolder,
 data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob""",
@@ -65,18 +62,19 @@ data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob""",
     ),
     "loss": ScorerKind(
         ("data", "test_data"),
-        "data: rows of prompt, completion, or of messages; the score is the log-likelihood per token",
+        help="data: rows of prompt, completion, or of messages; the score is the log-likelihood per token",
         metrics=("loglikelihood",),
     ),
     "generation": ScorerKind(
         ("data", "test_data", "generation", "metric_key"),
-        """\
+        help="""\
 data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
 token_f1""",
         metrics=("exact_match", "numeric_match", "token_f1"),
     ),
     "command": ScorerKind(
         ("command", "test_command", "timeout"),
+        "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",
         """\
 command: [python, score.py, "{adapter}", "{output}"], which writes {"score": 0.5} to {output};
 timeout: 3600 (seconds); with expert: full "{model}" in place of "{adapter}\"""",
@@ -85,6 +83,7 @@ timeout: 3600 (seconds); with expert: full "{model}" in place of "{adapter}\""""
     ),
     "lm_eval": ScorerKind(
         ("task", "test_task", "num_fewshot", "limit"),
+        "give the name of a task, or the path of its YAML",
         "task: a name, or a YAML of your own (with allow_metric_code); num_fewshot, limit; pip install 'm2m_hf[lm_eval]'",
         metric="",
         described="harness task {task}",
@@ -149,7 +148,7 @@ class TargetConfig:
         values = checks.read_entry(entry, checks.rules(cls), where)
         needed = SCORERS[kind].options[0]
         if kind != "callable" and not values.get(needed):
-            raise InputError(f"{where}.{needed} is missing: {NEEDED[needed]}")
+            raise InputError(f"{where}.{needed} is missing: {SCORERS[kind].needed}")
         values["metric"] = resolve_metric(values.get("metric"), kind, where, folder)
         for key in values.keys() & {"data", "test_data"}:
             values[key] = DataConfig.parse(values[key], f"{where}.{key}", folder)

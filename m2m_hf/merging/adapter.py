@@ -185,9 +185,12 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
 def write_adapter(folder: Path, adapters: Mapping[str, Adapter], weights: Mapping[str, float], base: str) -> None:
     """Writes the mixture as one PEFT adapter of rank Σ r_i, exactly: A = [A_i], B = [w_i s_i B_i], scaling 1, in fp32.
 
+    The base model, a mixture of none, becomes an adapter of zeros.
+
     What PEFT's `combination_type="cat"` builds, but also right for rank-stabilised LoRA and without rounding to the base's
     dtype.
     """
+    weights = weights or {min(adapters): 0.0}
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name in sorted(weights):
         for module, (a, b) in adapters[name].factors().items():

@@ -25,7 +25,7 @@ from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.modeling.inspection import check_model
 from m2m_hf.run.context import RunContext
-from m2m_hf.scoring.external import CommandScorer
+from m2m_hf.scoring.external import ExternalScorer
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.storage.files import write_atomic, write_json
 from m2m_hf.storage.run_folder import read_config
@@ -143,10 +143,11 @@ def check_search(run: RunContext) -> None:
             raise InputError(
                 f"merge_method: {config.merge_method} writes merged weights into a quantised base; expected average"
             )
-        if run.expert().gated and any(isinstance(scorer, CommandScorer) for scorer in scorers.values()):
-            raise InputError(
-                f"merge_method: {config.merge_method} gives no adapter to hand to a command; expected average"
-            )
+        for scorer in scorers.values():
+            if run.expert().gated and isinstance(scorer, ExternalScorer) and scorer.exports:
+                raise InputError(
+                    f"merge_method: {config.merge_method} gives no adapter to hand to {scorer.name}; expected average"
+                )
     if config.strategy == "gradient" and not run.has_gradients:
         raise InputError(
             "strategy: gradient needs expert: lora, objective: merged, merge_method: average and targets whose scorer is "

@@ -42,18 +42,31 @@ MAX_OUTPUT = 1 << 24  # bytes of a command's output that are read
 
 
 class ExternalScorer(Scorer):
-    """Base: scores one mixture after another; the main process's result holds for all processes."""
+    """Base: scores one mixture after another; the main process's result holds for all processes.
 
-    name: str  # of what is run, for messages
+    Attributes:
+        name: of what is run, for messages.
+        exports: whether it hands on the mixture as files, written by `export_mixture`.
+    """
+
+    name: str
+    exports = False
 
     @abstractmethod
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
-        """The score of the mixture that the stack is set to; an `InputError` says why it has none."""
+        """The score of the mixture that the stack is set to; an `InputError` says why it has none.
+
+        Called on every process; the others may return None.
+        """
 
     def score(
         self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
     ) -> list[Score | Failure]:
         assert rows is None, "an external scorer scores all its rows"
+        if self.exports and isinstance(stack, DenseStack) and adapters_of(stack):
+            raise InputError(
+                f"merge_method: {stack.method.name} makes no adapter to hand to {self.name}; expected average"
+            )
         return [self._score(stack, weights, tokens_per_batch) for weights in mixtures]
 
     def _score(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Score | Failure:
@@ -73,6 +86,18 @@ class ExternalScorer(Scorer):
         if isinstance(score, Score) and not score.finite:
             return Failure(f"the score is not finite: {score.value}")
         return score
+
+
+def adapters_of(stack: Stack) -> dict[str, Adapter]:
+    return {name: expert for name, expert in stack.adapters.items() if isinstance(expert, Adapter)}
+
+
+def export_mixture(stack: Stack, weights: Weights, folder: Path, base: str) -> None:
+    """Writes the mixture that the stack is set to: as one exact PEFT adapter, of full experts as the merged model."""
+    if adapters := adapters_of(stack):
+        write_adapter(folder, adapters, weights, base)
+    else:
+        stack.model.save_pretrained(folder)
 
 
 class CallableScorer(ExternalScorer):
@@ -116,6 +141,7 @@ class CommandScorer(ExternalScorer):
     """
 
     name = "the command"
+    exports = True
 
     def __init__(self, config: TargetConfig, command: Sequence[str], setup: Setup) -> None:
         self.command, self.key, self.base, self.timeout = tuple(command), config.metric, setup.base, config.timeout
@@ -123,26 +149,13 @@ class CommandScorer(ExternalScorer):
         files = [digest_of(Path(part)) for part in command if Path(part).is_absolute() and Path(part).is_file()]
         self.fingerprint = content_fingerprint(["command", list(command), self.key, *files])
 
-    def score(
-        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
-    ) -> list[Score | Failure]:
-        if isinstance(stack, DenseStack) and any(isinstance(one, Adapter) for one in stack.adapters.values()):
-            raise InputError(
-                f"merge_method: {stack.method.name} makes no adapter to hand to a command; expected average"
-            )
-        return super().score(stack, mixtures, tokens_per_batch, rows)
-
     def measure(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> Any:
         if not PartialState().is_main_process:
             return None
         with tempfile.TemporaryDirectory(prefix="m2m-") as folder:
             merged, output = Path(folder) / "merged", Path(folder) / "output.json"
-            adapters = {name: expert for name, expert in stack.adapters.items() if isinstance(expert, Adapter)}
-            if adapters:
-                write_adapter(merged, adapters, weights or {stack.names[0]: 0.0}, self.base)
-            else:
-                stack.model.save_pretrained(merged)
-            places = {"{adapter}" if adapters else "{model}": str(merged)}
+            export_mixture(stack, weights, merged, self.base)
+            places = {"{adapter}" if adapters_of(stack) else "{model}": str(merged)}
             places |= {"{base_model}": self.base, "{output}": str(output)}
             command = [re.sub("|".join(map(re.escape, places)), lambda m: places[m[0]], part) for part in self.command]
             return self._as_score(self._run(command, output))

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel
 from pico import QUESTIONS, build_adapter, build_model
 
+from m2m_hf.config.run_config import MERGE_PARAMETERS
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.dense_stack import DenseStack
@@ -135,7 +136,7 @@ def test_labels_tell_methods_apart():
     assert MergeMethod.of("dare", {}, seed=7).label == "dare(density=0.5, seed=7)"
 
 
-@pytest.mark.parametrize("name", ["ties", "dare", "linear"])
+@pytest.mark.parametrize("name", [name for name in MERGE_PARAMETERS if not MergeMethod(name).gated])
 def test_the_base_model_is_given_back_bit_for_bit(name, adapters):
     model = build_model("llama").to(torch.bfloat16)
     before = {key: value.clone() for key, value in model.state_dict().items()}

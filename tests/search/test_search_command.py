@@ -6,6 +6,7 @@ import pytest
 from pico import candidate_rows, changed, choice_rows, language_searcher, m2m, trials, write_rows
 
 from m2m_hf import MergeToMixSearcher, SearchCallback
+from m2m_hf.config.run_config import MERGE_PARAMETERS
 from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.storage.journal import Journal
 
@@ -154,7 +155,7 @@ def test_callbacks_of_a_search_that_is_done_are_told_of_its_trials(finished):
     assert trials(finished / "out") == before
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "linear"])
+@pytest.mark.parametrize("method", [*MERGE_PARAMETERS][1:])
 def test_other_merge_methods_search_too(method, project):
     one = language_searcher(project, "--merge_method", method)
     result = one.search()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import LAUNCH, ROOT, arguments, m2m, trials
+from pico import LAUNCH, ROOT, arguments, changed, m2m, trials
 from safetensors.torch import load_file
 
 # accelerate cuts models into pieces on accelerators only. What it does is the same on the CPU, once it believes to be on one.
@@ -32,6 +32,21 @@ def die(self, trials):
         os.kill(os.getpid(), signal.SIGKILL)
     return found
 Journal.extend = die
+"""
+STOPS = """
+import json, os, sys
+from pathlib import Path
+from m2m_hf import MergeToMixSearcher, SearchCallback
+
+class Stop(SearchCallback):
+    told = []
+    def on_trial(self, trial, recalled, control):
+        self.told.append(trial.key)
+        control.should_stop |= os.environ["RANK"] == "1" or len(self.told) == 6
+
+result = MergeToMixSearcher.from_yaml(sys.argv[2]).search(callbacks=[Stop()])
+found = {"told": Stop.told, "ended": result.ended, "best": result.best.mixture.names, "score": result.best.score.value}
+Path(__file__).with_name(os.environ["RANK"] + ".json").write_text(json.dumps(found))
 """
 
 RUN = "\nimport sys\nfrom m2m_hf.cli.main import main\nsys.exit(main(['select', *sys.argv[1:]]))\n"
@@ -143,3 +158,20 @@ def test_a_process_that_dies_ends_the_job_with_a_message_and_nothing_lost(projec
     assert m2m("select", "--config", project / "run.yaml", "--tokens_per_batch", "100") == 0
     assert trials(project / "out")[: len(kept)] == kept
     assert len(trials(project / "out")) == 8
+
+
+def test_a_callback_stops_both_processes_alike_and_the_search_goes_on_from_there(project, tmp_path, launch_forks):
+    """The callback of the main process decides, after six mixtures; that of the other asks from the first one on."""
+    changed(project, "run", tokens_per_batch=100)
+    (tmp_path / "stops.py").write_text(STOPS)
+    launch_forks(project, project / "out", script=tmp_path / "stops.py")
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert main == other
+    assert main["ended"] == "callback"
+    kept = trials(project / "out")
+    assert [line["key"] for line in kept] == main["told"]
+    assert [line["state"] for line in kept] == ["complete"] * 6
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    whole = trials(project / "out")
+    assert whole[:6] == kept
+    assert len({line["key"] for line in whole}) == len(whole) == 8

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from m2m_hf.core.jsonable import Measurement, to_json
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score, paired
 from m2m_hf.errors import InputError
 from m2m_hf.objectives.trained import Counts, FineTunedModels, TrainedObjective
+from m2m_hf.reporting.finished_run import FinalScore
 from m2m_hf.run.context import RunContext
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, staging_path
 from m2m_hf.storage.records import find_incomplete
@@ -19,7 +21,7 @@ from m2m_hf.training.fine_tune import publish
 from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.uniformity import LAUNCH
 
-Scores = dict[str, dict[str, dict[str, Any]]]
+Scores = dict[str, dict[str, dict[str, FinalScore]]]
 
 
 def read_final(run: RunContext, mixture: Mixture) -> dict[str, Any] | None:
@@ -76,7 +78,7 @@ def make_final(run: RunContext, mixture: Mixture) -> None:
             "fingerprint": final_fingerprint(run, mixture),
             "mixture": mixture.weights,
             "rows": sum(counts.values()),
-            "scores": scores,
+            "scores": to_json(scores),
             "total_seconds": round(max(seconds, record["seconds"]), 3),
         },
     )
@@ -84,7 +86,7 @@ def make_final(run: RunContext, mixture: Mixture) -> None:
     with Tracker(run.args, "scores", enabled=run.is_main) as tracker:
         for step, model in enumerate(("base", "final")):
             parts = [(target, part, score) for target, of in scores.items() for part, score in of[model].items()]
-            tracker.log(step, {prefixes[part] + target: score["score"] for target, part, score in parts})
+            tracker.log(step, {prefixes[part] + target: score.score for target, part, score in parts})
 
 
 def score_base_and_final(run: RunContext, models: FineTunedModels, counts: Counts) -> Scores:
@@ -100,10 +102,9 @@ def score_base_and_final(run: RunContext, models: FineTunedModels, counts: Count
                 bar.advance()
                 final = score_part(run, of_final, counts, part)
                 bar.advance()
-                value, stderr = paired({target: final}, {target: base}, {target: 1.0})
-                scores[target]["base"][part] = {"score": base.value, "stderr": base.stderr}
-                scores[target]["final"][part] = {"score": final.value, "stderr": final.stderr}
-                scores[target]["final"][part]["over_base"] = {"value": value, "stderr": stderr}
+                gain = Measurement(*paired({target: final}, {target: base}, {target: 1.0}))
+                scores[target]["base"][part] = FinalScore(base.value, base.stderr)
+                scores[target]["final"][part] = FinalScore(final.value, final.stderr, gain)
     return scores
 
 

@@ -76,6 +76,8 @@ def check_run(run: RunContext) -> None:
         kind = run.expert(model_args)
         check_model(model_args, args, kind.lora, run.base.plan, kind.parameters)
     show_data(run)
+    for line in run.settled:
+        run.terminal.say(line, "yellow")
     for target, parts in scorers.items():
         for part, scorer in parts.items():
             if scorer.truncated:

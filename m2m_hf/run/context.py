@@ -20,7 +20,8 @@ from m2m_hf.data.rows import Candidate, Target, overlap
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE, MergeMethod
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.modeling.inspection import check_model
+from m2m_hf.modeling.families import Family
+from m2m_hf.modeling.inspection import check_model, meta_model
 from m2m_hf.modeling.loading import make_plan, pin_revision, quantization_facts
 from m2m_hf.objectives.ensemble import EnsembleObjective
 from m2m_hf.objectives.merged import GatedObjective, MergedObjective
@@ -50,17 +51,20 @@ class RunContext:
     ) -> None:
         pin_data(config)
         self.config = config = split_candidates(config)
-        self.args = args
-        self.model_args = pin_revision(model_args)
+        model_args = pin_revision(model_args)
         self.state = PartialState(cpu=args.use_cpu)
         self.is_main = self.state.is_main_process
         self.terminal = terminal or Terminal(quiet=not self.is_main)
         self.folder = RunFolder(args.output_dir)
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
         self.tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
-        plan = make_plan(self.model_args, config.task)
+        plan = make_plan(model_args, config.task)
+        self._family = Family.of(meta_model(model_args, args, plan))
+        self.args, self.model_args, self.settled = self._family.settle(args, model_args)
         say = partial(self.terminal.say, style="dim")
-        self.task = (Task if plan is None else Classification)(config, args, self.model_args, self.folder, plan, say)
+        self.task = (Task if plan is None else Classification)(
+            config, self.args, self.model_args, self.folder, plan, say
+        )
         self.base = self.task.base
 
     # Data
@@ -98,12 +102,13 @@ class RunContext:
         overrides = self.candidates[name].config.training
         if not overrides:
             return self.args, self.model_args
-        return parsing.with_overrides(self.args, self.model_args, overrides, f"candidates.{name}.training")
+        args, model_args = parsing.with_overrides(self.args, self.model_args, overrides, f"candidates.{name}.training")
+        return self._family.settle(args, model_args)[:2]
 
     @cached_property
     def final_settings(self) -> tuple[SFTConfig, ModelConfig]:
         """What the final model is trained with."""
-        return parsing.with_overrides(self.args, self.model_args, self.config.final)
+        return self._family.settle(*parsing.with_overrides(self.args, self.model_args, self.config.final))[:2]
 
     def training_facts(self, args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
         """What a model depends on beside its rows: see `uniform_facts`."""

@@ -35,6 +35,9 @@ class DataConfig:
     # Only the rows that have this value there, before columns are renamed.
     where: Mapping[str, Any] = option(mapping("{column: value}", str, str | int | float | NoneType), dict)
     max_examples: int | None = option(checks.integer(1))  # drawn with the run's seed
+    null: str | None = (
+        None  # what stands for a null in a prompt, as `columns` or `template` say; None refuses such rows
+    )
     rows: Any = None  # a `datasets.Dataset` already in memory, instead of a path (Python only)
 
     @classmethod
@@ -47,7 +50,8 @@ class DataConfig:
                 f"{where}: expected what load_dataset takes, such as {{path: json, data_files: file.jsonl}}, "
                 f"got {entry!r}"
             )
-        values = checks.read_entry(entry, checks.rules(cls), where)
+        entry, null = without_null(entry, where)
+        values = checks.read_entry(entry, checks.rules(cls), where) | {"null": null}
         path, files = values.get("path"), values.get("data_files", ())
         files = (files,) if isinstance(files, str) else tuple(files)
         if path is None:
@@ -70,7 +74,25 @@ class DataConfig:
         if self.rows is not None:
             return {"in_memory_rows": len(self.rows)}
         values = {key: getattr(self, key) for key in checks.rules(DataConfig)}
+        if self.null is not None:
+            key = "template" if self.template else "columns"
+            values[key] = {**values[key], "null": self.null}
         return {key: plain(value) for key, value in values.items() if value not in (None, {})}
+
+
+def without_null(entry: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str | None]:
+    """An entry without the key `null` of `columns` and `template`, and what it says: the text that stands for a null."""
+    entry, null = dict(entry), None
+    for name in ("columns", "template"):
+        if isinstance(entry.get(name), Mapping):
+            values = {"null" if key is None else key: value for key, value in entry[name].items()}
+            if "null" in values:
+                null = values.pop("null")
+                checks.check_fields(
+                    {"null": null}, {"null": Rule("a text", lambda value: isinstance(value, str))}, f"{where}.{name}"
+                )
+            entry[name] = values
+    return entry, null
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
-from m2m_hf.data.loading import fill, load_rows, require_columns
+from m2m_hf.data.loading import TEXTS, fill, load_rows, names_in, require_columns
 from m2m_hf.data.rows import FEATURES, Candidate, LoadedData, Prompt, Target, TargetRow
 from m2m_hf.data.tokens import encode, render
 from m2m_hf.errors import InputError
@@ -30,7 +30,7 @@ def load_causal_lm_data(
     conversations: list[str] = []
 
     def load(data: DataConfig, where: str, column: str | None) -> Dataset:
-        rows = load_rows(data, where, seed)
+        rows = load_rows(data, where, seed, TEXTS if column else ())
         if column is not None and is_conversational(rows, where, column):
             conversations.append(where)
         return rows
@@ -66,7 +66,7 @@ def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
         task = {"image": "image_classification", "text": "sequence_classification"}[content]
         raise InputError(f"{where}: rows of {content} and label belong to task: {task}")
     require_columns(rows, ("prompt", completion), where, ", or messages")
-    return not isinstance(rows[0]["prompt"], str)
+    return isinstance(rows[0]["prompt"], list)
 
 
 def make_candidate(
@@ -148,18 +148,35 @@ def make_target(name: str, config: TargetConfig, parts: Mapping[str, Dataset], d
         if config.kind == "classification":
             require_columns(dataset, ("label",), f"targets.{name}.{part}")
             # Without a list of labels they are those of the validation set, also for the test.
-            words = config.labels or {label: label for label in sorted(set(map(str, parts["data"]["label"])))}
+            known = set(label_names(parts["data"], config.labels or {})) - {None}
+            words = config.labels or {label: label for label in sorted(filter(None, known))}
             template = config.parts[part].template.get("completion", "{label}")
-            numbered = [(place, label_row(row, words, template, place)) for place, row in numbered]
+            labels = label_names(dataset, words)
+            numbered = [
+                (place, label_row({**row, "label": label}, words, template, place))
+                for (place, row), label in zip(numbered, labels, strict=True)
+            ]
         rows[part] = tuple(target_row(row, data_format, config.kind, place) for place, row in numbered)
     return Target(name, config, rows.get("data", ()), rows.get("test_data", ()))
 
 
+def label_names(rows: Dataset, words: Mapping[str, str]) -> list[str | None]:
+    """The labels of rows: classes by their names, or by their numbers where only these have words."""
+    kind, labels = rows.features["label"], rows["label"][:]
+    if (
+        isinstance(kind, ClassLabel)
+        and not set(kind.names) <= {*words}
+        and set(map(str, range(len(kind.names)))) <= {*words}
+    ):
+        return [None if label in (None, -1) else str(label) for label in labels]
+    return names_in(rows, "label", labels)
+
+
 def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, where: str) -> dict[str, Any]:
     """A row with a label as a row with choices: the words of every label, put into the template of a completion."""
-    label = str(row.get("label"))
+    label = row["label"]
     if label not in words:
-        raise InputError(f"{where}.label: expected one of {', '.join(words)}, got {row.get('label')!r}")
+        raise InputError(f"{where}.label: expected one of {', '.join(words)}, got {label!r}")
     choices = [fill(template, {**row, "label": word}, f"{where}.template") for word in words.values()]
     return {"prompt": row.get("prompt"), "choices": choices, "answer": list(words).index(label)}
 

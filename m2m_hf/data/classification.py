@@ -80,7 +80,7 @@ class ClassificationReader:
         for part, data in config.parts.items():
             where = f"targets.{name}.{part}"
             if config.kind == "callable":
-                parts[part] = tuple(load_rows(data, where, self.seed))
+                parts[part] = tuple(load_rows(data, where, self.seed, ()))
                 continue
             rows, contents = self._read(self._load(data, where), config.labels or {}, name, where)
             labels = labels or sorted(set(config.labels.values() if config.labels else self.space or rows["label"]))
@@ -91,7 +91,7 @@ class ClassificationReader:
 
     def _load(self, data: DataConfig, where: str) -> Dataset:
         """Rows that have the columns text or image, and label."""
-        rows = load_rows(data, where, self.seed)
+        rows = load_rows(data, where, self.seed, (self.column,))
         require_columns(rows, (self.column, "label"), where)
         return rows
 

@@ -1,19 +1,16 @@
 """Rows as they are in files, on the Hub, or in memory."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from glob import glob
 from itertools import chain, islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
@@ -21,10 +18,12 @@ from huggingface_hub.errors import RevisionResolutionError
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.checks import BUILDERS, check_name
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.data.files import as_text, read_split, reads
 from m2m_hf.errors import InputError
 
 MAX_FILES = 10_000  # in a folder that is given as a dataset
 MAX_PARTS = 256  # of one dataset with `split_by`
+TEXTS = ("prompt", "completion")
 SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`, in the folder of a dataset or of several splits
 
 
@@ -83,7 +82,7 @@ def split_candidates(config: MergeToMixConfig) -> MergeToMixConfig:
 
 def column_values(data: DataConfig, column: str, where: str) -> list[tuple[Any, str]]:
     """(value, its name) of all different values of a column."""
-    rows = load_raw(data, where)
+    rows = load_raw(data, where, text_columns(data, where))
     where = f"{where}.split_by"
     if column not in rows.column_names:
         raise InputError(f"{where}: no column {column!r}; it has {', '.join(rows.column_names)}")
@@ -106,9 +105,12 @@ def names_in(rows: Dataset, column: str, values: Iterable[Any]) -> list[str | No
     return [None if value is None else str(value) for value in values]
 
 
-def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
-    """The rows that `config` names: loaded, columns renamed, `max_examples` drawn with `seed`, templates filled."""
-    rows = load_raw(config, where)
+def load_rows(config: DataConfig, where: str, seed: int, texts: Sequence[str] = TEXTS) -> Dataset:
+    """The rows that `config` names: loaded, columns renamed, `max_examples` drawn with `seed`, templates filled.
+
+    The columns `texts`, and what templates name, are read as texts.
+    """
+    rows = load_raw(config, where, text_columns(config, where, texts))
     for theirs, ours in config.columns.items():
         if theirs not in rows.column_names:
             raise InputError(f"{where}.columns: no column {theirs!r}; it has {', '.join(rows.column_names)}")
@@ -119,12 +121,49 @@ def load_rows(config: DataConfig, where: str, seed: int) -> Dataset:
         raise InputError(f"{where}: has no rows; expected at least one")
     if config.max_examples is not None and len(rows) > config.max_examples:
         rows = rows.shuffle(seed=seed).select(range(config.max_examples))
-    if config.template:
-        templates = config.template.items()
-        rows = Dataset.from_list(
-            [dict(row) | {key: fill(text, row, f"{where}.template") for key, text in templates} for row in rows]
-        )
-    return rows
+    made: dict[str, list[str | None]] = {}
+    for name in texts:
+        null = config.null if name == "prompt" else None
+        kind = rows.features.get(name)
+        if isinstance(kind, Value) and name not in config.template and (null is not None or kind.dtype != "string"):
+            made[name] = [null if value is None else value for value in texts_in(rows, name, where)]
+    for name, text in config.template.items():
+        null = config.null if name == "prompt" else None
+        numbered = enumerate(rows, start=1)
+        made[name] = [
+            fill(text, with_class_names(rows, row), f"{where}, row {number}.template", null) for number, row in numbered
+        ]
+    return replaced(rows, made)
+
+
+def text_columns(config: DataConfig, where: str, texts: Sequence[str] = TEXTS) -> frozenset[str]:
+    """What a file calls the columns `texts`, and those that templates name."""
+    named = {column for text in config.template.values() for _, column, *_ in parse_template(text, f"{where}.template")}
+    names = {ours: theirs for theirs, ours in config.columns.items()}
+    return frozenset(names.get(name, name) for name in {*texts, *named} if name)
+
+
+def texts_in(rows: Dataset, name: str, where: str) -> list[str | None]:
+    """The values of a column as texts."""
+    try:
+        return [as_text(value) for value in rows[name]]
+    except ValueError as error:
+        raise InputError(f"{where}.{name}: {error}") from error
+
+
+def replaced(rows: Dataset, columns: Mapping[str, list[str | None]]) -> Dataset:
+    """Rows with these columns of texts."""
+    if not columns:
+        return rows
+    made = Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Value("string"))))
+    rest = [name for name in rows.column_names if name not in columns]
+    return datasets.concatenate_datasets([rows.select_columns(rest), made], axis=1) if rest else made
+
+
+def with_class_names(rows: Dataset, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with classes as their names."""
+    classes = [name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)]
+    return {**row, **{name: names_in(rows, name, [row[name]])[0] for name in classes}}
 
 
 def require_columns(rows: Dataset, needed: Sequence[str], where: str, alternative: str = "") -> None:
@@ -138,11 +177,11 @@ def require_columns(rows: Dataset, needed: Sequence[str], where: str, alternativ
         )
 
 
-def load_raw(config: DataConfig, where: str) -> Dataset:
+def load_raw(config: DataConfig, where: str, texts: frozenset[str]) -> Dataset:
     """The rows as they are stored, those that `where:` selects."""
     check_files(config, where)
     try:
-        rows = open_dataset(config)
+        rows = open_dataset(config, texts)
     except FileNotFoundError as error:
         raise InputError(f"{where}: nothing found ({error}); relative paths are relative to the YAML file") from error
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -158,91 +197,77 @@ def load_raw(config: DataConfig, where: str) -> Dataset:
     for column, value in config.where.items():
         if column not in rows.column_names:
             raise InputError(f"{where}.where: no column {column!r}; it has {', '.join(rows.column_names)}")
-        selected = [number for number, content in enumerate(rows[column]) if content == value]
+        contents = rows[column][:]
+        selected = [number for number, content in enumerate(contents) if content == value]
+        if not selected:  # a cell of a CSV file is text, and a class has a name
+            names, text = names_in(rows, column, contents), as_text(value) or ""
+            selected = [number for number, name in enumerate(names) if name == text]
         if not selected:
             raise InputError(f"{where}.where: no row has {value!r} in {column!r}")
         rows = rows.select(selected)
     return rows
 
 
-def open_dataset(config: DataConfig) -> Dataset:
-    """Rows in memory, of a saved dataset, or whatever `load_dataset` loads."""
+def open_dataset(config: DataConfig, texts: frozenset[str]) -> Dataset:
+    """Rows in memory, of a saved dataset, of JSON or CSV files as they stand there, or whatever `load_dataset` loads."""
     if config.rows is not None:
         return config.rows
     if config.path and any((Path(config.path) / name).exists() for name in SAVED):
         saved = datasets.load_from_disk(config.path)
         return saved if isinstance(saved, Dataset) else saved[config.split]
-    return datasets.load_dataset(
+    builder = datasets.load_dataset_builder(
         config.path,
         name=config.name,
         data_dir=config.data_dir,
         data_files=list(config.data_files) if config.data_files else None,
-        split=config.split,
         revision=config.revision,
     )
+    if reads(builder):
+        return read_split(builder, config.split, texts, None)
+    builder.download_and_prepare()
+    return builder.as_dataset(config.split)
 
 
 def check_files(config: DataConfig, where: str) -> None:
-    """Refuses a folder with very many files, which `datasets` would search for minutes, and files that are not JSON."""
+    """Refuses a folder with very many files, which `datasets` would search for minutes."""
     if config.path and config.data_files is None and Path(config.path).is_dir():
         files = chain.from_iterable(names for _, _, names in os.walk(config.path))
         if sum(1 for _ in islice(files, MAX_FILES + 1)) > MAX_FILES:
             raise InputError(f"{where}: {config.path} holds more than {MAX_FILES:,} files; say which with data_files")
-    for path in (Path(path) for name in config.data_files or () for path in sorted(glob(name))):
-        plain = path.suffix in (".json", ".jsonl", ".ndjson") and path.is_file()  # Arrow opens compressed ones
-        if config.path == "json" and plain:
-            state = path.stat()
-            if fault := json_fault(path.absolute(), state.st_mtime_ns, state.st_size):
-                raise InputError(f"{where}: {path}{fault}")
 
 
-@cache
-def json_fault(path: Path, modified: int, size: int) -> str | None:
-    """What is wrong with a JSON file of objects, and in which line; None if nothing is.
-
-    Arrow says little about it, and crashes on `null` and on deep nesting. Every part of a split dataset asks again; the time and
-    the size of a file tell its versions apart.
-    """
-    with path.open("rb") as file:
-        is_list = file.read(1 << 16).lstrip().startswith(b"[")
-        file.seek(0)
-        for number, text in enumerate([file.read()] if is_list else file, start=1):
-            line = "" if is_list else f", line {number}"
-            try:
-                value = parse_json(text) if text.strip() else {}
-            except (ValueError, RecursionError) as error:
-                return None if number == 1 and is_one_object(path) else f"{line} is not JSON ({error})"
-            for row in value if is_list else [value]:
-                if not isinstance(row, dict):
-                    return f'{line}: expected an object such as {{"prompt": ...}}, got {row!r:.100}'
-    return None
-
-
-def is_one_object(path: Path) -> bool:
-    """True if a file is one JSON object over several lines, which Arrow reads as one row."""
+def parse_template(template: str, where: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    """The pieces of a template: a text, and the name of the column behind it."""
     try:
-        return isinstance(parse_json(path.read_bytes()), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def parse_json(text: bytes) -> Any:
-    """The value of a JSON text; a ValueError where it is no JSON, or no Unicode."""
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
-def fill(template: str, row: Mapping[str, Any], where: str) -> str:
-    """`template` with every `{column}` replaced by the row's value; refuses anything in braces but the name of a column."""
-    pieces = []
-    try:
-        for text, column, style, conversion in Formatter().parse(template):
-            if column is not None and (column not in row or style or conversion):
-                raise ValueError(f"{column!r} is no column" if column not in row else f"more than a name at {column!r}")
-            pieces.append(text + ("" if column is None else str(row[column])))
+        return list(Formatter().parse(template))
     except ValueError as error:
-        raise InputError(
-            f"{where}: {template!r} cannot be filled ({error}); columns are {', '.join(row)}. Write {{{{ and }}}} for braces"
-        ) from error
+        raise InputError(f"{where}: {template!r} cannot be filled ({error}). Write {{{{ and }}}} for braces") from error
+
+
+def fill(template: str, row: Mapping[str, Any], where: str, null: str | None = None) -> str:
+    """`template` with every `{column}` replaced by the row's value, and nulls by `null`.
+
+    It refuses anything in braces but the name of a column, and without `null` rows that have none there.
+    """
+    pieces = []
+    for text, column, style, conversion in parse_template(template, where):
+        pieces.append(text)
+        if column is None:
+            continue
+        if column not in row or style or conversion:
+            fault = f"{column!r} is no column" if column not in row else f"more than a name at {column!r}"
+            raise InputError(
+                f"{where}: {template!r} cannot be filled ({fault}); columns are {', '.join(row)}. Write {{{{ and }}}} for braces"
+            )
+        try:
+            value = as_text(row[column])
+        except ValueError as error:
+            raise InputError(f"{where}: {column}: {error}") from error
+        value = null if value is None else value
+        if value is None:
+            raise InputError(
+                f"{where}: {column!r} is null; expected text. Remove the row, or, in a prompt, say what stands for it: "
+                'template: {prompt: ..., null: ""}'
+            )
+        pieces.append(value)
     return "".join(pieces)

@@ -1,15 +1,25 @@
 """Reading rows: every kind of source, columns, JSON, and candidates split by a column."""
 
+import csv
+import gzip
+import io
 import json
 import re
 
+import pyarrow
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from pico import build_adapter, candidate_rows, changed, choice_rows, intent_rows, m2m, searcher, write_rows
+from pyarrow import parquet
 
 from m2m_hf import InputError
-from m2m_hf.config.candidates import DataConfig
-from m2m_hf.data.loading import column_values, load_rows, parse_json
+from m2m_hf.config.candidates import CandidateConfig, DataConfig
+from m2m_hf.config.targets import TargetConfig
+from m2m_hf.data.causal_lm import load_causal_lm_data
+from m2m_hf.data.files import parse_json
+from m2m_hf.data.loading import column_values, load_rows
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "save_to_disk", "save_to_disk_dict"])
@@ -23,6 +33,122 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind):
         getattr(dataset, kind if kind == "save_to_disk" else f"to_{kind}")(path if "save" in kind else f"{path}.{kind}")
     builder = DataConfig(path=kind, data_files=(f"{path}.{kind}",))
     assert load_rows(DataConfig(path=path) if "save" in kind else builder, "c", 0).to_list() == rows
+
+
+TABLES = st.lists(st.tuples(st.text(max_size=8), st.text(min_size=1, max_size=8)), min_size=1, max_size=4)
+ODD_TEXTS = [
+    ("1", "0001"),
+    ("NA", "null"),
+    ("", "2021-03-04"),
+    ("1.50", "true"),
+    ("a\u2028b\x85c", "\r\n"),
+    ('"', " x\t"),
+    ("\x00", "[1]"),
+]
+
+
+@given(table=TABLES)
+@example(table=ODD_TEXTS)
+@example(table=ODD_TEXTS[1:3])
+@example(table=[("2021-03-04", "2021-03-04T05:06:07Z"), ("2021-03-05", "2021-03-04T05:06:07Z")])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_strings_are_the_same_from_every_kind_of_file(tmp_path, tokenizer, table):
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in table]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    contents = {"a.json": json.dumps(rows), "b.jsonl": "\n".join(lines)}
+    for name, separator in (("c.csv", ","), ("d.tsv", "\t")):
+        text = io.StringIO(newline="")
+        csv.writer(text, delimiter=separator).writerows([("prompt", "completion"), *table])
+        contents[name] = text.getvalue()
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode())
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    for name, compression in (("e.parquet", "none"), ("f.parquet", "gzip")):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name, compression=compression)
+    kinds = {"tsv": "csv", "jsonl": "json"}
+    for path in tmp_path.iterdir():
+        kind = path.name.split(".")[1]
+        data = DataConfig(path=kinds.get(kind, kind), data_files=(str(path),))
+        sources = {"c": CandidateConfig(data)}, {"t": TargetConfig("loss", "logprob", data)}
+        loaded = load_causal_lm_data(*sources, tokenizer, seed=0, max_length=None, assistant_only_loss=False)
+        assert loaded.candidates["c"].rows.to_list() == rows, path
+        assert [(row.prompt, row.choices[0]) for row in loaded.targets["t"].rows] == table, path
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (
+            ["1.50", "1", "12345678901234567890123", "1e5", "true"],
+            ["1.50", "1", "12345678901234567890123", "1e5", "true"],
+        ),
+        (['"2021-03-04"', '"0007"'], ["2021-03-04", "0007"]),
+        (['["é", 1]', '{"a": null}'], ['["é", 1]', '{"a": null}']),
+    ],
+)
+def test_templates_take_values_as_json_writes_them(tmp_path, lines, texts):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"x": {line}}}\n' for line in lines))
+    data = DataConfig(
+        path="json", data_files=(str(tmp_path / "a.jsonl"),), template={"prompt": "{x}", "completion": "a {x}"}
+    )
+    assert load_rows(data, "c", 0)["prompt"][:] == texts
+    assert load_rows(data, "c", 0)["completion"][:] == [f"a {text}" for text in texts]
+
+
+def test_columns_of_mixed_types_and_of_objects_are_kept_as_they_are(tmp_path):
+    rows = [{"x": 1, "big": 10**30, "o": {"a": 1}}, {"x": "1", "big": 1, "o": {"b": [None, "2021-03-04"]}}, {"x": None}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    read = load_rows(DataConfig(path="json", data_files=(str(tmp_path / "a.jsonl"),)), "c", 0)
+    assert read["x"][:] == [1, "1", None]
+    assert read["o"][:] == [{"a": 1}, {"b": [None, "2021-03-04"]}, None]
+    assert read["big"][:] == [str(10**30), "1", None]  # no type of datasets holds it
+
+
+@pytest.mark.parametrize("key", [None, "null"])
+@pytest.mark.parametrize("option", ["template", "columns"])
+def test_a_null_is_refused_unless_a_text_stands_for_it(tmp_path, option, key):
+    write_rows(tmp_path / "a.jsonl", [{"input": None, "output": "x"}, {"input": "i", "output": "y"}])
+    entry = {"path": "json", "data_files": "a.jsonl"}
+    entry[option] = {
+        "template": {"prompt": "{input}", "completion": "{output}"},
+        "columns": {"input": "prompt", "output": "completion"},
+    }[option]
+    if option == "template":
+        with pytest.raises(InputError, match=r"row 1\.template: 'input' is null"):
+            load_rows(DataConfig.parse(entry, "c", tmp_path), "c", 0)
+    entry[option] |= {key: ""}
+    data = DataConfig.parse(entry, "c", tmp_path)
+    assert DataConfig.parse(data.to_json(), "c", tmp_path) == data
+    assert load_rows(data, "c", 0)["prompt"][:] == ["", "i"]
+    write_rows(tmp_path / "a.jsonl", [{"input": "i", "output": None}])
+    if option == "template":  # a row's completion is checked with its others where it is no template
+        with pytest.raises(InputError, match=r"row 1\.template: 'output' is null"):
+            load_rows(data, "c", 0)
+    else:
+        assert load_rows(data, "c", 0)["completion"][:] == [None]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("prompt,completion\na,b,c\n", "line 2: expected 2 cells, as in the header, got 3"),
+        ("prompt,completion\na,b\n\nc\n", "line 4: expected 2 cells, as in the header, got 1"),
+        ("prompt,prompt\na,b\n", "line 1: a column stands twice"),
+        ('prompt,completion\na,"b\n', "line 2: unexpected end of data"),
+        ("prompt,completion\na,\xff\n", "line .: 'utf-8' codec"),
+    ],
+)
+def test_csv_files_that_cannot_be_read_as_they_stand(tmp_path, content, words):
+    (tmp_path / "bad.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=rf"candidates\.a: .*bad\.csv, {words}"):
+        load_rows(DataConfig(path="csv", data_files=(str(tmp_path / "bad.csv"),)), "candidates.a", 0)
+
+
+@pytest.mark.parametrize("value", [7, "007", None, 0.5])
+def test_rows_of_a_csv_file_are_found_by_numbers_and_texts(tmp_path, value):
+    (tmp_path / "a.csv").write_text("kind,prompt\n7,7\n007,007\n,None\n0.5,0.5\n")
+    data = DataConfig(path="csv", data_files=(str(tmp_path / "a.csv"),), where={"kind": value})
+    assert load_rows(data, "c", 0)["prompt"][:] == [str(value)]
 
 
 def test_max_examples_is_drawn_with_the_seed():
@@ -143,7 +269,7 @@ def test_parts_may_have_adapters_of_others_and_are_read_once(public_set, monkeyp
     with (public_set / "run.yaml").open("a") as file:
         file.write("adapters: {public-none: theirs}\n")
     lines = []
-    monkeypatch.setattr("m2m_hf.data.loading.parse_json", lambda line: lines.append(line) or parse_json(line))
+    monkeypatch.setattr("m2m_hf.data.files.parse_json", lambda line: lines.append(line) or parse_json(line))
     assert m2m("search", "--config", public_set / "run.yaml") == 0
     assert sum(b'"question"' in line for line in lines) == 24
     assert "unknown" in json.loads((public_set / "out" / "adapters" / "public-none" / "training.json").read_text())

@@ -1,0 +1,195 @@
+"""Rows of JSON and CSV files as they stand there: `datasets` would make dates of texts, and numbers or nothing of cells."""
+
+import codecs
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetBuilder, DatasetInfo, DownloadConfig, DownloadManager, Features, Value
+from datasets.arrow_reader import ReadInstruction
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.table import table_cast
+from datasets.utils.file_utils import xopen
+from datasets.utils.json import ujson_loads
+
+Row = dict[str, Any]
+File = tuple[str, str, int, int]  # its name in messages, its path, and the time and size that tell versions apart
+
+
+class Number(float):
+    """A number of a JSON file that is no integer, with its text there."""
+
+    text: str
+
+    def __new__(cls, text: str) -> "Number":
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def reads(builder: DatasetBuilder) -> bool:
+    """True if the files of this builder are read here."""
+    return isinstance(builder, (Json, Csv))
+
+
+def read_split(builder: DatasetBuilder, split: str, texts: frozenset[str], field: str | None) -> Dataset:
+    """The rows of a split, such as train or train[:100]. Numbers in the columns `texts` are texts."""
+    config = DownloadConfig(token=builder.token, storage_options=builder.storage_options, extract_on_the_fly=True)
+    manager = DownloadManager(builder.dataset_name, download_config=config, data_dir=builder.config.data_dir)
+    wanted = {name: paths for name, paths in builder.config.data_files.items() if name in split}
+    parts: dict[str, Dataset] = {}
+    for name, paths in wanted.items():
+        files: list[File] = []
+        for shown, local in zip(paths, manager.download(list(paths)), strict=True):
+            state = Path(local).stat()
+            for path in manager.iter_files(manager.extract(local)):
+                files.append((str(shown), path, state.st_mtime_ns, state.st_size))
+        separator = None if isinstance(builder, Json) else builder.config.sep
+        parts[name] = read_files(tuple(files), separator, texts, field)
+        if builder.info.features is not None:  # a dataset card may declare them
+            table = table_cast(parts[name].data.table, builder.info.features.arrow_schema)
+            parts[name] = Dataset(table, info=DatasetInfo(features=builder.info.features))
+    sizes = dict.fromkeys(builder.config.data_files, 0) | {name: len(rows) for name, rows in parts.items()}
+    chosen = ReadInstruction.from_spec(split).to_absolute(sizes)
+    return datasets.concatenate_datasets(
+        [parts[part.splitname].select(range(part.from_ or 0, part.to)) for part in chosen]
+    )
+
+
+@lru_cache(maxsize=2)  # every part of a split dataset asks again
+def read_files(files: tuple[File, ...], separator: str | None, texts: frozenset[str], field: str | None) -> Dataset:
+    """The rows of files of one kind, with all columns that any of them has."""
+    rows: list[Row] = []
+    for shown, path, _, _ in files:
+        try:
+            if separator is None:
+                rows.extend(json_rows(path, field, texts))
+            else:
+                rows.extend(csv_rows(path, "\t" if ".tsv" in Path(shown).suffixes else separator))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{shown}{error}") from error
+    columns = {
+        name: column([row.get(name) for row in rows]) for name in dict.fromkeys(name for row in rows for name in row)
+    }
+    features = Features({name: kind for name, (kind, _) in columns.items()})
+    table = pa.table([values for _, values in columns.values()], schema=features.arrow_schema)
+    return Dataset(table, info=DatasetInfo(features=features))
+
+
+def column(values: list[Any]) -> tuple[Any, pa.Array]:
+    """A column's type and values. Objects, and values of several types, are kept as JSON, each as it is."""
+    try:
+        made = pa.array(values)
+        kind = datasets.features.features.generate_from_arrow_type(made.type)
+        if "struct" not in str(made.type):
+            return kind, made
+    except (pa.ArrowException, OverflowError):
+        pass
+    stored = [None if value is None else json.dumps(value) for value in values]
+    try:
+        for text in filter(None, stored):
+            ujson_loads(text)
+    except ValueError:  # this reader of JSON, which `datasets` uses, takes no integer above 64 bits
+        return Value("string"), pa.array([as_text(value) for value in values], pa.string())
+    return datasets.Json(), pa.array(stored, pa.string()).cast(pa.json_())
+
+
+def csv_rows(path: str, separator: str) -> Iterator[Row]:
+    """The rows of a CSV file, every cell as it stands there."""
+    limit = csv.field_size_limit(sys.maxsize)
+    with xopen(path, "rb") as binary, TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            names = [name or f"Unnamed: {number}" for number, name in enumerate(next(reader, []))]
+            if len(set(names)) < len(names):
+                raise ValueError(f"a column stands twice in the header: {', '.join(names)}")
+            for cells in reader:
+                if cells and len(cells) != len(names):
+                    raise ValueError(f"expected {len(names)} cells, as in the header, got {len(cells)}: {cells!r:.100}")
+                if cells:
+                    yield dict(zip(names, cells, strict=True))
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f", line {reader.line_num}: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
+
+
+def json_rows(path: str, field: str | None, texts: Iterable[str]) -> Iterator[Row]:
+    """The objects of a file of JSON lines, of one list, or of one object: its list `field`, or itself as the only row."""
+    with xopen(path, "rb") as file:
+        is_list = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    with xopen(path, "rb") as file:
+        for number, text in enumerate([file.read()] if is_list or field is not None else file, start=1):
+            line = "" if is_list or field is not None else f", line {number}"
+            try:
+                value = parse_json(text) if text.strip() else []
+            except (ValueError, RecursionError) as error:
+                whole = one_object(path) if number == 1 and not is_list else None
+                if whole is None:
+                    raise ValueError(f"{line} is not JSON ({error})") from error
+                yield with_texts(whole, texts)
+                return
+            if field is not None:
+                if not isinstance(value, dict) or not isinstance(value.get(field), list):
+                    raise ValueError(f": expected an object with a list {field!r}, got {value!r:.100}")
+                value = value[field]
+            for row in value if isinstance(value, list) and (is_list or field is not None or not value) else [value]:
+                if not isinstance(row, dict):
+                    raise ValueError(f'{line}: expected an object such as {{"prompt": ...}}, got {row!r:.100}')
+                yield with_texts(row, texts)
+
+
+def one_object(path: str) -> Row | None:
+    """The object in a file that holds one over several lines."""
+    try:
+        with xopen(path, "rb") as file:
+            value = parse_json(file.read())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text; a ValueError where it is no JSON, has a key twice, or is no Unicode."""
+    value = json.loads(text, parse_float=Number, parse_constant=refuse_constant, object_pairs_hook=as_object)
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def as_object(pairs: list[tuple[str, Any]]) -> Row:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return made
+
+
+def with_texts(row: Row, texts: Iterable[str]) -> Row:
+    """A row whose numbers in the columns `texts` are texts."""
+    return row | {name: as_text(row[name]) for name in texts if isinstance(row.get(name), (int, float))}
+
+
+def as_text(value: Any) -> str | None:
+    """A value as a text: texts as they are, other values as JSON writes them; a ValueError for bytes, which are no text."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Number):
+        return value.text
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, bytes):
+        raise ValueError(f"expected text, got {value!r:.100}")
+    is_json = isinstance(value, (int, float, list, dict))
+    return json.dumps(value, ensure_ascii=False, default=str) if is_json else str(value)

@@ -13,6 +13,7 @@ from m2m_hf.errors import InputError, holds_secret
 
 PATH = "json, csv, parquet, a Hub id or a folder of save_to_disk"
 FILES = Rule("a file or a list of files", lambda value: checks.is_text(value) or checks.is_texts(value))
+RENAMED = Rule("{theirs: ours}", lambda value: isinstance(value, Mapping) and not checks.unquoted(value))
 TEMPLATE = mapping("texts for prompt and completion", str, str)
 
 
@@ -108,7 +109,7 @@ class CandidateConfig:
     # model trained on all; this measures what that costs.
     training: Mapping[str, Any] = option(mapping("fields of SFTConfig or ModelConfig"), dict)
     split_by: str | None = option(text("the name of a column"))  # each of its values becomes a candidate <name>-<value>
-    labels: Mapping[str, str] | None = option(mapping("{theirs: ours}"))  # labels that are not named stay
+    labels: Mapping[str, str] | None = option(RENAMED)  # labels that are not named stay
 
     @classmethod
     def parse(cls, entry: Any, where: str, folder: Path) -> "CandidateConfig":

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,9 @@ BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
 POSITIVE = Rule("a number above 0", lambda value: is_number(value) and value > 0)
 LABELS = Rule(
     "a list of at least two labels, or {label: words}",
-    lambda value: isinstance(value, (list, tuple, Mapping)) and len(names_of_labels(value) or ()) >= 2,
+    lambda value: (
+        isinstance(value, (list, tuple, Mapping)) and not unquoted(value) and len(names_of_labels(value) or ()) >= 2
+    ),
 )
 
 
@@ -89,7 +92,20 @@ def check_fields(values: Mapping[str, Any], rules: Mapping[str, Rule], where: st
 
 def shown(value: Any) -> str:
     """A value of a YAML as a message shows it."""
-    return "nothing; give a value or remove the key" if value is None else f"{value!r:.100}"
+    if value is None:
+        return "nothing; give a value or remove the key"
+    return f"{value!r:.100}" + ("" if is_number(value) else unquoted(value))
+
+
+def unquoted(value: Any) -> str:
+    """What to do where YAML does not read a value, or one within it, as the word that stands there; nothing if all is text."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(unquoted, value)), "")
+    if value is None or isinstance(value, bool | float | date):
+        return f" ({value}: YAML reads yes, no, on, off, null, 1.10 and dates so; where the word is meant, quote it)"
+    return ""
 
 
 def read_entry(entry: Mapping[str, Any], rules: Mapping[str, Rule], where: str) -> dict[str, Any]:
@@ -115,7 +131,7 @@ def check_name(name: Any, what: str) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
         raise InputError(
             f"{what} name {name!r} is not allowed: use 1 to 64 letters, digits, '_', '-' and single '.', "
-            "starting with a letter or digit"
+            "starting with a letter or digit" + ("" if isinstance(name, str) else f"{unquoted(name)}; quote it")
         )
     return name
 

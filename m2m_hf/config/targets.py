@@ -45,8 +45,8 @@ SCORERS = {
     "choice": ScorerKind(
         ("data", "test_data", "normalize", "metric_key"),
         help="""\
-data: rows of prompt, choices, answer (index or text); metric: accuracy or logprob; normalize: none,
-tokens or bytes""",
+data: rows of prompt, choices, answer (index, text, letter or label); metric: accuracy or logprob;
+normalize: none, tokens or bytes""",
         metrics=("accuracy", "logprob"),
         column="choices",
     ),

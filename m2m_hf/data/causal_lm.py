@@ -1,6 +1,7 @@
 """Data for causal LMs: all rows in the one format of a run, which is text, chat or messages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from string import ascii_lowercase
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -186,16 +187,56 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     if SCORERS[scorer].column == "completion":
         question, reference = split_row(row, data_format, where)
         return TargetRow(question, (reference,), 0)
-    choices, answer = row.get("choices"), row.get("answer")
+    choices, labels = texts_and_labels(row.get("choices"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
-        raise InputError(f"{where}.choices: expected at least two texts, none empty, got {choices!r}")
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(
-            f"{where}.answer: expected the index of the right choice, 0 to {len(choices) - 1}, or its text, got {answer!r}"
-        )
+        raise InputError(f"{where}.choices: expected at least two texts, none empty, got {row.get('choices')!r}")
+    answer = right_choice(row.get("answer"), choices, labels, f"{where}.answer")
     if choices.count(choices[answer]) > 1:
         raise InputError(f"{where}.choices: the right answer occurs twice: {choices!r}")
     prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
     return TargetRow(prompt, tuple(in_format(choice, "assistant", data_format, where) for choice in choices), answer)
+
+
+def texts_and_labels(choices: Any) -> tuple[Any, list[Any]]:
+    """(texts, labels) of choices, also of {text: [...], label: [...]}, {label: text}, [{text, label}, ...]; no labels where none are."""
+    if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
+        choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    if not isinstance(choices, dict):
+        return choices, []
+    if isinstance(choices.get("text"), list):
+        labels = choices.get("label")
+        same = isinstance(labels, list) and len(labels) == len(choices["text"])
+        return choices["text"], labels if same else []
+    given = {label: text for label, text in choices.items() if text is not None}  # datasets fills up what a row lacks
+    return list(given.values()), list(given)
+
+
+def right_choice(answer: Any, choices: Sequence[str], labels: Sequence[Any], where: str) -> int:
+    """The index of the right choice, given as that, or by text, label or letter of its place; refuses what is ambiguous."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, str | int) and not isinstance(answer, bool):
+        meant = {choices.index(answer)} if answer in choices else set()
+        names = [bare(label) for label in labels] or ([] if meant else [*ascii_lowercase[: len(choices)]])
+        if names.count(bare(answer)) == 1:
+            meant.add(names.index(bare(answer)))
+        if isinstance(answer, int) and answer not in labels and 0 <= answer < len(choices):
+            meant.add(answer)
+    else:
+        meant = set()
+    if len(meant) == 1:
+        return meant.pop()
+    if meant:
+        raise InputError(
+            f"{where}: {answer!r} names one choice by its place or text and another by its label {list(labels)}; "
+            "give the text of the right choice"
+        )
+    raise InputError(
+        f"{where}: expected the index of the right choice, 0 to {len(choices) - 1} (a number, not text), its letter, its "
+        f"label, or its text, got {answer!r}"
+    )
+
+
+def bare(label: str | int) -> str:
+    """A label or letter without what is written around it, such as (A) or b."""
+    return str(label).strip(" ().:").casefold()

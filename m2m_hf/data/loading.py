@@ -203,7 +203,8 @@ def load_raw(config: DataConfig, where: str, texts: frozenset[str]) -> Dataset:
             names, text = names_in(rows, column, contents), as_text(value) or ""
             selected = [number for number, name in enumerate(names) if name == text]
         if not selected:
-            raise InputError(f"{where}.where: no row has {value!r} in {column!r}")
+            quote = "" if isinstance(value, str) else "; YAML reads yes, no, on, off, null and digits so: quote it"
+            raise InputError(f"{where}.where: no row has {value!r} in {column!r}{quote}")
         rows = rows.select(selected)
     return rows
 

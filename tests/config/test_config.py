@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,14 @@ TIES = {"merge_method": "ties"}
         (target("classification", labels=["a"]), "labels: expected a list of at least two labels"),
         ({"task": "image_classification"}, "expected classification or command for image_classification, got choice"),
         (CLASSIFICATION | {"labels": ["a"]}, "labels: expected a list of at least two labels"),
+        (target("classification", labels=[True, False]), r"labels: .*True: YAML reads yes, no, .* quote it"),
+        (target("classification", labels={"a": "x", "b": None}), "labels: .*None: YAML reads .* quote it"),
+        (CLASSIFICATION | {"labels": [1.1, 1.2]}, "labels: .* quote it"),
+        (CLASSIFICATION | candidate(labels={False: "no", "y": "yes"}), r"candidates\.a\.labels: .* quote it"),
+        ({"candidates": {False: CANDIDATES["a"]}}, "candidate name False is not allowed: .* quote it"),
+        ({"targets": {True: TARGETS["t"]}}, "target name True is not allowed: .* quote it"),
+        (candidate(columns={True: "prompt"}), r"candidates\.a\.columns: .* quote it"),
+        (candidate(where={"day": date(2020, 1, 1)}), r"candidates\.a\.where: .* quote it"),
         (CLASSIFICATION | {"labels": ["a", "b", "a"]}, "labels: expected every label once"),
         (CLASSIFICATION | {"label_template": "a photo"}, "label_template: expected a text with {label} in it"),
         (CLASSIFICATION | candidate(template={"prompt": "x"}), r"candidates\.a\.template: belongs to task: causal_lm"),

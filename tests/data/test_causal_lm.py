@@ -164,5 +164,44 @@ def test_labels_of_conversations_are_missed(tokenizer):
         load_causal_lm_data({}, {"t": config}, tokenizer, seed=0, max_length=64, assistant_only_loss=False)
 
 
-def test_an_answer_may_be_given_as_its_text():
-    assert target_row(choice_rows(1)[0] | {"answer": " green"}, "text", "choice", "row").answer == 1
+TEXTS = [" red", " green", " blue"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (TEXTS, " green"),
+        (TEXTS, "B"),
+        (TEXTS, "(b)"),
+        (TEXTS, ["B"]),
+        ({"text": TEXTS, "label": ["A", "B", "C"]}, "B"),
+        ({"text": TEXTS, "label": ["1", "2", "3"]}, "2"),
+        ({"text": TEXTS, "label": [1, 2, 3]}, 2),
+        ({"text": TEXTS, "label": ["A", "B", "C"]}, 1),
+        ([{"text": text, "label": label} for text, label in zip(TEXTS, "CAB", strict=True)], "A"),
+        ({"A": " red", "B": " green", "C": None, "D": " blue"}, "B"),
+        ({"text": TEXTS}, "B"),
+        (["B", "A", "C"], "A"),
+    ],
+)
+def test_an_answer_may_be_a_text_a_letter_or_a_label(choices, answer):
+    row = target_row({"prompt": "which?", "choices": choices, "answer": answer}, "text", "choice", "row")
+    assert row.answer == 1
+    assert len(row.choices) == 3
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        ({"text": TEXTS, "label": ["1", "2", "3"]}, 1),
+        ({"text": ["B", "A"], "label": ["A", "B"]}, "A"),
+        (TEXTS, "1"),
+        (TEXTS, "D"),
+        ({"text": TEXTS, "label": ["A", "B", "C"]}, "D"),
+        ({"text": TEXTS, "label": ["1", "2", "3"]}, "A"),
+        (TEXTS, ["A", "B"]),
+    ],
+)
+def test_an_answer_that_may_mean_two_choices_or_none_is_refused(choices, answer):
+    with pytest.raises(InputError, match=r"row\.answer: "):
+        target_row({"prompt": "which?", "choices": choices, "answer": answer}, "text", "choice", "row")

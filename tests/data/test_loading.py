@@ -283,6 +283,8 @@ def test_parts_may_have_adapters_of_others_and_are_read_once(public_set, monkeyp
     [
         ("split_by: sauce", "no column 'sauce'; it has source, question, completion"),
         ("where: {source: nothing}", "no row has 'nothing' in 'source'"),
+        ("where: {source: no}", "no row has False in 'source'; YAML reads yes, no, .* quote it"),
+        ("where: {source: 7}", "no row has 7 in 'source'; .* quote it"),
         ("split_by: parts", "expected a column of texts or numbers"),
         ("split_by: question, max_examples: 1", "18 candidates|exhaustive search scores"),
         ("split_by: close", "both called public-a_b"),

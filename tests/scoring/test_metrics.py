@@ -45,6 +45,27 @@ def test_shipped_text_metrics():
     assert values("token_f1", *pairs) == (pytest.approx(0.8), 1, 0, pytest.approx(2 / 3))
 
 
+@pytest.mark.parametrize(
+    ("guess", "truth", "hit"),
+    [
+        ("8000001", "8000000", 0),
+        ("9,007,199,254,740,993", "9007199254740992", 0),
+        ("8000001.0", "8000000", 0),
+        ("8e6", "8,000,000", 1),
+        ("8000000.5", "8000000", 0),
+        ("19999.99", "20000.00", 0),
+        ("0.9999999", "1", 1),
+        ("-0", "0", 1),
+        ("0.3333333", "0.333333", 1),
+        ("0.3334", "0.3333", 0),
+        ("1e99999999999999999999", "2", 0),
+        ("1e-99999999999999999999", "0.5", 0),
+    ],
+)
+def test_whole_numbers_match_exactly_and_decimals_to_a_millionth(guess, truth, hit):
+    assert Metric("numeric_match", None, False, "t")([guess], [truth])[0] == hit
+
+
 CORPUS = '''
 import datasets
 import evaluate

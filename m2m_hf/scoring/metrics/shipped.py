@@ -3,17 +3,20 @@
 All are between 0 and 1. `per_example` holds what each example contributed; macro F1, a metric of the whole corpus, has none.
 """
 
-import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import datasets
 import evaluate
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+TOLERANCE = Fraction(1, 10**6)
+MAX_POWER = 10_000  # of ten; a number beyond counts as one with it
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -28,15 +31,24 @@ def exact_match(guess: str, truth: str) -> float:
 
 
 def numeric_match(guess: str, truth: str) -> float:
-    """1 if the last numbers in both texts are equal to a relative 1e-6; a text without a number never matches."""
+    """1 if the last numbers in both texts are equal: whole numbers exactly, decimals to a relative 1e-6.
+
+    A decimal for a whole number must be within 1e-6 of it, however large. A text without a number never matches.
+    """
     guessed, right = last_number(guess), last_number(truth)
-    return float(guessed is not None and right is not None and math.isclose(guessed, right, rel_tol=1e-6))
+    if guessed is None or right is None or (guessed % 1 == 0 and right % 1 == 0):
+        return float(guessed is not None and guessed == right)
+    return float(abs(guessed - right) <= TOLERANCE * (1 if right % 1 == 0 else abs(right)))
 
 
-def last_number(text: str) -> float | None:
+def last_number(text: str) -> Fraction | None:
     """The last number in a text, where a worked answer states its result; without thousands separators."""
     numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    if not numbers:
+        return None
+    digits, _, exponent = numbers[-1].replace(",", "").lower().partition("e")
+    power = max(-MAX_POWER, min(MAX_POWER, int(exponent or 0)))
+    return Fraction(Decimal(digits)) * Fraction(10) ** power
 
 
 def token_f1(guess: str, truth: str) -> float:

@@ -198,13 +198,13 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
 
 
 def texts_and_labels(choices: Any) -> tuple[Any, list[Any]]:
-    """(texts, labels) of choices, also of {text: [...], label: [...]}, {label: text}, [{text, label}, ...]; no labels where none are."""
+    """(texts, labels) of choices: a list, {text: [...], label: [...]}, {label: text} or [{text, label}]; labels may be none."""
     if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
         choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
     if not isinstance(choices, dict):
         return choices, []
     if isinstance(choices.get("text"), list):
-        labels = choices.get("label")
+        labels: Any = choices.get("label")
         same = isinstance(labels, list) and len(labels) == len(choices["text"])
         return choices["text"], labels if same else []
     given = {label: text for label, text in choices.items() if text is not None}  # datasets fills up what a row lacks

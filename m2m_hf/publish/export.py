@@ -78,6 +78,9 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
     if kind in ("trl", "jsonl"):
         shutil.copyfile(run.rows, folder / DATA)
         config = recipe | {"datasets": [{**recipe["datasets"][0], "data_files": DATA}], "output_dir": "trl"}
+        if kind == "trl" and (template := recipe.get("chat_template_path")):
+            config["chat_template_path"] = Path(template).name
+            shutil.copyfile(template, folder / Path(template).name)
     else:
         config, lost = translate(run, kind, recipe, manifest, folder)
     if kind == "jsonl":

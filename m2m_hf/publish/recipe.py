@@ -11,6 +11,7 @@ from m2m_hf.config.parsing import trl_fields
 from m2m_hf.config.yaml_files import changed_fields, dump_yaml
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.data.rows import FEATURES, LoadedData
+from m2m_hf.modeling.dates import is_pinned
 from m2m_hf.storage.files import write_atomic
 from m2m_hf.storage.run_folder import RunFolder
 from m2m_hf.training.trainers import Settings
@@ -52,6 +53,10 @@ def trl_recipe(
     if training.expert.lora is None:
         apart |= {name for name in fields if name.startswith("lora_") or name == "use_rslora"}
     columns = list(FEATURES[data_format])
+    template = getattr(training.processing, "chat_template", None)
+    if data_format != "text" and isinstance(template, str) and is_pinned(template):
+        write_atomic(run.chat_template, template)
+        fields["chat_template_path"] = str(run.chat_template)
     return {
         "model_name_or_path": fields.pop("model_name_or_path"),
         "datasets": [{"path": "json", "data_files": str(train), "split": "train", "columns": columns}],

@@ -203,7 +203,9 @@ class Outcome:
         licenses, refusal = row_licenses(self.manifest)
         rows = self.run.rows.name
         comment = f"The chosen mixture: {self.finished.best.mixture}\nRun it "
-        comment += f"{'in this folder ' if self.labelled else ''}with: {self.command}"
+        comment += (
+            f"{'in this folder ' if self.labelled or 'chat_template_path' in self.recipe else ''}with: {self.command}"
+        )
         if refusal:
             comment += f"\n{rows} is made from the sources in manifest.json; it may not be published."
         link = f"https://huggingface.co/datasets/{self.repo_id}/blob/main/manifest.json"
@@ -223,6 +225,8 @@ class Outcome:
             "recipe.yaml": dump_yaml(recipe, comment).encode(),
             **self.head_files,
         }
+        if template := self.recipe.get("chat_template_path"):
+            files[Path(template).name] = Path(template)
         if not refusal:
             files[rows] = self.run.rows
         return Repository("dataset", files, [refusal] if refusal else [])

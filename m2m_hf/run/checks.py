@@ -78,6 +78,12 @@ def check_run(run: RunContext) -> None:
     show_data(run)
     for line in run.settled:
         run.terminal.say(line, "yellow")
+    if run.prints_date:
+        run.terminal.say(
+            f"the chat template prints the date: that of the run's first start, {run.started:%Y-%m-%d}, is printed in all that "
+            "is trained and scored, and by the recipe",
+            "yellow",
+        )
     for target, parts in scorers.items():
         for part, scorer in parts.items():
             if scorer.truncated:
@@ -214,6 +220,8 @@ def claim_folder(run: RunContext) -> None:
         run.folder.lock()
         check_folder(run)  # another process may have been at work since the first check
         write_atomic(run.folder.config, run.config_yaml())
+        if run.prints_date:
+            write_json(run.folder.clock, {"started": run.started.isoformat()})
     run.state.wait_for_everyone()
     check_machines(run)
 

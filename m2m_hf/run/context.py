@@ -56,6 +56,7 @@ class RunContext:
         self.is_main = self.state.is_main_process
         self.terminal = terminal or Terminal(quiet=not self.is_main)
         self.folder = RunFolder(args.output_dir)
+        self.started = broadcast(self.folder.started())
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
         self.tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
         plan = make_plan(model_args, config.task)
@@ -63,7 +64,7 @@ class RunContext:
         self.args, self.model_args, self.settled = self._family.settle(args, model_args)
         say = partial(self.terminal.say, style="dim")
         self.task = (Task if plan is None else Classification)(
-            config, self.args, self.model_args, self.folder, plan, say
+            config, self.args, self.model_args, self.folder, self.started, plan, say
         )
         self.base = self.task.base
 
@@ -85,6 +86,11 @@ class RunContext:
             for name, candidate in self.candidates.items()
             for target in self.targets
         }
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the rows hold a date that the chat template prints."""
+        return self.task.data.format != "text" and self.task.dated
 
     # Experts
 

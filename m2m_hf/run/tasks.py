@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.data.classification import ClassificationReader, Length, label_words, words_of
 from m2m_hf.data.rows import Candidate, LoadedData
 from m2m_hf.errors import InputError
+from m2m_hf.modeling.dates import pin_date
 from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, head_of_names
 from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import load_base, load_config
@@ -33,6 +35,7 @@ class Task:
 
     Args:
         folder: the run folder, which may hold a head.
+        started: when the run started, the date of chat templates that print one.
         plan: where a classifier's head comes from; None for a causal LM.
         say: prints a line.
     """
@@ -46,16 +49,20 @@ class Task:
         args: SFTConfig,
         model_args: ModelConfig,
         folder: RunFolder,
+        started: datetime,
         plan: HeadPlan | None,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.args, self.model_args, self.folder, self.plan = config, args, model_args, folder, plan
+        self.started, self.dated = started, False
         self.base = BaseModel(args, model_args, plan, self.prepare, say)
 
     @cached_property
     def tokenizer(self) -> Any:
         """Of texts: of the rows, or of the names of images' labels."""
-        return load_tokenizer(self.model_args, self.args, generates=self.plan is None)
+        tokenizer = load_tokenizer(self.model_args, self.args, generates=self.plan is None)
+        self.dated = self.plan is None and pin_date(tokenizer, self.args, self.started)
+        return tokenizer
 
     @property
     def processing(self) -> Any:

@@ -1,8 +1,10 @@
 """The run folder: its paths, its lock, its configuration."""
 
+import contextlib
 import errno
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,6 +46,8 @@ class RunFolder:
         self.trials = self.root / "trials.jsonl"
         self.mixture = self.root / "mixture"
         self.recipe = self.root / "recipe.yaml"
+        self.clock = self.root / "clock.json"
+        self.chat_template = self.root / "chat_template.jinja"
         self.final = self.root / "final"
         self.trained = self.root / "trained"
         self.fidelity = self.root / "fidelity.json"
@@ -59,6 +63,12 @@ class RunFolder:
         """The rows of the chosen mixture: `train.jsonl`, or `train.parquet` for images."""
         images = self.mixture / "train.parquet"
         return images if images.exists() else self.mixture / "train.jsonl"
+
+    def started(self) -> datetime:
+        """When the run started, for chat templates that print the date; now, where `clock.json` does not tell."""
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(str(read_json_or_empty(self.clock).get("started")))
+        return datetime.now().replace(microsecond=0)
 
     def known_targets(self) -> dict[str, dict[str, Any]]:
         """Target -> the fingerprints of its parts, as `targets.json` has them; without what is damaged."""

@@ -192,6 +192,7 @@ model_name_or_path: {json.dumps(draft.model)}
 {task_line}output_dir: runs/{output.stem}
 
 # The same for every adapter and for the final fine-tune: fields of TRL's SFTConfig and ModelConfig.
+# Without lora_target_modules, adapters are on PEFT's default layers of the model's family, or on all linear ones.
 {yaml.safe_dump(settings, sort_keys=False).strip()}
 
 # name: what load_dataset takes. Rows have {COLUMNS[task]}; rename with columns: {{theirs: ours}}.

@@ -7,6 +7,7 @@ classifies by its text tower (arXiv 2103.00020). A label's row then depends on i
 labels share one space.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,16 @@ def plan_own(config: transformers.PretrainedConfig, architecture: type[PreTraine
     own = {str(label): int(column) for column, label in config.id2label.items()}
     if len(own) < len(config.id2label):
         raise InputError(f"{what}: two of its labels have the same name: {', '.join(config.id2label.values())}")
-    return HeadPlan(task, architecture.__name__, own, "logits", prefix=architecture.base_model_prefix)
+    return HeadPlan(task, architecture.__name__, own, "logits", prefix=trunk(config, architecture))
+
+
+def trunk(config: transformers.PretrainedConfig, architecture: type[PreTrainedModel]) -> str:
+    """The name of a classifier's part below its head: as its family says, or, where it has none such, its only model."""
+    with torch.device("meta"):
+        model = cast(Any, architecture)(copy.deepcopy(config))
+    models = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
+    named = hasattr(model, architecture.base_model_prefix) or len(models) != 1
+    return str(architecture.base_model_prefix) if named else models[0]
 
 
 def sentence_pooling(model: str, revision: str | None) -> str:

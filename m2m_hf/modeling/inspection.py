@@ -58,13 +58,26 @@ def adapted_layers(
 
 def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -> None:
     """Puts an adapter of this shape on a model without weights; refuses one that does not fit, or cannot be averaged."""
+    shape = copy.deepcopy(config)
+    shape.lora_dropout = 0.0  # PEFT's refusal of it would hide that parameters are adapted
+    failure = None
     try:
-        get_peft_model(model, copy.deepcopy(config))
-    except Exception as error:
+        get_peft_model(model, shape)
+    except Exception as error:  # PEFT raises many kinds
+        failure = error
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    routers = [name for name, layer in adapted.items() if "Router" in type(layer.get_base_layer()).__name__]
+    if parts := sorted(shape.target_parameters or routers):
+        what = "routed experts or routers held as one parameter" if shape.target_parameters else "routers"
+        raise InputError(
+            f"lora_target_modules {model_args.lora_target_modules!r} would adapt {what} ({', '.join(parts)}), which cannot be "
+            "averaged; leave it out for all other linear layers, or name layers, such as q_proj and v_proj"
+        )
+    if failure is not None:
         raise InputError(
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
-            f"{error}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
-        ) from error
+            f"{failure}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
+        ) from failure
     folded = [name for name, factor in model.named_parameters() if ".lora_A." in name and factor.dim() != 2]
     if folded:
         raise InputError(

@@ -60,7 +60,7 @@ class RunContext:
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
         self.tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
         plan = make_plan(model_args, config.task)
-        self._family = Family.of(meta_model(model_args, args, plan))
+        self._family = Family(meta_model(model_args, args, plan), plan, config.expert == "lora")
         self.args, self.model_args, self.settled = self._family.settle(args, model_args)
         say = partial(self.terminal.say, style="dim")
         self.task = (Task if plan is None else Classification)(

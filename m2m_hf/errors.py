@@ -47,4 +47,4 @@ def redact(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -82,6 +82,11 @@ def test_a_wheel_holds_every_recipe():
     assert {f"m2m_hf.{'.'.join(folder.parts)}" for folder in folders} <= set(told["packages"])
 
 
+def test_text_is_split_at_line_feeds_only():
+    """`str.splitlines` also splits at U+2028 and others, which stand unescaped in JSON lines."""
+    assert not [path for path in Path("m2m_hf").rglob("*.py") if ".splitlines(" in path.read_text(encoding="utf-8")]
+
+
 def test_public_names():
     assert m2m_hf.__all__ == sorted(set(m2m_hf.__all__))
     for name in m2m_hf.__all__:

@@ -79,7 +79,7 @@ def recipe(command: argparse.Namespace) -> None:
     if command.name is None:
         Terminal().say("recipes; m2m recipe NAME runs a script, and prints a configuration:")
         for name, path in names("recipes", *RECIPES).items():
-            first = next(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
+            first = next(line for line in path.read_text(encoding="utf-8").split("\n") if not line.startswith("#!"))
             Terminal().say(f"  {name:24} {first.strip(chr(34)).lstrip('# ').rstrip(':')}")
         return
     path = find("recipes", command.name, *RECIPES)

@@ -25,6 +25,7 @@ class DataConfig:
     name: str | None = option(text("the name of the dataset's configuration"))
     data_dir: str | None = option(text("a folder"))
     data_files: str | tuple[str, ...] | None = option(FILES)  # for a builder relative to the YAML file
+    field: str | None = option(text("the key of the list of rows in a JSON file"))
     split: str = option(text("the name of a split"), "train")
     revision: str | None = option(text("a commit, tag or branch"))
     # Renames, for datasets whose columns are not called prompt/completion or messages.
@@ -59,6 +60,8 @@ class DataConfig:
             raise InputError(f"{where}.path is missing: give {PATH}")
         if path in BUILDERS and not files and "data_dir" not in values:
             raise InputError(f"{where}.data_files is missing: give the file or files that {path} reads")
+        if "field" in values and path != "json":
+            raise InputError(f"{where}.field: belongs to path: json, not to {path}")
         if any(map(holds_secret, (path, *files))):
             raise InputError(
                 f"{where}: do not put credentials in files; use `hf auth login` or an environment variable"

@@ -168,8 +168,8 @@ def exists(path: Path) -> bool:
 
 
 def absolute(path: str, folder: Path) -> str:
-    """`path` seen from `folder`, without `..`; links stay as they are."""
-    return os.path.normpath(folder.absolute() / path)
+    """`path` seen from `folder`, without `..` and `~`; links stay as they are."""
+    return os.path.normpath(folder.absolute() / os.path.expanduser(path))
 
 
 def hub_field(name: str) -> bool:

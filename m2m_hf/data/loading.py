@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from glob import escape
 from itertools import chain, islice
 from pathlib import Path
 from string import Formatter
@@ -16,7 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
-from m2m_hf.config.checks import BUILDERS, check_name
+from m2m_hf.config.checks import BUILDERS, check_name, exists
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.data.files import as_text, read_split, reads
 from m2m_hf.errors import InputError
@@ -220,11 +221,12 @@ def open_dataset(config: DataConfig, texts: frozenset[str]) -> Dataset:
         config.path,
         name=config.name,
         data_dir=config.data_dir,
-        data_files=list(config.data_files) if config.data_files else None,
+        # A name with [ ] would be a pattern.
+        data_files=[escape(name) if exists(Path(name)) else name for name in config.data_files or ()] or None,
         revision=config.revision,
     )
     if reads(builder):
-        return read_split(builder, config.split, texts, None)
+        return read_split(builder, config.split, texts, config.field)
     builder.download_and_prepare()
     return builder.as_dataset(config.split)
 

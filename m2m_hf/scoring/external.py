@@ -180,7 +180,7 @@ class CommandScorer(ExternalScorer):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if code:
-            self._refuse(code, shown, "\n".join((tail(err) or tail(out)).strip().splitlines()[-5:]), output.parent)
+            self._refuse(code, shown, "\n".join((tail(err) or tail(out)).strip().split("\n")[-5:]), output.parent)
         if any("{output}" in part for part in self.command):
             if not output.is_file():
                 raise InputError(f"{shown}succeeded but did not write {{output}}")

@@ -64,7 +64,7 @@ def captured_output() -> Iterator[None]:
         with contextlib.redirect_stdout(output):
             yield
     finally:
-        for line in output.getvalue().splitlines():
+        for line in filter(None, output.getvalue().split("\n")):
             logging.getLogger(__name__).info(line)
 
 

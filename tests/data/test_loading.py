@@ -144,6 +144,28 @@ def test_csv_files_that_cannot_be_read_as_they_stand(tmp_path, content, words):
         load_rows(DataConfig(path="csv", data_files=(str(tmp_path / "bad.csv"),)), "candidates.a", 0)
 
 
+@pytest.mark.parametrize("name", ["~/a.jsonl", "[0] b*?.jsonl", "c [x]/d.jsonl.gz", "bom.json", "*.jsonl"])
+def test_files_of_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / (name.replace("~", "home").replace("*.", "x."))
+    path.parent.mkdir(exist_ok=True)
+    content = b'{"prompt": "x"}\n' if ".jsonl" in name else b'\xef\xbb\xbf[\n{"prompt": "x"}]'
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    name = name if name != "[0] b*?.jsonl" else path.name
+    data = DataConfig.parse({"path": "json", "data_files": name}, "c", tmp_path)
+    assert load_rows(data, "c", 0).to_list() == [{"prompt": "x"}]
+
+
+def test_rows_in_a_field_of_a_json_file(tmp_path):
+    (tmp_path / "a.json").write_text('{"version": 1,\n"data": [{"prompt": "x"}, {"prompt": "y"}]}')
+    entry = {"path": "json", "data_files": "a.json"}
+    assert load_rows(DataConfig.parse(entry | {"field": "data"}, "c", tmp_path), "c", 0)["prompt"][:] == ["x", "y"]
+    with pytest.raises(InputError, match=r"a\.json: expected an object with a list 'rows', got \{'version'"):
+        load_rows(DataConfig.parse(entry | {"field": "rows"}, "c", tmp_path), "c", 0)
+    with pytest.raises(InputError, match=r"c\.field: belongs to path: json"):
+        DataConfig.parse(entry | {"field": "data", "path": "csv"}, "c", tmp_path)
+
+
 @pytest.mark.parametrize("value", [7, "007", None, 0.5])
 def test_rows_of_a_csv_file_are_found_by_numbers_and_texts(tmp_path, value):
     (tmp_path / "a.csv").write_text("kind,prompt\n7,7\n007,007\n,None\n0.5,0.5\n")

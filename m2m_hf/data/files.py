@@ -44,9 +44,9 @@ def read_split(builder: DatasetBuilder, split: str, texts: frozenset[str], field
     """The rows of a split, such as train or train[:100]. Numbers in the columns `texts` are texts."""
     config = DownloadConfig(token=builder.token, storage_options=builder.storage_options, extract_on_the_fly=True)
     manager = DownloadManager(builder.dataset_name, download_config=config, data_dir=builder.config.data_dir)
-    wanted = {name: paths for name, paths in builder.config.data_files.items() if name in split}
+    splits = {str(name): paths for name, paths in builder.config.data_files.items()}
     parts: dict[str, Dataset] = {}
-    for name, paths in wanted.items():
+    for name, paths in ((name, paths) for name, paths in splits.items() if name in split):
         files: list[File] = []
         for shown, local in zip(paths, manager.download(list(paths)), strict=True):
             state = Path(local).stat()
@@ -57,7 +57,7 @@ def read_split(builder: DatasetBuilder, split: str, texts: frozenset[str], field
         if builder.info.features is not None:  # a dataset card may declare them
             table = table_cast(parts[name].data.table, builder.info.features.arrow_schema)
             parts[name] = Dataset(table, info=DatasetInfo(features=builder.info.features))
-    sizes = dict.fromkeys(builder.config.data_files, 0) | {name: len(rows) for name, rows in parts.items()}
+    sizes = dict.fromkeys(splits, 0) | {name: len(rows) for name, rows in parts.items()}
     chosen = ReadInstruction.from_spec(split).to_absolute(sizes)
     return datasets.concatenate_datasets(
         [parts[part.splitname].select(range(part.from_ or 0, part.to)) for part in chosen]

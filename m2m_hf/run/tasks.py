@@ -167,8 +167,9 @@ class Classification(Task):
 
     def save_head(self) -> None:
         # One that is there is not written anew: its bytes would differ, and a command that is given it would count as another.
-        there = Head.read(self.folder.head, self.plan, self.head.closed, self.head_fingerprint) is not None
-        if self.head.vectors is not None and not there:
+        if self.head.vectors is None:
+            return
+        if Head.read(self.folder.head, self.plan, self.head.closed, self.head_fingerprint) is None:
             self.head.save(self.folder.head, self.head_fingerprint)
 
     @cached_property

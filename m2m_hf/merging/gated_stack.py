@@ -84,7 +84,7 @@ class SharedInput:
 def two_rows(model: PreTrainedModel) -> dict[str, Any]:
     """The smallest input of two rows that a model takes: three tokens each, or an image."""
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", 64)
+        size = getattr(getattr(model.config, "vision_config", model.config), "image_size", 64)
         high, wide = (size, size) if isinstance(size, int) else size
         channels = getattr(model.config, "num_channels", 3)
         return {"pixel_values": torch.zeros(2, channels, high, wide, dtype=model.dtype, device=model.device)}

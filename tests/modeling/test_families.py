@@ -141,6 +141,6 @@ def test_a_classifier_whose_family_names_another_part_than_it_has(pictures_of, t
     tokenizer.save_pretrained(model)
     processor.save_pretrained(model)
     project = pictures_of(model, "all-linear")
-    assert m2m("adapters", "--config", project / "images.yaml") == 0
-    shape = json.loads((project / "out" / "adapters" / "warm" / "adapter_config.json").read_text())
+    assert m2m("select", "--config", project / "images.yaml") == 0
+    shape = json.loads((project / "out" / "final" / "adapter_config.json").read_text())
     assert shape["exclude_modules"] == r"(?!vision_model\.).*"

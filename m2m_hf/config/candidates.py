@@ -119,12 +119,13 @@ class CandidateConfig:
         """Reads `{path: ..., required: ..., ...}`: the keys of `DataConfig` and of this class on one level."""
         if not isinstance(entry, Mapping):
             return cls(DataConfig.parse(entry, where, folder))
-        values = checks.read_entry(entry, checks.rules(DataConfig) | checks.rules(cls), where)
-        own = {key: values.pop(key) for key in checks.rules(cls) if key in values}
+        values = checks.read_entry(without_null(entry, where)[0], checks.rules(DataConfig) | checks.rules(cls), where)
+        own = {key: value for key, value in values.items() if key in checks.rules(cls)}
         if own.get("required") and own.get("excluded"):
             raise InputError(f"{where}: it is both required and excluded")
         own["labels"] = checks.names_of_labels(own.get("labels"))
-        return cls(DataConfig.parse(values, where, folder), **own)
+        data = {key: value for key, value in entry.items() if key not in checks.rules(cls)}
+        return cls(DataConfig.parse(data, where, folder), **own)
 
     def to_json(self) -> dict[str, Any]:
         """The mapping that `parse` reads, without defaults."""

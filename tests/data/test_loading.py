@@ -119,6 +119,7 @@ def test_a_null_is_refused_unless_a_text_stands_for_it(tmp_path, option, key):
     entry[option] |= {key: ""}
     data = DataConfig.parse(entry, "c", tmp_path)
     assert DataConfig.parse(data.to_json(), "c", tmp_path) == data
+    assert CandidateConfig.parse(entry, "c", tmp_path).data == data
     assert load_rows(data, "c", 0)["prompt"][:] == ["", "i"]
     write_rows(tmp_path / "a.jsonl", [{"input": "i", "output": None}])
     if option == "template":  # a row's completion is checked with its others where it is no template

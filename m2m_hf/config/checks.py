@@ -131,7 +131,7 @@ def check_name(name: Any, what: str) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
         raise InputError(
             f"{what} name {name!r} is not allowed: use 1 to 64 letters, digits, '_', '-' and single '.', "
-            "starting with a letter or digit" + ("" if isinstance(name, str) else f"{unquoted(name)}; quote it")
+            "starting with a letter or digit" + ("" if isinstance(name, str) else unquoted(name) or "; quote it")
         )
     return name
 

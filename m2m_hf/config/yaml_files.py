@@ -26,7 +26,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def dump_yaml(values: Mapping[str, Any], comment: str = "") -> str:
     """`values` as YAML in their given order, below `comment`."""
-    above = "".join(f"# {line}\n".replace(" \n", "\n") for line in comment.split("\n") if comment)
+    above = "".join(f"# {line}\n".replace(" \n", "\n") for line in (comment.split("\n") if comment else ()))
     return above + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
 
 

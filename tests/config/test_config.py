@@ -101,7 +101,7 @@ TIES = {"merge_method": "ties"}
         (target("classification", labels={"a": "x", "b": None}), "labels: .*None: YAML reads .* quote it"),
         (CLASSIFICATION | {"labels": [1.1, 1.2]}, "labels: .* quote it"),
         (CLASSIFICATION | candidate(labels={False: "no", "y": "yes"}), r"candidates\.a\.labels: .* quote it"),
-        ({"candidates": {False: CANDIDATES["a"]}}, "candidate name False is not allowed: .* quote it"),
+        ({"candidates": {False: CANDIDATES["a"]}}, r"candidate name False is not allowed: .* quote it\)$"),
         ({"targets": {True: TARGETS["t"]}}, "target name True is not allowed: .* quote it"),
         (candidate(columns={True: "prompt"}), r"candidates\.a\.columns: .* quote it"),
         (candidate(where={"day": date(2020, 1, 1)}), r"candidates\.a\.where: .* quote it"),

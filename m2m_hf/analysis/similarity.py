@@ -24,8 +24,8 @@ def candidate_content(candidate: Candidate, processing: Any, seed: int) -> list[
     if "text" in rows.column_names:
         return [processing(text)["input_ids"] for text in rows["text"]]
     if "messages" in rows.column_names:
-        return [render(processing, row["messages"], where) for row in rows]
-    return [encode(processing, row["prompt"], row["completion"], where)[0] for row in rows]
+        return [render(processing, row["messages"], where, tools=row.get("tools")) for row in rows]
+    return [encode(processing, row["prompt"], row["completion"], where, row.get("tools"))[0] for row in rows]
 
 
 def target_content(rows: Sequence[Any], processing: Any, seed: int, classifies: bool) -> list[Any]:
@@ -33,7 +33,7 @@ def target_content(rows: Sequence[Any], processing: Any, seed: int, classifies: 
     questions = [row for row in rows if isinstance(row, TargetRow)]
     chosen = Random(seed).sample(questions, min(ROWS, len(questions)))
     if not classifies:
-        return [encode(processing, row.prompt, row.choices[row.answer], "target")[0] for row in chosen]
+        return [encode(processing, row.prompt, row.choices[row.answer], "target", row.tools)[0] for row in chosen]
     return [row.image if isinstance(row, ImageRow) else processing(row.prompt)["input_ids"] for row in chosen]
 
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
+from m2m_hf.data.conversations import as_turns, check_shown, rows_of, tools_of
 from m2m_hf.data.loading import TEXTS, fill, load_rows, names_in, require_columns
-from m2m_hf.data.rows import FEATURES, Candidate, LoadedData, Prompt, Target, TargetRow
+from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of
 from m2m_hf.data.tokens import encode, render
 from m2m_hf.errors import InputError
 
@@ -32,6 +33,8 @@ def load_causal_lm_data(
 
     def load(data: DataConfig, where: str, column: str | None) -> Dataset:
         rows = load_rows(data, where, seed, TEXTS if column else ())
+        if "conversations" in rows.column_names and not {"messages", "prompt"} & set(rows.column_names):
+            rows = rows.rename_column("conversations", "messages")  # as TRL does
         if column is not None and is_conversational(rows, where, column):
             conversations.append(where)
         return rows
@@ -51,10 +54,15 @@ def load_causal_lm_data(
         raise InputError("assistant_only_loss: true trains on conversations; every candidate needs a messages column")
     data_format = "chat" if conversations else "text"
     train_format = "messages" if assistant_only_loss else data_format
+    samples = {name: read_samples(rows, train_format, f"candidates.{name}", tokenizer) for name, rows in raw.items()}
+    features = features_of(train_format, (row for part in samples.values() for row in part))
     return LoadedData(
         train_format,
-        {name: make_candidate(name, candidates[name], raw[name], train_format, tokenizer, max_length) for name in raw},
-        {name: make_target(name, targets[name], parts, data_format) for name, parts in raw_targets.items()},
+        {
+            name: make_candidate(name, candidates[name], rows, features, train_format, tokenizer, max_length)
+            for name, rows in samples.items()
+        },
+        {name: make_target(name, targets[name], parts, data_format, tokenizer) for name, parts in raw_targets.items()},
     )
 
 
@@ -73,29 +81,27 @@ def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
 def make_candidate(
     name: str,
     config: CandidateConfig,
-    rows: Dataset,
+    samples: list[dict[str, Any]],
+    features: Features,
     data_format: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
 ) -> Candidate:
     """A candidate in the run's format, with exactly its columns and types, so that any union is safe."""
-    converted: list[dict[str, Any]] = []
-    questions: list[tuple[Prompt, Prompt]] = []
+    questions: list[tuple[Prompt, ...]] = []
     lengths: list[tuple[int, int]] = []
-    for number, row in enumerate(rows, start=1):
-        where = f"candidates.{name}, row {number}"
-        prompt, completion = split_row(row, data_format, where)
-        questions.append((prompt, completion))
+    for number, row in enumerate(samples, start=1):
+        where, tools = f"candidates.{name}, row {number}", row.get("tools")
         if data_format == "messages":  # trains on all turns of the assistant, from the first on
-            whole = [*prompt, *completion]
-            converted.append({"messages": whole})
-            lengths.append((0, len(render(tokenizer, whole, where))))
+            whole = row["messages"]
+            questions.append((whole[:-1], whole[-1:]))
+            lengths.append((0, len(render(tokenizer, whole, where, tools=tools))))
         else:
-            converted.append({"prompt": prompt, "completion": completion})
-            ids, start = encode(tokenizer, prompt, completion, where)
+            questions.append((row["prompt"], row["completion"]))
+            ids, start = encode(tokenizer, row["prompt"], row["completion"], where, tools)
             lengths.append((start, len(ids) + (data_format == "text")))  # TRL appends an end-of-text token to texts
-    rows = Dataset.from_list(converted, features=FEATURES[data_format])
-    candidate = Candidate.of(name, config, rows, converted, questions, lengths, max_length)
+    rows = Dataset.from_list([dict.fromkeys(features) | row for row in samples], features=features)
+    candidate = Candidate.of(name, config, rows, samples, questions, lengths, max_length)
     if candidate.trained_rows == 0:
         raise InputError(
             f"candidates.{name}: no completion fits into max_length {max_length}; the prompts alone are longer. "
@@ -104,17 +110,40 @@ def make_candidate(
     return candidate
 
 
-def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Prompt, Prompt]:
-    """(prompt, completion) of a candidate's or target's row in the run's format."""
+def read_samples(
+    rows: Dataset, data_format: str, name: str, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The rows of a candidate in the run's format; `tools` only where a row has some."""
+    samples: list[dict[str, Any]] = []
+    for number, row in enumerate(rows_of(rows), start=1):
+        where = f"{name}, row {number}"
+        prompt, completion, tools = split_row(row, data_format, where)
+        whole = {"prompt": prompt, "completion": completion}
+        sample = {"messages": [*prompt, *completion]} if data_format == "messages" else whole
+        samples.append(sample | ({"tools": tools} if tools else {}))
+    if data_format != "text":
+        numbered = enumerate(samples, start=1)
+        check_shown(((f"{name}, row {n}", turns_of(row), row.get("tools")) for n, row in numbered), tokenizer)
+    return samples
+
+
+def turns_of(sample: Mapping[str, Any]) -> Prompt:
+    turns: Prompt = sample["messages"] if "messages" in sample else sample["prompt"] + sample["completion"]
+    return turns
+
+
+def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Prompt, Prompt, Tools]:
+    """(prompt, completion, tools) of a candidate's or target's row in the run's format."""
+    tools = tools_of(row, data_format, where)
     if row.get("messages") is not None:
         messages = as_turns(row["messages"], "user", f"{where}.messages")
         if len(messages) == 1 or messages[-1]["role"] != "assistant":
             raise InputError(
                 f"{where}.messages: expected at least two turns, of which the last is the assistant's, got {row['messages']!r}"
             )
-        return messages[:-1], messages[-1:]
+        return messages[:-1], messages[-1:], tools
     prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
-    return prompt, in_format(row.get("completion"), "assistant", data_format, f"{where}.completion")
+    return prompt, in_format(row.get("completion"), "assistant", data_format, f"{where}.completion"), tools
 
 
 def in_format(text: Any, role: str, data_format: str, where: str) -> Prompt:
@@ -126,23 +155,19 @@ def in_format(text: Any, role: str, data_format: str, where: str) -> Prompt:
     return text
 
 
-def as_turns(text: Any, role: str, where: str) -> list[dict[str, str]]:
-    """A text as one turn of `role`; messages with their role and content, and no other fields."""
-    if isinstance(text, str):
-        return [{"role": role, "content": text.strip()}]
-    if not isinstance(text, list) or not text:
-        raise InputError(f"{where}: expected a list of messages, got {text!r}")
-    for message in text:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"{where}: expected messages of {{role, content}}, both text, got {message!r}")
-    return [{"role": message["role"], "content": message["content"]} for message in text]
-
-
-def make_target(name: str, config: TargetConfig, parts: Mapping[str, Dataset], data_format: str) -> Target:
+def make_target(
+    name: str,
+    config: TargetConfig,
+    parts: Mapping[str, Dataset],
+    data_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Target:
     """A target with its rows as its scorer takes them."""
     rows: dict[str, tuple[Any, ...]] = {}
     for part, dataset in parts.items():
-        numbered = [(f"targets.{name}.{part}, row {number}", row) for number, row in enumerate(dataset, start=1)]
+        numbered = [
+            (f"targets.{name}.{part}, row {number}", row) for number, row in enumerate(rows_of(dataset), start=1)
+        ]
         if config.kind == "callable":
             rows[part] = tuple(dataset)
             continue
@@ -158,6 +183,11 @@ def make_target(name: str, config: TargetConfig, parts: Mapping[str, Dataset], d
                 for (place, row), label in zip(numbered, labels, strict=True)
             ]
         rows[part] = tuple(target_row(row, data_format, config.kind, place) for place, row in numbered)
+        if data_format != "text":
+            pairs = zip(numbered, rows[part], strict=True)
+            check_shown(
+                ((place, row.prompt + row.choices[row.answer], row.tools) for (place, _), row in pairs), tokenizer
+            )
     return Target(name, config, rows.get("data", ()), rows.get("test_data", ()))
 
 
@@ -179,14 +209,18 @@ def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, w
     if label not in words:
         raise InputError(f"{where}.label: expected one of {', '.join(words)}, got {label!r}")
     choices = [fill(template, {**row, "label": word}, f"{where}.template") for word in words.values()]
-    return {"prompt": row.get("prompt"), "choices": choices, "answer": list(words).index(label)}
+    return {**row, "choices": choices, "answer": list(words).index(label)}
 
 
 def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str) -> TargetRow:
     """One question of a target, checked."""
     if SCORERS[scorer].column == "completion":
-        question, reference = split_row(row, data_format, where)
-        return TargetRow(question, (reference,), 0)
+        question, reference, tools = split_row(row, data_format, where)
+        if scorer == "generation" and data_format != "text" and (len(reference) > 1 or "tool_calls" in reference[0]):
+            raise InputError(
+                f"{where}: an answer is compared as one text, and this one is more; expected scorer: loss for it"
+            )
+        return TargetRow(question, (reference,), 0, tools)
     choices, labels = texts_and_labels(row.get("choices"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise InputError(f"{where}.choices: expected at least two texts, none empty, got {row.get('choices')!r}")
@@ -194,7 +228,8 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     if choices.count(choices[answer]) > 1:
         raise InputError(f"{where}.choices: the right answer occurs twice: {choices!r}")
     prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
-    return TargetRow(prompt, tuple(in_format(choice, "assistant", data_format, where) for choice in choices), answer)
+    answers = tuple(in_format(choice, "assistant", data_format, where) for choice in choices)
+    return TargetRow(prompt, answers, answer, tools_of(row, data_format, where))
 
 
 def texts_and_labels(choices: Any) -> tuple[Any, list[Any]]:

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Json, Value
 from PIL import Image
 
 from m2m_hf.config.candidates import CandidateConfig
@@ -19,7 +19,8 @@ FEATURES = {
     "messages": Features({"messages": [MESSAGE]}),
 }
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class TargetRow:
     prompt: Prompt
     choices: tuple[Prompt, ...]
     answer: int
+    tools: Tools = None  # that the prompt offers
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,21 @@ class LoadedData:
     targets: dict[str, Target]
 
 
+def features_of(data_format: str, rows: Iterable[Mapping[str, Any]]) -> Features:
+    """The columns of training rows of one run, alike for all, so that any union is safe.
+
+    Messages of more than role and content, and tools, are JSON: a struct of Arrow would give every message all fields.
+    """
+    plain = FEATURES[data_format]
+    if data_format == "text" or all(
+        row.keys() == plain.keys()
+        and all(message.keys() == MESSAGE.keys() for part in row.values() for message in part)
+        for row in rows
+    ):
+        return plain
+    return Features({name: [Json()] for name in (*plain, "tools")})
+
+
 def content_fingerprint(rows: Iterable[Any]) -> str:
     """16 hex digits of the SHA-256 over the rows as JSON lines; of images, over their pixels."""
     digest = hashlib.sha256()
@@ -136,7 +153,8 @@ def content_fingerprint(rows: Iterable[Any]) -> str:
 def as_json(value: Any) -> Any:
     """A stand-in for a value that JSON lacks: the fields of a question, the digest of an image, else its text."""
     if isinstance(value, TargetRow):
-        return {name: getattr(value, name) for name in ("prompt", "choices", "answer")}
+        names = ("prompt", "choices", "answer", *(["tools"] if value.tools else []))
+        return {name: getattr(value, name) for name in names}
     return image_digest(value) if isinstance(value, Image.Image) else str(value)
 
 
@@ -149,7 +167,7 @@ def image_digest(image: Image.Image) -> str:
 
 def text_of(completion: Prompt) -> str:
     """The text of a completion; of messages, the last one's content."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    return completion if isinstance(completion, str) else completion[-1].get("content", "")
 
 
 def overlap(candidate: Candidate, rows: Iterable[TargetRow]) -> int:
@@ -163,7 +181,7 @@ def comparable(*parts: Prompt) -> int:
     It is that of the first part that holds text: where the prompt is empty, completions are compared. System turns do not count.
     """
     for part in parts:
-        text = part if isinstance(part, str) else "\n".join(m["content"] for m in part if m["role"] != "system")
+        text = part if isinstance(part, str) else "\n".join(m.get("content", "") for m in part if m["role"] != "system")
         if text := " ".join(text.split()).casefold():
             return hash(text)
     return hash("")

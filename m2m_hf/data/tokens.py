@@ -5,11 +5,13 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from m2m_hf.data.rows import Prompt
+from m2m_hf.data.rows import Prompt, Tools
 from m2m_hf.errors import InputError
 
 
-def render(tokenizer: PreTrainedTokenizerBase, text: Prompt, where: str, answering: bool = False) -> list[int]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, text: Prompt, where: str, answering: bool = False, tools: Tools = None
+) -> list[int]:
     """Token ids of a text, or of messages in the tokenizer's chat template.
 
     With `answering` they end with what the template puts before an answer. A template may refuse messages, such as a system turn.
@@ -17,8 +19,10 @@ def render(tokenizer: PreTrainedTokenizerBase, text: Prompt, where: str, answeri
     if isinstance(text, str):
         return list(tokenizer(text)["input_ids"])
     try:
-        rendered = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, add_generation_prompt=answering)
-    except TemplateError as error:
+        rendered = tokenizer.apply_chat_template(
+            text, tools=tools, tokenize=True, return_dict=True, add_generation_prompt=answering
+        )
+    except (TemplateError, TypeError) as error:  # such as `arguments` in a text where the template wants a mapping
         raise InputError(f"{where}: the model's chat template refuses these messages ({error}): {text!r}") from error
     return list(rendered["input_ids"])
 
@@ -29,7 +33,7 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, where: str = "row"
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, where: str = "row", tools: Tools = None
 ) -> tuple[list[int], int]:
     """(token ids of prompt and completion together, where the completion starts), of two texts or two lists of messages.
 
@@ -37,7 +41,8 @@ def encode(
     scored is what was trained. An empty prompt becomes `first_token`.
     """
     whole = prompt + completion
-    before, ids = render(tokenizer, prompt, where, answering=True), render(tokenizer, whole, where)
+    before = render(tokenizer, prompt, where, answering=True, tools=tools)
+    ids = render(tokenizer, whole, where, tools=tools)
     start = 0
     while start < min(len(before), len(ids)) and before[start] == ids[start]:
         start += 1

@@ -140,9 +140,14 @@ def write_rows(
     run: RunFolder, kind: str, recipe: dict[str, Any], args: "SFTConfig", model: "ModelConfig", folder: Path
 ) -> str:
     """Writes the rows as a trainer reads them. Returns their format: `text`, `chat` or `messages`."""
+    names = recipe["datasets"][0]["columns"]
+    if "tools" in names:
+        raise InputError(
+            f"--to: {run.rows} holds messages of more than role and content, or tools, which trl and jsonl keep; got {kind!r}"
+        )
     with run.rows.open(encoding="utf-8") as file:
         chat = isinstance(json.loads(file.readline()).get("prompt"), list)
-    messages = recipe["datasets"][0]["columns"] == ["messages"]
+    messages = "messages" in names
     if chat:
         change = partial(in_one_list, marked=kind == "axolotl")
     elif kind == "llamafactory" and not messages:

@@ -10,7 +10,7 @@ from m2m_hf.config.checks import hub_field
 from m2m_hf.config.parsing import trl_fields
 from m2m_hf.config.yaml_files import changed_fields, dump_yaml
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.data.rows import FEATURES, LoadedData
+from m2m_hf.data.rows import LoadedData
 from m2m_hf.modeling.dates import is_pinned
 from m2m_hf.storage.files import write_atomic
 from m2m_hf.storage.run_folder import RunFolder
@@ -32,7 +32,7 @@ def write_recipe(
 ) -> None:
     """Writes `OUT/recipe.yaml`, the final fine-tune on the rows in `train`: for `trl sft`, or for `recipes/classify.py`."""
     if training.head is None:
-        recipe, comment = trl_recipe(run, train, data.format, training, model_args), COMMENT
+        recipe, comment = trl_recipe(run, train, data, training, model_args), COMMENT
         if training.expert.parameters is not None:  # for which TRL has no field
             comment += f"\nNot as in the run: TRL trains all parameters, and not only those called {training.expert.parameters}."
     else:
@@ -41,7 +41,7 @@ def write_recipe(
 
 
 def trl_recipe(
-    run: RunFolder, train: Path, data_format: str, training: Settings, model_args: ModelConfig
+    run: RunFolder, train: Path, data: LoadedData, training: Settings, model_args: ModelConfig
 ) -> dict[str, Any]:
     """What differs from TRL's defaults, and nothing that TRL does not know.
 
@@ -52,9 +52,9 @@ def trl_recipe(
     apart = {"output_dir", "save_strategy", "use_peft"}
     if training.expert.lora is None:
         apart |= {name for name in fields if name.startswith("lora_") or name == "use_rslora"}
-    columns = list(FEATURES[data_format])
+    columns = next(iter(data.candidates.values())).rows.column_names
     template = getattr(training.processing, "chat_template", None)
-    if data_format != "text" and isinstance(template, str) and is_pinned(template):
+    if data.format != "text" and isinstance(template, str) and is_pinned(template):
         write_atomic(run.chat_template, template)
         fields["chat_template_path"] = str(run.chat_template)
     return {

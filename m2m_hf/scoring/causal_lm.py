@@ -27,7 +27,7 @@ def encode_rows(rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, m
     questions, truncated = [], 0
     for number, row in enumerate(rows, start=1):
         where = f"row {number} of the target"
-        encoded = [encode(tokenizer, row.prompt, choice, where) for choice in row.choices]
+        encoded = [encode(tokenizer, row.prompt, choice, where, row.tools) for choice in row.choices]
         for ids, start in encoded:
             if len(ids) - start >= max_length:
                 raise InputError(
@@ -115,7 +115,7 @@ class GenerationScorer(Scorer):
         if positions <= new:
             raise InputError(f"generation.max_new_tokens: {new} do not fit into the model's {positions} positions")
         prompts = [
-            render(tokenizer, row.prompt, f"row {number} of the target", answering=True) or [first_token(tokenizer)]
+            render(tokenizer, row.prompt, f"row {number} of the target", True, row.tools) or [first_token(tokenizer)]
             for number, row in enumerate(rows, start=1)
         ]
         self.truncated = sum(len(ids) > positions - new for ids in prompts)

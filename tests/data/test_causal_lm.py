@@ -4,8 +4,8 @@ import json
 from copy import deepcopy
 
 import pytest
-from datasets import Dataset, concatenate_datasets
-from pico import build_model, candidate_rows, choice_rows
+from datasets import Dataset, concatenate_datasets, load_dataset
+from pico import build_model, candidate_rows, choice_rows, write_rows
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError
@@ -33,7 +33,7 @@ def load(candidates: dict, tokenizer, target: list | None = None, **options):
 
 def test_unions_are_safe_whatever_columns_the_sources_have(tokenizer):
     plain = [row | {"id": i, "extra": None} for i, row in enumerate(candidate_rows("alpha"))]
-    chat = [{"messages": [m | {"name": "x"} for m in MESSAGES], "source": "web"}]
+    chat = [{"messages": [m | {"name": None} for m in MESSAGES], "source": "web"}]
     data = load({"plain": plain, "chat": chat}, tokenizer)
     assert data.format == "chat"
     union = concatenate_datasets([data.candidates["plain"].rows, data.candidates["chat"].rows])
@@ -56,7 +56,7 @@ def test_whole_conversations_with_assistant_only_loss(tokenizer):
 @pytest.mark.parametrize("row", [candidate_rows("alpha")[0], {"messages": MESSAGES + MESSAGES}], ids=["text", "chat"])
 def test_what_is_scored_is_what_trl_trains_on(tokenizer, row, tmp_path):
     data = load({"a": [row]}, tokenizer, max_length=1024)
-    prompt, completion = split_row(row, data.format, "row")
+    prompt, completion, _ = split_row(row, data.format, "row")
     rows = data.candidates["a"].rows
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     trainer = SFTTrainer(build_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
@@ -65,6 +65,122 @@ def test_what_is_scored_is_what_trl_trains_on(tokenizer, row, tmp_path):
     eos = [tokenizer.eos_token_id] if data.format == "text" else []
     assert theirs["input_ids"] == ids + eos
     assert theirs["labels"] == [-100] * start + (ids + eos)[start:]
+
+
+def called(name: str, arguments: dict) -> dict:
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def offered(*names: str) -> list[dict]:
+    return [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {}}}}} for name in names
+    ]
+
+
+ASKED = {"role": "user", "content": "hot?"}
+TOOL_ROWS = [
+    {"messages": [ASKED, called("w", {"town": "x", "day": None})], "tools": offered("w", "v")},
+    {"messages": [ASKED, called("z", {"day": 3}), {"role": "tool", "name": "z", "content": "4"}, MESSAGES[1]]},
+    {"messages": MESSAGES, "tools": json.dumps(offered("z"))},
+    {"messages": MESSAGES},
+]
+
+
+@pytest.fixture
+def tool_tokenizer(tokenizer):
+    """A tokenizer whose template shows tools, and what is said beside the content of a message."""
+    other = deepcopy(tokenizer)
+    more = "{% for key in m if key not in ('role', 'content') %}{{ key }}{{ m[key] | tojson }}{% endfor %}"
+    template = tokenizer.chat_template.replace("<|end|>", f"{more}<|end|>")
+    other.chat_template = "{% if tools is not none %}{{ tools | tojson }}{% endif %}" + template
+    return other
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["chat", "messages"])
+@pytest.mark.parametrize("stored", ["memory", "json"])
+def test_tools_are_trained_and_scored_as_trl_passes_them(tool_tokenizer, tmp_path, whole, stored):
+    write_rows(tmp_path / "a.jsonl", TOOL_ROWS)
+    source = {"path": "json", "data_files": [str(tmp_path / "a.jsonl")]}
+    made = [
+        row | {"tools": json.loads(row["tools"])} if isinstance(row.get("tools"), str) else row for row in TOOL_ROWS
+    ]
+    source = {"rows": Dataset.from_list(made)} if stored == "memory" else source
+    one = CandidateConfig(DataConfig(**source))
+    target = {"loss": TargetConfig("loss", "mean", DataConfig(**source))}
+    options = {"seed": 0, "max_length": 1024, "assistant_only_loss": whole}
+    data = load_causal_lm_data({"a": one}, target, tool_tokenizer, **options)
+    train = write_mixture(tmp_path / "mixture", Mixture.subset(["a"]), data.candidates, seed=0)
+    columns = data.candidates["a"].rows.column_names
+    again = load_dataset("json", data_files=str(train), split="train").select_columns(columns)
+    expected = []
+    for row in made:
+        turns = [{key: value for key, value in turn.items() if value is not None} for turn in row["messages"]]
+        if stored == "memory" and "tool_calls" in turns[1]:  # a struct of Arrow cannot tell null from absent
+            arguments = turns[1]["tool_calls"][0]["function"]["arguments"]
+            turns[1] = called(turns[1]["tool_calls"][0]["function"]["name"], {k: v for k, v in arguments.items() if v})
+            del turns[1]["content"]
+        expected.append(
+            tool_tokenizer.apply_chat_template(turns, tools=row.get("tools"), return_dict=True)["input_ids"]
+        )
+    args = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    args.assistant_only_loss = whole
+    for rows in (data.candidates["a"].rows, again):
+        trainer = SFTTrainer(build_model("llama"), args, train_dataset=rows, processing_class=tool_tokenizer)
+        assert sorted(trainer.train_dataset["input_ids"]) == sorted(expected)
+    scored = [
+        encode(tool_tokenizer, row.prompt, row.choices[0], tools=row.tools)[0] for row in data.targets["loss"].rows
+    ]
+    assert scored == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (TOOL_ROWS[0], "does not show tools, tool_calls;"),
+        (TOOL_ROWS[1], "does not show tool_calls; neither"),
+        ({"messages": [ASKED | {"name": "bob"}, MESSAGES[1]]}, "does not show name;"),
+        ({"messages": [ASKED, MESSAGES[1] | {"weight": 0}]}, "does not show weight;"),
+        ({"messages": [ASKED, MESSAGES[1] | {"reasoning_content": "hm"}]}, "does not show reasoning_content"),
+        ({"prompt": [ASKED], "completion": [MESSAGES[1] | {"train": False}]}, "does not show train;"),
+        ({"messages": MESSAGES, "chat_template_kwargs": {"a": 1}}, "columns: {chat_template_kwargs: unused"),
+        ({"messages": MESSAGES, "images": ["a.png"]}, "columns: {images: unused"),
+        ({"messages": MESSAGES, "tools": "[{"}, r"row 1\.tools: expected a list of tools"),
+        ({"prompt": "a", "completion": "b", "tools": offered("w")}, "these rows are texts"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_name(tokenizer, row, message):
+    with pytest.raises(InputError, match=message):
+        load({"a": [row]}, tokenizer)
+    target = TargetConfig("loss", "mean", DataConfig(rows=Dataset.from_list([row])))
+    with pytest.raises(InputError, match=message):
+        load_causal_lm_data({}, {"t": target}, tokenizer, seed=0, max_length=64, assistant_only_loss=False)
+
+
+def test_roles_that_a_template_skips_are_refused(tokenizer):
+    other = deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("messages %}", "messages if m['role'] != 'note' %}")
+    load({"a": [{"messages": MESSAGES}]}, other)
+    with pytest.raises(InputError, match=r"row 1: .*does not show turns of the role 'note'"):
+        load({"a": [{"messages": [{"role": "note", "content": "a"}, *MESSAGES]}]}, other)
+
+
+def test_conversations_of_sharegpt(tool_tokenizer):
+    said = [("human", "hot?"), ("function_call", '{"name": "z", "arguments": {"day": 3}}'), ("observation", "4")]
+    turns = [{"from": role, "value": value} for role, value in [*said, ("gpt", "cold")]]
+    (row,) = load({"a": [{"conversations": turns}]}, tool_tokenizer, max_length=1024).candidates["a"].rows
+    call = called("z", {"day": 3}) | {"content": ""}
+    assert row["prompt"] == [ASKED, call, {"role": "tool", "content": "4"}]
+    assert row["completion"] == MESSAGES[1:]
+    for bad in ({"from": "moss", "value": "a"}, {"from": "function_call", "value": "z(3)"}):
+        with pytest.raises(InputError, match=r"expected from: system, human|expected a function_call of JSON"):
+            load({"a": [{"conversations": [turns[0], bad, turns[3]]}]}, tool_tokenizer)
+
+
+def test_an_answer_that_is_generated_is_one_text(tool_tokenizer):
+    row = {"messages": TOOL_ROWS[0]["messages"]}
+    with pytest.raises(InputError, match="expected scorer: loss"):
+        target_row(row, "chat", "generation", "row 1")
 
 
 def test_sizes_tokens_and_truncation(tokenizer):
@@ -131,6 +247,13 @@ def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
         ([{"prompt": "x"}], "column 'completion' missing; it has prompt. .*columns: {theirs: completion}"),
         ([{"prompt": "x", "completion": ""}], r"row 1\.completion: expected text, got ''"),
         ([{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}], r"row 2\.prompt: .* got None"),
+        ([{"prompt": [ASKED], "completion": " "}], "an empty turn of the assistant"),
+        (
+            [{"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": []}]}],
+            "an empty turn of the assistant",
+        ),
+        ([{"messages": [ASKED, {"role": "assistant", "content": ""}, *MESSAGES]}], "an empty turn of the assistant"),
+        ([{"messages": [ASKED, {"role": "assistant", "content": None}]}], "both text"),
         ([{"messages": MESSAGES + MESSAGES[:1]}], "of which the last is the assistant's"),
         ([{"messages": [{"role": "user"}]}], "messages of {role, content}"),
         ([{"messages": MESSAGES[1:]}], "expected at least two turns"),

@@ -138,6 +138,10 @@ def test_what_cannot_be_exported(finished, capsys):
     assert "has no recipe.yaml" in capsys.readouterr().err
     assert m2m("export", finished / "out", "--to", "word") == 2
     assert "--to: expected trl, axolotl, llamafactory, jsonl, got 'word'" in capsys.readouterr().err
+    recipe = finished / "out" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  - completion\n", "  - completion\n  - tools\n"))
+    assert m2m("export", finished / "out", "--to", "axolotl") == 2
+    assert "or tools, which trl and jsonl keep; got 'axolotl'" in capsys.readouterr().err
     rows = finished / "out" / "mixture" / "train.jsonl"
     rows.write_bytes(rows.read_bytes()[:-5])
     assert m2m("export", finished / "out", "--to", "jsonl") == 2

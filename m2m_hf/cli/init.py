@@ -1,19 +1,17 @@
 """`m2m init`: writes a configuration that runs, from answers or from a configuration of TRL, axolotl or LLaMA-Factory."""
 
 import argparse
-import csv
 import json
-import os
-import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from m2m_hf.config.checks import BUILDERS, check_name, exists, resolve_existing
+from m2m_hf.cli.sources import SUFFIXES, Source, parse_source, parse_sources, read_columns, relocate
+from m2m_hf.config.checks import BUILDERS, check_name
 from m2m_hf.config.targets import SCORERS
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
@@ -24,7 +22,7 @@ COLUMNS = {
     "image_classification": "image and label",
     None: "prompt and completion, or messages",
 }
-SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
+MESSAGE_NAMES = (("role", "content"), ("from", "value"))  # of messages, as rows may have them
 DATA_KEYS = ("path", "name", "data_dir", "data_files", "split", "revision")
 SAME = (
     "lora_alpha", "lora_dropout", "learning_rate", "max_steps", "gradient_accumulation_steps", "weight_decay", "seed",
@@ -45,12 +43,16 @@ TRL_LOST = {
     "output_dir", "eval_strategy", "eval_steps", "test_split_size", "streaming", "push_to_hub", "hub_model_id", "env",
     "dataset_train_split", "dataset_test_split",
 }  # fmt: skip
-AXOLOTL_REPLACED = {"base_model", "datasets", "adapter"}
+AXOLOTL_MESSAGES = {
+    "type", "field_messages", "field_tools", "message_property_mappings", "message_field_role", "message_field_content",
+}  # fmt: skip
+AXOLOTL_REPLACED = {"lora_target_linear", "base_model", "datasets", "adapter"}
 FACTORY_REPLACED = {
     "model_name_or_path", "dataset", "dataset_dir", "lora_target", "stage", "do_train", "finetuning_type",
 }  # fmt: skip
 
-Source = dict[str, Any]  # what load_dataset takes
+CONVERSATIONS = ("sharegpt", "openai")  # formats of LLaMA-Factory
+FACTORY_COLUMNS = ("prompt", "query", "response", "system", "messages", "tools")
 
 
 @dataclass
@@ -91,10 +93,25 @@ def init(command: argparse.Namespace) -> None:
     origin = command.origin.parent if command.origin else Path.cwd()
     draft.candidates = {name: relocate(source, origin, output.parent) for name, source in draft.candidates.items()}
     rows = relocate(rows, Path.cwd(), output.parent)
+    if task is None:
+        read = {name: read_columns(relocate(one, output.parent, Path.cwd())) for name, one in draft.candidates.items()}
+        draft.lost += [
+            f"{name}, whose rows have {', '.join(sorted(has))}: they need {COLUMNS[None]}"
+            for name, has in read.items()
+            if has and not fits(draft.candidates[name], has)
+        ]
     output.parent.mkdir(parents=True, exist_ok=True)
     text = write_config(draft, target, rows, scorer, task if scorer == "classification" else None, output)
     output.write_text(text, encoding="utf-8")
+    if draft.lost:
+        Terminal().say(f"not taken over, as {output} says: {'; '.join(draft.lost)}")
     Terminal().say(f"written: {output}; continue with: m2m select --config {output}")
+
+
+def fits(source: Source, columns: set[str]) -> bool:
+    """True if rows with these columns become prompts and completions, or conversations."""
+    names = {source.get("columns", {}).get(column, column) for column in columns} | {*source.get("template", {})}
+    return bool(names & {"messages", "conversations"}) or {"prompt", "completion"} <= names
 
 
 def ask(question: str, default: str) -> str:
@@ -107,29 +124,6 @@ def ask(question: str, default: str) -> str:
         raise InputError("no answer, so nothing was written") from None
 
 
-def parse_source(text: str) -> tuple[str, Source]:
-    """(name, what load_dataset takes) of `name=place` or `place`: a file, a folder, or a Hub id."""
-    name, _, place = text.rpartition("=")
-    builder = SUFFIXES.get(Path(place).suffix.lower())
-    if not name:
-        stem = Path(place).stem if builder else place.rsplit("/", 1)[-1]
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", stem).strip("_-") or "data"
-    return name[:64], {"path": builder, "data_files": place} if builder else {"path": place}
-
-
-def parse_sources(texts: Iterable[str]) -> dict[str, Source]:
-    """Candidates by name."""
-    candidates: dict[str, Source] = {}
-    for text in texts:
-        name, source = parse_source(text)
-        if name in candidates:
-            raise InputError(
-                f"--data: two candidates would be called {name!r}; name them: {name}_2={text.rpartition('=')[2]}"
-            )
-        candidates[name] = source
-    return candidates
-
-
 def guess_scorer(source: Source) -> tuple[str, str | None]:
     """The scorer that fits local rows, `loss` if unknown; and their task, if it is not a language model's."""
     columns = read_columns(source)
@@ -140,41 +134,6 @@ def guess_scorer(source: Source) -> tuple[str, str | None]:
     if "prompt" in columns or not columns & {"text", "image"}:
         return "classification", None
     return "classification", "sequence_classification" if "text" in columns else "image_classification"
-
-
-def read_columns(source: Source) -> set[str]:
-    """The columns of local data as datasets reads them; none if they cannot be read."""
-    path = Path(source.get("data_files") or source["path"])
-    if not exists(path):
-        return set()
-    try:
-        if source["path"] == "csv":
-            with open(path, encoding="utf-8", newline="") as file:
-                return set(next(csv.reader(file)))
-        if source["path"] == "json" and path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as file:
-                return set(json.loads(file.readline()))
-        import datasets
-
-        if (path / "state.json").exists():
-            return set(datasets.load_from_disk(str(path)).column_names)
-        return set(next(iter(datasets.load_dataset(**source, split="train", streaming=True))))
-    except Exception:  # datasets may raise anything over a file; the search will name the reason
-        return set()
-
-
-def relocate(source: Source, origin: Path, folder: Path) -> Source:
-    """`source` with local paths as seen from `folder`; now they are relative to `origin` or the working directory."""
-
-    def moved(place: Any) -> Any:
-        if isinstance(place, list):
-            return [moved(path) for path in place]
-        resolved = resolve_existing(str(place), origin)
-        if os.path.isabs(str(place)) or not os.path.isabs(resolved):
-            return str(place)
-        return os.path.relpath(resolved, folder.absolute())
-
-    return source | {key: moved(source[key]) for key in ("path", "data_dir", "data_files") if source.get(key)}
 
 
 def write_config(draft: Draft, target: str, rows: Source, scorer: str, task: str | None, output: Path) -> str:
@@ -211,9 +170,13 @@ targets:
 {lost}"""
 
 
-def flow(source: Source) -> str:
-    """A mapping on one line."""
-    return yaml.safe_dump(source, default_flow_style=True, sort_keys=False, width=10_000).strip()
+def flow(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{flow(key)}: {flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value)
+    return yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
 
 
 def quoted(name: str) -> str:
@@ -229,29 +192,108 @@ def read_trainer_config(path: Path) -> Draft:
         raise InputError(f"--from {path}: cannot be read ({error})") from error
     if isinstance(config, Mapping):
         if "base_model" in config:
-            return from_axolotl(config)
+            return from_axolotl(config, path.parent)
         if "model_name_or_path" in config and "dataset" in config:
             return from_llamafactory(config, path.parent)
         if "datasets" in config or "dataset_name" in config:
-            return from_trl(config)
+            return from_trl(config, path.parent)
     raise InputError(
         f"--from {path}: expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA-Factory (dataset:)"
     )
 
 
-def from_trl(config: Mapping[str, Any]) -> Draft:
+def from_trl(config: Mapping[str, Any], folder: Path) -> Draft:
     datasets = config.get("datasets") or [{"path": config.get("dataset_name"), "name": config.get("dataset_config")}]
     settings = {key: value for key, value in config.items() if key not in TRL_REPLACED | TRL_LOST}
     model = str(config.get("model_name_or_path") or "")
-    return Draft(model, read_datasets(datasets), TRL_DEFAULTS | settings, sorted(TRL_LOST & set(config)))
+    text, candidates = settings.pop("dataset_text_field", "text"), read_datasets(datasets)
+    for source in candidates.values():
+        present = read_columns(relocate(source, folder, Path.cwd()))
+        if text in present and not present & {"prompt", "messages", "conversations", "label"}:
+            whole_text(source, text)
+    return Draft(model, candidates, TRL_DEFAULTS | settings, sorted(TRL_LOST & set(config)))
 
 
-def from_axolotl(config: Mapping[str, Any]) -> Draft:
+def from_axolotl(config: Mapping[str, Any], folder: Path) -> Draft:
     datasets = config.get("datasets") or []
     candidates = read_datasets(datasets)
-    lost = {f"datasets.{key}" for entry in datasets for key in entry if key not in (*DATA_KEYS, "ds_type")}
-    lost |= set(config) - {*AXOLOTL, *AXOLOTL_REPLACED}
-    return Draft(str(config["base_model"]), candidates, translate(config, AXOLOTL), sorted(lost))
+    lost = set(config) - {*AXOLOTL, *AXOLOTL_REPLACED}
+    for entry, (name, source) in zip(datasets, candidates.items(), strict=True):
+        taken = read_axolotl_rows(entry, name, source, read_columns(relocate(source, folder, Path.cwd())))
+        lost |= {f"datasets.{key}" for key in entry if key not in (*DATA_KEYS, "ds_type", *taken)}
+        lost |= {earlier_answers(name)} if taken is AXOLOTL_MESSAGES else set()
+    settings = translate(config, AXOLOTL)
+    if config.get("lora_target_linear"):
+        settings.setdefault("lora_target_modules", "all-linear")
+    return Draft(str(config["base_model"]), candidates, settings, sorted(lost))
+
+
+def read_axolotl_rows(entry: Mapping[str, Any], name: str, source: Source, present: set[str]) -> set[str]:
+    """Puts into `source` how rows of axolotl become ours; returns the keys of `entry` that say no more than that."""
+    kind = entry.get("type")
+    if kind in ("chat_template", "sharegpt"):
+        old = {"role": entry.get("message_field_role"), "content": entry.get("message_field_content")}
+        names = dict(zip(("role", "content"), MESSAGE_NAMES[kind == "sharegpt"], strict=True))
+        names |= {key: value for key, value in old.items() if value} | (entry.get("message_property_mappings") or {})
+        check_message_names(name, names)
+        messages = entry.get("field_messages") or ("conversations" if kind == "sharegpt" else "messages")
+        renamed(source, {messages: "messages", entry.get("field_tools") or "tools": "tools"})
+        return AXOLOTL_MESSAGES
+    if kind == "completion":
+        whole_text(source, entry.get("field") or "text")
+        return {"type", "field"}
+    if kind == "alpaca" and (not present or "instruction" in present):  # of which the words around the prompt are lost
+        instructions(source, ["instruction", "input"], "output", present)
+    if isinstance(kind, Mapping) and not {"system_prompt", "field_system"} & kind.keys() and "system" not in present:
+        names = {key: kind.get(f"field_{key}") or key for key in ("instruction", "input", "output")}
+        has_input = names["input"] in present or (not present and "field_input" in kind)
+        text = kind.get(*(("format", "{instruction} {input} ") if has_input else ("no_input_format", "{instruction} ")))
+        for key in ("instruction", "input"):
+            text = text.replace(f"{{{key}}}", f"{{{names[key]}}}")
+        instructions(source, [names["instruction"]], names["output"], present, text)
+        return {"type"}
+    return set()
+
+
+def check_message_names(name: str, names: Mapping[str, str]) -> None:
+    """Refuses messages that are neither of role and content nor of from and value."""
+    role, content = names.get("role"), names.get("content")
+    others = {key: value for key, value in names.items() if key not in ("role", "content") and key != value}
+    if (role, content) not in MESSAGE_NAMES or others:
+        raise InputError(
+            f"dataset {name}: expected messages of role and content, or of from and value, got {dict(names)}; rename the fields "
+            "in its rows, and give them with --data"
+        )
+
+
+def instructions(source: Source, asked: Sequence[str], answer: str, present: set[str], text: str = "") -> None:
+    """Makes a prompt of the columns `asked`, or a template, and a completion of `answer`. `present`: all columns, if known."""
+    asked = [column for column in asked if not present or column in present]
+    if not asked:
+        return
+    text = text or "\n".join(f"{{{column}}}" for column in asked)
+    if text == f"{{{asked[0]}}}":
+        renamed(source, {asked[0]: "prompt"})
+    else:
+        source |= {"template": {"prompt": text}, "columns": {"null": ""}}  # an input may be missing
+    renamed(source, {answer: "completion"})
+
+
+def whole_text(source: Source, column: str) -> None:
+    """Trains on all of a text, without a prompt."""
+    source["template"] = {"prompt": ""}
+    renamed(source, {column: "completion"})
+
+
+def renamed(source: Source, names: Mapping[str, str]) -> None:
+    """Adds to `columns` what is called otherwise."""
+    if changed := {theirs: ours for theirs, ours in names.items() if theirs != ours}:
+        source["columns"] = source.get("columns", {}) | changed
+
+
+def earlier_answers(name: str) -> str:
+    """What others train on, and TRL only with a field."""
+    return f"the earlier answers of conversations in {name} (assistant_only_loss: true trains on all)"
 
 
 def from_llamafactory(config: Mapping[str, Any], folder: Path) -> Draft:
@@ -272,8 +314,9 @@ def from_llamafactory(config: Mapping[str, Any], folder: Path) -> Draft:
             raise InputError(f"dataset: {name!r} is not in {index}; it has {', '.join(info)}")
         draft.candidates[parse_source(name)[0]] = read_dataset_entry(name, entry, index.parent)
         columns = entry.get("columns") or {}
-        draft.lost += [f"{name}.columns.{key}" for key in columns if key not in ("prompt", "response", "messages")]
-        draft.lost += [f"{name}.{key}" for key in entry if key in ("folder", "tags", "ranking")]
+        draft.lost += [f"{name}.columns.{key}" for key in columns if key not in FACTORY_COLUMNS]
+        draft.lost += [f"{name}.{key}" for key in entry if key in ("folder", "ranking")]
+        draft.lost += [earlier_answers(name)] if entry.get("formatting") in CONVERSATIONS else []
     return draft
 
 
@@ -316,14 +359,39 @@ def read_dataset_entry(name: str, entry: Mapping[str, Any], folder: Path) -> Sou
     file = entry.get("file_name")
     source = parse_source(str(folder / file))[1] if file else {"path": entry.get("hf_hub_url") or name}
     columns = entry.get("columns") or {}
-    if entry.get("formatting") in ("sharegpt", "openai"):
-        renames = {columns.get("messages", "conversations"): "messages"}
+    conversations = entry.get("formatting") in CONVERSATIONS
+    for key in ("history", *(["system"] if conversations else ["tools"])):
+        if columns.get(key):
+            raise InputError(
+                f"dataset {name}: its {key}, the column {columns[key]!r}, belongs into a conversation; expected rows of "
+                "messages. Put it there, and give the new rows with --data"
+            )
+    source |= {"name": entry.get("subset"), "split": entry.get("split"), "max_examples": entry.get("num_samples")}
+    if conversations:
+        check_tags(name, entry.get("tags") or {})
+        renamed(source, {columns.get("messages", "conversations"): "messages", columns.get("tools", "tools"): "tools"})
     else:
-        renames = {columns.get("prompt", "instruction"): "prompt", columns.get("response", "output"): "completion"}
-    source |= {
-        "name": entry.get("subset"),
-        "split": entry.get("split"),
-        "max_examples": entry.get("num_samples"),
-        "columns": {theirs: ours for theirs, ours in renames.items() if theirs != ours},
-    }
+        query = columns.get("query") if columns else "input"
+        asked = [columns.get("system"), columns.get("prompt", "instruction"), query]
+        names = [column for column in asked if column]
+        instructions(source, names, columns.get("response", "output"), read_columns(source))
     return {key: value for key, value in source.items() if value}
+
+
+def check_tags(name: str, tags: Mapping[str, str]) -> None:
+    """Refuses tags that are neither those of ShareGPT nor those of OpenAI."""
+    names = {"role": tags.get("role_tag", "from"), "content": tags.get("content_tag", "value")}
+    check_message_names(name, names)
+    roles = {
+        "user": "user",
+        "assistant": "assistant",
+        "system": "system",
+        "observation": "tool",
+        "function": "assistant",
+    }
+    from m2m_hf.data.conversations import ROLES  # slow to import
+
+    for key, role in roles.items():
+        tag = tags.get(f"{key}_tag", role)
+        if tag != role and (names["role"] == "role" or ROLES.get(tag) != role):
+            raise InputError(f"dataset {name}: expected {key}_tag: {role}, got {tag!r}; rename it in its rows")

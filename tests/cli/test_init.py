@@ -1,13 +1,16 @@
 """`m2m init`: what it writes runs."""
 
+import gzip
 import json
 
 import pytest
 import yaml
 from datasets import Dataset
 from pico import candidate_rows, m2m, picture, write_rows
+from transformers import AutoTokenizer
 
 from m2m_hf.config.parsing import parse
+from m2m_hf.data.causal_lm import load_causal_lm_data
 
 
 @pytest.fixture
@@ -108,6 +111,87 @@ def test_the_datasets_of_other_trainers_become_candidates(project, model, given,
     assert training["uniform"]["lora_config.r"] == 2
     assert training["uniform"]["learning_rate"] == 0.01
     assert training["steps"] == 2
+
+
+SAID = [{"from": "human", "value": "hot?"}, {"from": "gpt", "value": "cold"}]
+ALPACA = {"instruction": "Name it.", "input": "red", "output": "rot", "system": "Be terse.", "text": "red is rot"}
+MAPPED = {"field_messages": "turns", "message_property_mappings": {"role": "from", "content": "value"}}
+CUSTOM = {"field_instruction": "instruction", "format": "[{instruction}] {input}", "field_output": "output"}
+NAMES = {"prompt": "instruction", "query": "input", "response": "output"}
+
+
+def axolotl(**entry) -> dict:
+    return {"datasets": [{"path": "rows.jsonl", **entry}]}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "row", "prompt"),
+    [
+        (axolotl(type="chat_template", **MAPPED), {"turns": SAID}, [{"role": "user", "content": "hot?"}]),
+        (axolotl(type="sharegpt"), {"conversations": SAID}, [{"role": "user", "content": "hot?"}]),
+        (axolotl(type="alpaca"), ALPACA, "Name it.\nred"),
+        (axolotl(type="alpaca"), {"instruction": "Name it.", "output": "rot"}, "Name it."),
+        (axolotl(type=CUSTOM), {key: ALPACA[key] for key in ("instruction", "input", "output")}, "[Name it.] red"),
+        (axolotl(type="completion"), ALPACA, ""),
+        ({}, ALPACA, "Name it.\nred"),
+        ({"columns": NAMES | {"system": "system"}}, ALPACA, "Be terse.\nName it.\nred"),
+        ({"columns": {"prompt": "instruction", "response": "output"}}, ALPACA, "Name it."),
+        ({"formatting": "sharegpt"}, {"conversations": SAID}, [{"role": "user", "content": "hot?"}]),
+    ],
+)
+def test_rows_of_other_trainers_are_read_whole(project, model, capsys, theirs, row, prompt):
+    write_rows(project / "rows.jsonl", [row] * 4)
+    if "datasets" in theirs:
+        theirs = {"base_model": model, **theirs}
+    else:
+        (project / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl", **theirs}}))
+        theirs = {"model_name_or_path": model, "dataset": "rows", "dataset_dir": "."}
+    (project / "theirs.yaml").write_text(yaml.safe_dump(theirs))
+    assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 0
+    config, *_ = parse(project / "m2m.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    data = load_causal_lm_data(
+        config.parsed_candidates, {}, tokenizer, seed=0, max_length=None, assistant_only_loss=False
+    )
+    assert data.candidates["rows"].rows[0]["prompt"] == prompt
+    assert "they need prompt" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"columns": NAMES | {"history": "old"}}, "its history, the column 'old', belongs into a conversation"),
+        ({"formatting": "sharegpt", "columns": {"messages": "turns", "system": "sys"}}, "its system, the column 'sys'"),
+        ({"formatting": "sharegpt", "tags": {"role_tag": "who"}}, "expected messages of role and content, or of from"),
+        ({"formatting": "sharegpt", "tags": {"user_tag": "asker"}}, "expected user_tag: user, got 'asker'"),
+    ],
+)
+def test_rows_of_other_trainers_that_must_be_converted(project, model, capsys, entry, message):
+    (project / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl", **entry}}))
+    theirs = {"model_name_or_path": model, "dataset": "rows", "dataset_dir": "."}
+    (project / "theirs.yaml").write_text(yaml.safe_dump(theirs))
+    assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 2
+    assert message in capsys.readouterr().err
+    assert not (project / "m2m.yaml").exists()
+
+
+def test_rows_that_need_other_names_are_named(project, model, capsys):
+    write_rows(project / "rows.jsonl", [{"q": "a", "a": "b"}])
+    flags = ("--model", model, "--data", "rows.jsonl", "--target", "validation.jsonl")
+    assert m2m("init", *flags) == 0
+    assert "rows, whose rows have a, q: they need prompt and completion" in capsys.readouterr().out
+    assert "# Not taken over: rows, whose rows have a, q" in (project / "m2m.yaml").read_text()
+
+
+def test_compressed_files_and_tables_of_tabs(project, model):
+    with gzip.open(project / "packed.jsonl.gz", "wt") as file:
+        file.write((project / "alpha.jsonl").read_text())
+    (project / "t.tsv").write_text("prompt\tcompletion\nhot?\tcold\n")
+    flags = ("--model", model, "--data", "packed.jsonl.gz", "t.tsv", "--target", "validation.jsonl")
+    assert m2m("init", *flags) == 0
+    given = yaml.safe_load((project / "m2m.yaml").read_text())["candidates"]
+    files = {"packed": ("json", "packed.jsonl.gz"), "t": ("csv", "t.tsv")}
+    assert given == {name: {"path": path, "data_files": file} for name, (path, file) in files.items()}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json", "parquet", "folder", "disk"])

@@ -71,6 +71,10 @@ def world(tmp_path, monkeypatch, hub, forks, pico, encoder):
     shutil.copy(tmp_path / "data" / "arc_validation.jsonl", tmp_path / "quiz.jsonl")
     leaking = [{"prompt": row["prompt"], "completion": row["choices"][row["answer"]]} for row in choice_rows(12)]
     write_rows(tmp_path / "data" / "leaking.jsonl", leaking)
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}]}
+    asked = [{"role": "user", "content": "Is it late?"}, call, {"role": "tool", "content": "23:50"}]
+    asking = {"messages": [*asked, {"role": "assistant", "content": "Yes."}], "tools": [{"name": "now"}]}
+    write_rows(tmp_path / "data" / "tools.jsonl", [asking] * 8)
     mixed = [row | {"source": word} for word in ("flan", "math") for row in candidate_rows(word, 8)]
     write_rows(tmp_path / "data" / "mixed.jsonl", mixed)
     for name in ("recipes", "accelerate_configs"):
@@ -92,8 +96,12 @@ def world(tmp_path, monkeypatch, hub, forks, pico, encoder):
     data.commits.append(("a" * 40, {"README.md": card, "main.jsonl": (tmp_path / "gsm8k.jsonl").read_bytes()}))
     (tmp_path / "x.yaml").write_text(configuration())
     given = yaml.safe_load(configuration())
-    for name, file in (("leaking", "data/leaking.jsonl"), ("columns", "gsm8k.jsonl")):
-        other = {"leaking" if name == "leaking" else "renamed": {"path": "json", "data_files": file}}
+    for name, candidate, file in (
+        ("leaking", "leaking", "data/leaking.jsonl"),
+        ("columns", "renamed", "gsm8k.jsonl"),
+        ("tools", "tools", "data/tools.jsonl"),
+    ):
+        other = {candidate: {"path": "json", "data_files": file}}
         text = yaml.safe_dump(given | {"candidates": given["candidates"] | other, "output_dir": f"runs/{name}"})
         (tmp_path / f"{name}.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.conversations import as_turns, check_shown, rows_of, tools_of
 from m2m_hf.data.loading import TEXTS, fill, load_rows, names_in, require_columns
 from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of
-from m2m_hf.data.tokens import encode, render
+from m2m_hf.data.tokens import appended, encode, render
 from m2m_hf.errors import InputError
 
 
@@ -90,6 +90,7 @@ def make_candidate(
     """A candidate in the run's format, with exactly its columns and types, so that any union is safe."""
     questions: list[tuple[Prompt, ...]] = []
     lengths: list[tuple[int, int]] = []
+    ends = 1 + appended(tokenizer)  # TRL appends an end-of-text token to texts, whatever the tokenizer does
     for number, row in enumerate(samples, start=1):
         where, tools = f"candidates.{name}, row {number}", row.get("tools")
         if data_format == "messages":  # trains on all turns of the assistant, from the first on
@@ -99,7 +100,7 @@ def make_candidate(
         else:
             questions.append((row["prompt"], row["completion"]))
             ids, start = encode(tokenizer, row["prompt"], row["completion"], where, tools)
-            lengths.append((start, len(ids) + (data_format == "text")))  # TRL appends an end-of-text token to texts
+            lengths.append((start, len(ids) + (ends if data_format == "text" else 0)))
     rows = Dataset.from_list([dict.fromkeys(features) | row for row in samples], features=features)
     candidate = Candidate.of(name, config, rows, samples, questions, lengths, max_length)
     if candidate.trained_rows == 0:

@@ -1,12 +1,21 @@
 """Rows as token ids, and where a completion starts."""
 
+import json
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from m2m_hf.data.rows import Prompt, Tools
+from m2m_hf.data.rows import Prompt, Tools, as_json
 from m2m_hf.errors import InputError
+
+SAMPLE = "a"  # a word without meaning, to see how what stands before an answer is read
+MARK = "m2m-answer"  # in its place in a conversation
 
 
 def render(
@@ -14,10 +23,12 @@ def render(
 ) -> list[int]:
     """Token ids of a text, or of messages in the tokenizer's chat template.
 
-    With `answering` they end with what the template puts before an answer. A template may refuse messages, such as a system turn.
+    A text is without the end tokens that a tokenizer appends by itself. With `answering` messages end with what the template puts
+    before an answer. A template may refuse messages, such as a system turn.
     """
     if isinstance(text, str):
-        return list(tokenizer(text)["input_ids"])
+        ids = list(tokenizer(text)["input_ids"])
+        return ids[: len(ids) - appended(tokenizer)]
     try:
         rendered = tokenizer.apply_chat_template(
             text, tools=tools, tokenize=True, return_dict=True, add_generation_prompt=answering
@@ -25,6 +36,42 @@ def render(
     except (TemplateError, TypeError) as error:  # such as `arguments` in a text where the template wants a mapping
         raise InputError(f"{where}: the model's chat template refuses these messages ({error}): {text!r}") from error
     return list(rendered["input_ids"])
+
+
+def appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens, such as the end of text, the tokenizer puts behind every text by itself."""
+    mask = tokenizer(SAMPLE, return_special_tokens_mask=True)["special_tokens_mask"]
+    return mask[::-1].index(0) if 0 in mask else 0
+
+
+def before_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, where: str, tools: Tools = None) -> list[int]:
+    """Token ids of a prompt as training has them before an answer, for a model that is to answer.
+
+    A space at the end belongs to the answer's first token. A chat template may open answers otherwise in training than
+    when it asks for one, as with an empty thought. An empty prompt becomes `first_token`.
+    """
+    plain, text = isinstance(prompt, str), prompt
+    if not plain:
+        answered = [*prompt, {"role": "assistant", "content": MARK}]
+        with suppress(TemplateError, TypeError):  # a template may want other fields of an answer
+            text = tokenizer.apply_chat_template(answered, tools=tools, tokenize=False)
+        if MARK not in text:
+            return render(tokenizer, prompt, where, answering=True, tools=tools)
+        text = text.partition(MARK)[0]
+    ends = appended(tokenizer) if plain else 0
+    sample = SAMPLE if text[-1:].isspace() and not text.endswith(" ") else ""  # lines are read otherwise before a word
+    ids = list(tokenizer(text.removesuffix(" ") + sample, add_special_tokens=plain)["input_ids"])
+    ids = ids[: len(ids) - ends - len(sample)]
+    return ids or [first_token(tokenizer)]
+
+
+def special_in(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Any]) -> tuple[int, str]:
+    """(how many rows hold a special token of the tokenizer in writing, one of these tokens)."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = map(re.escape, {*tokenizer.all_special_tokens, *added} - {""})
+    search = re.compile("|".join(sorted(tokens, reverse=True)) or "(?!)").search
+    found = [match for row in rows if (match := search(json.dumps(row, ensure_ascii=False, default=as_json)))]
+    return len(found), found[0][0] if found else ""
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -35,17 +82,27 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, where: str = "row", tools: Tools = None
 ) -> tuple[list[int], int]:
-    """(token ids of prompt and completion together, where the completion starts), of two texts or two lists of messages.
+    """(token ids of prompt and completion together, where the completion starts): see `encode_choices`."""
+    (ids,), start, _ = encode_choices(tokenizer, prompt, [completion], where, tools)
+    return ids, start
 
-    As in TRL's SFTTrainer, the completion starts where the tokens of the prompt alone and of both together differ. So what is
-    scored is what was trained. An empty prompt becomes `first_token`.
+
+def encode_choices(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, completions: Sequence[Any], where: str = "row", tools: Tools = None
+) -> tuple[list[list[int]], int, bool]:
+    """(token ids of prompt and each completion together, where all completions start, whether some alone would start later).
+
+    Of texts, or of lists of messages. As in TRL's SFTTrainer, a completion starts where the tokens of the prompt alone and of
+    both together differ. So what is scored is what was trained. All start where the first of them does: a space at the end of the
+    prompt belongs to the first token of some, and stands alone before others. An empty prompt becomes `first_token`.
     """
-    whole = prompt + completion
     before = render(tokenizer, prompt, where, answering=True, tools=tools)
-    ids = render(tokenizer, whole, where, tools=tools)
-    start = 0
-    while start < min(len(before), len(ids)) and before[start] == ids[start]:
-        start += 1
-    if start == len(ids):
-        raise InputError(f"{where}: the completion {completion!r} adds no token to its prompt")
-    return (ids, start) if start else ([first_token(tokenizer), *ids], 1)
+    rows = [render(tokenizer, prompt + completion, where, tools=tools) for completion in completions]
+    starts = [sum(takewhile(bool, map(eq, before, ids))) for ids in rows]
+    for completion, ids, start in zip(completions, rows, starts, strict=True):
+        if start == len(ids):
+            raise InputError(f"{where}: the completion {completion!r} adds no token to its prompt")
+    start, later = min(starts), len(set(starts)) > 1
+    if start:
+        return rows, start, later
+    return [[first_token(tokenizer), *ids] for ids in rows], 1, later

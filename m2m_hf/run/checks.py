@@ -98,6 +98,8 @@ def check_run(run: RunContext) -> None:
                 f"rows of target {target!r} are also in {', '.join(shared)}: a candidate that contains target questions gets an "
                 "inflated score. Remove those rows, or set allow_overlap: true"
             )
+    for text in run.task.special_tokens():
+        run.terminal.say(text, "yellow")
     check_folder(run)
     run.bank.check()
     if isinstance(config.bank, Mapping):

@@ -1,6 +1,6 @@
 """What a model learns and is scored on: `Task`, a causal LM, and `Classification` carry all differences between tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from functools import cached_property
@@ -14,6 +14,7 @@ from m2m_hf.config.yaml_files import plain
 from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.data.classification import ClassificationReader, Length, label_words, words_of
 from m2m_hf.data.rows import Candidate, LoadedData
+from m2m_hf.data.tokens import special_in
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.dates import pin_date
 from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, head_of_names
@@ -85,6 +86,19 @@ class Task:
 
     def check_labels(self) -> None:
         """Refuses labels that the model cannot tell apart."""
+
+    def special_tokens(self) -> Iterator[str]:
+        """Says which rows hold special tokens in writing: these are read as such, in training as in scoring."""
+        if self.data.format == "image":
+            return
+        adds = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"][0] == 1
+        twice = "; the tokenizer begins texts with one itself, so that a text that begins with it has it twice"
+        rows = {name: one.rows for name, one in self.data.candidates.items()}
+        for name, content in (rows | {name: one.questions for name, one in self.data.targets.items()}).items():
+            count, token = special_in(self.tokenizer, content)
+            if count:
+                text = f"{name}: {count} rows hold special tokens in writing, such as {token!r}, which are read as these tokens"
+                yield text + (twice if adds and self.data.format == "text" else "")
 
     @cached_property
     def data(self) -> LoadedData:

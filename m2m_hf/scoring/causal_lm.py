@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.score import Failure, Score, mean_and_stderr
 from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
-from m2m_hf.data.tokens import encode, first_token, render
+from m2m_hf.data.tokens import appended, before_answer, encode_choices, first_token, render
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.scoring.forward import Job, QuestionInputs, Weights, ask, job_batches, measure
@@ -24,21 +24,28 @@ DECODING = 4096  # tokens in a batch at least: every step adds one token to a ro
 
 def encode_rows(rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, max_length: int) -> QuestionInputs:
     """Rows as the model reads them. One longer than `max_length`, the model's positions, loses the beginning of its prompt."""
-    questions, truncated = [], 0
+    questions, truncated, reading = [], 0, ends_taken_off(tokenizer, rows)
     for number, row in enumerate(rows, start=1):
         where = f"row {number} of the target"
-        encoded = [encode(tokenizer, row.prompt, choice, where, row.tools) for choice in row.choices]
-        for ids, start in encoded:
+        tokens, start, later = encode_choices(tokenizer, row.prompt, row.choices, where, row.tools)
+        reading += [[number, start]] if later else []
+        for ids in tokens:
             if len(ids) - start >= max_length:
                 raise InputError(
                     f"{where}: a completion of {len(ids) - start} tokens does not fit into the model's {max_length} positions"
                 )
         # All completions lose the same tokens, so that they still share one prompt.
-        surplus = max(0, max(len(ids) for ids, _ in encoded) - max_length)
+        surplus = max(0, max(map(len, tokens)) - max_length)
         truncated += surplus > 0
-        drops = [(ids, start, min(surplus, start - 1)) for ids, start in encoded]
-        questions.append(Question([Request(tuple(ids[drop:]), start - drop) for ids, start, drop in drops]))
-    return QuestionInputs(questions, truncated)
+        drop = min(surplus, start - 1)
+        questions.append(Question([Request(tuple(ids[drop:]), start - drop) for ids in tokens]))
+    return QuestionInputs(questions, truncated, reading=reading)
+
+
+def ends_taken_off(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TargetRow]) -> list[Any]:
+    """For fingerprints: how many end tokens of the tokenizer's own are taken off texts, if any are."""
+    ends = appended(tokenizer) if rows and isinstance(rows[0].prompt, str) else 0
+    return [{"ends": ends}] if ends else []
 
 
 class LossScorer(LogprobScorer):
@@ -52,7 +59,7 @@ class LossScorer(LogprobScorer):
         inputs = encode_rows(rows, setup.processing, setup.positions)
         super().__init__(rows, inputs)
         self._tokens = QuestionInputs(inputs.questions, by_token=True)
-        self.fingerprint = content_fingerprint([config.kind, config.metric, *rows])
+        self.fingerprint = content_fingerprint([config.kind, config.metric, *rows, *inputs.reading])
         self.counts = [question.requests[0].scored for question in inputs.questions]  # scored tokens of every row
         self.total = sum(self.counts)
         self.mean_count = self.total / len(rows)
@@ -93,7 +100,8 @@ class ChoiceScorer(AnswerScorer):
             for row, question in zip(rows, inputs.questions, strict=True)
         ]
         super().__init__(rows, inputs, metric, lengths)
-        self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), config.normalize, *rows])
+        facts = [config.kind, metric_fingerprint(config), config.normalize, *rows, *inputs.reading]
+        self.fingerprint = content_fingerprint(facts)
 
 
 class GenerationScorer(Scorer):
@@ -114,16 +122,18 @@ class GenerationScorer(Scorer):
         new, positions = int(self.settings.max_new_tokens), setup.positions
         if positions <= new:
             raise InputError(f"generation.max_new_tokens: {new} do not fit into the model's {positions} positions")
-        prompts = [
-            render(tokenizer, row.prompt, f"row {number} of the target", True, row.tools) or [first_token(tokenizer)]
-            for number, row in enumerate(rows, start=1)
-        ]
+        reading, prompts = ends_taken_off(tokenizer, rows), []
+        for number, row in enumerate(rows, start=1):
+            where = f"row {number} of the target"
+            prompts.append(before_answer(tokenizer, row.prompt, where, row.tools))
+            plain = render(tokenizer, row.prompt, where, True, row.tools) or [first_token(tokenizer)]
+            reading += [[number, prompts[-1]]] if prompts[-1] != plain else []
         self.truncated = sum(len(ids) > positions - new for ids in prompts)
         self.prompts = [ids[new - positions :] for ids in prompts]
         self._sizes = [len(ids) + new for ids in self.prompts]
         alone = self.settings.do_sample or self.settings.num_beams not in (None, 1)
         self.tokens = 0 if alone else sum(self._sizes)
-        self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), fields, *rows])
+        self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), fields, *rows, *reading])
 
     @torch.inference_mode()
     def score(

@@ -67,9 +67,13 @@ class QuestionInputs(Inputs):
 
     Args:
         by_token: every token counts as an answer of its own, of questions with one completion.
+        reading: what a fingerprint says beside the rows, where tokens are not what the tokenizer gives for each text alone.
     """
 
-    def __init__(self, questions: Sequence[Question], truncated: int = 0, by_token: bool = False) -> None:
+    def __init__(
+        self, questions: Sequence[Question], truncated: int = 0, by_token: bool = False, reading: Sequence[Any] = ()
+    ) -> None:
+        self.reading = list(reading)
         self.questions, self.truncated, self._by_token = questions, truncated, by_token
         self.tokens = sum(len(one.ids) + len(one.requests) for one in questions)
 

@@ -78,6 +78,13 @@ def fields_text() -> str:
     return "\n".join(lines) + "\n\n" + targets_text() + "\n" + EXAMPLE
 
 
+def boolean(text: str) -> bool:
+    """A flag's value, as TRL's flags take it."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
 def shared(*names: str, **options: Any) -> argparse.ArgumentParser:
     """An argument that several commands take."""
     parent = argparse.ArgumentParser(add_help=False)
@@ -85,6 +92,7 @@ def shared(*names: str, **options: Any) -> argparse.ArgumentParser:
     return parent
 
 
+CONFIGURED = ("select", "adapters", "search", "fidelity")  # take the YAML as their first word, too
 CONFIG = shared(
     "--config",
     required=True,
@@ -137,7 +145,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     text = "everything: adapters, search, recipe, final fine-tune"
     argument = add("select   --config x.yaml", text, partial(commands.work, commands.select), CONFIG, LAUNCH)
-    argument("--dry_run", action="store_true", help="show what would be done and its cost, and end")
+    argument(
+        "--dry_run",
+        nargs="?",
+        const=True,
+        default=False,
+        type=boolean,
+        help="show what would be done and its cost, and end",
+    )
 
     text = "train only the missing adapters"
     add("adapters --config x.yaml", text, partial(commands.work, commands.adapters), CONFIG, LAUNCH)
@@ -152,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     argument = add("push OUT --repo_id ORG/NAME", text, commands.push_to_hub, OUT)
     argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset")
     argument("--private", action="store_true", default=None, help="make the repositories private")
-    argument("--dry_run", action="store_true", help="only show what would be uploaded")
+    argument("--dry_run", nargs="?", const=True, default=False, type=boolean, help="only show what would be uploaded")
 
     text = "two finished runs side by side: their settings and their results"
     argument = add("compare OUT1 OUT2", text, commands.show_comparison)

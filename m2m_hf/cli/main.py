@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from m2m_hf.cli.exits import report_errors
-from m2m_hf.cli.help import make_parser
+from m2m_hf.cli.help import CONFIGURED, make_parser
 from m2m_hf.console import LibraryLog
 from m2m_hf.errors import InputError
 
@@ -24,6 +24,8 @@ def carry_out(command: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `m2m` and returns its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] and words[0] in CONFIGURED and words[1:] and not words[1].startswith("-"):
+        words.insert(1, "--config")  # m2m select run.yaml
     command, flags = make_parser().parse_known_args(words)
     command.words, command.flags, command.log = words, flags, LibraryLog()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pico import LAUNCH, arguments, trials
+from pico import LAUNCH, arguments, m2m, trials
 
 from m2m_hf.cli.launch import find, names, relaunched
 from m2m_hf.cli.main import main
@@ -135,3 +135,22 @@ def test_a_recipe_that_is_a_script_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "opposites.jsonl").exists()
+
+
+@pytest.mark.parametrize("words", [["--dry_run"], ["--dry_run", "true"], ["--seed", "3", "--dry_run", "True"]])
+def test_the_configuration_may_be_the_first_word(project, capsys, words):
+    assert m2m("select", project / "run.yaml", *words) == 0
+    assert "candidates (text format)" in capsys.readouterr().out
+    assert not (project / "out").exists()
+
+
+def test_dry_run_false_works(project):
+    assert m2m("adapters", project / "run.yaml", "--max_steps", "1") == 0
+    assert m2m("select", project / "run.yaml", "--max_steps", "1", "--train_final", "false", "--dry_run", "false") == 0
+    assert (project / "out" / "recipe.yaml").exists()
+
+
+def test_a_dry_run_that_is_neither_is_refused(project, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        m2m("select", project / "run.yaml", "--dry_run", "maybe")
+    assert "expected true or false, got 'maybe'" in capsys.readouterr().err

@@ -79,10 +79,12 @@ def fields_text() -> str:
 
 
 def boolean(text: str) -> bool:
-    """A flag's value, as TRL's flags take it."""
-    if text.lower() not in ("true", "false"):
+    """A flag's value, in the words that transformers' HfArgumentParser takes."""
+    words = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+    words |= {"false": False, "f": False, "no": False, "n": False, "0": False}
+    if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
+    return words[text.lower()]
 
 
 def shared(*names: str, **options: Any) -> argparse.ArgumentParser:
@@ -92,12 +94,14 @@ def shared(*names: str, **options: Any) -> argparse.ArgumentParser:
     return parent
 
 
+FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": boolean, "metavar": "true|false"}
 CONFIGURED = ("select", "adapters", "search", "fidelity")  # take the YAML as their first word, too
 CONFIG = shared(
     "--config",
     required=True,
     type=Path,
-    help="the YAML; most of its fields may also be given as --field value, which wins",
+    metavar="X.YAML",
+    help="the YAML, also as the command's first word; most of its fields may be given as --field value, which wins",
 )
 OUT = shared("out", type=Path, metavar="OUT", help="the run folder")
 LAUNCH = shared(
@@ -145,14 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     text = "everything: adapters, search, recipe, final fine-tune"
     argument = add("select   --config x.yaml", text, partial(commands.work, commands.select), CONFIG, LAUNCH)
-    argument(
-        "--dry_run",
-        nargs="?",
-        const=True,
-        default=False,
-        type=boolean,
-        help="show what would be done and its cost, and end",
-    )
+    argument("--dry_run", help="show what would be done and its cost, and end", **FLAG)
 
     text = "train only the missing adapters"
     add("adapters --config x.yaml", text, partial(commands.work, commands.adapters), CONFIG, LAUNCH)
@@ -167,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     argument = add("push OUT --repo_id ORG/NAME", text, commands.push_to_hub, OUT)
     argument("--repo_id", required=True, metavar="ORG/NAME", help="of the model and of the dataset")
     argument("--private", action="store_true", default=None, help="make the repositories private")
-    argument("--dry_run", nargs="?", const=True, default=False, type=boolean, help="only show what would be uploaded")
+    argument("--dry_run", help="only show what would be uploaded", **FLAG)
 
     text = "two finished runs side by side: their settings and their results"
     argument = add("compare OUT1 OUT2", text, commands.show_comparison)

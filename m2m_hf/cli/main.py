@@ -24,7 +24,7 @@ def carry_out(command: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `m2m` and returns its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] and words[0] in CONFIGURED and words[1:] and not words[1].startswith("-"):
+    if words[:1] and words[0] in CONFIGURED and words[1:] and not words[1].startswith("-") and "--config" not in words:
         words.insert(1, "--config")  # m2m select run.yaml
     command, flags = make_parser().parse_known_args(words)
     command.words, command.flags, command.log = words, flags, LibraryLog()

@@ -150,6 +150,11 @@ def test_dry_run_false_works(project):
     assert (project / "out" / "recipe.yaml").exists()
 
 
+def test_two_configurations_are_refused(project, capsys):
+    assert m2m("select", "other.yaml", "--config", project / "run.yaml", "--dry_run") == 2
+    assert "unrecognised arguments: other.yaml" in capsys.readouterr().err
+
+
 def test_a_dry_run_that_is_neither_is_refused(project, capsys):
     with pytest.raises(SystemExit, match="2"):
         m2m("select", project / "run.yaml", "--dry_run", "maybe")

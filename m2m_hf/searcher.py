@@ -21,14 +21,21 @@ from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.mixture_rows import mixture_dataset, write_mixture
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.modeling.inspection import adapted_layers
 from m2m_hf.modeling.lora import model_config
 from m2m_hf.objectives.ensemble import EnsembleObjective
-from m2m_hf.publish.hub import check_login, fetch_bank, fetch_expert, push
+from m2m_hf.publish.hub import check_login, fetch_bank, push
 from m2m_hf.publish.recipe import write_recipe
 from m2m_hf.reporting.page import write_report
 from m2m_hf.reporting.tables import baselines_table, end_table, remarks, verified_table
-from m2m_hf.run.checks import RememberTargets, check_run, check_settings, check_values, claim_folder
+from m2m_hf.run.checks import (
+    RememberTargets,
+    adapter_importer,
+    check_run,
+    check_settings,
+    check_values,
+    claim_folder,
+    fetch_missing,
+)
 from m2m_hf.run.comparison import Selection, baseline_scores, study_fidelity, verify
 from m2m_hf.run.context import RunContext
 from m2m_hf.run.final import make_final, read_final
@@ -40,7 +47,7 @@ from m2m_hf.search.race import reasons_against_racing
 from m2m_hf.search.result import Budget, SearchResult
 from m2m_hf.search.strategies import Strategy, exhaustive, listed
 from m2m_hf.storage.files import write_json
-from m2m_hf.training.imported_experts import import_experts
+from m2m_hf.training.imported_experts import AdapterImporter, ModelImporter, import_experts
 from m2m_hf.training.trackers import SearchTracker, Tracker
 
 
@@ -162,9 +169,9 @@ class MergeToMixSearcher:
             InputError: the run folder holds adapters that were trained differently.
         """
         self.prepare()
-        run, source = self.run, self.run.config.bank
-        if source and (missing := run.bank.check()):
-            self._import_experts(source, missing)
+        run = self.run
+        if run.config.bank and (missing := run.bank.check()):
+            self._import_experts(missing)
         if missing := run.bank.check():
             run.bank.train_missing(
                 run.base.to_train, lambda name: run.training_settings(*run.candidate_settings(name)), run.terminal
@@ -173,20 +180,18 @@ class MergeToMixSearcher:
             noun = run.bank.noun(len(missing))
             run.terminal.say(f"trained {len(missing)} {noun}: {os.path.relpath(run.folder.adapters)}\n")
 
-    def _import_experts(self, source: str | Mapping[str, str], missing: Sequence[str]) -> None:
+    def _import_experts(self, missing: Sequence[str]) -> None:
         """Takes missing experts from a published bank, or each from where somebody else has it."""
-        run, key = self.run, self.run.bank.noun()
+        run, source = self.run, self.run.config.bank
         if isinstance(source, str):
             with run.state.local_main_process_first():  # one process of every machine fetches
-                bank = fetch_bank(source, key)
+                bank = fetch_bank(source, run.bank.noun())
             run.bank.take(bank, missing, run.terminal)
-            return
-        with run.state.local_main_process_first():
-            others = {name: (source[name], fetch_expert(source[name], key)) for name in missing if name in source}
-        import_experts(
-            run.bank, others, run.expert(), run.base.plan, run.terminal,
-            lambda lora: adapted_layers(run.model_args, run.args, lora, run.base.plan), run.base.plain, run.base.load_other,
-        )  # fmt: skip
+        elif others := fetch_missing(run, missing):
+            importer: AdapterImporter | ModelImporter | None = adapter_importer(run)
+            if importer is None:
+                importer = ModelImporter(run.base.plan, run.terminal, run.base.plain(), run.base.load_other)
+            import_experts(run.bank, others, importer, run.terminal)
 
     def search(self, callbacks: Sequence[SearchCallback] = ()) -> SearchResult:
         """Scores mixtures and chooses one, training missing adapters first. What the journal knows is not scored again.

@@ -157,6 +157,11 @@ class MergeToMixConfig:
         integer(1), help="Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."
     )
     allow_overlap: bool = option(BOOLEAN, False, "Continue even if a candidate contains rows of a target.")
+    allow_other_bases: bool = option(
+        BOOLEAN,
+        False,
+        "Take adapters: that name another base model than this run's, where both names mean the same weights.",
+    )
     allow_metric_code: bool = option(
         BOOLEAN, False, "Load metrics and harness tasks of your own, which runs the code in them."
     )

@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from m2m_hf.config.targets import SCORERS
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.modeling.inspection import check_model
+from m2m_hf.modeling.inspection import adapted_layers, check_model
+from m2m_hf.publish.hub import fetch_expert
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.external import ExternalScorer
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
@@ -31,7 +32,7 @@ from m2m_hf.storage.files import write_atomic, write_json
 from m2m_hf.storage.run_folder import read_config
 from m2m_hf.training.experts import expert_kind
 from m2m_hf.training.fine_tune import planned_steps
-from m2m_hf.training.imported_experts import check_sources
+from m2m_hf.training.imported_experts import AdapterImporter, check_sources
 from m2m_hf.training.trackers import make_trackers
 from m2m_hf.training.uniformity import differing
 
@@ -101,9 +102,10 @@ def check_run(run: RunContext) -> None:
     for text in run.task.special_tokens():
         run.terminal.say(text, "yellow")
     check_folder(run)
-    run.bank.check()
+    missing = run.bank.check()
     if isinstance(config.bank, Mapping):
         check_sources(run.bank, config.bank, run.bank.noun())
+        check_adapters(run, missing)
 
 
 def show_data(run: RunContext) -> None:
@@ -257,3 +259,31 @@ def has_content(path: Path, content: str, patience: float = 10.0) -> bool:
                 return True
         time.sleep(0.1)
     return False
+
+
+def fetch_missing(run: RunContext, missing: Sequence[str]) -> dict[str, tuple[str, Path]]:
+    """Candidate -> (where its expert is to be taken from, the folder of its files here), of those that have such a source."""
+    sources, key = run.config.bank, run.bank.noun()
+    assert isinstance(sources, dict)
+    with run.state.local_main_process_first():
+        return {name: (sources[name], fetch_expert(sources[name], key)) for name in missing if name in sources}
+
+
+def check_adapters(run: RunContext, missing: Sequence[str]) -> None:
+    """Refuses adapters of others that cannot be averaged with this run's; full fine-tunes are read when they are taken."""
+    if run.expert().lora is None or not (others := fetch_missing(run, missing)):
+        return
+    importer = adapter_importer(run)
+    assert importer is not None
+    for name, (source, folder) in others.items():
+        importer.check(name, run.bank.facts[name], folder, f"{importer.key}.{name}: {source}")
+
+
+def adapter_importer(run: RunContext) -> AdapterImporter | None:
+    """What imports LoRA adapters; None with another kind of expert."""
+    lora, plan = run.expert().lora, run.base.plan
+    if lora is None:
+        return None
+    layers = adapted_layers(run.model_args, run.args, lora, plan)
+    base = str(run.model_args.model_name_or_path)
+    return AdapterImporter(plan, run.terminal, layers, base, run.config.allow_other_bases)

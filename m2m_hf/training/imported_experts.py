@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
@@ -28,7 +27,6 @@ from m2m_hf.modeling.inspection import is_trained
 from m2m_hf.modeling.lora import lora_facts
 from m2m_hf.storage.files import digest_of, fingerprint, read_json_or_empty, staging_path
 from m2m_hf.training.bank import Bank, lost_to_dtype
-from m2m_hf.training.experts import ExpertKind
 from m2m_hf.training.fine_tune import on_main_process
 from m2m_hf.training.uniformity import differing
 
@@ -73,11 +71,13 @@ def check_sources(bank: Bank, sources: Mapping[str, str], key: str) -> None:
 
 @dataclass(frozen=True)
 class AdapterImporter:
-    """Imports LoRA adapters that are on the `layers` of the base that this run's are on -> (in, out) features of each."""
+    """Imports LoRA adapters of the base model `base`, on its `layers` that this run's are on -> (in, out) features of each."""
 
     plan: HeadPlan | None
     terminal: Terminal
     layers: Mapping[str, tuple[int, int]]
+    base: str
+    other_bases: bool  # adapters may name other base models
     key: ClassVar[str] = "adapters"  # of the configuration
     noun: ClassVar[str] = "adapter"  # what is imported
     trust: ClassVar[str] = (  # what is said of it
@@ -93,7 +93,17 @@ class AdapterImporter:
         Returns:
             (which of this run's facts its files tell, what `training.json` adds)
         """
+        told = self.check(name, facts, folder, where)
+        if PartialState().is_main_process:
+            partial.mkdir(parents=True)
+            for file in ADAPTER_FILES:
+                shutil.copyfile(folder / file, partial / file)
+        return told, {}
+
+    def check(self, name: str, facts: Mapping[str, Any], folder: Path, where: str) -> set[str]:
+        """Refuses an adapter that cannot be averaged with this run's; returns which of this run's facts its files tell."""
         adapter = Adapter.load(folder)
+        self._check_base(name, adapter.config.base_model_name_or_path, where)
         refuse_head([*adapter.parts()], self.plan, where)
         self._check_layers(adapter, where)
         told = {fact: value for fact, value in lora_facts(adapter.config).items() if fact not in UNTOLD}
@@ -103,13 +113,19 @@ class AdapterImporter:
                 f"{where} has another shape than this run's adapters: {'; '.join(differences)}. The final model is trained with "
                 "this run's shape: configure that of the adapters"
             )
-        if base := adapter.config.base_model_name_or_path:
-            self.terminal.say(f"  {name}: says that it was trained on {base}", "dim")
-        if PartialState().is_main_process:
-            partial.mkdir(parents=True)
-            for file in ADAPTER_FILES:
-                shutil.copyfile(folder / file, partial / file)
-        return set(told), {}
+        return set(told)
+
+    def _check_base(self, name: str, base: str | None, where: str) -> None:
+        """Refuses an adapter that names another base model; the folders before a model's name may differ."""
+        if not base or Path(base).name.casefold() == Path(self.base).name.casefold():
+            return
+        text = f"was trained on {base}, as it says, and this run's base model is {self.base}"
+        if not self.other_bases:
+            raise InputError(
+                f"{where} {text}: adapters of different base models cannot be averaged. If both names mean the same weights, set "
+                "allow_other_bases: true"
+            )
+        self.terminal.say(f"{name}: its adapter {text}", "yellow")
 
     def _check_layers(self, adapter: Adapter, where: str) -> None:
         layers = {layer: (a.shape[1], b.shape[0]) for layer, (a, b, _) in adapter.parts().items()}
@@ -209,34 +225,15 @@ def refuse_head(changed: Sequence[str], plan: HeadPlan | None, where: str) -> No
 
 
 def import_experts(
-    bank: Bank,
-    others: Mapping[str, tuple[str, Path]],
-    kind: ExpertKind,
-    plan: HeadPlan | None,
-    terminal: Terminal,
-    adapted: Callable[[LoraConfig], Mapping[str, tuple[int, int]]],
-    base: Callable[[], PreTrainedModel],
-    load: Callable[[Path], PreTrainedModel],
+    bank: Bank, others: Mapping[str, tuple[str, Path]], importer: AdapterImporter | ModelImporter, terminal: Terminal
 ) -> None:
-    """Imports experts of one kind into the bank.
-
-    Args:
-        others: candidate -> (source as configured, its folder).
-        plan: of the head of a classification run.
-        adapted: gives the layers that a LoRA shape adapts -> (in, out) features of each.
-        base: gives the base model.
-        load: loads a model as the base was loaded.
+    """Imports experts into the bank. `others`: candidate -> (source as configured, its folder).
 
     Raises:
         InputError: one that cannot be averaged with this run's.
     """
     if not others:
         return
-    importer: AdapterImporter | ModelImporter
-    if kind.lora is not None:
-        importer = AdapterImporter(plan, terminal, adapted(kind.lora))
-    else:
-        importer = ModelImporter(plan, terminal, base(), load)
     for name, (source, folder) in others.items():
         facts, partial = bank.facts[name], staging_path(bank.folder / name)
         if PartialState().is_main_process:

@@ -87,6 +87,37 @@ def test_adapters_of_another_base_are_refused_before_anything_is_trained(project
     assert not list((project / "out").glob("adapters/*"))
 
 
+def names_base(folder, base: str | None) -> None:
+    """Lets an adapter say what it was trained on."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+
+@pytest.mark.parametrize("words", [["adapters"], ["select", "--dry_run"]])
+def test_an_adapter_that_names_another_base_is_refused(project, theirs, pico, capsys, words):
+    names_base(theirs / "alpha", f"org/{pico.name}")  # from another place: the same
+    names_base(theirs / "beta", "org/Another-Base")
+    command, *flags = words
+    assert m2m(command, project / "run.yaml", *flags) == 2
+    said = capsys.readouterr().err
+    assert "adapters.beta" in said
+    assert "org/Another-Base" in said
+    assert str(pico) in said
+    assert "set allow_other_bases: true" in said
+    assert not list((project / "out").glob("adapters/*"))
+    assert m2m(command, project / "run.yaml", *flags, "--allow_other_bases", "true") == 0
+    said = capsys.readouterr().out
+    assert f"beta: its adapter was trained on org/Another-Base, as it says, and this run's base model is {pico}" in said
+    assert "alpha: its adapter" not in said
+
+
+def test_a_dry_run_refuses_adapters_of_another_shape(project, theirs, capsys):
+    shutil.rmtree(theirs / "beta")
+    build_adapter("llama", theirs / "beta", 1, **SHAPE | {"r": 2})
+    assert m2m("select", project / "run.yaml", "--dry_run") == 2
+    assert "lora_config.r (2 there, 4 now)" in capsys.readouterr().err
+
+
 def test_adapters_on_the_same_layers_may_name_them_differently(project, tmp_path, capsys):
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     build_adapter("llama", tmp_path / "theirs", 0, **SHAPE | {"target_modules": names})

@@ -186,6 +186,9 @@ def make_parser() -> argparse.ArgumentParser:
     argument = add("recipe [NAME]", text, recipe)
     argument("name", nargs="?", metavar="NAME", help="such as gpu_check or demo/data; NAME --help says more")
     argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="for the recipe")
+    argument(
+        "--relocate", type=Path, metavar="OUT", help="write the paths in OUT/recipe.yaml anew, after OUT was moved"
+    )
 
     parser.description = DESCRIPTION.format(commands="\n".join(lines))
     return parser

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
+from m2m_hf.storage.run_folder import RunFolder
 
 FLAGS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")  # accelerate's own
 HIDDEN = ("__pycache__", "support")  # folders without recipes
@@ -75,7 +76,13 @@ def gpus_here(config: Path) -> int:
 
 
 def recipe(command: argparse.Namespace) -> None:
-    """Runs a recipe that is a script, prints one that is a configuration, or lists all with their first lines."""
+    """Runs a recipe that is a script, prints one that is a configuration, or lists all with their first lines.
+
+    With `--relocate` it mends the recipe of a run folder that was moved.
+    """
+    if command.relocate is not None:
+        relocate(RunFolder(command.relocate))
+        return
     if command.name is None:
         Terminal().say("recipes; m2m recipe NAME runs a script, and prints a configuration:")
         for name, path in names("recipes", *RECIPES).items():
@@ -87,6 +94,15 @@ def recipe(command: argparse.Namespace) -> None:
         replace_process([sys.executable, str(path), *command.arguments, *command.flags])
     # In a checkout its paths start from the folder of recipes; printed, they start from the working directory.
     print(path.read_text(encoding="utf-8").replace("../.demo", ".demo"), end="")
+
+
+def relocate(run: RunFolder) -> None:
+    from m2m_hf.publish.relocation import relocate_recipe
+
+    missing = relocate_recipe(run)
+    if missing:
+        Terminal().say(f"not on this machine: {'; '.join(missing)}; put them there, or change {run.recipe}", "yellow")
+    Terminal().say(f"written: {os.path.relpath(run.recipe)}")
 
 
 def replace_process(command: Sequence[str]) -> NoReturn:

@@ -79,8 +79,9 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
         shutil.copyfile(run.rows, folder / DATA)
         config = recipe | {"datasets": [{**recipe["datasets"][0], "data_files": DATA}], "output_dir": "trl"}
         if kind == "trl" and (template := recipe.get("chat_template_path")):
-            config["chat_template_path"] = Path(template).name
-            shutil.copyfile(template, folder / Path(template).name)
+            inside = run.chat_template if Path(template).name == run.chat_template.name else Path(template)
+            config["chat_template_path"] = inside.name
+            shutil.copyfile(inside, folder / inside.name)
     else:
         config, lost = translate(run, kind, recipe, manifest, folder)
     if kind == "jsonl":

@@ -19,12 +19,12 @@ from m2m_hf.training.trainers import Settings
 COMMENT = """The chosen mixture: {mixture}
 Run it with: trl sft --config {path}
 Its data are in {data}; manifest.json beside them says where every row comes from.
-When the folder has moved: m2m recipe --relocate {root}"""
+When its folder has moved: m2m recipe --relocate FOLDER"""
 LABEL_COMMENT = """The chosen mixture: {mixture}
 Run it with: m2m recipe classify --config {path}
 or, where m2m_hf is not installed, with its recipes/classify.py, which takes transformers and PEFT alone.
 Its rows are in {data}; manifest.json beside them says where every one comes from.
-When the folder has moved: m2m recipe --relocate {root}"""
+When its folder has moved: m2m recipe --relocate FOLDER"""
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 LOADING = ("model_revision", "dtype", "attn_implementation")
 
@@ -39,9 +39,7 @@ def write_recipe(
             comment += f"\nNot as in the run: TRL trains all parameters, and not only those called {training.expert.parameters}."
     else:
         recipe, comment = label_recipe(run, mixture, train, data, training, model_args), LABEL_COMMENT
-    write_atomic(
-        run.recipe, dump_yaml(recipe, comment.format(mixture=mixture, path=run.recipe, data=run.mixture, root=run.root))
-    )
+    write_atomic(run.recipe, dump_yaml(recipe, comment.format(mixture=mixture, path=run.recipe, data=run.mixture)))
 
 
 def trl_recipe(

@@ -111,6 +111,9 @@ def positions(model: PreTrainedModel) -> int:
     for name, layer in model.named_modules():
         if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
             return int(limit) - int(layer.padding_idx) - 1  # as RoBERTa counts
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":  # whose limit is where its frequencies begin to change
+        return int(limit * rope.get("factor", 1.0))
     return int(limit)
 
 

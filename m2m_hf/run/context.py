@@ -13,6 +13,7 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.search_space import search_space
 from m2m_hf.config.yaml_files import dump_yaml
 from m2m_hf.console import Terminal
+from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.objective import Objective, TargetInfo, race_order
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.data.loading import pin_data, split_candidates
@@ -28,6 +29,7 @@ from m2m_hf.objectives.merged import GatedObjective, MergedObjective
 from m2m_hf.objectives.trained import FineTunedModels, TrainedObjective
 from m2m_hf.run.tasks import Classification, Task
 from m2m_hf.scoring.make import make_scorers
+from m2m_hf.scoring.probing import settle
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.search.model_based import choose_strategy, ensemble_shortcut
 from m2m_hf.storage.files import fingerprint, read_json_or_empty
@@ -161,7 +163,24 @@ class RunContext:
         kind = self.expert()
         positions = check_model(self.model_args, self.args, kind.lora, self.base.plan, kind.parameters)
         setup = self.task.scoring_setup(positions)
-        return {name: make_scorers(target, setup) for name, target in self.targets.items()}
+        scorers = {name: make_scorers(target, setup) for name, target in self.targets.items()}
+        known = self.folder.known_targets()
+        self._settled = [
+            one for name, of in scorers.items() for part, one in of.items() if one.recall(known.get(name, {}).get(part))
+        ]
+        return scorers
+
+    def _settle_scorers(self) -> None:
+        """Tries, before anything is scored, how far the model needs rows to be kept apart (collective)."""
+        for name, parts in self.scorers.items():
+            for part, scorer in parts.items():
+                if any(scorer is one for one in self._settled):
+                    continue
+                stack = self.open_stack(self.merge_method)
+                every = Mixture.subset(stack.names).weights
+                found = settle(stack, [{}, *([self.merge_method.gates(every)] if every else [])], scorer)
+                if found:
+                    self.terminal.say(f"target {name}, {part}: {found}", "yellow")
 
     @property
     def validation_scorers(self) -> dict[str, Scorer]:
@@ -180,6 +199,7 @@ class RunContext:
     @cached_property
     def keys(self) -> dict[str, Keys]:
         """Target -> what makes the keys of its trials; all experts must be there."""
+        self._settle_scorers()
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
         base = base_key(self.facts)
         scorers = self.validation_scorers.items()

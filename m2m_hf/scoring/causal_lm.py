@@ -13,10 +13,10 @@ from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
 from m2m_hf.data.tokens import appended, before_answer, encode_choices, first_token, render
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
-from m2m_hf.scoring.forward import Job, QuestionInputs, Weights, ask, job_batches, measure
+from m2m_hf.scoring.forward import ALIKE, ALONE, Job, QuestionInputs, Weights, ask, job_batches, measure, one_pass
 from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
 from m2m_hf.scoring.packing import Question, Request, padded
-from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer, Scorer, Setup, metric_score
+from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer, Scorer, Setup, metric_score, probe_groups
 
 MAX_NEW_TOKENS = 64  # default length of an answer
 DECODING = 4096  # tokens in a batch at least: every step adds one token to a row, which is cheap for many rows together
@@ -76,6 +76,7 @@ class LossScorer(LogprobScorer):
 
     def probabilities(self, stack: Stack, weights: Weights, tokens_per_batch: int) -> torch.Tensor:
         """The probability of every scored token of all rows, of shape (tokens, 1)."""
+        self._tokens.apart = self.apart
         (rows,) = measure(stack, [weights], self._tokens, range(self.examples), tokens_per_batch)
         logprobs = torch.tensor([value for tokens in rows for value in tokens], dtype=torch.float64)
         return logprobs.exp().float()[:, None]
@@ -145,23 +146,60 @@ class GenerationScorer(Scorer):
         self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None})
         self.settings.pad_token_id = self.tokenizer.pad_token_id
         # What is sampled goes alone, seeded by its row, so that it depends neither on batches nor on which rows are asked.
-        batches = one_by_one if self.settings.do_sample else partial(job_batches, self._sizes)
+        alone = self.settings.do_sample or self.apart == ALONE
+        batches = one_by_one if alone else partial(job_batches, self._sizes, alike=self.apart == ALIKE)
         budget = max(tokens_per_batch, DECODING)
         answers = ask(stack, mixtures, chosen, budget, batches, partial(self._generate, stack.model))
         references = [self.references[row] for row in chosen]
         return [metric_score(self.metric, texts, references) for texts in answers]
 
+    def probes(self, model: Any, apart: int) -> list[list[int]]:
+        if self.settings.do_sample:
+            return []
+        return probe_groups([range(self.examples)], [(size, size, size) for size in self._sizes], apart)
+
+    def numbers(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
+        """The log-probabilities of all tokens at every one of three steps, each of which goes on with the same token."""
+        places = one_pass([self._sizes[row] for row in rows], self.apart)
+        found = {
+            place: one
+            for of in places
+            for place, one in zip(of, self._steps(model, [rows[p] for p in of]), strict=True)
+        }
+        return [found[place] for place in range(len(rows))]
+
+    def _steps(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
+        ids, mask = self._padded(model, rows)
+        token = min({token for row in rows for token in self.prompts[row]})
+        settings = GenerationConfig(
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        output = model.generate(
+            ids, attention_mask=mask, generation_config=settings, prefix_allowed_tokens_fn=lambda *_: [token]
+        )
+        return list(torch.stack(output.logits, dim=1).float().log_softmax(-1).double().cpu())
+
     def _generate(self, model: Any, rows: Sequence[int]) -> list[str]:
         """Answers without special tokens, up to a stop string. Prompts are padded on the left."""
-        asked = [self.prompts[row] for row in rows]
-        width = max(map(len, asked))
-        ids = padded(asked, width, left=True).to(model.device)
-        mask = padded([[1] * len(prompt) for prompt in asked], width, left=True).to(model.device)
+        ids, mask = self._padded(model, rows)
         if self.settings.do_sample:
             set_seed(rows[0])
         output = model.generate(ids, attention_mask=mask, generation_config=self.settings, tokenizer=self.tokenizer)
-        texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return [before_stop(text, self.settings.stop_strings).strip() for text in texts]
+
+    def _padded(self, model: Any, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows' prompts and their mask, padded on the left."""
+        asked = [self.prompts[row] for row in rows]
+        width = max(map(len, asked))
+        mask = padded([[1] * len(prompt) for prompt in asked], width, left=True)
+        return padded(asked, width, left=True).to(model.device), mask.to(model.device)
 
 
 def one_by_one(jobs: list[Job], budget: int) -> Iterator[list[Job]]:

@@ -10,7 +10,7 @@ from m2m_hf.data.classification import Length
 from m2m_hf.data.rows import ImageRow, TargetRow, content_fingerprint, text_of
 from m2m_hf.modeling.heads import Head
 from m2m_hf.modeling.processing import inputs_of
-from m2m_hf.scoring.forward import Inputs, Job, Outputs, job_batches
+from m2m_hf.scoring.forward import Inputs, Job, Outputs, job_batches, one_pass
 from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
 from m2m_hf.scoring.scorers import AnswerScorer, Setup
 
@@ -25,6 +25,7 @@ class ClassifierInputs(Inputs):
         sizes = length([row.prompt for row in rows])
         self._sizes = [min(size, length.limit) for size in sizes]
         self.tokens = sum(self._sizes)
+        self.sizes = [(size, size, size) for size in self._sizes]
         self.truncated = sum(size > length.limit for size in sizes)
         self._pixels: dict[int, torch.Tensor] = {}
         self._room = MAX_PIXEL_BYTES
@@ -33,13 +34,24 @@ class ClassifierInputs(Inputs):
         return job_batches(self._sizes, jobs, budget)
 
     def outputs(self, model: Any, rows: Sequence[int]) -> Outputs:
+        if len(passes := one_pass([self._sizes[row] for row in rows], self.apart)) > 1:
+            parts = [self._pass(model, [rows[place] for place in places]) for places in passes]
+            order = torch.tensor([place for places in passes for place in places]).argsort().to(parts[0].device)
+            scores = torch.cat(parts)[order]
+        else:
+            scores = self._pass(model, rows)
+        count = scores.shape[1]
+        return scores.flatten(), [(row, label) for row in range(len(rows)) for label in range(count)]
+
+    def _pass(self, model: Any, rows: Sequence[int]) -> torch.Tensor:
+        """The scores of the labels, of shape (rows, labels), from one forward pass."""
         head = self._head()
         inputs = {name: tensor.to(model.device) for name, tensor in self._prepared(rows).items()}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         scores = head.scores(model(**inputs), inputs.get("attention_mask"))
         labels = head.places(list(map(text_of, self._rows[0].choices)))
-        return scores[:, labels].flatten(), [(row, label) for row in range(len(rows)) for label in range(len(labels))]
+        return scores[:, labels]
 
     def _prepared(self, rows: Sequence[int]) -> Mapping[str, torch.Tensor]:
         """The model's input for these rows. Prepared images are kept while there is room, as every mixture needs them again."""

@@ -7,7 +7,7 @@ share a batch. Every row of a batch may belong to another mixture, so a small va
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,16 +33,24 @@ Outputs = tuple[torch.Tensor, list[tuple[int, int]]]  # numbers, and the (row of
 Slopes = Callable[[int, Sequence[float]], Sequence[float]]
 
 
+# How far rows are kept apart: choices share a row; have their own; only equally long rows share a batch; none do.
+TOGETHER, UNSHARED, ALIKE, ALONE = range(4)
+
+
 class Inputs(ABC):
     """A target's rows as a model reads them.
 
     Attributes:
         tokens: that one pass over all rows costs.
         truncated: rows that did not fit into the model.
+        sizes: of every row, the tokens of its shortest and of its longest answer, and those of all together as one row.
+        apart: how far rows are kept apart, see `probing.py`.
     """
 
     tokens: int
     truncated: int
+    sizes: Sequence[tuple[int, int, int]]
+    apart: int = TOGETHER
 
     @abstractmethod
     def batches(self, model: PreTrainedModel, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
@@ -53,10 +61,19 @@ class Inputs(ABC):
         """What the model gives for rows of one batch; the numbers of one answer are summed."""
 
 
-def job_batches(sizes: Sequence[int], jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
-    """Jobs in batches, from the tokens of every row."""
-    for batch in batches([sizes[row] for _, row in jobs], budget):
-        yield [jobs[index] for index in batch]
+def job_batches(sizes: Sequence[int], jobs: Sequence[Job], budget: int, alike: bool = False) -> Iterator[list[Job]]:
+    """Jobs in batches, from the tokens of every row; `alike`: of rows that have equally many."""
+    for places in one_pass([sizes[row] for _, row in jobs], ALIKE if alike else TOGETHER):
+        for batch in batches([sizes[jobs[place][1]] for place in places], budget):
+            yield [jobs[places[index]] for index in batch]
+
+
+def one_pass(sizes: Sequence[int], apart: int) -> list[list[int]]:
+    """Which rows of a batch share a forward pass."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, size in enumerate(sizes):
+        groups[{ALIKE: size, ALONE: place}.get(apart, 0)].append(place)
+    return list(groups.values())
 
 
 class QuestionInputs(Inputs):
@@ -76,10 +93,15 @@ class QuestionInputs(Inputs):
         self.reading = list(reading)
         self.questions, self.truncated, self._by_token = questions, truncated, by_token
         self.tokens = sum(len(one.ids) + len(one.requests) for one in questions)
+        lengths = [[len(request.ids) for request in one.requests] for one in questions]
+        self.sizes = [(min(of), max(of), len(one.ids)) for of, one in zip(lengths, questions, strict=True)]
+
+    def _span(self, model: PreTrainedModel) -> float:
+        return 0 if self.apart else shared_span(model)
 
     def batches(self, model: PreTrainedModel, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
         """All questions of a batch are cut alike. Rows that branch need an attention mask, and others are faster without."""
-        span = shared_span(model)
+        span = self._span(model)
         alike: dict[tuple[bool, int], list[tuple[Job, Sequence[Question]]]] = defaultdict(list)
         for job in jobs:
             parts = self.questions[job[1]].within(span)
@@ -91,16 +113,19 @@ class QuestionInputs(Inputs):
                 yield [group[index][0] for index in batch]
 
     def outputs(self, model: PreTrainedModel, rows: Sequence[int]) -> Outputs:
-        span = shared_span(model)
+        span = self._span(model)
         cut = [self.questions[row].within(span) for row in rows]
         tensors, owners = [], []
         for number, parts in enumerate(zip(*cut, strict=True)):
-            logprobs, of_part = score_rows(model, parts)
-            tensors.append(logprobs)
-            owners += [(row, number + completion) for row, completion in of_part]
+            for places in one_pass([len(part.ids) for part in parts], self.apart):
+                logprobs, of_part = score_rows(model, [parts[place] for place in places], self.apart >= ALIKE)
+                tensors.append(logprobs)
+                owners += [(places[row], number + completion) for row, completion in of_part]
         if self._by_token:
-            tokens = [len(self.questions[row].scored) for row in rows]
-            owners = [(row, token) for row, count in enumerate(tokens) for token in range(count)]
+            seen: Counter[int] = Counter()
+            for index, (row, _) in enumerate(owners):
+                owners[index] = (row, seen[row])
+                seen[row] += 1
         return torch.cat(tensors), owners
 
 
@@ -132,9 +157,10 @@ def ask(
     results: list[tuple[Job, Any]] = []
     errors: list[str] = []
     try:
-        for number, batch in enumerate(batches(jobs, tokens_per_batch // shrink)):
-            if number % state.num_processes == state.process_index:
-                results.extend(zip(batch, within_memory(stack, shrink, batch, run), strict=True))
+        with forgetful(stack.model):
+            for number, batch in enumerate(batches(jobs, tokens_per_batch // shrink)):
+                if number % state.num_processes == state.process_index:
+                    results.extend(zip(batch, within_memory(stack, shrink, batch, run), strict=True))
     except InputError as error:
         errors.append(str(error))
     if state.num_processes > 1:
@@ -146,6 +172,29 @@ def ask(
     agree_on_memory(stack)
     by_job = dict(results)
     return [[by_job[mixture, row] for row in rows] for mixture in range(len(mixtures))]
+
+
+@contextmanager
+def forgetful(model: PreTrainedModel) -> Iterator[None]:
+    """While active, and afterwards, rotary frequencies do not remember longer rows of earlier passes (dynamic NTK)."""
+    grown = [module for module in model.modules() if hasattr(module, "original_max_seq_len")]
+
+    def forget(*_: Any) -> None:
+        for module in grown:
+            first = module.original_max_seq_len
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                if getattr(module, name) != first:
+                    prefix = name.removesuffix("max_seq_len_cached")
+                    original = getattr(module, f"{prefix}original_inv_freq")
+                    module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
+                    setattr(module, name, first)
+
+    handle = model.register_forward_pre_hook(forget)
+    try:
+        yield
+    finally:
+        handle.remove()
+        forget()
 
 
 def within_memory(stack: Stack, shrink: int, batch: list[Job], run: Callable[[list[Job]], Sequence[Any]]) -> list[Any]:
@@ -181,6 +230,8 @@ def measure(
     stack: Stack, mixtures: Sequence[Weights], inputs: Inputs, rows: Sequence[int], tokens_per_batch: int
 ) -> list[list[tuple[float, ...]]]:
     """By mixture and row: what the model gives for every possible answer."""
+    if inputs.apart >= ALIKE and len(mixtures) > 1:  # rows of a batch then take passes of their own
+        return [measure(stack, [weights], inputs, rows, tokens_per_batch)[0] for weights in mixtures]
 
     def forward(numbers: list[int]) -> list[tuple[float, ...]]:
         return by_answer(*inputs.outputs(stack.model, numbers), len(numbers))
@@ -266,14 +317,16 @@ def scored_positions(model: PreTrainedModel, keep: torch.Tensor) -> Iterator[Non
         handle.remove()
 
 
-def score_rows(model: PreTrainedModel, questions: Sequence[Question]) -> Outputs:
+def score_rows(model: PreTrainedModel, questions: Sequence[Question], whole: bool = False) -> Outputs:
     """One forward pass over questions, each a row: the log-probability of every scored token, and the (row, completion) of each.
 
     Rows are padded on the right. Scored tokens cannot see what comes after them, so rows without branches need no attention mask,
-    and attention takes its fastest path.
+    and attention takes its fastest path. What follows the last scored token's place is left out, unless the model is to be given
+    the `whole` text, since it looks at how long that is.
     """
-    width = max(len(row.ids) for row in questions)
-    inputs: dict[str, torch.Tensor] = {"input_ids": padded([row.ids for row in questions], width).to(model.device)}
+    texts = [row.requests[0].ids if whole else row.ids for row in questions]
+    width = max(map(len, texts))
+    inputs: dict[str, torch.Tensor] = {"input_ids": padded(texts, width).to(model.device)}
     if len(questions[0].requests) > 1:
         branches = padded([row.branches for row in questions], width).to(model.device)
         visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])

@@ -6,7 +6,8 @@ results. `causal_lm.py` and `classification.py` hold the scorers; those that run
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.data.classification import Length
-from m2m_hf.data.rows import TargetRow
+from m2m_hf.data.rows import TargetRow, content_fingerprint
 from m2m_hf.errors import redact
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import Head
-from m2m_hf.scoring.forward import Inputs, Weights, measure, measure_gradient
+from m2m_hf.scoring.forward import ALIKE, ALONE, TOGETHER, UNSHARED, Inputs, Weights, measure, measure_gradient
 from m2m_hf.scoring.metrics.metric import Metric
 
 ROUND = 6  # decimals kept of a log-probability, so that what is compared now is what the journal will hold
@@ -49,6 +50,7 @@ class Scorer(ABC):
         fingerprint: of everything a score depends on beside the model.
         by_row: whether a row's value does not depend on the other rows, so that some of them can be scored alone.
         has_ensemble: whether the ensemble objective can score the target, from the probabilities of right answers.
+        apart: how far rows are kept apart, as `probing.py` has found.
     """
 
     examples: int
@@ -57,6 +59,28 @@ class Scorer(ABC):
     fingerprint: str
     by_row: bool = False
     has_ensemble: bool = False
+    apart: int = TOGETHER
+
+    def probes(self, model: Any, apart: int) -> list[list[int]]:
+        """Batches of rows that tell whether rows may be kept no further apart than this."""
+        return []
+
+    def numbers(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
+        """What the model gives for every row of a batch, in the same order however far apart rows are kept."""
+        raise NotImplementedError
+
+    def keep_apart(self, apart: int) -> None:
+        """Keeps rows so far apart from now on; scores made otherwise are others."""
+        self.apart = apart
+        self.fingerprint = apart_fingerprint(self.fingerprint, apart)
+
+    def recall(self, fingerprint: str | None) -> bool:
+        """True if `fingerprint` is of this scorer, which then keeps rows as far apart as that one did."""
+        for apart in (TOGETHER, UNSHARED, ALIKE, ALONE):
+            if fingerprint == apart_fingerprint(self.fingerprint, apart):
+                self.keep_apart(apart)
+                return True
+        return False
 
     @abstractmethod
     def score(
@@ -78,9 +102,33 @@ class Scorer(ABC):
 
     def at_once(self, stack: Stack, tokens_per_batch: int, rows: int) -> int:
         """How many mixtures fill a batch with this number of rows; 1 if those of one mixture do."""
-        if not self.tokens or not stack.takes_rows:
+        if not self.tokens or not stack.takes_rows or self.apart >= ALIKE:
             return 1
         return max(1, tokens_per_batch * self.examples // (self.tokens * max(1, rows)))
+
+
+def apart_fingerprint(fingerprint: str, apart: int) -> str:
+    """A scorer's fingerprint where rows are kept so far apart."""
+    return content_fingerprint([fingerprint, apart]) if apart else fingerprint
+
+
+def probe_groups(
+    batches: Iterable[Sequence[int]], sizes: Sequence[tuple[int, int, int]], apart: int
+) -> list[list[int]]:
+    """Of batches, up to three of the largest: their shortest, longest and widest rows; or rows of one size."""
+    groups = []
+    for rows in sorted(batches, key=len, reverse=True)[:3]:
+        if apart == ALIKE:
+            alike: dict[Any, list[int]] = defaultdict(list)
+            for row in rows:
+                alike[sizes[row]].append(row)
+            groups.append(max(alike.values(), key=len)[:2])
+            continue
+        picks = [
+            pick(rows, key=lambda row: sizes[row][part]) for pick, part in ((min, 1), (min, 0), (max, 1), (max, 2))
+        ]
+        groups.append(list(dict.fromkeys(picks)))
+    return groups
 
 
 class LogprobScorer(Scorer):
@@ -97,6 +145,27 @@ class LogprobScorer(Scorer):
     def __init__(self, rows: Sequence[TargetRow], inputs: Inputs) -> None:
         self.rows, self.inputs = rows, inputs
         self.examples, self.tokens, self.truncated = len(rows), inputs.tokens, inputs.truncated
+
+    @property
+    def apart(self) -> int:
+        return self.inputs.apart
+
+    @apart.setter
+    def apart(self, apart: int) -> None:
+        self.inputs.apart = apart
+
+    def probes(self, model: Any, apart: int) -> list[list[int]]:
+        before, self.apart = self.apart, apart
+        batches = list(self.inputs.batches(model, [(0, row) for row in range(self.examples)], 1 << 60))
+        self.apart = before
+        return probe_groups([[row for _, row in batch] for batch in batches], self.inputs.sizes, apart)
+
+    def numbers(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
+        outputs, owners = self.inputs.outputs(model, rows)
+        of_rows: list[list[int]] = [[] for _ in rows]
+        for index in sorted(range(len(owners)), key=owners.__getitem__):
+            of_rows[owners[index][0]].append(index)
+        return [outputs[of_row].double().cpu() for of_row in of_rows]
 
     @abstractmethod
     def reduce(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:

@@ -16,7 +16,16 @@ from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.scoring.forward import ALIKE, ALONE, Job, QuestionInputs, Weights, ask, job_batches, measure, one_pass
 from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
 from m2m_hf.scoring.packing import Question, Request, padded
-from m2m_hf.scoring.scorers import ROUND, AnswerScorer, LogprobScorer, Scorer, Setup, metric_score, probe_groups
+from m2m_hf.scoring.scorers import (
+    ROUND,
+    AnswerScorer,
+    LogprobScorer,
+    Numbers,
+    Scorer,
+    Setup,
+    metric_score,
+    probe_groups,
+)
 
 MAX_NEW_TOKENS = 64  # default length of an answer
 DECODING = 4096  # tokens in a batch at least: every step adds one token to a row, which is cheap for many rows together
@@ -158,7 +167,7 @@ class GenerationScorer(Scorer):
             return []
         return probe_groups([range(self.examples)], [(size, size, size) for size in self._sizes], apart)
 
-    def numbers(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
+    def numbers(self, model: Any, rows: Sequence[int]) -> list[Numbers]:
         """The log-probabilities of all tokens at every one of three steps, each of which goes on with the same token."""
         places = one_pass([self._sizes[row] for row in rows], self.apart)
         found = {
@@ -166,7 +175,7 @@ class GenerationScorer(Scorer):
             for of in places
             for place, one in zip(of, self._steps(model, [rows[p] for p in of]), strict=True)
         }
-        return [found[place] for place in range(len(rows))]
+        return [{0: found[place]} for place in range(len(rows))]
 
     def _steps(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
         ids, mask = self._padded(model, rows)

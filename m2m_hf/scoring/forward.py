@@ -60,6 +60,10 @@ class Inputs(ABC):
     def outputs(self, model: PreTrainedModel, rows: Sequence[int]) -> Outputs:
         """What the model gives for rows of one batch; the numbers of one answer are summed."""
 
+    def alone(self, model: PreTrainedModel, row: int) -> Outputs:
+        """What the model gives for one row by itself, or for some of its answers."""
+        return self.outputs(model, [row])
+
 
 def job_batches(sizes: Sequence[int], jobs: Sequence[Job], budget: int, alike: bool = False) -> Iterator[list[Job]]:
     """Jobs in batches, from the tokens of every row; `alike`: of rows that have equally many."""
@@ -127,6 +131,14 @@ class QuestionInputs(Inputs):
                 owners[index] = (row, seen[row])
                 seen[row] += 1
         return torch.cat(tensors), owners
+
+    def alone(self, model: PreTrainedModel, row: int) -> Outputs:
+        """Of the last completion, which stands farthest from the prompt, and the longest one."""
+        parts = self.questions[row].within(0)
+        answers = sorted({len(parts) - 1, max(range(len(parts)), key=lambda answer: len(parts[answer].ids))})
+        found = [score_rows(model, [parts[answer]], whole=True)[0] for answer in answers]
+        owners = [(0, answer) for answer, logprobs in zip(answers, found, strict=True) for _ in logprobs]
+        return torch.cat(found), owners
 
 
 def ask(
@@ -267,10 +279,16 @@ def measure_gradient(
 
 def by_answer(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[tuple[float, ...]]:
     """By row: the sum of every answer's numbers."""
+    numbers = of_answers(outputs, owners, rows)
+    return [tuple(sum(of_row[answer]) for answer in range(len(of_row))) for of_row in numbers]
+
+
+def of_answers(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[dict[int, list[float]]]:
+    """By row and answer: its numbers."""
     numbers: list[dict[int, list[float]]] = [defaultdict(list) for _ in range(rows)]
     for (row, answer), value in zip(owners, outputs.double().tolist(), strict=True):
         numbers[row][answer].append(value)
-    return [tuple(sum(of_row[answer]) for answer in range(len(of_row))) for of_row in numbers]
+    return numbers
 
 
 def completion_logprobs(

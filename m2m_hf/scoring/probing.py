@@ -4,41 +4,57 @@ Choices share their prompt's row, and rows of all lengths a batch. Some models t
 that counts places, frequencies that follow the longest row, recurrent states that read padding. No list of models tells.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from torch import nn
 
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.scoring.forward import ALIKE, ALONE, TOGETHER, UNSHARED, Weights, agree_on_memory, forgetful, within_memory
-from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.scoring.scorers import Numbers, Scorer
 
 WAYS = {
     UNSHARED: "every choice is scored in a row of its own",
     ALIKE: "only rows of one length share a batch",
     ALONE: "rows are scored one at a time",
 }
+SURE = 6  # times what rounding does; sharing did at most 2.6 times as much in fp32, bf16 and 4-bit
+LEAST = 1e-5  # a difference of a log-probability that is never looked at
+MOST, MOST_EPS = 1e-2, 256  # what rounding is never believed to do: 0.01, or 2 in bfloat16
 
 
 @torch.inference_mode()
 def settle(stack: Stack, mixtures: Sequence[Weights], scorer: Scorer) -> str | None:
     """Has a scorer keep rows as far apart as the model needs, which it says where it does (collective)."""
-    probe = Probe(stack, scorer)
-    stack.model.eval()
-    try:
-        with forgetful(stack.model):
-            apart, gap = broadcast(probe.find(mixtures))
-    finally:
-        stack.set({})
+    found: tuple[int, float] | InputError = TOGETHER, 0.0
+    if PartialState().is_main_process:
+        stack.model.eval()
+        try:
+            with forgetful(stack.model):
+                found = Probe(stack, scorer).find(mixtures)
+        except InputError as error:
+            found = error
+        finally:
+            stack.set({})
+    found = broadcast(found)
+    if isinstance(found, InputError):
+        raise found
+    apart, gap = found
     agree_on_memory(stack)
+    by = f"by {gap:.2g} in a log-probability" if math.isfinite(gap) else "it fails"
     if apart > ALONE:
         raise InputError(
-            f"the model scores a row otherwise after other rows than before them (by {gap:.2g} a token), so its scores would "
-            "depend on what was scored earlier; expected a model without such a memory"
+            f"the model scores a row otherwise after other rows than before them ({by}), so its scores would depend on what was "
+            "scored earlier; expected a model without such a memory"
         )
     scorer.keep_apart(apart)
-    return f"this model scores a row otherwise beside others (by {gap:.2g} a token): {WAYS[apart]}" if apart else None
+    return f"this model scores a row otherwise beside others ({by}): {WAYS[apart]}" if apart else None
 
 
 class Probe:
@@ -46,61 +62,98 @@ class Probe:
 
     def __init__(self, stack: Stack, scorer: Scorer) -> None:
         self.stack, self.scorer = stack, scorer
+        self._alone: dict[tuple[int, int], Numbers] = {}  # by mixture and row
 
     def find(self, mixtures: Sequence[Weights]) -> tuple[int, float]:
         """(how far apart rows must be kept, by how much they differ nearer); beyond `ALONE` where that is not enough."""
-        levels = [self.scorer.probes(self.stack.model, apart) for apart in (TOGETHER, UNSHARED, ALIKE)]
-        rows = list(dict.fromkeys(row for groups in levels for group in groups for row in group))
-        alone: list[dict[int, torch.Tensor]] = []
         allowed = worst = 0.0
-        for weights in mixtures:
-            self.stack.set_rows([weights])
-            alone.append({row: self._numbers(ALONE, [row])[row] for row in rows})
-            if len(alone) == 1:
-                copies = max((difference(self._numbers(ALIKE, [row, row]), alone[0]) for row in rows), default=0.0)
-                allowed = rounding(self.stack.model, copies)
-                again = max((difference(self._numbers(ALONE, [row]), alone[0]) for row in reversed(rows)), default=0.0)
-                if again > allowed:
-                    return ALONE + 1, again
-        for apart, groups in enumerate(levels):
-            gap = 0.0
-            for weights, expected in zip(mixtures, alone, strict=True):
+        for apart in (TOGETHER, UNSHARED, ALIKE):
+            groups, gap = self.scorer.probes(self.stack.model, apart), 0.0
+            for number, weights in enumerate(mixtures if groups else ()):
                 self.stack.set_rows([weights])
-                gap = max([gap, *(difference(self._numbers(apart, group), expected) for group in groups)])
+                for group in groups:
+                    expected = [self.alone(number, row) for row in group]
+                    found = self.together(apart, group)
+                    gap = max([gap, *map(difference, found, expected)])
+                    if not allowed and found[0]:
+                        allowed = self.rounding(apart, group, found)
             if gap <= allowed:
                 return apart, worst
+            if not worst and (again := self.forgets(mixtures[0])) > allowed:
+                return ALONE + 1, again
             worst = max(worst, gap)
         return ALONE, worst
 
-    def _numbers(self, apart: int, rows: Sequence[int]) -> dict[int, torch.Tensor]:
-        """What the model gives for rows of one batch that is kept so far apart."""
-        scorer, before = self.scorer, self.scorer.apart
-        scorer.apart = apart
+    def alone(self, mixture: int, row: int) -> Numbers:
+        """What the model, whose mixture is set, gives for a row by itself; each is asked once, the shortest first."""
+        if (mixture, row) not in self._alone:
+            (self._alone[mixture, row],) = self._run([row], lambda rows: [self.scorer.alone(self.stack.model, rows[0])])
+        return self._alone[mixture, row]
+
+    def together(self, apart: int, rows: Sequence[int]) -> list[Numbers]:
+        """What the model gives for rows of one batch that is kept so far apart; nothing where it cannot read the batch."""
+        before, self.scorer.apart = self.scorer.apart, apart
         try:
-            batch = [(0, row) for row in rows]
-            found = within_memory(
-                self.stack,
-                self.stack.shrink,
-                batch,
-                lambda jobs: scorer.numbers(self.stack.model, [row for _, row in jobs]),
-            )
+            return self._run(rows, lambda rows: self.scorer.numbers(self.stack.model, rows))
+        except InputError:
+            raise
+        except (RuntimeError, IndexError, ValueError):
+            return [{}] * len(rows)
         finally:
-            scorer.apart = before
-        return dict(zip(rows, found, strict=True))
+            self.scorer.apart = before
+
+    def rounding(self, apart: int, group: Sequence[int], found: Sequence[Numbers]) -> float:
+        """By how much rounding alone may change the rows: some times as much as changing the last digit of what is read does."""
+        eps = epsilon(self.stack.model)
+        with changed_by(self.stack.model, eps):
+            gaps = [difference(*pair) for pair in zip(self.together(apart, group), found, strict=True)]
+        noise = torch.tensor(gaps).square().mean().sqrt().item()
+        return min(max(LEAST, SURE * noise), max(MOST, MOST_EPS * eps))
+
+    def forgets(self, weights: Weights) -> float:
+        """By how much rows differ when they are asked once more, the last one first."""
+        self.stack.set_rows([weights])
+        before = {row: found for (mixture, row), found in self._alone.items() if mixture == 0}
+        self._alone.clear()
+        return max(difference(self.alone(0, row), before[row]) for row in reversed(before))
+
+    def _run(self, rows: Sequence[int], work: Callable[[list[int]], list[Numbers]]) -> list[Any]:
+        batch = [(0, row) for row in rows]
+        return within_memory(self.stack, self.stack.shrink, batch, lambda jobs: work([row for _, row in jobs]))
 
 
-def difference(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> float:
-    """The mean difference of a row's numbers, of the row where it is largest."""
-    gaps = [(numbers - expected[row]).abs().nan_to_num(0.0, 0.0, 0.0).mean() for row, numbers in found.items()]
-    return float(max(gaps, default=0.0))
+def difference(found: Numbers, expected: Numbers) -> float:
+    """By how much what the model gives for a row differs, as the root of its mean square."""
+    if not found:
+        return math.inf
+    mine, other = (torch.cat([one[answer].flatten() for answer in expected]) for one in (found, expected))
+    gaps = (mine - other).nan_to_num(math.inf).where(other.isfinite(), torch.zeros(()))
+    return gaps.square().mean().sqrt().item()
 
 
-def rounding(model: torch.nn.Module, noise: float) -> float:
-    """By how much rounding alone may change a log-probability, where a batch of copies changed it by `noise`."""
+def epsilon(model: nn.Module) -> float:
+    """The relative size of the last digit that a model computes with."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if getattr(model, "is_quantized", False):
         dtypes.add(torch.bfloat16)
     elif torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.float16)  # as many digits as TF32
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return min(max(16 * eps, 1e-5, 4 * noise), max(64 * eps, 1e-3))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+@contextmanager
+def changed_by(model: nn.Module, eps: float) -> Iterator[None]:
+    """While active, what the model reads is off by at most this share of itself."""
+
+    def change(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        draw = torch.Generator(output.device).manual_seed(0)
+        factors = 1 + eps * (2 * torch.rand(output.shape, generator=draw, device=output.device) - 1)
+        return (output.float() * factors).to(output.dtype)
+
+    inputs = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.Conv2d))]
+    handles = [module.register_forward_hook(change) for module in inputs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -7,7 +7,7 @@ results. `causal_lm.py` and `classification.py` hold the scorers; those that run
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,22 @@ from m2m_hf.errors import redact
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.modeling.heads import Head
-from m2m_hf.scoring.forward import ALIKE, ALONE, TOGETHER, UNSHARED, Inputs, Weights, measure, measure_gradient
+from m2m_hf.scoring.forward import (
+    ALIKE,
+    ALONE,
+    TOGETHER,
+    UNSHARED,
+    Inputs,
+    Weights,
+    measure,
+    measure_gradient,
+    of_answers,
+)
 from m2m_hf.scoring.metrics.metric import Metric
 
 ROUND = 6  # decimals kept of a log-probability, so that what is compared now is what the journal will hold
 MAX_REASON = 1000  # characters of a failure's reason
+Numbers = Mapping[int, torch.Tensor]  # answer of a row -> what the model gives for it
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,13 @@ class Scorer(ABC):
         """Batches of rows that tell whether rows may be kept no further apart than this."""
         return []
 
-    def numbers(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
+    def numbers(self, model: Any, rows: Sequence[int]) -> list[Numbers]:
         """What the model gives for every row of a batch, in the same order however far apart rows are kept."""
         raise NotImplementedError
+
+    def alone(self, model: Any, row: int) -> Numbers:
+        """What the model gives for one row by itself, or for some of its answers."""
+        return self.numbers(model, [row])[0]
 
     def keep_apart(self, apart: int) -> None:
         """Keeps rows so far apart from now on; scores made otherwise are others."""
@@ -131,6 +146,12 @@ def probe_groups(
     return groups
 
 
+def numbers_of(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[Numbers]:
+    """By row and answer: its numbers, as `probing.py` compares them."""
+    found = of_answers(outputs, owners, rows)
+    return [{answer: torch.tensor(values, dtype=torch.float64) for answer, values in one.items()} for one in found]
+
+
 class LogprobScorer(Scorer):
     """Base of the scorers that need only log-probabilities: of given completions, or of a classifier's labels.
 
@@ -160,12 +181,11 @@ class LogprobScorer(Scorer):
         self.apart = before
         return probe_groups([[row for _, row in batch] for batch in batches], self.inputs.sizes, apart)
 
-    def numbers(self, model: Any, rows: Sequence[int]) -> list[torch.Tensor]:
-        outputs, owners = self.inputs.outputs(model, rows)
-        of_rows: list[list[int]] = [[] for _ in rows]
-        for index in sorted(range(len(owners)), key=owners.__getitem__):
-            of_rows[owners[index][0]].append(index)
-        return [outputs[of_row].double().cpu() for of_row in of_rows]
+    def numbers(self, model: Any, rows: Sequence[int]) -> list[Numbers]:
+        return numbers_of(*self.inputs.outputs(model, rows), len(rows))
+
+    def alone(self, model: Any, row: int) -> Numbers:
+        return numbers_of(*self.inputs.alone(model, row), 1)[0]
 
     @abstractmethod
     def reduce(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pico import LAUNCH, ROOT, arguments, changed, m2m, trials
 from safetensors.torch import load_file
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 # accelerate cuts models into pieces on accelerators only. What it does is the same on the CPU, once it believes to be on one.
 ON_AN_ACCELERATOR = """
@@ -85,6 +86,19 @@ def test_two_processes_give_the_journal_of_one(project, tmp_path):
     one, two = trials(project / "out"), trials(tmp_path / "two")
     assert [line["values"] for line in one] == [line["values"] for line in two]
     assert_same_scores(one, two)
+
+
+def test_two_processes_keep_rows_as_far_apart_as_one(project, tokenizer, tmp_path, launch_forks):
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    ids = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
+    GPTNeoForCausalLM(GPTNeoConfig(**shape, **ids, window_size=8)).save_pretrained(tmp_path / "gpt_neo")
+    tokenizer.save_pretrained(tmp_path / "gpt_neo")
+    changed(project, "run", model_name_or_path=str(tmp_path / "gpt_neo"))
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    (tmp_path / "two").mkdir()
+    os.rename(project / "out" / "adapters", tmp_path / "two" / "adapters")
+    launch_forks(project, tmp_path / "two", "--train_final", "false")
+    assert_same_scores(trials(project / "out"), trials(tmp_path / "two"))
 
 
 def same_weights(project: Path, launch_forks, tmp_path: Path, file: str, flags: tuple, options: tuple) -> None:

@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from pico import build_model, questions_of_many_shapes, scorer_on
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from pico import build_model, changed, m2m, questions_of_many_shapes, scorer_on, trials
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from m2m_hf import InputError
 from m2m_hf.data.rows import TargetRow
@@ -22,13 +31,17 @@ LONG = {
 }  # fmt: skip
 
 
-def build(family: str):
+def build(family: str, positions: int = 128):
     torch.manual_seed(0)
+    ids = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
     if family == "gpt_neo":
         types = [[["global", "local"], 1]]
-        ids = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
-        shape = GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, attention_types=types, window_size=8, **ids)
-        model = GPTNeoForCausalLM(shape)
+        ids |= {"max_position_embeddings": positions, "attention_types": types, "window_size": 8}
+        model = GPTNeoForCausalLM(GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, **ids))
+    elif family == "rwkv":
+        model = RwkvForCausalLM(RwkvConfig(context_length=128, hidden_size=32, num_hidden_layers=2, **ids))
+    elif family == "llama":
+        model = build_model("llama")
     elif family == "longrope":
         model = Phi3ForCausalLM(Phi3Config(**SHAPE, original_max_position_embeddings=16, rope_parameters=LONG))
     else:
@@ -63,6 +76,45 @@ def test_rows_are_kept_as_far_apart_as_the_model_needs(tokenizer, family, apart)
     assert list(scorer.score(stack, [{}], 10_000)[0].values) == pytest.approx(expected, abs=2e-5)
 
 
+def test_a_shared_row_that_does_not_fit_into_the_model(tokenizer):
+    rows = questions_of_many_shapes(tokenizer)
+    scorer = scorer_on(rows, tokenizer, "choice", "logprob")
+    longest = max(len(request.ids) for question in scorer.inputs.questions for request in question.requests)
+    assert max(len(question.ids) for question in scorer.inputs.questions) > longest
+    said = settle(GatedStack(build("gpt_neo", longest), {}), [{}], scorer)
+    assert (scorer.apart, "(it fails): every choice is scored in a row of its own" in said) == (UNSHARED, True)
+
+
+@pytest.mark.parametrize(("family", "apart"), [("llama", TOGETHER), ("gpt_neo", UNSHARED)])
+def test_rounding_is_no_reason_to_keep_rows_apart(tokenizer, family, apart):
+    for seed in range(5):
+        model = build(family).to(torch.bfloat16)
+        torch.manual_seed(seed)
+        rows = questions_of_many_shapes(tokenizer)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.normal_(0, 0.5)
+        scorer = scorer_on(rows, tokenizer, "choice", "logprob")
+        settle(GatedStack(model, {}), [{}], scorer)
+        assert scorer.apart == apart
+
+
+def test_answers_of_a_model_that_reads_padding_are_those_of_one_row_at_a_time(tokenizer):
+    rows = [TargetRow(row.prompt, row.choices[:1], 0) for row in questions_of_many_shapes(tokenizer)]
+    stack, answers = GatedStack(build("rwkv"), {}), []
+    scorer = scorer_on(rows, tokenizer, "generation", "exact_match", generation={"max_new_tokens": 8})
+    scorer.metric = lambda texts, references: (0.0, 0.0, [0.0 for text in texts if answers.append(text) is None])
+    for row in range(len(rows)):
+        scorer.score(stack, [{}], 10_000, [row])
+    expected = answers.copy()
+    answers.clear()
+    scorer.score(stack, [{}], 10_000)
+    assert answers != expected
+    answers.clear()
+    assert "only rows of one length share a batch" in settle(stack, [{}], scorer)
+    scorer.score(stack, [{}], 10_000)
+    assert answers == expected
+
+
 @pytest.mark.parametrize("kind", ["choice", "generation"])
 def test_a_model_broken_on_purpose(tokenizer, kind):
     model = build_model("llama")
@@ -82,7 +134,7 @@ def test_a_model_broken_on_purpose(tokenizer, kind):
 
 
 def test_a_model_that_remembers_is_refused(tokenizer, questions):
-    model, seen = build_model("llama"), []
+    model, seen = build("llama"), []
 
     def remember(module, args, out):
         seen.append(1)
@@ -91,3 +143,17 @@ def test_a_model_that_remembers_is_refused(tokenizer, questions):
     model.model.layers[0].register_forward_hook(remember)
     with pytest.raises(InputError, match="otherwise after other rows"):
         settle(GatedStack(model, {}), [{}], scorer_on(questions, tokenizer, "choice", "logprob"))
+
+
+def test_a_run_keeps_what_it_found(project, tokenizer, tmp_path, capsys, monkeypatch):
+    build("gpt_neo").save_pretrained(tmp_path / "gpt_neo")
+    tokenizer.save_pretrained(tmp_path / "gpt_neo")
+    given = changed(project, "run", model_name_or_path=str(tmp_path / "gpt_neo"))
+    gamma = given["candidates"].pop("gamma")
+    changed(project, "run", candidates=given["candidates"])
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert "target colours, validation: this model scores a row otherwise" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("m2m_hf.run.context.settle", lambda *_: pytest.fail("tried again"))
+    changed(project, "run", candidates=given["candidates"] | {"gamma": gamma})
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    assert len(trials(project / "out")) == 8

@@ -36,6 +36,7 @@ from m2m_hf.modeling.heads import SUFFIX, Head, plan_own
 from m2m_hf.modeling.inspection import positions
 from m2m_hf.modeling.processing import image_mode, patches
 from m2m_hf.scoring.make import make_scorer
+from m2m_hf.scoring.probing import settle
 from m2m_hf.scoring.scorers import Setup
 from m2m_hf.storage.files import read_json_or_empty
 
@@ -74,6 +75,7 @@ class LiveTargets:
             for name, target in loaded.items()
         }
         self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
+        self._settled = False
 
     def _refuse_unless_scorable(
         self, trainer: Trainer, targets: Mapping[str, TargetConfig], suffix: str | None
@@ -132,6 +134,8 @@ class LiveTargets:
         """Scores every mixture: target -> score. A score that fails is NaN, and a warning gives the reason."""
         scores: list[dict[str, float]] = [{} for _ in mixtures]
         for name, scorer in self.scorers.items():
+            if not self._settled and (found := settle(stack, mixtures[:1], scorer)):
+                warnings.warn(f"targets.{name}: {found}", RuntimeWarning, stacklevel=3)
             # As many at once as fill a batch, or scorers would hold the answers of all of them.
             together = scorer.at_once(stack, self._tokens, scorer.examples)
             for start in range(0, len(mixtures), together):
@@ -140,6 +144,7 @@ class LiveTargets:
                     if isinstance(score, Failure):
                         warnings.warn(f"targets.{name}: {score.reason}", RuntimeWarning, stacklevel=3)
                     scores[place][name] = math.nan if isinstance(score, Failure) else score.value
+        self._settled = True
         return scores
 
     def mean(self, scores: Mapping[str, float]) -> float:

@@ -19,6 +19,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def main(path: Path) -> None:
         processing.padding_side = "right"  # where positions begin with the text
         processing.pad_token = recipe.get("pad_token") or processing.pad_token
     file = recipe["train_file"]
-    rows = load_dataset("parquet" if file.endswith(".parquet") else "json", data_files=file, split="train")
+    rows = load_dataset("parquet" if file.endswith(".parquet") else "json", data_files=escape(file), split="train")
     head = FrozenHead(recipe)
     frozen = recipe.get("untrained_modules")
     set_seed(args.seed)

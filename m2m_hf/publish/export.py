@@ -1,8 +1,8 @@
 """`m2m export`: the chosen mixture and its settings as another trainer reads them.
 
-Whichever it is, it trains on the same rows in the same order, `train.jsonl`: mixing was done when that was written. What a
-trainer calls otherwise is translated, and a conversation's prompt and completion are one list of messages there; what has no
-counterpart is listed in a comment.
+Whichever it is, it trains on the same rows in the same order, `train.jsonl` or `train.parquet`: mixing was done when that was
+written. What a trainer calls otherwise is translated, and a conversation's prompt and completion are one list of messages
+there; what has no counterpart is listed in a comment.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from pyarrow.parquet import read_table
 
 from m2m_hf.config.yaml_files import dump_yaml, plain
 from m2m_hf.errors import InputError
@@ -23,7 +24,6 @@ from m2m_hf.storage.run_folder import RunFolder, read_config
 if TYPE_CHECKING:  # TRL is slow to import, and neither the recipe nor the rows need it
     from trl import ModelConfig, SFTConfig
 
-DATA = "train.jsonl"
 LEARNED = "train"  # of a message, whether it is
 COMMANDS = {  # what runs an exported configuration, whose file is named last
     "trl": "trl sft --config recipe.yaml",
@@ -76,8 +76,11 @@ def export(run: RunFolder, kind: str, folder: Path | None = None) -> tuple[Path,
     write_json(folder / "manifest.json", manifest)
     lost: list[str] = []
     if kind in ("trl", "jsonl"):
-        shutil.copyfile(run.rows, folder / DATA)
-        config = recipe | {"datasets": [{**recipe["datasets"][0], "data_files": DATA}], "output_dir": "trl"}
+        if kind == "trl":
+            shutil.copyfile(run.rows, folder / run.rows.name)
+        else:
+            save_rows(load_rows(run.rows), folder / "train.jsonl")
+        config = recipe | {"datasets": [{**recipe["datasets"][0], "data_files": run.rows.name}], "output_dir": "trl"}
         if kind == "trl" and (template := recipe.get("chat_template_path")):
             inside = run.chat_template if Path(template).name == run.chat_template.name else Path(template)
             config["chat_template_path"] = inside.name
@@ -124,6 +127,7 @@ def translate(
         lost.append("max_length: null, which is 2048 here")
     if kind == "axolotl":
         names, config = AXOLOTL, axolotl(args, model, modules, data_format)
+        config["datasets"][0] |= {"path": recipe["datasets"][0]["path"], "data_files": [run.rows.name]}
     else:
         if any(re.search(r"[^\w.]", one) for one in modules):
             lost.append("lora_target_modules, a pattern")
@@ -132,7 +136,7 @@ def translate(
             args.warmup_steps = args.get_warmup_steps(planned_steps(args, manifest["rows"], tokens))
         names, config = LLAMAFACTORY, llamafactory(args, model, modules, data_format)
         config["use_cpu"] = recipe.get("use_cpu") or None
-        write_json(folder / "dataset_info.json", {"mixture": {"file_name": DATA, **columns(data_format)}})
+        write_json(folder / "dataset_info.json", {"mixture": {"file_name": run.rows.name, **columns(data_format)}})
     config = {names.get(key, key): value for key, value in settings(args, model).items()} | config
     return {key: value for key, value in config.items() if value is not None}, lost
 
@@ -146,9 +150,8 @@ def write_rows(
         raise InputError(
             f"--to: {run.rows} holds messages of more than role and content, or tools, which trl and jsonl keep; got {kind!r}"
         )
-    with run.rows.open(encoding="utf-8") as file:
-        chat = isinstance(json.loads(file.readline()).get("prompt"), list)
-    messages = "messages" in names
+    rows = load_rows(run.rows)
+    chat, messages = isinstance(rows[0].get("prompt"), list), "messages" in names
     if chat:
         change = partial(in_one_list, marked=kind == "axolotl")
     elif kind == "llamafactory" and not messages:
@@ -156,12 +159,30 @@ def write_rows(
 
         change = partial(ended, end=load_tokenizer(model, args).eos_token)
     else:
-        shutil.copyfile(run.rows, folder / DATA)
+        shutil.copyfile(run.rows, folder / run.rows.name)
         return "messages" if messages else "text"
-    with run.rows.open(encoding="utf-8") as file:  # whose lines end with \n alone: JSON may hold other ends of lines
-        rows = [change(json.loads(line)) for line in file]
-    write_atomic(folder / DATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    save_rows(list(map(change, rows)), folder / run.rows.name)
     return "chat" if chat else "text"
+
+
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a mixture's file."""
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        rows: list[dict[str, Any]] = Dataset(read_table(path)).to_list()
+        return rows
+    with path.open(encoding="utf-8") as file:  # whose lines end with \n alone: JSON may hold other ends of lines
+        return [json.loads(line) for line in file]
+
+
+def save_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_list(list(rows)).to_parquet(path)
+    else:
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def ended(row: dict[str, Any], end: str) -> dict[str, Any]:
@@ -205,7 +226,7 @@ def axolotl(args: "SFTConfig", model: "ModelConfig", modules: Sequence[str], dat
         "load_in_8bit": model.load_in_8bit or None,
         "adapter": kind if model.use_peft else None,
         "lora_target_modules": (modules[0] if len(modules) == 1 else modules) or None,
-        "datasets": [{"path": "json", "data_files": [DATA], "split": "train", **rows}],
+        "datasets": [{"split": "train", **rows}],
         "train_on_inputs": False,
         "sample_packing": bool(args.packing),
         "gradient_checkpointing": bool(args.gradient_checkpointing),

@@ -1,5 +1,6 @@
 """The outcome as a recipe that trains on the chosen mixture where m2m_hf is not installed."""
 
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def trl_recipe(
     apart = {"output_dir", "save_strategy", "use_peft"}
     if training.expert.lora is None:
         apart |= {name for name in fields if name.startswith("lora_") or name == "use_rslora"}
+    builder = "json" if train.suffix == ".jsonl" else "parquet"
     columns = next(iter(data.candidates.values())).rows.column_names
     template = getattr(training.processing, "chat_template", None)
     if data.format != "text" and isinstance(template, str) and is_pinned(template):
@@ -61,7 +63,7 @@ def trl_recipe(
         fields["chat_template_path"] = str(run.chat_template)
     return {
         "model_name_or_path": fields.pop("model_name_or_path"),
-        "datasets": [{"path": "json", "data_files": str(train), "split": "train", "columns": columns}],
+        "datasets": [{"path": builder, "data_files": escape(str(train)), "split": "train", "columns": columns}],
         "use_peft": training.expert.lora is not None,
         "output_dir": str(run.root / "trl"),
         "save_strategy": "no",

@@ -1,6 +1,7 @@
 """The recipe of a run folder that was moved."""
 
 import os
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def relocate_recipe(run: RunFolder) -> list[str]:
             return [moved(inner, key) for inner in value]
         if not isinstance(value, str) or not os.path.isabs(value):
             return value
-        if Path(value).is_relative_to(before):
-            return str(run.root / Path(value).relative_to(before))
+        spelled = escape if key == "data_files" else str  # a pattern
+        if Path(value).is_relative_to(spelled(before)):
+            return str(Path(spelled(str(run.root))) / Path(value).relative_to(spelled(before)))
         if not os.path.exists(value):
             missing.append(f"{key}: {value}")
         return value

@@ -60,9 +60,9 @@ class RunFolder:
 
     @property
     def rows(self) -> Path:
-        """The rows of the chosen mixture: `train.jsonl`, or `train.parquet` for images."""
-        images = self.mixture / "train.parquet"
-        return images if images.exists() else self.mixture / "train.jsonl"
+        """The rows of the chosen mixture: `train.jsonl` or `train.parquet`."""
+        table = self.mixture / "train.parquet"
+        return table if table.exists() else self.mixture / "train.jsonl"
 
     def started(self) -> datetime:
         """When the run started, for chat templates that print the date; now, where `clock.json` does not tell."""

@@ -5,6 +5,8 @@ from copy import deepcopy
 
 import pytest
 from datasets import Dataset, concatenate_datasets, load_dataset
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from pico import build_model, candidate_rows, choice_rows, write_rows
 from trl import SFTConfig, SFTTrainer
 
@@ -67,6 +69,11 @@ def test_what_is_scored_is_what_trl_trains_on(tokenizer, row, tmp_path):
     assert theirs["labels"] == [-100] * start + (ids + eos)[start:]
 
 
+def as_trl_reads(train) -> Dataset:
+    """The rows that a recipe names."""
+    return load_dataset({".jsonl": "json"}.get(train.suffix, "parquet"), data_files=str(train), split="train")
+
+
 def called(name: str, arguments: dict) -> dict:
     calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
     return {"role": "assistant", "content": None, "tool_calls": calls}
@@ -112,7 +119,7 @@ def test_tools_are_trained_and_scored_as_trl_passes_them(tool_tokenizer, tmp_pat
     data = load_causal_lm_data({"a": one}, target, tool_tokenizer, **options)
     train = write_mixture(tmp_path / "mixture", Mixture.subset(["a"]), data.candidates, seed=0)
     columns = data.candidates["a"].rows.column_names
-    again = load_dataset("json", data_files=str(train), split="train").select_columns(columns)
+    again = as_trl_reads(train).select_columns(columns)
     expected = []
     for row in made:
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in row["messages"]]
@@ -238,6 +245,24 @@ def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
     manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
     assert manifest["rows"] == 24
     assert manifest["sources"]["a"]["weight"] == 0.5
+
+
+DATES = st.sampled_from(["2024-01-01", "2024-01-01 00:00:00", "2024-01-01T00:00:00Z"])
+ODD = st.sampled_from(["1", "1e5", "0" * 30, "null", "a\u2028b\x85c\x00", "\r\n", "[]", "{}", "\u00e9"])
+
+
+@given(rows=st.lists(st.tuples(DATES | ODD, DATES) | st.tuples(ODD, ODD), min_size=1, max_size=3), turns=st.booleans())
+@example(rows=[("q", "2024-01-01"), ("q", "2024-01-02")], turns=False)
+@example(rows=[("2024-01-01", "2024-01-01")], turns=True)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_recipe_trains_on_the_texts_that_the_run_has(tokenizer, tmp_path, rows, turns):
+    made = [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+    if turns:
+        made = [{"messages": [ASKED | {"content": prompt}, MESSAGES[1] | {"content": c}]} for prompt, c in rows]
+    candidates = load({"a": made}, tokenizer).candidates
+    train = write_mixture(tmp_path, Mixture.subset(["a"]), candidates, seed=0)
+    assert sorted(as_trl_reads(train).to_list(), key=str) == sorted(candidates["a"].rows.to_list(), key=str)
+    assert {path.name for path in tmp_path.iterdir()} == {train.name, "manifest.json"}
 
 
 @pytest.mark.parametrize(

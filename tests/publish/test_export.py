@@ -8,6 +8,7 @@ import json
 import pytest
 import yaml
 from pico import candidate_rows, m2m, write_rows
+from pyarrow.parquet import read_table
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.utils import DatasetMixtureConfig
 
@@ -27,11 +28,13 @@ def trl_arguments(out) -> list:
     return parser.parse_args_and_config(["--config", recipe], fail_with_unknown_args=True)
 
 
-def rows_of(content: bytes) -> list[dict]:
-    return [json.loads(line) for line in content.decode().split("\n")[:-1]]
+def rows_of(path) -> list[dict]:
+    if path.suffix == ".parquet":
+        return read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-@pytest.fixture(params=["text", "chat", "shares"])
+@pytest.fixture(params=["text", "chat", "shares", "dates"])
 def searched(request, project):
     rows = candidate_rows("alpha", 12)
     rows[0]["prompt"] += "\u2028"  # which ends a line for some, and not in JSON
@@ -47,6 +50,10 @@ def searched(request, project):
                 for row in candidate_rows(name, 12)
             ]
             write_rows(project / f"{name}.jsonl", [{"messages": one} for one in turns])
+    if request.param == "dates":  # which `load_dataset("json")` would not read as texts
+        for name in ("alpha", "beta", "gamma"):
+            rows = [row | {"completion": f"2024-01-{n:02}"} for n, row in enumerate(candidate_rows(name, 12), start=1)]
+            write_rows(project / f"{name}.jsonl", rows)
     if request.param == "shares":
         text = (project / "run.yaml").read_text()
         for name in ("alpha", "beta"):
@@ -57,22 +64,23 @@ def searched(request, project):
     if request.param == "shares":
         sources = json.loads((project / "out" / "mixture" / "manifest.json").read_text())["sources"]
         assert len({one["rows"] for one in sources.values()}) > 1
-    return project / "out", "chat" if request.param == "chat" else "text"
+    return project / "out", "text" if request.param == "shares" else request.param
 
 
 def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
     out, data_format = searched
-    rows = (out / "mixture" / "train.jsonl").read_bytes()
+    (rows,) = (out / "mixture").glob("train.*")
+    assert (rows.suffix == ".parquet") == (data_format == "dates")
     for kind in KINDS:
         capsys.readouterr()
         assert m2m("export", out, "--to", kind) == 0
         printed = capsys.readouterr().out
         assert "exported: " in printed
         assert (f"no counterpart in {kind}: adam_beta2" in printed) == (kind in ("axolotl", "llamafactory"))
-        written = (out / "export" / kind / "train.jsonl").read_bytes()
-        if kind in ("trl", "jsonl") or (data_format, kind) == ("text", "axolotl"):
-            assert written == rows
-        elif data_format == "text":  # nothing else would add the end of a text there
+        written = out / "export" / kind / ("train.jsonl" if kind == "jsonl" else rows.name)
+        if kind in ("trl", "jsonl") or (data_format != "chat" and kind == "axolotl"):
+            assert rows_of(written) == rows_of(rows)
+        elif data_format != "chat":  # nothing else would add the end of a text there
             ended = [row | {"completion": row["completion"] + "<|end|>"} for row in rows_of(rows)]
             assert rows_of(written) == ended
         else:
@@ -84,8 +92,9 @@ def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
         assert (out / "export" / kind / "manifest.json").exists()
     args, model, _, data = trl_arguments(out)
     assert (args.max_steps, args.warmup_steps, args.adam_beta2, model.lora_alpha) == (3, 0.1, 0.95, 5)
-    assert data.datasets[0].data_files == "train.jsonl"
+    assert data.datasets[0].data_files == rows.name
     axolotl, factory = exported(out, "axolotl"), exported(out, "llamafactory")
+    assert data.datasets[0].path == axolotl["datasets"][0]["path"] == {".jsonl": "json"}.get(rows.suffix, "parquet")
     assert axolotl["warmup_ratio"] == 0.1
     assert factory["warmup_steps"] == 1
     for given in (axolotl, factory):
@@ -93,7 +102,7 @@ def test_every_trainer_is_given_the_same_rows_and_settings(searched, capsys):
         assert "revision" not in " ".join(given)
     assert axolotl["lora_target_modules"] == factory["lora_target"].split(",")
     info = json.loads((out / "export" / "llamafactory" / "dataset_info.json").read_text())["mixture"]
-    if data_format == "text":
+    if data_format != "chat":
         assert info["columns"] == {"prompt": "prompt", "response": "completion"}
         assert axolotl["datasets"][0]["type"]["format"] == "{instruction}"  # nothing around the prompt
         assert factory["template"] == "empty"

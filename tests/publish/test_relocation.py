@@ -1,9 +1,11 @@
 """A run folder that was moved: its recipe names its files where they are now."""
 
 import shutil
+from glob import escape
 
 import pytest
 import yaml
+from datasets import load_dataset
 from pico import m2m
 
 from m2m_hf.storage.run_folder import RunFolder
@@ -21,8 +23,8 @@ def texts(value) -> list[str]:
 @pytest.fixture
 def moved(finished_project, tmp_path):
     """A run folder at another place, whose name needs quotes in YAML."""
-    shutil.copytree(finished_project / "out", tmp_path / "any where #2" / "run")
-    return tmp_path / "any where #2" / "run"
+    shutil.copytree(finished_project / "out", tmp_path / "any [where] #2" / "run")
+    return tmp_path / "any [where] #2" / "run"
 
 
 def test_a_moved_recipe_names_the_files_where_they_are(finished_project, moved, capsys):
@@ -33,8 +35,12 @@ def test_a_moved_recipe_names_the_files_where_they_are(finished_project, moved, 
     after = yaml.safe_load(text)
     assert str(finished_project) + "/out" not in text
     assert f"trl sft --config {moved / 'recipe.yaml'}" in text
-    assert after["datasets"][0]["data_files"] == str(RunFolder(moved).rows)
-    assert [one.replace(str(moved), str(finished_project / "out")) for one in texts(after)] == texts(before)
+    assert after["datasets"][0]["data_files"] == escape(str(RunFolder(moved).rows))
+    assert load_dataset("json", data_files=after["datasets"][0]["data_files"], split="train").num_rows
+    back = [
+        one.replace("[[]where]", "[where]").replace(str(moved), str(finished_project / "out")) for one in texts(after)
+    ]
+    assert back == texts(before)
     assert {key: value for key, value in after.items() if not texts(value)} == {
         key: value for key, value in before.items() if not texts(value)
     }

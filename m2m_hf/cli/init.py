@@ -72,6 +72,8 @@ def init(command: argparse.Namespace) -> None:
         raise InputError(f"--output: {output} exists already; choose another name")
     draft = read_trainer_config(command.origin) if command.origin else Draft()
     draft.model = command.model or draft.model
+    for source in draft.candidates.values():
+        leave_out(source, read_columns(relocate(source, command.origin.parent, Path.cwd())))
     draft.candidates |= parse_sources(command.data)
     if not sys.stdin.isatty():
         given = {"--model": draft.model, "--data": draft.candidates, "--target": command.target}
@@ -277,6 +279,16 @@ def instructions(source: Source, asked: Sequence[str], answer: str, present: set
     else:
         source |= {"template": {"prompt": text}, "columns": {"null": ""}}  # an input may be missing
     renamed(source, {answer: "completion"})
+
+
+def leave_out(source: Source, present: set[str]) -> None:
+    """Renames columns of a conversation that the other trainer did not read, so that a run does not ask about them."""
+    from m2m_hf.data.conversations import UNREAD  # slow to import
+
+    names, texts = source.get("columns", {}), "".join(source.get("template", {}).values())
+    read = set() if {"messages", "prompt"} & {*present, *names.values()} else {"conversations"}
+    rest = sorted(present & {*UNREAD} - names.keys() - read)
+    renamed(source, {name: f"unused_{name}" for name in rest if f"{{{name}}}" not in texts})
 
 
 def whole_text(source: Source, column: str) -> None:

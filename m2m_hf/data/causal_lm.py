@@ -1,6 +1,6 @@
 """Data for causal LMs: all rows in the one format of a run, which is text, chat or messages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any
 
@@ -9,11 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
-from m2m_hf.data.conversations import as_turns, check_shown, rows_of, tools_of
-from m2m_hf.data.loading import TEXTS, fill, load_rows, names_in, require_columns
+from m2m_hf.data.conversations import UNREAD, as_turns, check_shown, rows_of, says_something, tools_of, unused
+from m2m_hf.data.loading import TEXTS, columns_in, fill, load_rows, names_in, require_columns
 from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of
 from m2m_hf.data.tokens import appended, encode, render
 from m2m_hf.errors import InputError
+
+READ = ("prompt", "completion", "messages", "tools", "choices", "answer", "label")
 
 
 def load_causal_lm_data(
@@ -30,12 +32,17 @@ def load_causal_lm_data(
     TRL truncates training rows after `max_length` tokens; None with packing, which truncates none. `seed` draws `max_examples`.
     """
     conversations: list[str] = []
+    unread: dict[str, list[str]] = {}
 
     def load(data: DataConfig, where: str, column: str | None) -> Dataset:
         rows = load_rows(data, where, seed, TEXTS if column else ())
         if "conversations" in rows.column_names and not {"messages", "prompt"} & set(rows.column_names):
             rows = rows.rename_column("conversations", "messages")  # as TRL does
-        if column is not None and is_conversational(rows, where, column):
+        if column is None:
+            return rows
+        if rest := unread_columns(rows, data, where):
+            unread[where] = rest
+        if is_conversational(rows, where, column):
             conversations.append(where)
         return rows
 
@@ -63,6 +70,7 @@ def load_causal_lm_data(
             for name, rows in samples.items()
         },
         {name: make_target(name, targets[name], parts, data_format, tokenizer) for name, parts in raw_targets.items()},
+        unread,
     )
 
 
@@ -76,6 +84,22 @@ def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
         raise InputError(f"{where}: rows of {content} and label belong to task: {task}")
     require_columns(rows, ("prompt", completion), where, ", or messages")
     return isinstance(rows[0]["prompt"], list)
+
+
+def unread_columns(rows: Dataset, data: DataConfig, where: str) -> list[str]:
+    """The columns that neither the format nor a template reads; refuses those whose content belongs to a row."""
+    rest = [name for name in rows.column_names if name not in columns_in(data.template, where) | data.where.keys()]
+    suspects = [name for name in rest if name in UNREAD]
+    read: Iterable[dict[str, Any]] = rows if suspects or {"messages", "completion"} <= {*rest} else ()
+    for number, row in enumerate(read, start=1):
+        twice = ["completion"] if says_something(row.get("messages")) else []
+        for name in suspects + twice:
+            if says_something(row.get(name)):
+                raise InputError(
+                    f"{where}, row {number}.{name}: rows are read from prompt and completion, or from messages and tools, and "
+                    f"this would be lost. Put it there, or leave it out: {unused(name)}"
+                )
+    return [name for name in rest if name not in READ and not name.startswith("unused_")]
 
 
 def make_candidate(
@@ -116,27 +140,25 @@ def read_samples(
 ) -> list[dict[str, Any]]:
     """The rows of a candidate in the run's format; `tools` only where a row has some."""
     samples: list[dict[str, Any]] = []
+    spoken: list[tuple[str, Any, Tools, int]] = []
     for number, row in enumerate(rows_of(rows), start=1):
-        where = f"{name}, row {number}"
+        where, joint = f"{name}, row {number}", data_format == "messages"
         prompt, completion, tools = split_row(row, data_format, where)
-        whole = {"prompt": prompt, "completion": completion}
-        sample = {"messages": [*prompt, *completion]} if data_format == "messages" else whole
+        whole: Any = [*prompt, *completion]
+        sample = {"messages": whole} if joint else {"prompt": prompt, "completion": completion}
         samples.append(sample | ({"tools": tools} if tools else {}))
+        spoken.append((where, whole, tools, 0 if joint else len(prompt)))
     if data_format != "text":
-        numbered = enumerate(samples, start=1)
-        check_shown(((f"{name}, row {n}", turns_of(row), row.get("tools")) for n, row in numbered), tokenizer)
+        check_shown(spoken, tokenizer)
     return samples
-
-
-def turns_of(sample: Mapping[str, Any]) -> Prompt:
-    turns: Prompt = sample["messages"] if "messages" in sample else sample["prompt"] + sample["completion"]
-    return turns
 
 
 def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Prompt, Prompt, Tools]:
     """(prompt, completion, tools) of a candidate's or target's row in the run's format."""
     tools = tools_of(row, data_format, where)
     if row.get("messages") is not None:
+        if isinstance(row["messages"], str):
+            raise InputError(f"{where}.messages: expected a list of messages, got a text: {row['messages']!r:.200}")
         messages = as_turns(row["messages"], "user", f"{where}.messages")
         if len(messages) == 1 or messages[-1]["role"] != "assistant":
             raise InputError(
@@ -144,7 +166,10 @@ def split_row(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Pro
             )
         return messages[:-1], messages[-1:], tools
     prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
-    return prompt, in_format(row.get("completion"), "assistant", data_format, f"{where}.completion"), tools
+    completion: Any = in_format(row.get("completion"), "assistant", data_format, f"{where}.completion")
+    if data_format != "text" and completion[-1]["role"] != "assistant":
+        raise InputError(f"{where}.completion: expected turns of which the last is the assistant's, got {completion!r}")
+    return prompt, completion, tools
 
 
 def in_format(text: Any, role: str, data_format: str, where: str) -> Prompt:
@@ -186,9 +211,10 @@ def make_target(
         rows[part] = tuple(target_row(row, data_format, config.kind, place) for place, row in numbered)
         if data_format != "text":
             pairs = zip(numbered, rows[part], strict=True)
-            check_shown(
-                ((place, row.prompt + row.choices[row.answer], row.tools) for (place, _), row in pairs), tokenizer
-            )
+            spoken: list[tuple[str, Any, Tools, int]] = [
+                (at, [*row.prompt, *row.choices[row.answer]], row.tools, len(row.prompt)) for (at, _), row in pairs
+            ]
+            check_shown(spoken, tokenizer)
     return Target(name, config, rows.get("data", ()), rows.get("test_data", ()))
 
 
@@ -226,10 +252,10 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise InputError(f"{where}.choices: expected at least two texts, none empty, got {row.get('choices')!r}")
     answer = right_choice(row.get("answer"), choices, labels, f"{where}.answer")
-    if choices.count(choices[answer]) > 1:
-        raise InputError(f"{where}.choices: the right answer occurs twice: {choices!r}")
     prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
     answers = tuple(in_format(choice, "assistant", data_format, where) for choice in choices)
+    if answers.count(answers[answer]) > 1:
+        raise InputError(f"{where}.choices: the right answer occurs twice: {choices!r}")
     return TargetRow(prompt, answers, answer, tools_of(row, data_format, where))
 
 

@@ -7,12 +7,14 @@ from typing import Any
 from datasets import Dataset, LargeList, List
 from transformers import PreTrainedTokenizerBase
 
-from m2m_hf.data.rows import MESSAGE, Prompt, Tools
-from m2m_hf.data.tokens import render
+from m2m_hf.data.rows import MESSAGE, Tools
+from m2m_hf.data.tokens import templated
 from m2m_hf.errors import InputError
 
 LINKS = ("id", "tool_call_id")  # of messages: they say what belongs together, which the order says too
-UNREAD = ("chat_template_kwargs", "image", "images")  # columns that TRL would train on
+REMEDY = "Take it out of the rows, or give a template that shows it: chat_template_path"
+# Columns that others train on, or that belong to a conversation.
+UNREAD = ("chat_template_kwargs", "image", "images", "system", "history", "functions", "conversations")
 ROLES = {  # `from` of a ShareGPT message -> its role
     "system": "system",
     "human": "user",
@@ -44,10 +46,7 @@ def says_something(value: Any) -> bool:
 
 
 def tools_of(row: Mapping[str, Any], data_format: str, where: str) -> Tools:
-    """The tools of a row, a list or JSON of one; refuses what else TRL would read beside messages, and tools beside texts."""
-    for name in UNREAD:
-        if says_something(row.get(name)):
-            raise InputError(f"{where}.{name}: a causal LM here is given no {name}; leave it out: {unused(name)}")
+    """The tools of a row, a list or JSON of one; refuses tools beside texts."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -120,42 +119,81 @@ def from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**changed, "content": "", "tool_calls": [{"type": "function", "function": call} for call in functions]}
 
 
-def check_shown(conversations: Iterable[tuple[str, Prompt, Tools]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses what the chat template shows in no row: it would be lost without a word."""
-    shown: set[str] = set()
-    hidden: dict[str, str] = {}
-    for where, messages, tools in conversations:
-        assert not isinstance(messages, str)
-        parts = [part for part in parts_of(messages, tools) if part not in shown]
-        whole = render(tokenizer, messages, where, tools=tools) if parts else []
-        for part in parts:
+def check_shown(
+    rows: Iterable[tuple[str, list[dict[str, Any]], Tools, int]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuses what the chat template leaves out of (where, messages, tools, from where on the assistant's turns are learned).
+
+    Of turns before, it may leave out some words, such as earlier thoughts, and fields that it shows elsewhere.
+    """
+    shown: set[tuple[str, str]] = set()
+    hidden: dict[tuple[str, str], str] = {}
+    for where, messages, tools, first in rows:
+        whole = templated(tokenizer, messages, where, tools)
+        spoken, lost = squeezed(whole), []
+        for part, turn, key in parts_of(messages, tools):
+            learned = turn is not None and turn >= first and messages[turn]["role"] == "assistant"
+            words = words_of(tools if turn is None else messages[turn][key])
+            missing = [word for word in words if squeezed(word) not in spoken]
+            loose = turn is not None and key != "content" and not learned
+            if part in shown and (loose or not missing):
+                continue
             try:
-                rest = render(tokenizer, lacking(messages, part), where, tools=None if part == "tools" else tools)
+                less = lacking(messages, turn, key)
+                rest = templated(tokenizer, less, where, None if turn is None else tools)
             except InputError:  # a template that asks for it
-                rest = []
+                rest = ""
             if rest != whole:
                 shown.add(part)
-                hidden.pop(part, None)
-            else:
+            elif loose:
                 hidden.setdefault(part, where)
-    if hidden:
-        raise InputError(
-            f"{next(iter(hidden.values()))}: the model's chat template does not show {', '.join(hidden)}; neither training nor "
-            "scores would know of it. Take it out of the rows, or give a template that shows it: chat_template_path"
-        )
+            if learned and missing and rest != whole:
+                raise InputError(
+                    f"{where}: the model's chat template shows only some words of {part[0]}: {missing[0]!r:.200}; neither "
+                    f"training nor scores would know of the rest. {REMEDY}"
+                )
+            lost += [part[0]] if rest == whole and not loose else []
+        if lost:
+            raise not_shown(where, lost + [part[0] for part, place in hidden.items() if place == where])
+    for part, where in hidden.items():
+        if part not in shown:
+            raise not_shown(where, [part[0]])
 
 
-def parts_of(messages: list[dict[str, Any]], tools: Tools) -> dict[str, None]:
-    """What of a conversation might be lost: its tools, the words of every role, and other fields of messages."""
-    parts = {"tools": None} if tools else {}
-    for turn in messages:
+def not_shown(where: str, parts: Iterable[str]) -> InputError:
+    names = ", ".join(dict.fromkeys(parts))
+    return InputError(
+        f"{where}: the model's chat template does not show {names}; neither training nor scores would know of it. {REMEDY}"
+    )
+
+
+def parts_of(messages: list[dict[str, Any]], tools: Tools) -> Iterator[tuple[tuple[str, str], int | None, str]]:
+    """What of a conversation might be lost: ((what, the role before), the number of its turn if it is of one, its key)."""
+    if tools:
+        yield ("tools", ""), None, ""
+    before = ""
+    for number, turn in enumerate(messages):
         if turn.get("content", "").strip():
-            parts[f"turns of the role {turn['role']!r}"] = None
-        parts |= {key: None for key in turn if key not in MESSAGE and says(turn, key)}
-    return parts
+            yield (f"turns of the role {turn['role']!r}", before), number, "content"
+        yield from (((key, ""), number, key) for key in turn if key not in MESSAGE and says(turn, key))
+        before = turn["role"]
 
 
-def lacking(messages: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
+def words_of(value: Any) -> list[str]:
+    """What a template that shows a part must have: its text, or the names of tools or calls."""
+    if isinstance(value, str):
+        return [value]
+    functions = [one.get("function", one) for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    return [one["name"] for one in functions if isinstance(one, dict) and isinstance(one.get("name"), str)]
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def lacking(messages: list[dict[str, Any]], number: int | None, key: str) -> list[dict[str, Any]]:
     """Messages without a part of `parts_of`."""
-    turns = [{key: value for key, value in turn.items() if key != part} for turn in messages]
-    return [turn | {"content": ""} if part == f"turns of the role {turn['role']!r}" else turn for turn in turns]
+    if number is None:
+        return messages
+    turn = {name: value for name, value in messages[number].items() if name != key}
+    return [*messages[:number], turn | ({"content": ""} if key == "content" else {}), *messages[number + 1 :]]

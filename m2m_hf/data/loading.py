@@ -139,9 +139,14 @@ def load_rows(config: DataConfig, where: str, seed: int, texts: Sequence[str] = 
 
 def text_columns(config: DataConfig, where: str, texts: Sequence[str] = TEXTS) -> frozenset[str]:
     """What a file calls the columns `texts`, and those that templates name."""
-    named = {column for text in config.template.values() for _, column, *_ in parse_template(text, f"{where}.template")}
     names = {ours: theirs for theirs, ours in config.columns.items()}
-    return frozenset(names.get(name, name) for name in {*texts, *named} if name)
+    return frozenset(names.get(name, name) for name in {*texts, *columns_in(config.template, where)})
+
+
+def columns_in(template: Mapping[str, str], where: str) -> set[str]:
+    """The columns that templates name."""
+    pieces = [piece for text in template.values() for piece in parse_template(text, f"{where}.template")]
+    return {column for _, column, *_ in pieces if column}
 
 
 def texts_in(rows: Dataset, name: str, where: str) -> list[str | None]:

@@ -124,6 +124,7 @@ class LoadedData:
     format: str
     candidates: dict[str, Candidate]
     targets: dict[str, Target]
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)  # columns that nothing reads
 
 
 def features_of(data_format: str, rows: Iterable[Mapping[str, Any]]) -> Features:

@@ -24,18 +24,33 @@ def render(
     """Token ids of a text, or of messages in the tokenizer's chat template.
 
     A text is without the end tokens that a tokenizer appends by itself. With `answering` messages end with what the template puts
-    before an answer. A template may refuse messages, such as a system turn.
+    before an answer.
     """
     if isinstance(text, str):
         ids = list(tokenizer(text)["input_ids"])
         return ids[: len(ids) - appended(tokenizer)]
+    return list(
+        templated(tokenizer, text, where, tools, tokenize=True, return_dict=True, add_generation_prompt=answering)[
+            "input_ids"
+        ]
+    )
+
+
+def templated(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Prompt,
+    where: str,
+    tools: Tools,
+    tokenize: bool = False,
+    **options: Any,
+) -> Any:
+    """Messages in the tokenizer's chat template, which may refuse some, such as a system turn."""
     try:
-        rendered = tokenizer.apply_chat_template(
-            text, tools=tools, tokenize=True, return_dict=True, add_generation_prompt=answering
-        )
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=tokenize, **options)
     except (TemplateError, TypeError) as error:  # such as `arguments` in a text where the template wants a mapping
-        raise InputError(f"{where}: the model's chat template refuses these messages ({error}): {text!r}") from error
-    return list(rendered["input_ids"])
+        raise InputError(
+            f"{where}: the model's chat template refuses these messages ({error}): {messages!r}"
+        ) from error
 
 
 def appended(tokenizer: PreTrainedTokenizerBase) -> int:

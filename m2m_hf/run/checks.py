@@ -122,6 +122,9 @@ def show_data(run: RunContext) -> None:
         run.terminal.say(head)
     for name in run.targets:
         run.terminal.say(f"target {name}: {describe_target(run, name)}")
+    unread = [f"{name}: {', '.join(columns)}" for name, columns in run.task.data.unread.items()]
+    if unread:
+        run.terminal.say(f"columns not read: {'; '.join(unread)}")
     run.terminal.say("")
 
 

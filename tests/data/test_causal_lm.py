@@ -152,6 +152,13 @@ def test_tools_are_trained_and_scored_as_trl_passes_them(tool_tokenizer, tmp_pat
         ({"prompt": [ASKED], "completion": [MESSAGES[1] | {"train": False}]}, "does not show train;"),
         ({"messages": MESSAGES, "chat_template_kwargs": {"a": 1}}, "columns: {chat_template_kwargs: unused"),
         ({"messages": MESSAGES, "images": ["a.png"]}, "columns: {images: unused"),
+        ({"messages": MESSAGES, "system": "Be terse."}, r"row 1\.system: .*columns: {system: unused_system}"),
+        ({"messages": MESSAGES, "functions": offered("w")}, r"row 1\.functions: "),
+        ({"messages": MESSAGES, "prompt": "red?", "completion": "no"}, r"row 1\.completion: .* would be lost"),
+        ({"messages": MESSAGES, "conversations": MESSAGES}, r"row 1\.conversations: "),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, r"row 1\.history: "),
+        ({"messages": json.dumps(MESSAGES)}, r"row 1\.messages: expected a list of messages, got a text"),
+        ({"prompt": [ASKED], "completion": [*MESSAGES[1:], ASKED]}, "of which the last is the assistant's"),
         ({"messages": MESSAGES, "tools": "[{"}, r"row 1\.tools: expected a list of tools"),
         ({"prompt": "a", "completion": "b", "tools": offered("w")}, "these rows are texts"),
     ],
@@ -170,6 +177,59 @@ def test_roles_that_a_template_skips_are_refused(tokenizer):
     load({"a": [{"messages": MESSAGES}]}, other)
     with pytest.raises(InputError, match=r"row 1: .*does not show turns of the role 'note'"):
         load({"a": [{"messages": [{"role": "note", "content": "a"}, *MESSAGES]}]}, other)
+
+
+THOUGHT = {"role": "assistant", "content": "<think>not hot</think>cold"}
+SYSTEM = {"role": "system", "content": "terse"}
+ONLY = "{{% for m in messages %}}{{% if {0} %}}<|{{{{ m['role'] }}}}|>{{{{ m['content']{1} }}}}<|end|>{{% endif %}}{{% endfor %}}"
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "message"),
+    [
+        (ONLY.format("m['role'] != 'system' or loop.first", ""), [*MESSAGES, SYSTEM, *MESSAGES], "role 'system'"),
+        (ONLY.format("loop.last or loop.first", ""), [ASKED, {**ASKED, "content": "or"}, MESSAGES[1]], "role 'user'"),
+        (
+            ONLY.format("true", ".split('</think>')[-1]"),
+            [ASKED, THOUGHT],
+            "only some words of turns of the role 'assistant'",
+        ),
+        (
+            ONLY.format("true", " if not m.tool_calls else m.tool_calls | tojson"),
+            [ASKED, called("w", {}) | {"content": "let me see"}, {"role": "tool", "content": "4"}, MESSAGES[1]],
+            "not show turns of the role 'assistant'",
+        ),
+        (
+            ONLY.format("true", " if not m.tool_calls else m.tool_calls[0] | tojson"),
+            [ASKED, {"role": "assistant", "tool_calls": called("w", {})["tool_calls"] + called("v", {})["tool_calls"]}],
+            "only some words of tool_calls: 'v'",
+        ),
+    ],
+    ids=["later system turn", "second of two", "thought", "text beside calls", "second call"],
+)
+def test_what_a_template_leaves_out_of_one_row_is_refused(tokenizer, template, turns, message):
+    other = deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(InputError, match=rf"row 2: .*{message}"):
+        load({"a": [{"messages": [ASKED, MESSAGES[1]]}, {"messages": turns}]}, other)
+
+
+def test_earlier_thoughts_may_be_left_out_unless_they_are_learned(tokenizer):
+    other = deepcopy(tokenizer)
+    shown = "m['content'] if loop.last else m['content'].split('</think>')[-1]"
+    other.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", f"{{{{ {shown} }}}}")
+    rows = [{"messages": [ASKED, THOUGHT, *MESSAGES]}]
+    assert load({"a": rows}, other).candidates["a"].rows[0]["prompt"][1] == THOUGHT
+    with pytest.raises(InputError, match="only some words of turns of the role 'assistant'"):
+        load({"a": rows}, other, assistant_only_loss=True)
+
+
+def test_columns_that_nothing_reads_are_named(tokenizer):
+    rows = [{"q": "a", "completion": "b", "context": "c", "input": "d", "id": 1, "unused_e": "f"}]
+    source = DataConfig(rows=Dataset.from_list(rows), template={"prompt": "{q} {input}"})
+    options = {"seed": 0, "max_length": 64, "assistant_only_loss": False}
+    data = load_causal_lm_data({"a": CandidateConfig(source)}, {}, tokenizer, **options)
+    assert data.unread == {"candidates.a": ["context", "id"]}
 
 
 def test_conversations_of_sharegpt(tool_tokenizer):
@@ -298,12 +358,14 @@ def test_bad_candidate_rows(tokenizer, rows, message):
         ({"answer": "purple"}, "or its text, got 'purple'"),
         ({"answer": True}, "got True"),
         ({"choices": [" red", " red", " blue"], "answer": 0}, "occurs twice"),
+        ({"prompt": [ASKED], "choices": [" red", "red"], "answer": 0}, "occurs twice"),
         ({"prompt": 5}, "expected text, got 5"),
     ],
 )
 def test_bad_target_rows(change, message):
+    data_format = "chat" if isinstance(change.get("prompt"), list) else "text"
     with pytest.raises(InputError, match=message):
-        target_row(choice_rows(1)[0] | change, "text", "choice", "row 1")
+        target_row(choice_rows(1)[0] | change, data_format, "choice", "row 1")
 
 
 def test_labels_of_conversations_are_missed(tokenizer):

@@ -177,7 +177,8 @@ def in_format(text: Any, role: str, data_format: str, where: str) -> Prompt:
     if data_format != "text":
         return as_turns(text, role, where)
     if not isinstance(text, str) or (role == "assistant" and not text):
-        raise InputError(f"{where}: expected text, got {text!r}")
+        hint = '; where an empty prompt is meant, columns: {null: ""}' if text is None and role == "user" else ""
+        raise InputError(f"{where}: expected text, got {text!r}{hint}")
     return text
 
 
@@ -251,6 +252,8 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     choices, labels = texts_and_labels(row.get("choices"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise InputError(f"{where}.choices: expected at least two texts, none empty, got {row.get('choices')!r}")
+    if labels and len(labels) != len(choices):
+        raise InputError(f"{where}.choices: expected a label for each of {len(choices)} texts, got {labels!r}")
     answer = right_choice(row.get("answer"), choices, labels, f"{where}.answer")
     prompt = in_format(row.get("prompt"), "user", data_format, f"{where}.prompt")
     answers = tuple(in_format(choice, "assistant", data_format, where) for choice in choices)
@@ -267,8 +270,7 @@ def texts_and_labels(choices: Any) -> tuple[Any, list[Any]]:
         return choices, []
     if isinstance(choices.get("text"), list):
         labels: Any = choices.get("label")
-        same = isinstance(labels, list) and len(labels) == len(choices["text"])
-        return choices["text"], labels if same else []
+        return choices["text"], labels if isinstance(labels, list) and set(labels) != {None} else []
     given = {label: text for label, text in choices.items() if text is not None}  # datasets fills up what a row lacks
     return list(given.values()), list(given)
 
@@ -279,10 +281,14 @@ def right_choice(answer: Any, choices: Sequence[str], labels: Sequence[Any], whe
         answer = answer[0]
     if isinstance(answer, str | int) and not isinstance(answer, bool):
         meant = {choices.index(answer)} if answer in choices else set()
-        names = [bare(label) for label in labels] or ([] if meant else [*ascii_lowercase[: len(choices)]])
+        names = [bare(label) for label in labels]
+        if not labels and not meant:
+            names = [*ascii_lowercase[: len(choices)]]
+            meant = {place for place, text in enumerate(choices) if bare(text) == bare(answer)}
         if names.count(bare(answer)) == 1:
             meant.add(names.index(bare(answer)))
-        if isinstance(answer, int) and answer not in labels and 0 <= answer < len(choices):
+        numbered = bool(labels) and all(isinstance(label, int) for label in labels)
+        if isinstance(answer, int) and not numbered and 0 <= answer < len(choices):
             meant.add(answer)
     else:
         meant = set()
@@ -290,8 +296,8 @@ def right_choice(answer: Any, choices: Sequence[str], labels: Sequence[Any], whe
         return meant.pop()
     if meant:
         raise InputError(
-            f"{where}: {answer!r} names one choice by its place or text and another by its label {list(labels)}; "
-            "give the text of the right choice"
+            f"{where}: {answer!r} names one choice by its place or text and another by its "
+            f"{f'label {list(labels)}' if labels else 'text in another letter case'}; give the text of the right choice"
         )
     raise InputError(
         f"{where}: expected the index of the right choice, 0 to {len(choices) - 1} (a number, not text), its letter, its "

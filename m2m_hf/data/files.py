@@ -1,4 +1,7 @@
-"""Rows of JSON and CSV files as they stand there: `datasets` would make dates of texts, and numbers or nothing of cells."""
+"""Rows of JSON and CSV files as they stand there: `datasets` would make dates of texts, and numbers or nothing of cells.
+
+Other files are read by `datasets`; those of parquet are looked at first, since it makes the first one's types of all.
+"""
 
 import codecs
 import csv
@@ -12,13 +15,18 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, DatasetBuilder, DatasetInfo, DownloadConfig, DownloadManager, Features, Value
-from datasets.arrow_reader import ReadInstruction
-from datasets.packaged_modules.csv.csv import Csv
-from datasets.packaged_modules.json.json import Json
-from datasets.table import table_cast
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    DatasetInfo,
+    DownloadConfig,
+    DownloadManager,
+    Features,
+    ReadInstruction,
+    Value,
+)
 from datasets.utils.file_utils import xopen
-from datasets.utils.json import ujson_loads
+from pyarrow import parquet
 
 Row = dict[str, Any]
 File = tuple[str, str, int, int]  # its name in messages, its path, and the time and size that tell versions apart
@@ -37,31 +45,79 @@ class Number(float):
 
 def reads(builder: DatasetBuilder) -> bool:
     """True if the files of this builder are read here."""
-    return isinstance(builder, (Json, Csv))
+    return builder.name in ("json", "csv")
 
 
 def read_split(builder: DatasetBuilder, split: str, texts: frozenset[str], field: str | None) -> Dataset:
     """The rows of a split, such as train or train[:100]. Numbers in the columns `texts` are texts."""
-    config = DownloadConfig(token=builder.token, storage_options=builder.storage_options, extract_on_the_fly=True)
-    manager = DownloadManager(builder.dataset_name, download_config=config, data_dir=builder.config.data_dir)
-    splits = {str(name): paths for name, paths in builder.config.data_files.items()}
+    separator = None if builder.name == "json" else builder.config.sep
+    names = list(map(str, builder.config.data_files))
     parts: dict[str, Dataset] = {}
-    for name, paths in ((name, paths) for name, paths in splits.items() if name in split):
-        files: list[File] = []
-        for shown, local in zip(paths, manager.download(list(paths)), strict=True):
-            state = Path(local).stat()
-            for path in manager.iter_files(manager.extract(local)):
-                files.append((str(shown), path, state.st_mtime_ns, state.st_size))
-        separator = None if isinstance(builder, Json) else builder.config.sep
-        parts[name] = read_files(tuple(files), separator, texts, field)
-        if builder.info.features is not None:  # a dataset card may declare them
-            table = table_cast(parts[name].data.table, builder.info.features.arrow_schema)
-            parts[name] = Dataset(table, info=DatasetInfo(features=builder.info.features))
-    sizes = dict.fromkeys(splits, 0) | {name: len(rows) for name, rows in parts.items()}
+    for name in (name for name in names if name in split):
+        rows = read_files(tuple(local_files(builder, name)), separator, texts, field)
+        declared = {  # by a dataset card
+            column: kind
+            for column, kind in (builder.info.features or {}).items()
+            if column in rows.column_names and not (column in texts and isinstance(kind, Value))
+        }
+        parts[name] = rows.cast(Features({**rows.features, **declared}), keep_in_memory=True) if declared else rows
+    sizes = dict.fromkeys(names, 0) | {name: len(rows) for name, rows in parts.items()}
     chosen = ReadInstruction.from_spec(split).to_absolute(sizes)
     return datasets.concatenate_datasets(
         [parts[part.splitname].select(range(part.from_ or 0, part.to)) for part in chosen]
     )
+
+
+def local_files(builder: DatasetBuilder, split: str) -> Iterator[File]:
+    """The files of a split, on this machine; those of an archive are opened where they are."""
+    config = DownloadConfig(token=builder.token, storage_options=builder.storage_options, extract_on_the_fly=True)
+    manager = DownloadManager(builder.dataset_name, download_config=config, data_dir=builder.config.data_dir)
+    paths = builder.config.data_files[split]
+    for shown, local in zip(paths, manager.download(list(paths)), strict=True):
+        state = Path(local).stat()
+        for path in manager.iter_files(manager.extract(local)):
+            yield str(shown), path, state.st_mtime_ns, state.st_size
+
+
+def check_parquet(builder: DatasetBuilder) -> None:
+    """Refuses parquet files that cannot be read, or whose columns would change when all have the types of the first."""
+    declared, card = builder.info.features or {}, "the dataset card"
+    columns = dict.fromkeys(declared, card)
+    known = {name: (kind_of(kind.pa_type), card) for name, kind in declared.items() if isinstance(kind, Value)}
+    for shown, path, _, _ in (file for split in builder.config.data_files for file in local_files(builder, split)):
+        if "://" in path:
+            raise ValueError(f"{shown}: expected a parquet file as it is, not compressed again or in an archive")
+        try:
+            schema = parquet.read_schema(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{shown}: {error}") from error
+        columns = columns or dict.fromkeys(schema.names, shown)
+        if more := [name for name in schema.names if name not in columns]:
+            raise ValueError(f"{shown}: has the column {more[0]!r}, which {next(iter(columns.values()))} does not have")
+        for column in schema:
+            where, kind = f"{shown}, column {column.name!r}", kind_of(column.type)
+            try:
+                Features.from_arrow_schema(pa.schema([column]))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error} Leave the column out of the file") from error
+            first, place = known.setdefault(column.name, (kind, shown)) if kind else (None, "")
+            if first and kind != first and (first, kind) not in (("text", "integer"), ("text", "boolean")):
+                raise ValueError(f"{where}: holds {kind}, and in {place} {first}; expected one type in all files")
+
+
+def kind_of(kind: pa.DataType) -> str | None:
+    """What a column holds, where a cast to another might change how its values are written."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    kinds = {
+        "text": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+        "integer": (pa.types.is_integer,),
+        "floating point": (pa.types.is_floating,),
+        "decimal": (pa.types.is_decimal,),
+        "boolean": (pa.types.is_boolean,),
+        "time": (pa.types.is_temporal,),
+    }
+    return next((name for name, tests in kinds.items() if any(test(kind) for test in tests)), None)
 
 
 @lru_cache(maxsize=2)  # every part of a split dataset asks again
@@ -73,7 +129,7 @@ def read_files(files: tuple[File, ...], separator: str | None, texts: frozenset[
             if separator is None:
                 rows.extend(json_rows(path, field, texts))
             else:
-                rows.extend(csv_rows(path, "\t" if ".tsv" in Path(shown).suffixes else separator))
+                rows.extend(csv_rows(path, "\t" if ".tsv" in Path(shown.lower()).suffixes else separator))
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{shown}{error}") from error
     columns = {
@@ -88,16 +144,15 @@ def column(values: list[Any]) -> tuple[Any, pa.Array]:
     """A column's type and values. Objects, and values of several types, are kept as JSON, each as it is."""
     try:
         made = pa.array(values)
-        kind = datasets.features.features.generate_from_arrow_type(made.type)
         if "struct" not in str(made.type):
-            return kind, made
+            return Features.from_arrow_schema(pa.schema([("", made.type)]))[""], made
     except (pa.ArrowException, OverflowError):
         pass
     stored = [None if value is None else json.dumps(value) for value in values]
     try:
         for text in filter(None, stored):
-            ujson_loads(text)
-    except ValueError:  # this reader of JSON, which `datasets` uses, takes no integer above 64 bits
+            datasets.Json().decode_example(text)
+    except ValueError:  # it takes no integer above 64 bits
         return Value("string"), pa.array([as_text(value) for value in values], pa.string())
     return datasets.Json(), pa.array(stored, pa.string()).cast(pa.json_())
 
@@ -108,7 +163,7 @@ def csv_rows(path: str, separator: str) -> Iterator[Row]:
     with xopen(path, "rb") as binary, TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         try:
-            names = [name or f"Unnamed: {number}" for number, name in enumerate(next(reader, []))]
+            names = [name or f"Unnamed: {number}" for number, name in enumerate(next(filter(None, reader), []))]
             if len(set(names)) < len(names):
                 raise ValueError(f"a column stands twice in the header: {', '.join(names)}")
             for cells in reader:

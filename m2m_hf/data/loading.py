@@ -4,14 +4,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from glob import escape
-from itertools import chain, islice
+from glob import escape, has_magic
+from itertools import chain, islice, repeat
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, Features, Value
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
@@ -19,7 +20,7 @@ from huggingface_hub.errors import RevisionResolutionError
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.checks import BUILDERS, check_name, exists
 from m2m_hf.config.run_config import MergeToMixConfig
-from m2m_hf.data.files import as_text, read_split, reads
+from m2m_hf.data.files import as_text, check_parquet, read_split, reads
 from m2m_hf.errors import InputError
 
 MAX_FILES = 10_000  # in a folder that is given as a dataset
@@ -100,10 +101,8 @@ def column_values(data: DataConfig, column: str, where: str) -> list[tuple[Any, 
 
 def names_in(rows: Dataset, column: str, values: Iterable[Any]) -> list[str | None]:
     """What values of a column are called: by the name of their class, or by their text; None where there is none."""
-    kind = rows.features[column]
-    if isinstance(kind, ClassLabel):
-        return [None if value in (None, -1) else kind.int2str(value) for value in values]
-    return [None if value is None else str(value) for value in values]
+    named = (class_names(value, rows.features[column]) for value in values)
+    return [None if value is None else str(value) for value in named]
 
 
 def load_rows(config: DataConfig, where: str, seed: int, texts: Sequence[str] = TEXTS) -> Dataset:
@@ -126,14 +125,13 @@ def load_rows(config: DataConfig, where: str, seed: int, texts: Sequence[str] = 
     for name in texts:
         null = config.null if name == "prompt" else None
         kind = rows.features.get(name)
-        if isinstance(kind, Value) and name not in config.template and (null is not None or kind.dtype != "string"):
+        is_text = isinstance(kind, Value) and kind.dtype == "string" and null is None
+        if isinstance(kind, Value | ClassLabel) and name not in config.template and not is_text:
             made[name] = [null if value is None else value for value in texts_in(rows, name, where)]
     for name, text in config.template.items():
         null = config.null if name == "prompt" else None
-        numbered = enumerate(rows, start=1)
-        made[name] = [
-            fill(text, with_class_names(rows, row), f"{where}, row {number}.template", null) for number, row in numbered
-        ]
+        numbered = enumerate(map(class_names, rows, repeat(rows.features)), start=1)
+        made[name] = [fill(text, row, f"{where}, row {number}.template", null) for number, row in numbered]
     return replaced(rows, made)
 
 
@@ -152,7 +150,7 @@ def columns_in(template: Mapping[str, str], where: str) -> set[str]:
 def texts_in(rows: Dataset, name: str, where: str) -> list[str | None]:
     """The values of a column as texts."""
     try:
-        return [as_text(value) for value in rows[name]]
+        return [as_text(class_names(value, rows.features[name])) for value in rows[name]]
     except ValueError as error:
         raise InputError(f"{where}.{name}: {error}") from error
 
@@ -166,10 +164,15 @@ def replaced(rows: Dataset, columns: Mapping[str, list[str | None]]) -> Dataset:
     return datasets.concatenate_datasets([rows.select_columns(rest), made], axis=1) if rest else made
 
 
-def with_class_names(rows: Dataset, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with classes as their names."""
-    classes = [name for name, kind in rows.features.items() if isinstance(kind, ClassLabel)]
-    return {**row, **{name: names_in(rows, name, [row[name]])[0] for name in classes}}
+def class_names(value: Any, kind: Any) -> Any:
+    """A value with classes as their names, also within lists and mappings."""
+    if isinstance(kind, ClassLabel):
+        return None if value in (None, -1) else kind.int2str(value)
+    if isinstance(kind, Mapping) and isinstance(value, Mapping):
+        return {key: class_names(inner, kind[key]) for key, inner in value.items()}
+    if isinstance(kind, List | LargeList) and isinstance(value, list):
+        return [class_names(inner, kind.feature) for inner in value]
+    return value
 
 
 def require_columns(rows: Dataset, needed: Sequence[str], where: str, alternative: str = "") -> None:
@@ -197,22 +200,53 @@ def load_raw(config: DataConfig, where: str, texts: frozenset[str]) -> Dataset:
     except KeyError as error:
         raise InputError(f"{where}: no split {config.split!r} in {config.path} ({error})") from error
     except DatasetGenerationError as error:
-        raise InputError(f"{where}: cannot be read as {config.path} ({error.__cause__ or error})") from error
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{where}: cannot be read as {config.path} ({cause})") from error
     except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(f"{where}: {error}") from error
+        hint = "; expected .gz, .bz2 or .xz, or pip install zstandard" if "type zstd" in str(error) else ""
+        raise InputError(f"{where}: {error}{hint}") from error
+    for name in rows.column_names:
+        try:
+            rows.data.column(name).validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{where}, column {name!r}: {error}") from error
     for column, value in config.where.items():
         if column not in rows.column_names:
             raise InputError(f"{where}.where: no column {column!r}; it has {', '.join(rows.column_names)}")
-        contents = rows[column][:]
-        selected = [number for number, content in enumerate(contents) if content == value]
-        if not selected:  # a cell of a CSV file is text, and a class has a name
-            names, text = names_in(rows, column, contents), as_text(value) or ""
-            selected = [number for number, name in enumerate(names) if name == text]
-        if not selected:
-            quote = "" if isinstance(value, str) else "; YAML reads yes, no, on, off, null and digits so: quote it"
-            raise InputError(f"{where}.where: no row has {value!r} in {column!r}{quote}")
-        rows = rows.select(selected)
+        rows = rows.select(selected(rows, column, value, f"{where}.where"))
     return rows
+
+
+def selected(rows: Dataset, column: str, value: Any, where: str) -> list[int]:
+    """The numbers of the rows that have this value there, or else its text: a cell of a CSV file is text, a class has a name."""
+    contents, kind = rows[column][:], rows.features[column]
+    is_bool, text = isinstance(value, bool), as_text(value) or ""
+    same = [n for n, one in enumerate(contents) if one == value and isinstance(one, bool) == is_bool]
+    named = [n for n, name in enumerate(names_in(rows, column, contents)) if name == text]
+    if isinstance(kind, ClassLabel) and same and named and same != named:
+        raise InputError(
+            f"{where}: {value!r} is the number of class {kind.int2str(value)!r} and the name of another; quote the name"
+        )
+    spellings = sorted({one for one in contents if isinstance(one, str) and is_spelling(one, value)})
+    if not same and len(spellings) > 1:
+        raise InputError(
+            f"{where}: {value!r} is written {' and '.join(spellings)} in {column!r}; quote the one that is meant"
+        )
+    if not same and not named and isinstance(kind, Value):  # such as true, which str writes otherwise
+        named = [n for n, one in enumerate(contents) if one is not None and as_text(one) == text]
+    if not same and not named:
+        classes = f"; its classes are {', '.join(kind.names)}" if isinstance(kind, ClassLabel) else ""
+        quote = "" if isinstance(value, str) else "; YAML reads yes, no, on, off, null and digits so: quote it"
+        raise InputError(f"{where}: no row has {value!r} in {column!r}{classes:.200}{quote}")
+    return same or named
+
+
+def is_spelling(text: str, value: Any) -> bool:
+    """True if a text is this number with a fraction, of which YAML does not tell how it was written."""
+    try:
+        return isinstance(value, float) and float(text) == value
+    except ValueError:
+        return False
 
 
 def open_dataset(config: DataConfig, texts: frozenset[str]) -> Dataset:
@@ -226,18 +260,32 @@ def open_dataset(config: DataConfig, texts: frozenset[str]) -> Dataset:
         config.path,
         name=config.name,
         data_dir=config.data_dir,
-        # A name with [ ] would be a pattern.
-        data_files=[escape(name) if exists(Path(name)) else name for name in config.data_files or ()] or None,
+        data_files=[escaped(name, config.path or "") for name in config.data_files or ()] or None,
         revision=config.revision,
     )
     if reads(builder):
         return read_split(builder, config.split, texts, config.field)
+    if builder.name == "parquet":
+        check_parquet(builder)
     builder.download_and_prepare()
     return builder.as_dataset(config.split)
 
 
+def escaped(name: str, folder: str) -> str:
+    """A pattern for `name`, whose file or folder is there although its name looks like a pattern."""
+    there = next((part for part in (Path(name), *Path(name).parents) if exists(folder / part)), Path())
+    return escape(str(there)) + name[len(str(there)) :] if there.name else name
+
+
 def check_files(config: DataConfig, where: str) -> None:
-    """Refuses a folder with very many files, which `datasets` would search for minutes."""
+    """Refuses a folder whose name is a pattern to `datasets`, or with very many files, which it would search for minutes."""
+    for folder in (config.path, config.data_dir):
+        is_saved = any(exists(Path(folder or "") / name) for name in SAVED)
+        if folder and has_magic(folder) and Path(folder).is_dir() and not is_saved:
+            raise InputError(
+                f"{where}: {folder}: a folder with [, * or ? in its path cannot be searched; rename it, or name its files, "
+                "such as path: json, data_files: folder/train.jsonl"
+            )
     if config.path and config.data_files is None and Path(config.path).is_dir():
         files = chain.from_iterable(names for _, _, names in os.walk(config.path))
         if sum(1 for _ in islice(files, MAX_FILES + 1)) > MAX_FILES:

@@ -331,7 +331,10 @@ def test_a_recipe_trains_on_the_texts_that_the_run_has(tokenizer, tmp_path, rows
         ([{"text": "x"}], "columns 'prompt' and 'completion' missing; it has text"),
         ([{"prompt": "x"}], "column 'completion' missing; it has prompt. .*columns: {theirs: completion}"),
         ([{"prompt": "x", "completion": ""}], r"row 1\.completion: expected text, got ''"),
-        ([{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}], r"row 2\.prompt: .* got None"),
+        (
+            [{"prompt": "x", "completion": "y"}, {"prompt": None, "completion": "y"}],
+            r"row 2\.prompt: .* got None; .*columns: {null: \"\"}",
+        ),
         ([{"prompt": [ASKED], "completion": " "}], "an empty turn of the assistant"),
         (
             [{"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": []}]}],
@@ -392,6 +395,8 @@ TEXTS = [" red", " green", " blue"]
         ({"A": " red", "B": " green", "C": None, "D": " blue"}, "B"),
         ({"text": TEXTS}, "B"),
         (["B", "A", "C"], "A"),
+        (["x", "Green", "b"], " green."),
+        ([{"text": text} for text in TEXTS], "B"),
     ],
 )
 def test_an_answer_may_be_a_text_a_letter_or_a_label(choices, answer):
@@ -410,6 +415,9 @@ def test_an_answer_may_be_a_text_a_letter_or_a_label(choices, answer):
         ({"text": TEXTS, "label": ["A", "B", "C"]}, "D"),
         ({"text": TEXTS, "label": ["1", "2", "3"]}, "A"),
         (TEXTS, ["A", "B"]),
+        (["b", "a"], "A "),
+        ({"text": TEXTS, "label": [1, 2, 3]}, 0),
+        ({"text": TEXTS, "label": ["A", "a", "b"]}, "A"),
     ],
 )
 def test_an_answer_that_may_mean_two_choices_or_none_is_refused(choices, answer):

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+from dataclasses import replace
 
 import pyarrow
 import pytest
@@ -133,7 +134,7 @@ def test_a_null_is_refused_unless_a_text_stands_for_it(tmp_path, option, key):
     ("content", "words"),
     [
         ("prompt,completion\na,b,c\n", "line 2: expected 2 cells, as in the header, got 3"),
-        ("prompt,completion\na,b\n\nc\n", "line 4: expected 2 cells, as in the header, got 1"),
+        ("\nprompt,completion\na,b\n\nc\n", "line 5: expected 2 cells, as in the header, got 1"),
         ("prompt,prompt\na,b\n", "line 1: a column stands twice"),
         ('prompt,completion\na,"b\n', "line 2: unexpected end of data"),
         ("prompt,completion\na,\xff\n", "line .: 'utf-8' codec"),
@@ -145,7 +146,105 @@ def test_csv_files_that_cannot_be_read_as_they_stand(tmp_path, content, words):
         load_rows(DataConfig(path="csv", data_files=(str(tmp_path / "bad.csv"),)), "candidates.a", 0)
 
 
-@pytest.mark.parametrize("name", ["~/a.jsonl", "[0] b*?.jsonl", "c [x]/d.jsonl.gz", "bom.json", "*.jsonl"])
+def table(**columns) -> pyarrow.Table:
+    return pyarrow.table({name: pyarrow.array(values) for name, values in columns.items()})
+
+
+NOT_UTF8 = pyarrow.Array.from_buffers(
+    pyarrow.string(), 1, [None, pyarrow.array([0, 1], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff")]
+)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        (
+            [table(prompt=[7]), table(prompt=["007"])],
+            r"1\.parquet, column 'prompt': holds text, and in .*0\.parquet integer",
+        ),
+        ([table(prompt=[7]), table(prompt=[7.0])], r"1\.parquet, column 'prompt': holds floating point"),
+        (
+            [table(a=["x"]), table(a=["x"], b=["y"])],
+            r"1\.parquet: has the column 'b', which .*0\.parquet does not have",
+        ),
+        (
+            [table(a=[{"k": 1}]).cast(pyarrow.schema({"a": pyarrow.struct({"k": pyarrow.int64()})})), b"word"],
+            r"1\.parquet: ",
+        ),
+        (
+            [pyarrow.table({"m": pyarrow.array([[("k", 1)]], pyarrow.map_("string", "int64"))})],
+            r"0\.parquet, column 'm': ",
+        ),
+        ([pyarrow.table({"prompt": NOT_UTF8})], r"candidates\.a, column 'prompt': .*Invalid UTF8"),
+        ([gzip.compress(b"x")], r"0\.parquet\.gz: expected a parquet file as it is, not compressed again"),
+    ],
+)
+def test_parquet_files_that_would_be_read_otherwise_are_refused_by_name(tmp_path, tables, words):
+    files = []
+    for number, content in enumerate(tables):
+        ending = "parquet.gz" if isinstance(content, bytes) and content[:2] == b"\x1f\x8b" else "parquet"
+        files.append(str(tmp_path / f"{number}.{ending}"))
+        if isinstance(content, bytes):
+            (tmp_path / f"{number}.{ending}").write_bytes(content)
+        else:
+            parquet.write_table(content, files[-1])
+    with pytest.raises(InputError, match=words):
+        load_rows(DataConfig(path="parquet", data_files=tuple(files)), "candidates.a", 0)
+
+
+def test_text_columns_stay_as_they_stand_whatever_a_dataset_card_declares(tmp_path):
+    names = "{class_label: {names: {'0': '1', '1': '0'}}}"
+    features = f"[{{name: prompt, dtype: int64}}, {{name: n, dtype: int64}}, {{name: label, dtype: {names}}}]"
+    (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features: {features}\n---\n")
+    (tmp_path / "train.csv").write_text("prompt,n,label\n007,007,1\n")
+    template = {"completion": "{label}"}
+    assert load_rows(DataConfig(path=str(tmp_path), template=template), "c", 0).to_list() == [
+        {"prompt": "007", "n": 7, "label": 0, "completion": "1"}
+    ]
+    (tmp_path / "train.csv").unlink()
+    parquet.write_table(table(prompt=["007"], n=[7], label=["1"]), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"column 'prompt': holds text, and in the dataset card integer"):
+        load_rows(DataConfig(path=str(tmp_path)), "c", 0)
+
+
+def test_classes_give_their_names_also_within_lists_and_mappings(tmp_path):
+    label = ClassLabel(names=["1", "0", "b"])
+    features = Features({"prompt": Value("string"), "label": label, "tags": [label], "o": {"k": label}})
+    rows = [{"prompt": "x", "label": n, "tags": [n, 1], "o": {"k": n}} for n in range(3)]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path)
+    data = DataConfig(path=str(tmp_path), template={"completion": "{label} {tags} {o}"})
+    filled = load_rows(data, "c", 0)["completion"][:]
+    assert filled == [f'{name} ["{name}", "0"] {{"k": "{name}"}}' for name in label.names]
+    assert (
+        load_rows(replace(data, template={}, columns={"label": "completion"}), "c", 0)["completion"][:] == label.names
+    )
+    for value, chosen in (("1", 0), ("0", 1), ("b", 2), (2, 2)):
+        assert load_rows(replace(data, where={"label": value}), "c", 0)["completion"][:] == [filled[chosen]]
+    with pytest.raises(InputError, match="1 is the number of class '0' and the name of another; quote the name"):
+        load_rows(replace(data, where={"label": 1}), "c", 0)
+    with pytest.raises(InputError, match=r"no row has 'c' in 'label'; its classes are 1, 0, b"):
+        load_rows(replace(data, where={"label": "c"}), "c", 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "prompts"), [(1, ["int"]), (True, ["bool"]), ("true", ["word"]), (1.1, None), ("1.10", ["1.10"])]
+)
+def test_a_value_selects_rows_of_its_own_type(tmp_path, value, prompts):
+    given = {"int": 1, "bool": True, "word": "true", "1.10": "1.10", "1.1": "1.1"}
+    write_rows(tmp_path / "a.jsonl", [{"kind": kind, "prompt": prompt} for prompt, kind in given.items()])
+    data = DataConfig(path="json", data_files=(str(tmp_path / "a.jsonl"),), where={"kind": value})
+    if prompts is None:
+        with pytest.raises(
+            InputError, match=r"where: 1\.1 is written 1\.1 and 1\.10 in 'kind'; quote the one that is meant"
+        ):
+            load_rows(data, "c", 0)
+    else:
+        assert load_rows(data, "c", 0)["prompt"][:] == prompts
+
+
+@pytest.mark.parametrize(
+    "name", ["~/a.jsonl", "[0] b*?.jsonl", "c [x]/d.jsonl.gz", "c [x]/*.jsonl", "bom.json", "*.jsonl"]
+)
 def test_files_of_any_name(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = tmp_path / (name.replace("~", "home").replace("*.", "x."))
@@ -155,6 +254,18 @@ def test_files_of_any_name(tmp_path, monkeypatch, name):
     name = name if name != "[0] b*?.jsonl" else path.name
     data = DataConfig.parse({"path": "json", "data_files": name}, "c", tmp_path)
     assert load_rows(data, "c", 0).to_list() == [{"prompt": "x"}]
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused_unless_it_was_saved(tmp_path):
+    (tmp_path / "a [x]").mkdir()
+    write_rows(tmp_path / "a [x]" / "b[1].jsonl", candidate_rows("alpha"))
+    for entry in ({"path": "a [x]"}, {"path": "json", "data_dir": "a [x]"}):
+        with pytest.raises(InputError, match=r"c: .*a \[x\]: a folder with \[, \* or \? in its path"):
+            load_rows(DataConfig.parse(entry, "c", tmp_path), "c", 0)
+    (tmp_path / "a [x]").rename(tmp_path / "a")
+    assert len(load_rows(DataConfig.parse({"path": "a", "data_files": "b[1].jsonl"}, "c", tmp_path), "c", 0)) == 12
+    Dataset.from_list(candidate_rows("alpha")).save_to_disk(tmp_path / "s [x]")
+    assert len(load_rows(DataConfig.parse({"path": "s [x]"}, "c", tmp_path), "c", 0)) == 12
 
 
 def test_rows_in_a_field_of_a_json_file(tmp_path):

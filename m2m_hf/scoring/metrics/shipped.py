@@ -14,7 +14,12 @@ from typing import Any
 import datasets
 import evaluate
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+SEPARATORS = ",\u00a0\u202f"  # of thousands: also spaces that do not break
+# A minus, of either kind, behind a letter or digit is no sign, and neither is a comma between other groups a separator.
+NUMBER = re.compile(
+    rf"((?<!\w)[-\u2212])?((?:\d{{1,3}}(?:[{SEPARATORS}]\d{{2,3}})*[{SEPARATORS}]\d{{3}}(?!\d)|\d+)(?:\.\d*)?|(?<!\w)\.\d+)"
+    r"(?:[eE]([-+]?\d+))?(?:/([1-9]\d*))?"
+)
 TOLERANCE = Fraction(1, 10**6)
 MAX_POWER = 10_000  # of ten; a number beyond counts as one with it
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -42,13 +47,14 @@ def numeric_match(guess: str, truth: str) -> float:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, where a worked answer states its result; without thousands separators."""
+    """The last number in a text, where a worked answer states its result; a fraction such as 3/4 is one number."""
     numbers = NUMBER.findall(text)
     if not numbers:
         return None
-    digits, _, exponent = numbers[-1].replace(",", "").lower().partition("e")
+    minus, digits, exponent, divisor = numbers[-1]
     power = max(-MAX_POWER, min(MAX_POWER, int(exponent or 0)))
-    return Fraction(Decimal(digits)) * Fraction(10) ** power
+    number = Fraction(Decimal(digits.translate(dict.fromkeys(map(ord, SEPARATORS))))) * Fraction(10) ** power
+    return (-number if minus else number) / Fraction(divisor or 1)
 
 
 def token_f1(guess: str, truth: str) -> float:

@@ -13,6 +13,7 @@ import yaml
 from m2m_hf.cli.sources import SUFFIXES, Source, parse_source, parse_sources, read_columns, relocate
 from m2m_hf.config.checks import BUILDERS, check_name
 from m2m_hf.config.targets import SCORERS
+from m2m_hf.config.yaml_files import load_yaml
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 
@@ -189,7 +190,7 @@ def quoted(name: str) -> str:
 def read_trainer_config(path: Path) -> Draft:
     """Reads a configuration that was written for TRL, axolotl or LLaMA-Factory."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"--from {path}: cannot be read ({error})") from error
     if isinstance(config, Mapping):

@@ -11,10 +11,36 @@ import yaml
 from m2m_hf.errors import InputError
 
 
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that stands twice in one mapping is refused rather than lost."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = self.construct_object(key), key.start_mark.line + 1
+            if name in first:
+                raise InputError(
+                    f"line {line}: {key.value!r} is there twice, first in line {first[name]}, and only one of them would be "
+                    "read; rename or delete one"
+                )
+            first[name] = line
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text holds."""
+    return yaml.load(text, Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Loads the mapping in a YAML file, safely."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except InputError as error:
+        raise InputError(f"--config {path}, {error}") from None
     except FileNotFoundError:
         raise InputError(f"--config {path}: there is no such file") from None
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:

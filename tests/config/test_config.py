@@ -13,7 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 from m2m_hf.config.checks import rules
 from m2m_hf.config.parsing import KEYS, parse, trl_fields, with_overrides
 from m2m_hf.config.run_config import MergeToMixConfig
-from m2m_hf.config.yaml_files import dump_yaml
+from m2m_hf.config.yaml_files import dump_yaml, load_yaml
 from m2m_hf.errors import InputError
 
 MISSING = object()
@@ -160,6 +160,27 @@ def test_mappings_and_lists_stay_what_they_are_on_their_way_through_trls_parser(
     assert (ours.adapters, ours.licenses) == ("org/other", ["mit", "bsd"])
     ours, *_ = parse(write(tmp_path, **CLASSIFICATION, labels=["a", "b"]))
     assert (ours.labels, ours.parsed_labels) == (["a", "b"], {"a": "a", "b": "b"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3: 'a' is there twice, first in line 1"),
+        ("x: {a: 1, 'a': 2}", "line 1: 'a' is there twice"),
+        ("x:\n- k: 1\n  k: 1", "line 3: 'k' is there twice, first in line 2"),
+        ('{"max_steps": 3,\n"max_steps": 4}', "line 2: 'max_steps' is there twice"),
+        ("true: a\nyes: b", "line 2: 'yes' is there twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError, match=re.escape(f"--config {tmp_path / 'x.yaml'}, {message}")):
+        parse(tmp_path / "x.yaml")
+
+
+def test_merged_keys_and_anchors_are_no_repetition():
+    text = "a: &b {x: 1}\nc: &d {<<: *b, x: 2}\ne: {<<: [*d, *b], x: 3}\nf: {x: 4}"
+    assert load_yaml(text) == yaml.safe_load(text) == {"a": {"x": 1}, "c": {"x": 2}, "e": {"x": 3}, "f": {"x": 4}}
 
 
 def test_paths_are_relative_to_the_yaml_and_those_of_the_hub_stay(tmp_path):

@@ -29,6 +29,7 @@ from m2m_hf.config.checks import (
     check_fields,
     integer,
     number,
+    one_of,
     resolve_existing,
     shown,
     unknown_key_message,
@@ -74,6 +75,13 @@ UNSUPPORTED = {
     "auto_find_batch_size": "adapters must be trained with the same batch size; lower per_device_train_batch_size",
     "ignore_data_skip": "a resumed training would see other rows than one that was not interrupted",
 }
+BELOW_ONE = Rule("a number from 0 to below 1", lambda value: 0 <= value < 1)
+CHOICES = {
+    item.name: one_of(*item.metadata["choices"])
+    for config in (SFTConfig, ModelConfig)
+    for item in dataclasses.fields(config)
+    if item.metadata.get("choices")
+}
 TRAINING_RULES = {
     "per_device_train_batch_size": integer(1),
     "gradient_accumulation_steps": integer(1),
@@ -86,6 +94,12 @@ TRAINING_RULES = {
     "max_grad_norm": number(0),
     "warmup_steps": number(0),
     "neftune_noise_alpha": number(0),
+    "weight_decay": number(0),
+    "dataloader_prefetch_factor": integer(1),
+    "label_smoothing_factor": BELOW_ONE,
+    "lora_r": integer(1),
+    "lora_alpha": integer(1),
+    "lora_dropout": BELOW_ONE,
     "seed": Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
 }
 
@@ -182,6 +196,7 @@ def check_types(settings: Mapping[str, Any]) -> None:
         if name in settings and not fits(settings[name], hint):
             words = str(hint if typing.get_origin(hint) else getattr(hint, "__name__", hint)).replace("typing.", "")
             raise InputError(f"{name}: expected {words}, got {shown(settings[name])}")
+    check_fields({name: settings[name] for name in CHOICES if settings.get(name) is not None}, CHOICES)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -245,7 +260,12 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
         raise InputError(f"truncation_mode: expected keep_start, got {args.truncation_mode!r} (deprecated in TRL)")
     if args.push_to_hub and not args.hub_model_id:
         raise InputError("push_to_hub: expected hub_model_id: org/name beside it")
-    check_fields({name: value for name in TRAINING_RULES if (value := getattr(args, name)) is not None}, TRAINING_RULES)
+    given = vars(model_args) | vars(args)
+    check_fields({name: given[name] for name in TRAINING_RULES if given[name] is not None}, TRAINING_RULES)
+    if args.activation_offloading and args.use_cpu:
+        raise InputError(
+            "activation_offloading: moves activations from a GPU to the CPU, and use_cpu is true; leave it out"
+        )
     try_optimizer(args)
     if not model_args.model_name_or_path:
         raise InputError("model_name_or_path is missing: give a Hub id or a local model folder")

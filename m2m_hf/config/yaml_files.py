@@ -14,7 +14,7 @@ from m2m_hf.errors import InputError
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader, but a key that stands twice in one mapping is refused rather than lost."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         first: dict[Any, int] = {}
         for key, _ in node.value:

@@ -1,13 +1,15 @@
 """Checks of a model that need no weights."""
 
 import copy
+import math
 import re
 from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.errors import InputError
@@ -78,6 +80,12 @@ def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
             f"{failure}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
         ) from failure
+    named = config.target_modules if isinstance(config.target_modules, set) else ()
+    if unknown := [one for one in sorted(named) if not any(f".{name}".endswith(f".{one}") for name in adapted)]:
+        raise InputError(
+            f"lora_target_modules: {', '.join(unknown)} names no layer of this model that gets an adapter; correct it, or "
+            "leave it out"
+        )
     folded = [name for name, factor in model.named_parameters() if ".lora_A." in name and factor.dim() != 2]
     if folded:
         raise InputError(
@@ -89,6 +97,8 @@ def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -
 def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) -> PreTrainedModel:
     """The base model without weights."""
     model_config = load_config(model_args)
+    if plan is None:
+        refuse_unless_generative(model_args, model_config)
     try:
         kind = model_class(plan)
         if plan is not None and plan.two_towers:
@@ -103,6 +113,26 @@ def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) 
         ) from error
 
 
+def refuse_unless_generative(model_args: ModelConfig, config: PreTrainedConfig) -> None:
+    """Refuses a base that predicts no next token, such as an encoder or a classifier: TRL loads the class that its files name."""
+    known = {
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    }
+    architecture = (config.architectures or ["model whose config.json names no architectures"])[0]
+    # GPT-NeoX too says that it is no decoder; an encoder that does not sees the tokens that it is to predict.
+    sees_all = getattr(config, "is_decoder", True) is False and config.model_type in (
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+    if architecture in known and not sees_all:
+        return
+    images = config.model_type in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    raise InputError(
+        f"model_name_or_path: {model_args.model_name_or_path!r} is a {architecture}, which predicts no next token; give a causal "
+        f"LM, or classify with it: task: {'image' if images else 'sequence'}_classification"
+    )
+
+
 def positions(model: PreTrainedModel) -> int:
     """How many tokens a model has positions for; a million where it does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -115,6 +145,15 @@ def positions(model: PreTrainedModel) -> int:
     if rope.get("rope_type") == "dynamic":  # whose limit is where its frequencies begin to change
         return int(limit * rope.get("factor", 1.0))
     return int(limit)
+
+
+def embedded_tokens(model: PreTrainedModel) -> float:
+    """How many tokens a model has embeddings for; infinite where it does not embed tokens."""
+    try:
+        layer = model.get_input_embeddings()
+    except NotImplementedError:
+        return math.inf
+    return layer.num_embeddings if isinstance(layer, torch.nn.Embedding) else math.inf
 
 
 def is_trained(name: str, plan: HeadPlan | None, parameters: str | None) -> bool:

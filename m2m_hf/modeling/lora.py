@@ -21,6 +21,8 @@ def lora_config(model_args: ModelConfig, plan: HeadPlan | None = None) -> LoraCo
         config = get_peft_config(model_args)
     except Exception as error:  # PEFT raises many kinds
         raise InputError(f"lora: {str(error) or type(error).__name__}") from error
+    if plan is None and config.task_type != "CAUSAL_LM":
+        raise InputError(f"lora_task_type: expected CAUSAL_LM, got {config.task_type}; to classify, give task: instead")
     if plan is not None:
         config.task_type = None  # PEFT would train a classifier's head beside the adapter
         config.exclude_modules = plan.untrained

@@ -6,6 +6,7 @@ read: values in `config/`, rows in `data/`, a bank in `training/bank.py` and `tr
 """
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -15,26 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.parsing import check_trl, trl_fields
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.targets import SCORERS
 from m2m_hf.core.trial import Standing
+from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError, holds_secret
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.modeling.inspection import adapted_layers, check_model
+from m2m_hf.modeling.inspection import adapted_layers, check_model, embedded_tokens, meta_model, positions
 from m2m_hf.publish.hub import fetch_expert
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.external import ExternalScorer
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
 from m2m_hf.storage.files import write_atomic, write_json
+from m2m_hf.storage.records import find_incomplete
 from m2m_hf.storage.run_folder import read_config
 from m2m_hf.training.experts import expert_kind
 from m2m_hf.training.fine_tune import planned_steps
 from m2m_hf.training.imported_experts import AdapterImporter, check_sources
 from m2m_hf.training.trackers import make_trackers
+from m2m_hf.training.trainers import check_training
 from m2m_hf.training.uniformity import differing
+
+SHOWN = 8  # rows on which a Trainer is made ready
 
 
 def check_values(config: MergeToMixConfig, args: SFTConfig, model_args: ModelConfig) -> None:
@@ -106,6 +113,63 @@ def check_run(run: RunContext) -> None:
     if isinstance(config.bank, Mapping):
         check_sources(run.bank, config.bank, run.bank.noun())
         check_adapters(run, missing)
+    check_tokens(run)
+    check_trainings(run)
+
+
+def check_tokens(run: RunContext) -> None:
+    """Refuses rows with tokens that the model has no embedding for; a tokenizer may know more than its rows need."""
+    known = embedded_tokens(meta_model(run.model_args, run.args, run.base.plan))
+    if known == math.inf or known > max(run.task.tokenizer.get_vocab().values()):
+        return
+    for where, ids in run.task.texts():
+        if (token := max(ids)) >= known:
+            name, tokens = run.task.tokenizer.convert_ids_to_tokens(token), len(run.task.tokenizer)
+            raise InputError(
+                f"{where}: token {token} ({name!r}) has no embedding, since the tokenizer has {tokens:,} tokens and the model "
+                f"{known:,}; use the tokenizer of this model, or save it with model.resize_token_embeddings({tokens})"
+            )
+
+
+def check_trainings(run: RunContext) -> None:
+    """Refuses trainings that are still to be done and would fail: they are made ready, on a model without weights."""
+    imported = run.config.bank if isinstance(run.config.bank, Mapping) else {}
+    to_train = [name for name in run.bank.check() if name not in imported]
+    due = {f"candidates.{name}": (*run.candidate_settings(name), run.candidates[name]) for name in to_train}
+    if (run.config.final or imported) and find_incomplete(run.folder.final) is not None:
+        due |= {f"final, on {name} alone": (*run.final_settings, one) for name, one in run.candidates.items()}
+    bare, tried = meta_model(run.model_args, run.args, run.base.plan), set()
+    for where, (args, model_args, candidate) in due.items():
+        filled = (
+            candidate.trained_rows >= args.per_device_train_batch_size * run.state.num_processes and not args.packing
+        )
+        shorter = args.max_length != run.args.max_length
+        # Else a few rows show all that there is to see.
+        every_row = args.assistant_only_loss or shorter or (args.dataloader_drop_last and not filled)
+        settings = (id(args), id(model_args))  # the same for most
+        if settings not in tried or every_row:
+            model = meta_model(model_args, args, run.base.plan)
+            rows = candidate.rows if every_row else candidate.rows.take(min(len(candidate.rows), SHOWN))
+            check_training(model, rows, run.training_settings(args, model_args), where, every_row)
+        tried.add(settings)
+        if not run.task.limit:
+            check_length(candidate, args, bare, where)
+
+
+def check_length(candidate: Candidate, args: SFTConfig, model: PreTrainedModel, where: str) -> None:
+    """Refuses rows that the Trainer leaves longer than the model has positions."""
+    wrapped = args.packing and args.packing_strategy == "wrapped"
+    longest, limit, step = candidate.tokens if wrapped else candidate.longest, positions(model), args.pad_to_multiple_of
+    kept = min(longest, args.max_length or longest)
+    padded = math.ceil(kept / (step or 1)) * (step or 1)
+    if padded <= limit:
+        return
+    rotary = any("Rotary" in type(module).__name__ for module in model.modules())
+    more = ", or raise max_position_embeddings in its config.json, as its positions are rotary" * rotary
+    raise InputError(
+        f"{where}: the model has {limit:,} positions, and rows are up to {padded:,} tokens long (the longest {longest:,}, "
+        f"max_length {args.max_length}, pad_to_multiple_of {step}); set max_length: {limit // (step or 1) * (step or 1)}{more}"
+    )
 
 
 def show_data(run: RunContext) -> None:

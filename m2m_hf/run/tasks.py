@@ -13,8 +13,9 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.yaml_files import plain
 from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.data.classification import ClassificationReader, Length, label_words, words_of
+from m2m_hf.data.conversations import rows_of, tools_of
 from m2m_hf.data.rows import Candidate, LoadedData
-from m2m_hf.data.tokens import special_in
+from m2m_hf.data.tokens import encode, encode_choices, render, special_in
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.dates import pin_date
 from m2m_hf.modeling.heads import LONGEST, SCALE, Head, HeadPlan, cut, head_of_names
@@ -111,6 +112,25 @@ class Task:
             max_length=None if self.args.packing else self.args.max_length,
             assistant_only_loss=self.args.assistant_only_loss,
         )
+
+    def texts(self) -> Iterator[tuple[str, Sequence[int]]]:
+        """(where, token ids) of all that is trained on or scored."""
+        for name, candidate in self.data.candidates.items():
+            where = f"candidates.{name}"
+            for row in rows_of(candidate.rows):
+                tools, turns = tools_of(row, self.data.format, where), row.get("messages")
+                if turns:
+                    yield where, render(self.tokenizer, turns, where, tools=tools)
+                else:
+                    yield where, encode(self.tokenizer, row["prompt"], row["completion"], where, tools)[0]
+        for name, target in self.data.targets.items():
+            where = f"targets.{name}"
+            for one in target.questions:
+                for ids in encode_choices(self.tokenizer, one.prompt, one.choices, where, one.tools)[0]:
+                    yield where, ids
+        yield "pad_token", [self.tokenizer.pad_token_id]
+        if self.data.format == "text":
+            yield "eos_token", [self.tokenizer.eos_token_id]
 
     def scoring_setup(self, positions: int) -> Setup:
         """What scorers are made of, for a model of so many positions."""
@@ -234,6 +254,16 @@ class Classification(Task):
 
     def scoring_setup(self, positions: int) -> Setup:
         return replace(super().scoring_setup(positions), head=lambda: self.head, length=self.length)
+
+    def texts(self) -> Iterator[tuple[str, Sequence[int]]]:
+        if self.images:
+            return
+        texts = [(f"candidates.{name}", row["text"]) for name, one in self.data.candidates.items() for row in one.rows]
+        texts += [(f"targets.{name}", row.prompt) for name, one in self.data.targets.items() for row in one.questions]
+        texts += [("labels", self.config.label_template.replace("{label}", words)) for words in self.words.values()]
+        for where, text in texts:
+            yield where, self.tokenizer(text, truncation=True, max_length=self.limit)["input_ids"]
+        yield "pad_token", [self.tokenizer.pad_token_id]
 
     def settings(self, args: SFTConfig, expert: ExpertKind) -> Settings:
         return Settings(args, self.processing, expert, self.head, self.limit, self.labels)

@@ -37,7 +37,8 @@ def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
         rows = math.ceil(tokens / args.max_length)
     if args.max_steps > 0:
         return int(args.max_steps)
-    batches = math.ceil(rows / (args.per_device_train_batch_size * PartialState().num_processes))
+    batches = rows / (args.per_device_train_batch_size * PartialState().num_processes)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     per_epoch: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     return math.ceil(per_epoch * float(args.num_train_epochs))
 
@@ -142,14 +143,20 @@ def last_checkpoint(folder: Path, of: str) -> Path | None:
     return None
 
 
-def verdict(finite: bool, changed: bool, loss: float, curve: Sequence[float], lr: float, choices: int) -> str | None:
-    """Says why what was trained is useless; None if it is not. Guessing among so many choices has the loss log(choices)."""
-    lower = f"try a lower learning_rate (now {lr:g})"
+def verdict(
+    finite: bool, changed: bool, loss: float, before: float, after: float, lr: float, choices: int
+) -> str | None:
+    """Says why what was trained is useless; None if it is not. Guessing among so many choices has the loss log(choices).
+
+    `loss` is the mean of the training, `before` and `after` are of the same rows, without the noise of small batches.
+    """
+    lower, guess = f"try a lower learning_rate (now {lr:g})", math.log(choices)
     if not math.isfinite(loss) or not finite:
         return f"it diverged: loss {loss:g}, or weights that are not finite; {lower} or max_grad_norm"
-    if len(curve) > 1 and curve[-1] > max(curve[0], guess := math.log(choices)) + 1:
-        losses = f"{curve[0]:.3f} to {curve[-1]:.3f}"
-        return f"it exploded: the loss went from {losses}, worse than guessing ({guess:.3f}); {lower}"
+    if not after <= max(before, guess) + 1:  # nan too
+        return (
+            f"it exploded: the loss went from {before:.3f} to {after:.3f}, worse than guessing ({guess:.3f}); {lower}"
+        )
     if not changed:
         return f"it learned nothing: no weight changed; is the learning_rate ({lr:g}) too small?"
     return None
@@ -204,6 +211,7 @@ def run_trainer(trainer: BookkeepingTrainer, checkpoint: Path | None) -> None:
     """Trains to the last step, and says what to do where memory or a checkpoint is in the way."""
     args = trainer.args
     try:
+        trainer.loss_before = None if is_sharded() else trainer.loss_on_first_rows()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except UnpicklingError as error:
         raise InputError(
@@ -230,14 +238,18 @@ def save_trained(
     sharded = is_sharded()  # then the main process gets the weights
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
     weights, changed = settings.expert.trained_weights(state, snapshot.before, snapshot.learned)
+    if trainer.loss_before is not None:
+        before, after = trainer.loss_before, trainer.loss_on_first_rows()
+    else:  # sharded: no process can compute it alone
+        logged = [value for _, value in trainer.recorder.record["loss_curve"]]
+        before, after = logged[0], min(logged[-5:])
 
     def save() -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         head = settings.head
         choices = len(head.labels) if head else trainer.model.config.get_text_config().vocab_size
         record = trainer.recorder.record | {"loss": round(loss, DECIMALS)}
-        curve = [value for _, value in record["loss_curve"]]
-        if reason := verdict(is_finite(weights), changed, loss, curve, settings.args.learning_rate, choices):
+        if reason := verdict(is_finite(weights), changed, loss, before, after, settings.args.learning_rate, choices):
             return failure(reason)
         try:
             return record | settings.expert.save(trainer.model, snapshot.before, weights, folder)

@@ -3,10 +3,12 @@
 import copy
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf.console import Bar
+from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import Head
 from m2m_hf.modeling.processing import inputs_of
@@ -26,6 +29,7 @@ from m2m_hf.storage.files import staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files
 from m2m_hf.training.experts import ExpertKind
 
+FIRST_ROWS = 16  # that tell whether a loss exploded
 DECIMALS = 6  # of a loss: more would tell how often its sum was interrupted
 
 
@@ -135,6 +139,7 @@ class BookkeepingTrainer(Trainer):
         self.recorder = TrainingRecorder(resumed.get("seconds", 0.0))
         super().__init__(callbacks=[self.recorder, *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
+        self.loss_before: float | None = None  # on the first rows
         self._of = of
         losses = resumed.get("losses", {})
         self._loss_sum: Any = losses.get("loss_sum", 0.0)
@@ -145,6 +150,11 @@ class BookkeepingTrainer(Trainer):
     def _precision(self) -> torch.dtype:
         return torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Leaves a model without weights where it is; see `check_training`."""
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            super()._move_model_to_device(model, device)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._loss_sum = self._loss_sum + loss.detach().to(self._precision)
@@ -154,6 +164,18 @@ class BookkeepingTrainer(Trainer):
         """Returns the sum of the losses of all steps so far, averaged over the processes (collective)."""
         total = torch.as_tensor(self._loss_sum, dtype=self._precision, device=self.args.device)
         return float(self.accelerator.gather(total).mean())
+
+    def loss_on_first_rows(self) -> float:
+        """Returns the mean loss on the dataset's first rows, without dropout: the same rows before and after training."""
+        rows = [self.train_dataset[number] for number in range(min(len(self.train_dataset), FIRST_ROWS))]
+        size, was_training, losses = self.args.per_device_train_batch_size, self.model.training, []
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            for start in range(0, len(rows), size):
+                inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+                losses.append(float(self.compute_loss(self.model, inputs)))
+        self.model.train(was_training)
+        return sum(losses) / len(losses)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -228,6 +250,34 @@ def make_trainer(
     collate = Collate(settings.processing, head, settings.among, settings.limit)
     model = base if adapter is None else get_peft_model(base, adapter)
     return LabelTrainer(head, model=model, data_collator=collate, **common)
+
+
+def check_training(
+    model: PreTrainedModel, rows: Dataset, settings: Settings, where: str, every_row: bool = True
+) -> None:
+    """Makes the Trainer of a training on a model without weights, and refuses what it refuses or would not get to see.
+
+    `where` says in messages what is trained on; without `every_row`, `rows` are only the first few of it.
+    """
+    args = settings.args
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise InputError(f"{where}: use_liger_kernel needs Liger. Type: pip install liger-kernel")
+    try:
+        with tempfile.TemporaryDirectory(prefix="m2m-check-") as folder:  # the Trainer makes its output_dir
+            trainer = make_trainer(model, rows, settings, Path(folder), of="", resumed={}, callbacks=[])
+            left = len(trainer.train_dataset)
+            batches = len(trainer.get_train_dataloader()) if left else 0
+    except InputError:
+        raise
+    except Exception as error:  # TRL, PEFT and transformers raise many kinds
+        raise InputError(f"{where} cannot be trained with these settings: {error or type(error).__name__}") from error
+    if every_row and not left:
+        raise InputError(f"{where}: no completion fits into max_length {args.max_length}; raise it")
+    if every_row and not batches:
+        raise InputError(
+            f"{where}: its {left} rows fill no batch of {args.per_device_train_batch_size}, and dataloader_drop_last leaves out "
+            "what fills none; set dataloader_drop_last: false, or lower per_device_train_batch_size"
+        )
 
 
 def arguments(settings: Settings, saved: Path) -> SFTConfig:

@@ -219,9 +219,10 @@ def test_rows_of_every_kind_of_file_tell_their_task(intents, encoder, monkeypatc
         assert m2m("adapters", "--config", "m2m.yaml", "--max_steps", 1) == 0
 
 
-def test_rows_that_belong_to_another_task_say_so(intents, capsys):
+def test_rows_that_belong_to_another_task_say_so(intents, pico, capsys):
     given = yaml.safe_load((intents / "intents.yaml").read_text())
     del given["task"]
+    given |= {"model_name_or_path": str(pico), "lora_target_modules": ["q_proj", "v_proj"]}
     (intents / "intents.yaml").write_text(yaml.safe_dump(given))
     assert m2m("adapters", "--config", intents / "intents.yaml") == 2
     assert "rows of text and label belong to task: sequence_classification" in capsys.readouterr().err

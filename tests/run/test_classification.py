@@ -244,7 +244,10 @@ def test_the_plan_writes_nothing(intents):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"task": "causal_lm"}, "belong to task: sequence_classification"),
+        (
+            {"task": "causal_lm"},
+            "is a BertModel, which predicts no next token; give a causal LM, or classify with it: task: seq",
+        ),
         ({"task": "image_classification"}, "no classifier"),
         ({"packing": True}, "packing: belongs to task: causal_lm"),
         ({"load_in_4bit": True}, "only for LoRA adapters of causal LMs"),

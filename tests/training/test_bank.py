@@ -138,7 +138,7 @@ def test_a_training_that_diverges_is_refused_and_leaves_nothing(project):
         (("--use_dora", "true"), "cannot be averaged"),
         (("--lora_modules_to_save", "lm_head"), "cannot be averaged"),
         (("--lora_target_modules", "nope", "neither"), "lora_target_modules"),
-        (("--lora_r", "0"), "lora_r 0"),
+        (("--lora_r", "0"), "lora_r: expected an integer of at least 1, got 0"),
         (("--attn_implementation", "flash_attention_9"), "flash_attention_9"),
     ],
 )

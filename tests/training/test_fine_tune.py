@@ -137,13 +137,36 @@ def test_a_training_that_something_ends_early_is_not_taken_for_finished(checkpoi
 
 def test_verdicts():
     lr = 1e-3
-    assert verdict(True, True, 1.0, [3.0, 1.0], lr, 100) is None
-    assert verdict(True, True, 1.0, [1.0, 5.0], lr, 100) is None  # worse, but not worse than guessing
-    assert verdict(True, True, 1.0, [9.0, 9.5], lr, 100) is None  # as bad as it began
-    assert "exploded" in verdict(True, True, 1.0, [1.0, 6.0], lr, 100)
-    assert "learned nothing" in verdict(True, False, 1.0, [3.0, 3.0], lr, 100)
-    assert "diverged" in verdict(True, True, float("nan"), [], lr, 100)
-    assert "diverged" in verdict(False, True, 1.0, [], lr, 100)
+    assert verdict(True, True, 1.0, 3.0, 1.0, lr, 100) is None
+    assert verdict(True, True, 1.0, 1.0, 5.0, lr, 100) is None  # worse, but not worse than guessing
+    assert verdict(True, True, 1.0, 9.0, 9.5, lr, 100) is None  # as bad as it began
+    assert "exploded" in verdict(True, True, 1.0, 1.0, 6.0, lr, 100)
+    assert "exploded" in verdict(True, True, 1.0, 1.0, float("nan"), lr, 100)
+    assert "learned nothing" in verdict(True, False, 1.0, 3.0, 3.0, lr, 100)
+    assert "diverged" in verdict(True, True, float("nan"), 1.0, 1.0, lr, 100)
+    assert "diverged" in verdict(False, True, 1.0, 1.0, 1.0, lr, 100)
+
+
+def test_the_noise_of_small_batches_is_no_explosion(checkpointed, tmp_path):
+    checkpointed.run.args.learning_rate = 1e-6
+    with torch.no_grad():
+        checkpointed.run.base.model.lm_head.weight.mul_(40)  # sure of itself and wrong, so that rows differ much
+    record = train(checkpointed, tmp_path / "noisy")
+    assert "failed" not in record
+    assert record["loss_curve"][-1][1] > record["loss_curve"][0][1] + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "reason"),
+    [
+        ("full", "1", "it exploded: the loss went from 5.747 to"),  # 15, 33, 65 on the way
+        ("full", "1e30", "it diverged: loss nan"),
+        ("lora", "1e10", "it diverged: loss nan"),
+    ],
+)
+def test_a_learning_rate_that_is_far_too_large_is_found_out(project, tmp_path, kind, rate, reason):
+    flags = ("--max_steps", "7", "--expert", kind, "--learning_rate", rate, "--lr_scheduler_type", "constant")
+    assert reason in train(language_searcher(project, *flags), tmp_path / "exploded")["failed"]
 
 
 @pytest.fixture

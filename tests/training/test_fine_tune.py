@@ -53,8 +53,9 @@ def timeless(record: dict) -> dict:
     return {key: value for key, value in record.items() if key not in TIMES}
 
 
-@pytest.mark.parametrize(("save", "log"), [(2, 1), (2, 3), (7, 1)])
-@pytest.mark.parametrize("step", [1, 3, 5, 6, END])
+@pytest.mark.parametrize(
+    ("step", "save", "log"), [*((step, 2, 1) for step in (1, 3, 5, 6, END)), (3, 2, 3), (END, 2, 3), (5, 7, 1)]
+)
 def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, step, save, log):
     checkpointed.run.args.save_steps = save
     checkpointed.run.args.logging_steps = log

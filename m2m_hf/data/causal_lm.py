@@ -114,17 +114,24 @@ def make_candidate(
     """A candidate in the run's format, with exactly its columns and types, so that any union is safe."""
     questions: list[tuple[Prompt, ...]] = []
     lengths: list[tuple[int, int]] = []
-    ends = 1 + appended(tokenizer)  # TRL appends an end-of-text token to texts, whatever the tokenizer does
+    ends = appended(tokenizer)
     for number, row in enumerate(samples, start=1):
         where, tools = f"candidates.{name}, row {number}", row.get("tools")
         if data_format == "messages":  # trains on all turns of the assistant, from the first on
             whole = row["messages"]
+            first = next(turn for turn, message in enumerate(whole) if message["role"] == "assistant")
             questions.append((whole[:-1], whole[-1:]))
-            lengths.append((0, len(render(tokenizer, whole, where, tools=tools))))
+            prompt, completion = whole[:first], whole[first:]
         else:
-            questions.append((row["prompt"], row["completion"]))
-            ids, start = encode(tokenizer, row["prompt"], row["completion"], where, tools)
-            lengths.append((start, len(ids) + (ends if data_format == "text" else 0)))
+            prompt, completion = row["prompt"], row["completion"]
+            questions.append((prompt, completion))
+        if prompt:
+            ids, start = encode(tokenizer, prompt, completion, where, tools)
+        else:
+            ids, start = render(tokenizer, completion, where, tools=tools), 0
+        # TRL ends texts with the end-of-text token, whatever the tokenizer appends, unless it stands there.
+        more = ends + (not completion.endswith(tokenizer.eos_token)) if data_format == "text" else 0
+        lengths.append((start, len(ids) + more))
     rows = Dataset.from_list([dict.fromkeys(features) | row for row in samples], features=features)
     candidate = Candidate.of(name, config, rows, samples, questions, lengths, max_length)
     if candidate.trained_rows == 0:

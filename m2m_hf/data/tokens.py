@@ -72,7 +72,7 @@ def before_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, where: str, t
             text = tokenizer.apply_chat_template(answered, tools=tools, tokenize=False)
         if MARK not in text:
             return render(tokenizer, prompt, where, answering=True, tools=tools)
-        text = text.partition(MARK)[0]
+        text = text.rpartition(MARK)[0]  # the last: a prompt may hold the word
     ends = appended(tokenizer) if plain else 0
     sample = SAMPLE if text[-1:].isspace() and not text.endswith(" ") else ""  # lines are read otherwise before a word
     ids = list(tokenizer(text.removesuffix(" ") + sample, add_special_tokens=plain)["input_ids"])
@@ -116,7 +116,10 @@ def encode_choices(
     starts = [sum(takewhile(bool, map(eq, before, ids))) for ids in rows]
     for completion, ids, start in zip(completions, rows, starts, strict=True):
         if start == len(ids):
-            raise InputError(f"{where}: the completion {completion!r} adds no token to its prompt")
+            raise InputError(
+                f"{where}: the completion {completion!r} adds no token to its prompt, as the tokenizer reads both; leave out "
+                "the row, or write it otherwise"
+            )
     start, later = min(starts), len(set(starts)) > 1
     if start:
         return rows, start, later

@@ -38,6 +38,11 @@ def encode_rows(rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, m
         where = f"row {number} of the target"
         tokens, start, later = encode_choices(tokenizer, row.prompt, row.choices, where, row.tools)
         reading += [[number, start]] if later else []
+        if tokens.count(tokens[row.answer]) > 1:
+            raise InputError(
+                f"{where}: the tokenizer reads the right answer and another choice alike: {row.choices!r:.200}; leave out "
+                "the row, or write them otherwise"
+            )
         for ids in tokens:
             if len(ids) - start >= max_length:
                 raise InputError(

@@ -265,6 +265,23 @@ def test_sizes_tokens_and_truncation(tokenizer):
         load({"a": rows[1:2]}, tokenizer, max_length=20)
 
 
+def test_sizes_are_those_that_trl_trains_on(tokenizer, tmp_path):
+    rows = [{"prompt": "", "completion": "red"}, {"prompt": "hot?", "completion": " cold<|end|>"}]
+    one = load({"a": rows}, tokenizer).candidates["a"]
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = SFTTrainer(build_model("llama"), args, train_dataset=one.rows, processing_class=tokenizer)
+    assert one.tokens == sum(map(len, trainer.train_dataset["input_ids"]))
+
+
+def test_conversations_whose_first_answer_is_cut_off_are_not_trained(tokenizer):
+    long = {"messages": [{"role": "user", "content": "big small " * 40}, *MESSAGES[1:]]}
+    options = {"max_length": 20, "assistant_only_loss": True}
+    one = load({"a": [long, {"messages": MESSAGES}]}, tokenizer, **options).candidates["a"]
+    assert (one.dropped, one.trained_rows) == (1, 1)
+    with pytest.raises(InputError, match="no completion fits into max_length 20"):
+        load({"a": [long]}, tokenizer, **options)
+
+
 def test_overlap_counts_the_same_question_or_of_empty_prompts_the_same_completion(tokenizer):
     rows = [{"prompt": "Question:  RED 1?", "completion": " a"}, {"prompt": "", "completion": "one"}]
     asked = ("question: red 1?", ["x", "y"]), ("", ["one", "y"]), ("", ["z", "y"]), ("other", ["one", "a"])

@@ -7,8 +7,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from m2m_hf import InputError
 from m2m_hf.data.rows import TargetRow
-from m2m_hf.data.tokens import appended, before_answer, encode, encode_choices, special_in
+from m2m_hf.data.tokens import MARK, appended, before_answer, encode, encode_choices, special_in
 from m2m_hf.merging.gated_stack import GatedStack
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<s>", "<unk>"]
@@ -90,7 +91,7 @@ def test_a_completion_is_read_as_trl_trains_it(any_tokenizer, tmp_path):
 
 def test_choices_score_alike_wherever_the_space_stands(any_tokenizer):
     rows = {True: [], False: []}
-    for number, words in enumerate((("red", "17", "4"), ("cold", "no 3"), ("9", "zebra", "two"))):
+    for number, words in enumerate((("red", "17", "4"), ("cold", "no 3"), ("two", "zebra", "9"))):
         for spaced, of_kind in rows.items():
             prompt, choices = ("is it hot? ", words) if spaced else ("is it hot?", [f" {word}" for word in words])
             of_kind.append(TargetRow(prompt, tuple(choices), number % 2))
@@ -130,6 +131,14 @@ def test_an_answer_of_a_conversation_too(tokenizer, template):
     ids = before_answer(kind, prompt, "row")
     whole, _ = encode(kind, prompt, [{"role": "assistant", "content": "red"}])
     assert kind.decode(whole).removeprefix(kind.decode(ids)) == "red<|end|>"
+    assert "hot" in kind.decode(before_answer(kind, [{"role": "user", "content": f"{MARK} is hot?"}], "row"))
+
+
+def test_choices_that_the_tokenizer_reads_alike_are_refused():
+    tokenizer = wordpiece()
+    scorer_on([TargetRow("hot?", ("one", "red", "Red"), 0)], tokenizer, "choice", "accuracy")
+    with pytest.raises(InputError, match=r"row 1 of the target: .* reads the right answer and another choice alike"):
+        scorer_on([TargetRow("hot?", ("one", "red", "Red"), 1)], tokenizer, "choice", "accuracy")
 
 
 def test_special_tokens_in_writing_are_found(tokenizer):

@@ -130,7 +130,10 @@ def label_names(rows: Dataset, where: str) -> list[str | None]:
     kind, labels = rows.features["label"], rows["label"][:]
     if isinstance(kind, ClassLabel) or (isinstance(kind, Value) and not kind.dtype.startswith(("float", "bool"))):
         return names_in(rows, "label", labels)
-    raise InputError(f"{where}.label: expected names or whole numbers, got {labels[0]!r:.100}")
+    raise InputError(
+        f"{where}.label: expected names or whole numbers, one of both in all rows, got {labels[0]!r:.100} in a column of "
+        f"{kind!r:.100}"
+    )
 
 
 def texts(rows: Dataset, where: str) -> list[str]:

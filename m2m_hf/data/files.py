@@ -105,6 +105,25 @@ def check_parquet(builder: DatasetBuilder) -> None:
                 raise ValueError(f"{where}: holds {kind}, and in {place} {first}; expected one type in all files")
 
 
+def check_metadata(builder: DatasetBuilder, split: str, rows: Dataset, columns: Iterable[str]) -> None:
+    """Refuses values of these columns that stand otherwise in the metadata.csv or .jsonl from which `datasets` took them."""
+    files = [
+        file for name in map(str, builder.config.data_files) if name in split for file in local_files(builder, name)
+    ]
+    for separator, ending in ((",", ".csv"), (None, ".jsonl")):
+        given = tuple(file for file in files if Path(file[0]).name == f"metadata{ending}")
+        table = read_files(given, separator, frozenset(columns), None) if given else Dataset.from_dict({})
+        for name in {*columns} & {*table.column_names} & {*rows.column_names}:
+            if not isinstance(rows.features[name], Value):
+                continue
+            there = {as_text(value) or "" for value in table[name]}
+            if changed := [value for value in rows[name] if (as_text(value) or "") not in there]:
+                raise ValueError(
+                    f"{given[0][0]}, column {name!r}: `datasets` reads {changed[0]!r} where another text stands; expected "
+                    "words, which are neither numbers nor dates, or parquet files of images"
+                )
+
+
 def kind_of(kind: pa.DataType) -> str | None:
     """What a column holds, where a cast to another might change how its values are written."""
     if pa.types.is_dictionary(kind):
@@ -214,8 +233,9 @@ def one_object(path: str) -> Row | None:
 
 def parse_json(text: bytes) -> Any:
     """The value of a JSON text; a ValueError where it is no JSON, has a key twice, or is no Unicode."""
-    value = json.loads(text, parse_float=Number, parse_constant=refuse_constant, object_pairs_hook=as_object)
-    json.dumps(value, ensure_ascii=False).encode("utf-8")
+    value = DECODER.decode(text.decode(json.detect_encoding(text)))
+    if b"\\u" in text:  # half of a surrogate pair may be written as \\ud83d
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
@@ -229,6 +249,9 @@ def as_object(pairs: list[tuple[str, Any]]) -> Row:
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
         raise ValueError(f"{twice!r} stands twice in one object")
     return made
+
+
+DECODER = json.JSONDecoder(parse_float=Number, parse_constant=refuse_constant, object_pairs_hook=as_object)
 
 
 def with_texts(row: Row, texts: Iterable[str]) -> Row:

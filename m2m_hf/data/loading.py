@@ -20,7 +20,7 @@ from huggingface_hub.errors import RevisionResolutionError
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.checks import BUILDERS, check_name, exists
 from m2m_hf.config.run_config import MergeToMixConfig
-from m2m_hf.data.files import as_text, check_parquet, read_split, reads
+from m2m_hf.data.files import as_text, check_metadata, check_parquet, read_split, reads
 from m2m_hf.errors import InputError
 
 MAX_FILES = 10_000  # in a folder that is given as a dataset
@@ -268,7 +268,11 @@ def open_dataset(config: DataConfig, texts: frozenset[str]) -> Dataset:
     if builder.name == "parquet":
         check_parquet(builder)
     builder.download_and_prepare()
-    return builder.as_dataset(config.split)
+    rows = builder.as_dataset(config.split)
+    if builder.name.endswith("folder"):
+        names = {ours: theirs for theirs, ours in config.columns.items()}
+        check_metadata(builder, config.split, rows, texts | {names.get("label", "label")})
+    return rows
 
 
 def escaped(name: str, folder: str) -> str:

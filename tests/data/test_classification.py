@@ -1,5 +1,6 @@
 """Data for classification: labels and label spaces, texts, images, and messages about bad rows."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from pico import COLOURS, RGB, changed, intent_rows, m2m, picture, searcher, wri
 from PIL import Image as Pixels
 
 from m2m_hf import InputError, MergeToMixConfig, MergeToMixSearcher
+from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.parsing import parse
 from m2m_hf.console import Terminal
+from m2m_hf.data.classification import ClassificationReader, Length
 from m2m_hf.data.mixture_rows import mixture_dataset
 from m2m_hf.data.rows import image_digest
 from m2m_hf.training.trainers import Collate
@@ -147,6 +150,38 @@ def test_a_folder_of_images_is_read(image_folder):
     one = searcher(folder, name="images")
     assert sorted(one.run.candidates["all"].rows["label"]) == sorted([*RGB] * 3)
     one.train_adapters()
+
+
+@pytest.mark.parametrize(
+    ("ending", "labels", "read"),
+    [
+        ("csv", ["7", "10"], True),
+        ("csv", ["a", "2024-01-01"], True),
+        ("csv", ["007", "10"], False),
+        ("csv", ["NA", "a"], False),
+        ("jsonl", ["007", "NA"], True),
+        ("jsonl", ["2024-01-01", "2024-01-02"], False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*metadata.csv:pytest.PytestUnraisableExceptionWarning")  # datasets leaves it open
+def test_labels_beside_images_are_read_as_they_stand_or_refused(tmp_path, ending, labels, read):
+    rows = [{"file_name": f"{n}.png", "label": label} for n, label in enumerate(labels)]
+    for row in rows:
+        Pixels.new("RGB", (4, 4)).save(tmp_path / row["file_name"])
+    if ending == "csv":
+        lines = ["file_name,label", *(",".join(row.values()) for row in rows)]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    (tmp_path / f"metadata.{ending}").write_text("".join(f"{line}\n" for line in lines))
+    reader = ClassificationReader("image_classification", None, Length(4), 0, "RGB")
+    config = CandidateConfig(DataConfig(path="imagefolder", data_dir=str(tmp_path)))
+    if read:
+        assert reader.candidate("a", config).rows["label"][:] == labels
+    else:
+        with pytest.raises(
+            InputError, match=rf"candidates\.a: .*metadata\.{ending}, column 'label': `datasets` reads "
+        ):
+            reader.candidate("a", config)
 
 
 def test_pixels_that_are_no_colours_are_refused(image_folder, refused):

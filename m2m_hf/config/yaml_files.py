@@ -1,6 +1,7 @@
 """YAML files, read and written."""
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from m2m_hf.errors import InputError
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice in one mapping is refused rather than lost."""
+    """PyYAML's safe loader, but it refuses a key that stands twice in one mapping, and numbers that it reads as others."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -28,6 +29,19 @@ class Loader(yaml.SafeLoader):
                 )
             first[name] = line
         return node
+
+    def construct_yaml_number(self, node: yaml.ScalarNode) -> int | float:
+        value: int | float = getattr(self, f"construct_yaml_{node.tag.rpartition(':')[2]}")(node)
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):  # 1:30 is 90, and 010 is 8
+            line = node.start_mark.line + 1
+            raise InputError(
+                f"line {line}: YAML reads {node.value} as {value}; quote it, or write the number that is meant"
+            )
+        return value
+
+
+for kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_yaml_number)
 
 
 def load_yaml(text: str) -> Any:

@@ -247,6 +247,16 @@ def test_not_a_mapping(tmp_path, text):
         parse(tmp_path / "y.yaml")
 
 
+@pytest.mark.parametrize(("word", "number"), [("010", 8), ("1:30", 90), ("1:30.5", 90.5), ("-07", -7)])
+def test_numbers_that_yaml_reads_as_others_are_refused(tmp_path, word, number):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("data_files: a.jsonl", f"data_files: a.jsonl\n    where: {{zip: {word}}}"))
+    with pytest.raises(InputError, match=rf"line \d+: YAML reads {word} as {number}; quote it"):
+        parse(path)
+    path.write_text(path.read_text().replace(word, f"'{word}'"))
+    assert parse(path)[0].parsed_candidates["a"].data.where == {"zip": word}
+
+
 def test_what_is_written_is_read_back_as_the_same(tmp_path):
     given = {
         "learning_rate": 3e-4, "lora_target_modules": ["all-linear"], "warmup_steps": 0.1, "lr_scheduler_type": "cosine",

@@ -6,7 +6,11 @@ Other files are read by `datasets`; those of parquet are looked at first, since 
 import codecs
 import csv
 import json
+import lzma
 import sys
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from io import TextIOWrapper
@@ -29,6 +33,7 @@ from datasets.utils.file_utils import xopen
 from pyarrow import parquet
 
 Row = dict[str, Any]
+DAMAGED = (EOFError, OSError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)  # of compressed files
 File = tuple[str, str, int, int]  # its name in messages, its path, and the time and size that tell versions apart
 
 
@@ -75,8 +80,11 @@ def local_files(builder: DatasetBuilder, split: str) -> Iterator[File]:
     paths = builder.config.data_files[split]
     for shown, local in zip(paths, manager.download(list(paths)), strict=True):
         state = Path(local).stat()
-        for path in manager.iter_files(manager.extract(local)):
-            yield str(shown), path, state.st_mtime_ns, state.st_size
+        try:
+            for path in manager.iter_files(manager.extract(local)):
+                yield str(shown), path, state.st_mtime_ns, state.st_size
+        except (ValueError, *DAMAGED) as error:
+            raise ValueError(f"{shown}: {error}") from error
 
 
 def check_parquet(builder: DatasetBuilder) -> None:
@@ -149,6 +157,8 @@ def read_files(files: tuple[File, ...], separator: str | None, texts: frozenset[
                 rows.extend(json_rows(path, field, texts))
             else:
                 rows.extend(csv_rows(path, "\t" if ".tsv" in Path(shown.lower()).suffixes else separator))
+        except DAMAGED as error:
+            raise ValueError(f"{shown}: cannot be read to its end ({error})") from error
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{shown}{error}") from error
     columns = {

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from glob import escape, has_magic
+from glob import escape, glob, has_magic
 from itertools import chain, islice, repeat
 from pathlib import Path
 from string import Formatter
@@ -282,9 +282,18 @@ def escaped(name: str, folder: str) -> str:
 
 
 def check_files(config: DataConfig, where: str) -> None:
-    """Refuses a folder whose name is a pattern to `datasets`, or with very many files, which it would search for minutes."""
+    """Refuses names without a file, and folders whose name is a pattern to `datasets` or that it would search for minutes."""
+    root = config.path if config.path and exists(Path(config.path)) else None
+    for name in config.data_files or ():  # of several patterns, datasets ignores those without a file
+        local = "://" not in name and (root or config.path in BUILDERS)
+        if local and has_magic(name) and not glob(escaped(name, root or ""), root_dir=root, recursive=True):
+            raise InputError(f"{where}.data_files: there is no file {name}")
     for folder in (config.path, config.data_dir):
         is_saved = any(exists(Path(folder or "") / name) for name in SAVED)
+        if folder and exists(Path(folder)) and Path(folder).is_file():
+            raise InputError(
+                f"{where}: {folder} is a file; expected a builder, and the file for it, such as path: json, data_files: {folder}"
+            )
         if folder and has_magic(folder) and Path(folder).is_dir() and not is_saved:
             raise InputError(
                 f"{where}: {folder}: a folder with [, * or ? in its path cannot be searched; rename it, or name its files, "

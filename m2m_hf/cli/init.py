@@ -27,23 +27,26 @@ MESSAGE_NAMES = (("role", "content"), ("from", "value"))  # of messages, as rows
 DATA_KEYS = ("path", "name", "data_dir", "data_files", "split", "revision")
 SAME = (
     "lora_alpha", "lora_dropout", "learning_rate", "max_steps", "gradient_accumulation_steps", "weight_decay", "seed",
+    "max_grad_norm", "warmup_steps", "neftune_noise_alpha",
 )  # fmt: skip
 AXOLOTL = dict(zip(SAME, SAME, strict=True)) | {  # theirs -> ours
     "lora_r": "lora_r", "lora_target_modules": "lora_target_modules", "num_epochs": "num_train_epochs",
     "micro_batch_size": "per_device_train_batch_size", "sequence_len": "max_length", "lr_scheduler": "lr_scheduler_type",
     "load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit", "sample_packing": "packing",
+    "warmup_ratio": "warmup_steps", "peft_use_rslora": "use_rslora",
 }  # fmt: skip
 FACTORY = dict(zip(SAME, SAME, strict=True)) | {
     "lora_rank": "lora_r", "num_train_epochs": "num_train_epochs", "cutoff_len": "max_length", "packing": "packing",
     "per_device_train_batch_size": "per_device_train_batch_size", "lr_scheduler_type": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps", "use_rslora": "use_rslora", "optim": "optim",
 }  # fmt: skip
 TRL_DEFAULTS = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-5, "num_train_epochs": 3}
 FACTORY_DEFAULTS = {"lora_r": 8, "learning_rate": 5.0e-5, "num_train_epochs": 3.0}
-TRL_REPLACED = {"datasets", "dataset_name", "dataset_config", "model_name_or_path", "use_peft"}
-TRL_LOST = {
-    "output_dir", "eval_strategy", "eval_steps", "test_split_size", "streaming", "push_to_hub", "hub_model_id", "env",
-    "dataset_train_split", "dataset_test_split",
+TRL_REPLACED = {
+    "datasets", "dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "model_name_or_path", "use_peft",
 }  # fmt: skip
+TRL_LOST = {"output_dir", "eval_strategy", "eval_steps", "push_to_hub", "hub_model_id"}
+WHOLE = "full fine-tuning (here adapters; expert: full trains all parameters)"
 AXOLOTL_MESSAGES = {
     "type", "field_messages", "field_tools", "message_property_mappings", "message_field_role", "message_field_content",
 }  # fmt: skip
@@ -73,8 +76,8 @@ def init(command: argparse.Namespace) -> None:
         raise InputError(f"--output: {output} exists already; choose another name")
     draft = read_trainer_config(command.origin) if command.origin else Draft()
     draft.model = command.model or draft.model
-    for source in draft.candidates.values():
-        leave_out(source, read_columns(relocate(source, command.origin.parent, Path.cwd())))
+    for name, source in draft.candidates.items():
+        draft.lost += leave_out(name, source, read_columns(relocate(source, command.origin.parent, Path.cwd())))
     draft.candidates |= parse_sources(command.data)
     if not sys.stdin.isatty():
         given = {"--model": draft.model, "--data": draft.candidates, "--target": command.target}
@@ -193,34 +196,54 @@ def read_trainer_config(path: Path) -> Draft:
         config = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"--from {path}: cannot be read ({error})") from error
+    reader = None
     if isinstance(config, Mapping):
         if "base_model" in config:
-            return from_axolotl(config, path.parent)
-        if "model_name_or_path" in config and "dataset" in config:
-            return from_llamafactory(config, path.parent)
-        if "datasets" in config or "dataset_name" in config:
-            return from_trl(config, path.parent)
+            reader = from_axolotl
+        elif "model_name_or_path" in config and "dataset" in config:
+            reader = from_llamafactory
+        elif "datasets" in config or "dataset_name" in config:
+            reader = from_trl
+    try:
+        if reader:
+            return reader(config, path.parent)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--from {path}: is not shaped as its trainer reads it ({error}); expected one that trains there"
+        ) from error
     raise InputError(
         f"--from {path}: expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA-Factory (dataset:)"
     )
 
 
 def from_trl(config: Mapping[str, Any], folder: Path) -> Draft:
-    datasets = config.get("datasets") or [{"path": config.get("dataset_name"), "name": config.get("dataset_config")}]
-    settings = {key: value for key, value in config.items() if key not in TRL_REPLACED | TRL_LOST}
+    from m2m_hf.config.parsing import FORMER, TRL_KEYS, UNSUPPORTED  # slow to import
+
+    one = {"path": config.get("dataset_name"), "name": config.get("dataset_config")}
+    datasets = config.get("datasets") or [one | {"split": config.get("dataset_train_split")}]
     model = str(config.get("model_name_or_path") or "")
-    text, candidates = settings.pop("dataset_text_field", "text"), read_datasets(datasets)
+    text, candidates = config.get("dataset_text_field") or "text", read_datasets(datasets)
+    settings, lost = {}, [] if config.get("use_peft") else [WHOLE]
+    for key, value in config.items():
+        name = FORMER.get(key, key)
+        if name in TRL_KEYS and name not in {*TRL_REPLACED, *TRL_LOST, *UNSUPPORTED}:
+            settings[name] = value
+        elif key not in TRL_REPLACED and value:
+            lost.append(key)
+    lost += [f"datasets.{key}" for entry in datasets for key in entry if key not in (*DATA_KEYS, "columns")]
     for source in candidates.values():
         present = read_columns(relocate(source, folder, Path.cwd()))
         if text in present and not present & {"prompt", "messages", "conversations", "label"}:
             whole_text(source, text)
-    return Draft(model, candidates, TRL_DEFAULTS | settings, sorted(TRL_LOST & set(config)))
+    return Draft(model, candidates, TRL_DEFAULTS | settings, sorted(lost))
 
 
 def from_axolotl(config: Mapping[str, Any], folder: Path) -> Draft:
     datasets = config.get("datasets") or []
     candidates = read_datasets(datasets)
-    lost = set(config) - {*AXOLOTL, *AXOLOTL_REPLACED}
+    lost = said(config) - {*AXOLOTL, *AXOLOTL_REPLACED} | (
+        set() if config.get("adapter") in ("lora", "qlora") else {WHOLE}
+    )
     for entry, (name, source) in zip(datasets, candidates.items(), strict=True):
         taken = read_axolotl_rows(entry, name, source, read_columns(relocate(source, folder, Path.cwd())))
         lost |= {f"datasets.{key}" for key in entry if key not in (*DATA_KEYS, "ds_type", *taken)}
@@ -228,7 +251,7 @@ def from_axolotl(config: Mapping[str, Any], folder: Path) -> Draft:
     settings = translate(config, AXOLOTL)
     if config.get("lora_target_linear"):
         settings.setdefault("lora_target_modules", "all-linear")
-    return Draft(str(config["base_model"]), candidates, settings, sorted(lost))
+    return Draft(str(config["base_model"] or ""), candidates, settings, sorted(lost))
 
 
 def read_axolotl_rows(entry: Mapping[str, Any], name: str, source: Source, present: set[str]) -> set[str]:
@@ -282,14 +305,16 @@ def instructions(source: Source, asked: Sequence[str], answer: str, present: set
     renamed(source, {answer: "completion"})
 
 
-def leave_out(source: Source, present: set[str]) -> None:
-    """Renames columns of a conversation that the other trainer did not read, so that a run does not ask about them."""
+def leave_out(name: str, source: Source, present: set[str]) -> list[str]:
+    """Renames columns of a conversation that the other trainer is not told to read, and names them: a run would refuse them."""
     from m2m_hf.data.conversations import UNREAD  # slow to import
 
     names, texts = source.get("columns", {}), "".join(source.get("template", {}).values())
     read = set() if {"messages", "prompt"} & {*present, *names.values()} else {"conversations"}
     rest = sorted(present & {*UNREAD} - names.keys() - read)
-    renamed(source, {name: f"unused_{name}" for name in rest if f"{{{name}}}" not in texts})
+    rest = [column for column in rest if f"{{{column}}}" not in texts]
+    renamed(source, {column: f"unused_{column}" for column in rest})
+    return [f"{name}.{column}, which is renamed to unused_{column}" for column in rest]
 
 
 def whole_text(source: Source, column: str) -> None:
@@ -318,19 +343,27 @@ def from_llamafactory(config: Mapping[str, Any], folder: Path) -> Draft:
     elif modules:
         settings["lora_target_modules"] = "all-linear"
     draft = Draft(str(config["model_name_or_path"]), settings=settings)
-    draft.lost = sorted(set(config) - {*FACTORY, *FACTORY_REPLACED})
+    draft.lost = sorted(said(config) - {*FACTORY, *FACTORY_REPLACED})
+    draft.lost += [] if config.get("finetuning_type", "lora") == "lora" else [WHOLE]
+    stage = config.get("stage") or "sft"
+    draft.lost += [] if stage in ("sft", "pt") else [f"stage: {stage}"]
     index, info = read_dataset_info(str(config.get("dataset_dir") or "data"), folder)
     names = config.get("dataset") or []
     for name in [name.strip() for name in names.split(",")] if isinstance(names, str) else names:
         entry = info.get(name)
         if not isinstance(entry, Mapping):
             raise InputError(f"dataset: {name!r} is not in {index}; it has {', '.join(info)}")
-        draft.candidates[parse_source(name)[0]] = read_dataset_entry(name, entry, index.parent)
+        draft.candidates[parse_source(name)[0]] = read_dataset_entry(name, entry, index.parent, stage)
         columns = entry.get("columns") or {}
         draft.lost += [f"{name}.columns.{key}" for key in columns if key not in FACTORY_COLUMNS]
         draft.lost += [f"{name}.{key}" for key in entry if key in ("folder", "ranking")]
         draft.lost += [earlier_answers(name)] if entry.get("formatting") in CONVERSATIONS else []
     return draft
+
+
+def said(config: Mapping[str, Any]) -> set[str]:
+    """The keys that say something."""
+    return {key for key, value in config.items() if value not in (None, False)}
 
 
 def translate(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -341,7 +374,7 @@ def read_datasets(datasets: Any) -> dict[str, Source]:
     """Candidates from a list of TRL or axolotl: mappings with `path`, and `data_files` and the like."""
     candidates: dict[str, Source] = {}
     for entry in datasets:
-        if not isinstance(entry, Mapping) or not entry.get("path"):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
             raise InputError(f"datasets: expected entries with a path, got {entry!r}")
         source = {key: entry[key] for key in DATA_KEYS if entry.get(key)}
         path = str(entry["path"])
@@ -367,10 +400,15 @@ def read_dataset_info(name: str, folder: Path) -> tuple[Path, Any]:
         raise InputError(f"dataset_dir: expected {index} ({error})") from error
 
 
-def read_dataset_entry(name: str, entry: Mapping[str, Any], folder: Path) -> Source:
+def read_dataset_entry(name: str, entry: Mapping[str, Any], folder: Path, stage: str) -> Source:
     """What load_dataset takes, from an entry of `dataset_info.json`."""
     file = entry.get("file_name")
-    source = parse_source(str(folder / file))[1] if file else {"path": entry.get("hf_hub_url") or name}
+    if not file and not entry.get("hf_hub_url"):
+        raise InputError(
+            f"dataset {name}: expected file_name or hf_hub_url, got {', '.join(entry) or 'nothing'}; fetch its rows, and give "
+            "them with --data"
+        )
+    source = parse_source(str(folder / file))[1] if file else {"path": entry["hf_hub_url"]}
     columns = entry.get("columns") or {}
     conversations = entry.get("formatting") in CONVERSATIONS
     for key in ("history", *(["system"] if conversations else ["tools"])):
@@ -380,7 +418,9 @@ def read_dataset_entry(name: str, entry: Mapping[str, Any], folder: Path) -> Sou
                 "messages. Put it there, and give the new rows with --data"
             )
     source |= {"name": entry.get("subset"), "split": entry.get("split"), "max_examples": entry.get("num_samples")}
-    if conversations:
+    if stage == "pt":
+        whole_text(source, columns.get("prompt", "text"))
+    elif conversations:
         check_tags(name, entry.get("tags") or {})
         renamed(source, {columns.get("messages", "conversations"): "messages", columns.get("tools", "tools"): "tools"})
     else:

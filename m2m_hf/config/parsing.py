@@ -82,6 +82,25 @@ CHOICES = {
     for item in dataclasses.fields(config)
     if item.metadata.get("choices")
 }
+FORMER = {  # names in earlier releases of transformers and TRL -> what to give now; nothing for what is gone
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "use_flash_attention_2": "attn_implementation: flash_attention_2",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "include_tokens_per_second": "include_num_input_tokens_seen",
+    **dict.fromkeys(
+        ("overwrite_output_dir", "save_safetensors", "logging_dir", "use_mps_device", "jit_mode_eval", "half_precision_backend",
+         "push_to_hub_token", "past_index", "fp16_opt_level", "tokenizer_name_or_path"),
+        "",
+    ),
+}  # fmt: skip
+SCRIPT_KEYS = (  # of TRL's own script
+    "datasets", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "streaming", "test_split_size",
+)  # fmt: skip
 TRAINING_RULES = {
     "per_device_train_batch_size": integer(1),
     "gradient_accumulation_steps": integer(1),
@@ -147,7 +166,7 @@ def refuse_flags(words: Sequence[str]) -> None:
         if word.startswith("--") and name in YAML_ONLY:
             raise InputError(f"--{name}: expected in the YAML, under {name}:")
         if word.startswith("--"):
-            raise InputError(unknown_key_message(name, KEYS, word))
+            raise InputError(unknown_field(name, KEYS, word))
     if words:
         raise InputError(f"unrecognised arguments: {' '.join(words)}; expected --field value")
 
@@ -187,7 +206,17 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
 def check_keys(settings: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in settings:
         if key not in known:
-            raise InputError(unknown_key_message(str(key), known, where))
+            raise InputError(unknown_field(str(key), known, where))
+
+
+def unknown_field(key: str, known: Sequence[str], where: str) -> str:
+    """What to give in place of a key that is not known, or is no longer."""
+    if key in SCRIPT_KEYS:
+        return f"{where}: unknown key {key!r}; rows stand under candidates: here, and m2m init --from FILE makes them of TRL's"
+    if key not in FORMER:
+        return unknown_key_message(key, known, where)
+    now = f"it is now {FORMER[key]}" if FORMER[key] else "transformers has it no longer; remove it"
+    return f"{where}: unknown key {key!r}; {now}"
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
@@ -290,6 +319,8 @@ def trl_fields(args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     """The fields in which TRL's configurations differ from their defaults, so that TRL rebuilds the same from them."""
     defaults = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=False)
     changed = changed_fields(args, defaults) | changed_fields(model_args, ModelConfig())
+    if changed.get("include_num_input_tokens_seen") == "all":  # what true becomes, and the parser does not take
+        changed["include_num_input_tokens_seen"] = True
     always = {"bf16": args.bf16, "output_dir": args.output_dir, "use_cpu": args.use_cpu, "dtype": model_args.dtype}
     return dict(sorted((changed | always).items()))
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import yaml
@@ -134,6 +135,7 @@ def axolotl(**entry) -> dict:
         (axolotl(type=CUSTOM), {key: ALPACA[key] for key in ("instruction", "input", "output")}, "[Name it.] red"),
         (axolotl(type="completion"), ALPACA, ""),
         ({}, ALPACA, "Name it.\nred"),
+        ({"columns": {"prompt": "text"}, "stage": "pt"}, ALPACA, ""),
         ({"columns": NAMES | {"system": "system"}}, ALPACA, "Be terse.\nName it.\nred"),
         ({"columns": {"prompt": "instruction", "response": "output"}}, ALPACA, "Name it."),
         ({"formatting": "sharegpt"}, {"conversations": SAID}, [{"role": "user", "content": "hot?"}]),
@@ -145,9 +147,11 @@ def test_rows_of_other_trainers_are_read_whole(project, model, capsys, theirs, r
         theirs = {"base_model": model, **theirs}
     else:
         (project / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl", **theirs}}))
-        theirs = {"model_name_or_path": model, "dataset": "rows", "dataset_dir": "."}
+        stage = theirs.get("stage", "sft")
+        theirs = {"model_name_or_path": model, "dataset": "rows", "dataset_dir": ".", "stage": stage}
     (project / "theirs.yaml").write_text(yaml.safe_dump(theirs))
     assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 0
+    assert not {"system"} & row.keys() or re.search(r"\{system\}|unused_system", (project / "m2m.yaml").read_text())
     config, *_ = parse(project / "m2m.yaml")
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = load_causal_lm_data(
@@ -162,6 +166,7 @@ def test_rows_of_other_trainers_are_read_whole(project, model, capsys, theirs, r
     [
         ({"columns": NAMES | {"history": "old"}}, "its history, the column 'old', belongs into a conversation"),
         ({"formatting": "sharegpt", "columns": {"messages": "turns", "system": "sys"}}, "its system, the column 'sys'"),
+        ({"file_name": None, "ms_hub_url": "a/b"}, "expected file_name or hf_hub_url, got file_name, ms_hub_url"),
         ({"formatting": "sharegpt", "tags": {"role_tag": "who"}}, "expected messages of role and content, or of from"),
         ({"formatting": "sharegpt", "tags": {"user_tag": "asker"}}, "expected user_tag: user, got 'asker'"),
     ],
@@ -173,6 +178,41 @@ def test_rows_of_other_trainers_that_must_be_converted(project, model, capsys, e
     assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 2
     assert message in capsys.readouterr().err
     assert not (project / "m2m.yaml").exists()
+
+
+WRONG = [("trl", {"datasets": {"path": "a"}}), ("trl", {"datasets": [{"path": ["a"]}]}), ("llama", [1])]
+
+
+@pytest.mark.parametrize(("kind", "content"), [*WRONG, ("llama", {"rows": {"columns": [1], "file_name": "a.jsonl"}})])
+def test_configurations_of_another_shape_are_refused(project, model, capsys, kind, content):
+    theirs = {"model_name_or_path": model, **(content if kind == "trl" else {"dataset": "rows", "dataset_dir": "."})}
+    (project / "theirs.yaml").write_text(yaml.safe_dump(theirs))
+    (project / "dataset_info.json").write_text(json.dumps(content))
+    assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 2
+    assert re.search("entries with a path|not shaped as its trainer reads it", capsys.readouterr().err)
+
+
+def test_old_and_unknown_fields_of_trl_are_mapped_or_named(project, model):
+    old = {"max_seq_length": 99, "torch_dtype": "float32", "warmup_ratio": 0.5, "no_cuda": True, "max_steps": 2}
+    gone = {
+        "evaluation_strategy": "steps",
+        "save_safetensors": True,
+        "odd": 1,
+        "push_to_hub_token": "x",
+        "env": {"A": "1"},
+    }
+    entry = {"path": "json", "data_files": "alpha.jsonl", "fraction": 0.5}
+    theirs = {"model_name_or_path": model, "datasets": [entry], **old, **gone, "bf16": False, "trust_remote_code": True}
+    (project / "theirs.yaml").write_text(yaml.safe_dump(theirs | {"include_tokens_per_second": True}))
+    assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 0
+    text = (project / "m2m.yaml").read_text()
+    (lost,) = [line for line in text.splitlines() if line.startswith("# Not taken over: ")]
+    assert all(name in lost for name in (*gone, "trust_remote_code", "datasets.fraction", "full fine-tuning"))
+    given = yaml.safe_load(text)
+    assert {key: given[key] for key in ("max_length", "dtype", "warmup_steps", "use_cpu")} == {
+        "max_length": 99, "dtype": "float32", "warmup_steps": 0.5, "use_cpu": True,
+    }  # fmt: skip
+    assert m2m("select", "m2m.yaml", "--dry_run") == 0
 
 
 def test_rows_that_need_other_names_are_named(project, model, capsys):

@@ -206,7 +206,14 @@ def test_the_command_line_overrides_values_which_override_the_file(tmp_path):
     ("fields", "flags", "message"),
     [
         ({"learning_rat": 1}, "", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
-        ({"dataset_name": "x"}, "", "unknown key 'dataset_name'"),
+        (
+            {"dataset_name": "x"},
+            "",
+            "unknown key 'dataset_name'; rows stand under candidates: here, and m2m init --from",
+        ),
+        ({"torch_dtype": "float32"}, "", "unknown key 'torch_dtype'; it is now dtype"),
+        ({"save_safetensors": True}, "", "unknown key 'save_safetensors'; transformers has it no longer; remove it"),
+        ({}, "--max_seq_length 9", "unknown key 'max_seq_length'; it is now max_length"),
         ({}, "--learning_rat 1", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
         ({"learning_rate": "fast"}, "", "learning-rate: invalid float value: 'fast'"),
         ({"max_steps": [1]}, "", "max_steps: expected int, got"),

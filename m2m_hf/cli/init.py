@@ -314,7 +314,8 @@ def leave_out(name: str, source: Source, present: set[str]) -> list[str]:
     rest = sorted(present & {*UNREAD} - names.keys() - read)
     rest = [column for column in rest if f"{{{column}}}" not in texts]
     renamed(source, {column: f"unused_{column}" for column in rest})
-    return [f"{name}.{column}, which is renamed to unused_{column}" for column in rest]
+    lost = [f"{name}.{column}, which is renamed to unused_{column}" for column in rest]
+    return lost + ([f"in {name} prompts without the line end before an empty column"] if "}\n{" in texts else [])
 
 
 def whole_text(source: Source, column: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ SUFFIXES = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".txt": "text", ".arrow": "arrow",
 }  # fmt: skip
+SEEN = 100_000  # rows of a file, of which some may lack columns
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 Source = dict[str, Any]  # what load_dataset takes
@@ -65,7 +67,7 @@ def read_columns(source: Source) -> set[str]:
                 if source["path"] == "csv":
                     return set(next(csv.reader(file, delimiter="\t" if kind == ".tsv" else ",")))
                 if kind == ".jsonl":
-                    return set(json.loads(file.readline()))
+                    return set().union(*map(json.loads, islice(filter(str.strip, file), SEEN)))
         import datasets
 
         if (path / "state.json").exists():

@@ -215,6 +215,16 @@ def test_old_and_unknown_fields_of_trl_are_mapped_or_named(project, model):
     assert m2m("select", "m2m.yaml", "--dry_run") == 0
 
 
+def test_a_column_that_the_first_row_lacks_is_read(project, model):
+    rows = [{"instruction": "Name it.", "output": "rot"}, {"instruction": "Name it.", "input": "red", "output": "rot"}]
+    write_rows(project / "rows.jsonl", rows)
+    (project / "theirs.yaml").write_text(yaml.safe_dump({"base_model": model, **axolotl(type="alpaca")}))
+    assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 0
+    text = (project / "m2m.yaml").read_text()
+    assert yaml.safe_load(text)["candidates"]["rows"]["template"] == {"prompt": "{instruction}\n{input}"}
+    assert "in rows prompts without the line end before an empty column" in text
+
+
 def test_rows_that_need_other_names_are_named(project, model, capsys):
     write_rows(project / "rows.jsonl", [{"q": "a", "a": "b"}])
     flags = ("--model", model, "--data", "rows.jsonl", "--target", "validation.jsonl")

@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := .demo/SmolLM2-135M-Instruct
 
-.PHONY: help demo test quality crash fuzz gpu-check
+.PHONY: help demo test quality crash families fuzz gpu-check
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ quality: $(VENV)/.installed-test ## Lint, check formatting and types
 
 crash: $(VENV)/.installed-test ## Kill runs 60 times and cut every file of a finished one short (about 6 minutes)
 	@$(BIN)/python tests/crash.py --kills 60 --files all
+
+families: $(VENV)/.installed-test ## One pico model of every family: scores against plain models; writes docs/models.md (about 10 minutes)
+	@$(BIN)/python tests/families.py
 
 fuzz: $(VENV)/.installed-test ## Thousands of made-up configurations, rows, journals and adapter folders
 	@M2M_FUZZ=full $(BIN)/python -m pytest tests/test_fuzz.py

@@ -39,6 +39,11 @@ class Family:
                 f"activation_checkpointing: {self._name} does not support it, so training keeps all activations. This takes more "
                 "memory and changes no result; lower per_device_train_batch_size where memory does not suffice"
             )
+        if self._plan is None and self._model.base_model is self._model:
+            raise InputError(
+                f"model_name_or_path: TRL cannot train a {self._name}, as it does not find the layers below the output head; "
+                "expected a model of another class"
+            )
         if self._plan is None and self._lacks_router_loss(args.router_aux_loss_coef):
             if args.router_aux_loss_coef:
                 raise InputError(
@@ -67,7 +72,7 @@ class Family:
     @cached_property
     def _layers(self) -> list[str]:
         """The names that unset `lora_target_modules` stand for; empty where PEFT has a default of its own."""
-        if self._takes(None):
+        if not self._tower and self._takes(None):
             return []
         taken = [name for name in self._linear if self._takes([name])]
         if not taken:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from trl import ModelConfig, SFTConfig
 
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, first_line
 from m2m_hf.modeling.heads import HeadPlan
 from m2m_hf.modeling.loading import load_config, model_class, unsharded
 
@@ -78,7 +78,8 @@ def adapt(model: PreTrainedModel, config: LoraConfig, model_args: ModelConfig) -
     if failure is not None:
         raise InputError(
             f"lora_target_modules {model_args.lora_target_modules!r}, lora_r {model_args.lora_r!r} do not fit this model: "
-            f"{failure}. Give the names of at least two kinds of layers, one regular expression such as '.*q_proj', or all-linear"
+            f"{failure}. Leave lora_target_modules out, or give the names of at least two kinds of layers, one regular "
+            "expression such as '.*q_proj', or all-linear"
         ) from failure
     named = config.target_modules if isinstance(config.target_modules, set) else ()
     if unknown := [one for one in sorted(named) if not any(f".{name}".endswith(f".{one}") for name in adapted)]:
@@ -100,7 +101,7 @@ def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) 
     if plan is None:
         refuse_unless_generative(model_args, model_config)
     try:
-        kind = model_class(plan)
+        kind = model_class(plan, model_config)
         if plan is not None and plan.two_towers:
             model_config = model_config.vision_config
         with torch.device("meta"), unsharded(args):
@@ -109,7 +110,7 @@ def meta_model(model_args: ModelConfig, args: SFTConfig, plan: HeadPlan | None) 
     except Exception as error:
         what = "causal LM" if plan is None else "model for this task"
         raise InputError(
-            f"model_name_or_path: {model_args.model_name_or_path!r} cannot be used as a {what} ({error})"
+            f"model_name_or_path: {model_args.model_name_or_path!r} cannot be used as a {what} ({first_line(error)})"
         ) from error
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import patch_environment
@@ -15,6 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from trl import ModelConfig, SFTConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -75,9 +77,12 @@ def make_plan(model_args: ModelConfig, task: str) -> HeadPlan | None:
     return plan_head(load_config(model_args), model_args.model_name_or_path, model_args.model_revision, task)
 
 
-def model_class(plan: HeadPlan | None) -> Any:
-    """The class of transformers that loads the base model."""
-    return transformers.AutoModelForCausalLM if plan is None else getattr(transformers, plan.model_class)
+def model_class(plan: HeadPlan | None, config: Any = None) -> Any:
+    """The class of transformers that loads the base model; of a causal LM that reads images too, one for both."""
+    if plan is not None:
+        return getattr(transformers, plan.model_class)
+    both = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForImageTextToText if both else transformers.AutoModelForCausalLM
 
 
 def load_base(
@@ -97,8 +102,10 @@ def load_base(
         if state.num_processes > 1 and state.device.type != "cpu":
             kwargs["device_map"] = {"": state.local_process_index}
     to_train = to_train and is_sharded()
+    devices = [args.device] if args.device.type == "cuda" else []
     try:
-        with nullcontext() if to_train else unsharded(args):
+        with torch.random.fork_rng(devices), nullcontext() if to_train else unsharded(args):
+            torch.manual_seed(args.seed)
             model, report = create_model_from_path(
                 model_args.model_name_or_path,
                 None if plan is None else model_class(plan),
@@ -110,6 +117,7 @@ def load_base(
                 output_loading_info=True,
                 **kwargs,
             )
+            model.drawn = Drawn(args.seed, args.device)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise InputError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be loaded ({error})") from error
     unread = plan.untrained if plan is not None and plan.own is None else None  # such as a pooler
@@ -125,6 +133,20 @@ def load_base(
             layer.support_avx512bf16_for_cpu = False
     placed = to_train or quantization or hasattr(model, "hf_device_map")
     return model if placed else model.to(args.device)
+
+
+class Drawn:
+    """Random numbers as they stand once a model was loaded with this seed: some families draw some while they are loaded."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self._device = seed, device
+        self._here = torch.get_rng_state()
+        self._there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._here)
+        if self._there is not None:
+            torch.cuda.set_rng_state(self._there, self._device)
 
 
 def base_fingerprint(model_args: ModelConfig) -> str:

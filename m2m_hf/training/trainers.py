@@ -5,7 +5,8 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import sft_trainer
 
 from m2m_hf.console import Bar
 from m2m_hf.errors import InputError
@@ -246,7 +248,8 @@ def make_trainer(
     adapter = settings.expert.prepare(base, None if head is None else head.plan)
     common = {"args": args, "train_dataset": rows, "processing_class": settings.processing, **bookkeeping}
     if head is None:
-        return CompletionTrainer(model=base, peft_config=adapter, **common)
+        with seeded_as_loaded(base):
+            return CompletionTrainer(model=base, peft_config=adapter, **common)
     collate = Collate(settings.processing, head, settings.among, settings.limit)
     model = base if adapter is None else get_peft_model(base, adapter)
     return LabelTrainer(head, model=model, data_collator=collate, **common)
@@ -278,6 +281,23 @@ def check_training(
             f"{where}: its {left} rows fill no batch of {args.per_device_train_batch_size}, and dataloader_drop_last leaves out "
             "what fills none; set dataloader_drop_last: false, or lower per_device_train_batch_size"
         )
+
+
+@contextmanager
+def seeded_as_loaded(base: PreTrainedModel) -> Iterator[None]:
+    """While active, TRL seeds as if it loaded the base model itself: `trl sft` makes the adapter after it has."""
+    drawn = getattr(base, "drawn", None)
+
+    def seed(number: int) -> None:
+        set_seed(number)
+        if drawn is not None and drawn.seed == number:
+            drawn.restore()
+
+    sft_trainer.set_seed = seed
+    try:
+        yield
+    finally:
+        sft_trainer.set_seed = set_seed
 
 
 def arguments(settings: Settings, saved: Path) -> SFTConfig:

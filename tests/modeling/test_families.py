@@ -14,7 +14,9 @@ from transformers import (
     FalconH1Config,
     Gemma3Config,
     GraniteMoeHybridConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    LlavaConfig,
     MambaConfig,
     MixtralConfig,
     MPNetConfig,
@@ -22,11 +24,13 @@ from transformers import (
     PhimoeConfig,
     Qwen2MoeConfig,
     SiglipConfig,
+    SmolVLMConfig,
     ViTImageProcessorPil,
 )
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.modeling.families import Family
+from m2m_hf.modeling.loading import model_class
 
 CAUSAL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -69,7 +73,7 @@ def test_a_model_that_cannot_checkpoint_activations_trains_without_and_says_so(
 def settled(config, **settings):
     """(training arguments, target modules, what is said) of a family."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(None, config).from_config(config)
     args = SFTConfig(output_dir="out", use_cpu=True, bf16=False, **settings)
     args, model_args, said = Family(model, None, True).settle(args, ModelConfig(model_name_or_path="model"))
     return args, model_args.lora_target_modules, "\n".join(said)
@@ -97,10 +101,18 @@ def test_unset_target_modules_stay_unset_where_peft_has_a_default():
     assert settled(LlamaConfig(**CAUSAL))[1:] == (None, "")
 
 
-def test_unset_target_modules_leave_the_image_tower_alone():
+@pytest.mark.parametrize(
+    ("kind", "tower"),
+    [(Gemma3Config, "language_model"), (LlavaConfig, "language_model"), (SmolVLMConfig, "text_model")],
+)
+def test_unset_target_modules_leave_the_image_tower_alone(kind, tower):
     vision = SHAPE | {"image_size": 16, "patch_size": 4}
-    _, modules, _ = settled(Gemma3Config(text_config=CAUSAL | {"head_dim": 8}, vision_config=vision))
-    assert modules == rf"model\.language_model\..*\.({'|'.join(DENSE.split())})"
+    texts = CAUSAL | {"head_dim": 8} | ({} if kind is Gemma3Config else {"model_type": "llama"})
+    config = kind(
+        text_config=texts, vision_config=vision | {"model_type": "clip_vision_model"} if kind is LlavaConfig else vision
+    )
+    _, modules, _ = settled(config)
+    assert modules == rf"model\.{tower}\..*\.({'|'.join(DENSE.split())})"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
@@ -114,6 +126,16 @@ def test_routed_experts_stay_as_they_are_or_are_refused(project, tokenizer, tmp_
     assert "the routed experts (MixtralExperts) are held" in " ".join(capsys.readouterr().out.split())
     shape = json.loads((project / "out" / "final" / "adapter_config.json").read_text())
     assert shape["target_modules"] == ATTENTION.split()
+
+
+def test_what_is_no_causal_lm_or_trl_cannot_train_is_refused_in_a_sentence(project, tokenizer, tmp_path, refused):
+    model = saved(Llama4TextConfig(**CAUSAL, num_local_experts=2), tmp_path / "llama4", AutoModelForCausalLM, tokenizer)
+    changed(project, "run", model_name_or_path=str(model))
+    assert "TRL cannot train a Llama4ForCausalLM" in refused(project / "run.yaml")
+    (tmp_path / "llama4" / "config.json").write_text(json.dumps({"model_type": "vit", **SHAPE}))
+    said = refused(project / "run.yaml")
+    assert "cannot be used as a causal LM" in said
+    assert len(said) < 500
 
 
 def test_adapters_on_a_router_are_refused(project, tokenizer, tmp_path, refused):

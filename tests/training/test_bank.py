@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from pico import choice_rows, language_searcher
+from pico import changed, choice_rows, language_searcher
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from trl import SFTTrainer
 
 from m2m_hf.errors import InputError
@@ -54,6 +54,21 @@ def test_a_bank_is_what_fresh_models_would_give(finished, tmp_path):
     fresh.train()
     fresh.model.save_pretrained(tmp_path / "fresh")
     assert same(finished / "out" / "adapters" / "gamma", tmp_path / "fresh")
+
+
+def test_adapters_on_a_model_whose_loading_draws_start_as_those_of_trl_sft(project, tokenizer, tmp_path):
+    shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "time_step_rank": 4}
+    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    changed(project, "run", model_name_or_path=str(tmp_path / "mamba"), lora_target_modules=["in_proj", "x_proj"])
+    run = language_searcher(project, "--activation_checkpointing", "false").run
+    rows, lora = run.candidates["gamma"].rows, run.expert().lora
+    train_expert(run.base.to_train(), rows, run.training_settings(), tmp_path / "ours")
+    run.args.output_dir, run.args.save_strategy = str(tmp_path / "trl"), "no"
+    theirs = SFTTrainer(model=str(tmp_path / "mamba"), args=run.args, train_dataset=rows, peft_config=lora)
+    theirs.train()
+    theirs.model.save_pretrained(tmp_path / "theirs")
+    assert same(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_training_gives_the_base_back_untouched(project):

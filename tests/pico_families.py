@@ -174,7 +174,7 @@ TEXTS = [
     classifier("Qwen3, own classifier", "qwen3", SENTENCES, HEADS | NAMES),
 ]
 SWIN = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
-CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2}
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2, "layer_scale_init_value": 1.0}
 SIGLIP = {"vision_config": VISION, "text_config": SHAPE | {"vocab_size": 320, "projection_size": 16}}
 CLIP = {"vision_config": VISION | {"projection_dim": 12}, "text_config": TOWER | {"projection_dim": 12}}
 IMAGES = [

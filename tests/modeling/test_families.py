@@ -128,14 +128,10 @@ def test_routed_experts_stay_as_they_are_or_are_refused(project, tokenizer, tmp_
     assert shape["target_modules"] == ATTENTION.split()
 
 
-def test_what_is_no_causal_lm_or_trl_cannot_train_is_refused_in_a_sentence(project, tokenizer, tmp_path, refused):
+def test_a_model_that_trl_cannot_train_is_refused(project, tokenizer, tmp_path, refused):
     model = saved(Llama4TextConfig(**CAUSAL, num_local_experts=2), tmp_path / "llama4", AutoModelForCausalLM, tokenizer)
     changed(project, "run", model_name_or_path=str(model))
     assert "TRL cannot train a Llama4ForCausalLM" in refused(project / "run.yaml")
-    (tmp_path / "llama4" / "config.json").write_text(json.dumps({"model_type": "vit", **SHAPE}))
-    said = refused(project / "run.yaml")
-    assert "cannot be used as a causal LM" in said
-    assert len(said) < 500
 
 
 def test_adapters_on_a_router_are_refused(project, tokenizer, tmp_path, refused):

@@ -3,19 +3,21 @@
 Other files are read by `datasets`; those of parquet are looked at first, since it makes the first one's types of all.
 """
 
+import bz2
 import codecs
 import csv
+import gzip
 import json
 import lzma
 import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
@@ -33,6 +35,11 @@ from datasets.utils.file_utils import xopen
 from pyarrow import parquet
 
 Row = dict[str, Any]
+COMPRESSED: dict[bytes, Callable[[str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 DAMAGED = (EOFError, OSError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)  # of compressed files
 File = tuple[str, str, int, int]  # its name in messages, its path, and the time and size that tell versions apart
 
@@ -81,10 +88,25 @@ def local_files(builder: DatasetBuilder, split: str) -> Iterator[File]:
     for shown, local in zip(paths, manager.download(list(paths)), strict=True):
         state = Path(local).stat()
         try:
-            for path in manager.iter_files(manager.extract(local)):
+            whole = decompressor(local) is not None and not tarfile.is_tarfile(local)
+            for path in [local] if whole else manager.iter_files(manager.extract(local)):
                 yield str(shown), path, state.st_mtime_ns, state.st_size
         except (ValueError, *DAMAGED) as error:
             raise ValueError(f"{shown}: {error}") from error
+
+
+def decompressor(path: str) -> Callable[[str], Any] | None:
+    """What opens a compressed file, as its first bytes tell; its name may be one that is no URL."""
+    with xopen(path, "rb") as file:
+        start = file.read(6)
+    return next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def open_file(path: str) -> IO[bytes]:
+    """Opens a file, or one in an archive, decompressed."""
+    opener = decompressor(path)
+    file: IO[bytes] = opener(path) if opener else xopen(path, "rb")
+    return file
 
 
 def check_parquet(builder: DatasetBuilder) -> None:
@@ -93,7 +115,7 @@ def check_parquet(builder: DatasetBuilder) -> None:
     columns = dict.fromkeys(declared, card)
     known = {name: (kind_of(kind.pa_type), card) for name, kind in declared.items() if isinstance(kind, Value)}
     for shown, path, _, _ in (file for split in builder.config.data_files for file in local_files(builder, split)):
-        if "://" in path:
+        if "://" in path or decompressor(path):
             raise ValueError(f"{shown}: expected a parquet file as it is, not compressed again or in an archive")
         try:
             schema = parquet.read_schema(path)
@@ -189,7 +211,7 @@ def column(values: list[Any]) -> tuple[Any, pa.Array]:
 def csv_rows(path: str, separator: str) -> Iterator[Row]:
     """The rows of a CSV file, every cell as it stands there."""
     limit = csv.field_size_limit(sys.maxsize)
-    with xopen(path, "rb") as binary, TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+    with open_file(path) as binary, TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         try:
             names = [name or f"Unnamed: {number}" for number, name in enumerate(next(filter(None, reader), []))]
@@ -208,9 +230,9 @@ def csv_rows(path: str, separator: str) -> Iterator[Row]:
 
 def json_rows(path: str, field: str | None, texts: Iterable[str]) -> Iterator[Row]:
     """The objects of a file of JSON lines, of one list, or of one object: its list `field`, or itself as the only row."""
-    with xopen(path, "rb") as file:
+    with open_file(path) as file:
         is_list = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    with xopen(path, "rb") as file:
+    with open_file(path) as file:
         for number, text in enumerate([file.read()] if is_list or field is not None else file, start=1):
             line = "" if is_list or field is not None else f", line {number}"
             try:
@@ -234,7 +256,7 @@ def json_rows(path: str, field: str | None, texts: Iterable[str]) -> Iterator[Ro
 def one_object(path: str) -> Row | None:
     """The object in a file that holds one over several lines."""
     try:
-        with xopen(path, "rb") as file:
+        with open_file(path) as file:
             value = parse_json(file.read())
     except (ValueError, RecursionError):
         return None

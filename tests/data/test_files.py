@@ -78,7 +78,7 @@ def test_parquet_files_that_would_be_read_otherwise_are_refused_by_name(tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["~/a.jsonl", "[0] b*?.jsonl", "c [x]/d.jsonl.gz", "c [x]/*.jsonl", "bom.json", "*.jsonl"]
+    "name", ["~/a.jsonl", "[0] b*?.jsonl", "c [x]/d[1].jsonl.gz", "c [x]/*.jsonl", "bom.json", "*.jsonl"]
 )
 def test_files_of_any_name(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

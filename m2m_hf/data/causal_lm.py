@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.conversations import UNREAD, as_turns, check_shown, rows_of, says_something, tools_of, unused
-from m2m_hf.data.loading import TEXTS, columns_in, fill, load_rows, names_in, require_columns
+from m2m_hf.data.files import as_text
+from m2m_hf.data.loading import TEXTS, class_names, columns_in, fill, load_rows, require_columns
 from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of
 from m2m_hf.data.tokens import appended, encode, render
 from m2m_hf.errors import InputError
@@ -200,13 +201,18 @@ def make_target(
     rows: dict[str, tuple[Any, ...]] = {}
     for part, dataset in parts.items():
         numbered = [
-            (f"targets.{name}.{part}, row {number}", row) for number, row in enumerate(rows_of(dataset), start=1)
+            (f"targets.{name}.{part}, row {number}", named_answer(row, dataset.features))
+            for number, row in enumerate(rows_of(dataset), start=1)
         ]
         if config.kind == "callable":
             rows[part] = tuple(dataset)
             continue
         if config.kind == "classification":
             require_columns(dataset, ("label",), f"targets.{name}.{part}")
+            if not isinstance(dataset[0]["label"], str | int | float | None):
+                raise InputError(
+                    f"targets.{name}.{part}, row 1.label: expected a name, got {dataset[0]['label']!r:.200}"
+                )
             # Without a list of labels they are those of the validation set, also for the test.
             known = set(label_names(parts["data"], config.labels or {})) - {None}
             words = config.labels or {label: label for label in sorted(filter(None, known))}
@@ -235,7 +241,15 @@ def label_names(rows: Dataset, words: Mapping[str, str]) -> list[str | None]:
         and set(map(str, range(len(kind.names)))) <= {*words}
     ):
         return [None if label in (None, -1) else str(label) for label in labels]
-    return names_in(rows, "label", labels)
+    return [as_text(class_names(label, kind)) for label in labels]
+
+
+def named_answer(row: dict[str, Any], features: Features) -> dict[str, Any]:
+    """A row with its choices and answer as the names of their classes, unless answers' names count their places."""
+    kind, named = features.get("answer"), {"choices", "answer"} & row.keys()
+    if isinstance(kind, ClassLabel) and any(kind.names == [str(n + k) for n in range(len(kind.names))] for k in (0, 1)):
+        named.discard("answer")
+    return row | {name: class_names(row[name], features[name]) for name in named}
 
 
 def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, where: str) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""Data for causal LMs: one format for all rows, sizes, overlap, a mixture as rows, and messages about bad rows."""
+"""Data for causal LMs: one format for all rows, sizes, overlap, and messages about bad rows."""
 
 import json
 from copy import deepcopy
 
 import pytest
-from datasets import Dataset, concatenate_datasets, load_dataset
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset
 from pico import build_model, candidate_rows, choice_rows, write_rows
 from trl import SFTConfig, SFTTrainer
 
@@ -309,39 +307,6 @@ def test_a_completion_that_adds_no_token(tokenizer):
         encode(tokenizer, "red", "")
 
 
-def test_mixture_is_written_the_same_every_time(tokenizer, tmp_path):
-    candidates = load({name: candidate_rows(name) for name in ("a", "b", "c")}, tokenizer).candidates
-    mixture = Mixture.subset(["a", "c"])
-    first = write_mixture(tmp_path / "1", mixture, candidates, seed=3)
-    second = write_mixture(tmp_path / "2", mixture, dict(reversed(candidates.items())), seed=3)
-    assert first.read_bytes() == second.read_bytes()
-    rows = [json.loads(line) for line in first.read_text().splitlines()]
-    union = candidate_rows("a") + candidate_rows("c")
-    assert sorted(rows, key=str) == sorted(union, key=str)
-    assert rows != union
-    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
-    assert manifest["rows"] == 24
-    assert manifest["sources"]["a"]["weight"] == 0.5
-
-
-DATES = st.sampled_from(["2024-01-01", "2024-01-01 00:00:00", "2024-01-01T00:00:00Z"])
-ODD = st.sampled_from(["1", "1e5", "0" * 30, "null", "a\u2028b\x85c\x00", "\r\n", "[]", "{}", "\u00e9"])
-
-
-@given(rows=st.lists(st.tuples(DATES | ODD, DATES) | st.tuples(ODD, ODD), min_size=1, max_size=3), turns=st.booleans())
-@example(rows=[("q", "2024-01-01"), ("q", "2024-01-02")], turns=False)
-@example(rows=[("2024-01-01", "2024-01-01")], turns=True)
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_recipe_trains_on_the_texts_that_the_run_has(tokenizer, tmp_path, rows, turns):
-    made = [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
-    if turns:
-        made = [{"messages": [ASKED | {"content": prompt}, MESSAGES[1] | {"content": c}]} for prompt, c in rows]
-    candidates = load({"a": made}, tokenizer).candidates
-    train = write_mixture(tmp_path, Mixture.subset(["a"]), candidates, seed=0)
-    assert sorted(as_trl_reads(train).to_list(), key=str) == sorted(candidates["a"].rows.to_list(), key=str)
-    assert {path.name for path in tmp_path.iterdir()} == {train.name, "manifest.json"}
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -420,6 +385,31 @@ def test_an_answer_may_be_a_text_a_letter_or_a_label(choices, answer):
     row = target_row({"prompt": "which?", "choices": choices, "answer": answer}, "text", "choice", "row")
     assert row.answer == 1
     assert len(row.choices) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "right"),
+    [("AB", "b"), ("BA", "a"), ("01", "b"), ("12", "b"), (["b", "a"], "a"), ("10", None), ("XY", None)],
+)
+def test_answers_and_choices_that_are_classes_are_their_names(tokenizer, names, right):
+    """The answer is the class with the number 1."""
+    features = {
+        "prompt": Value("string"),
+        "choices": [ClassLabel(names=["a", "b"])],
+        "answer": ClassLabel(names=[*names]),
+    }
+    row = {"prompt": "?", "choices": [0, 1], "answer": 1}
+    target = {
+        "t": TargetConfig("choice", "accuracy", DataConfig(rows=Dataset.from_list([row], features=Features(features))))
+    }
+    candidates = {"a": CandidateConfig(DataConfig(rows=Dataset.from_list(candidate_rows("a"))))}
+    options = {"seed": 0, "max_length": 64, "assistant_only_loss": False}
+    if right is None:
+        with pytest.raises(InputError, match=r"targets\.t\.data, row 1\.answer: expected the index"):
+            load_causal_lm_data(candidates, target, tokenizer, **options)
+    else:
+        (question,) = load_causal_lm_data(candidates, target, tokenizer, **options).targets["t"].rows
+        assert (question.choices, question.choices[question.answer]) == (("a", "b"), right)
 
 
 @pytest.mark.parametrize(

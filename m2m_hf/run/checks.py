@@ -136,7 +136,7 @@ def check_trainings(run: RunContext) -> None:
     imported = run.config.bank if isinstance(run.config.bank, Mapping) else {}
     to_train = [name for name in run.bank.check() if name not in imported]
     due = {f"candidates.{name}": (*run.candidate_settings(name), run.candidates[name]) for name in to_train}
-    if (run.config.final or imported) and find_incomplete(run.folder.final) is not None:
+    if (run.config.final or (imported and run.config.train_final)) and find_incomplete(run.folder.final) is not None:
         due |= {f"final, on {name} alone": (*run.final_settings, one) for name, one in run.candidates.items()}
     bare, tried = meta_model(run.model_args, run.args, run.base.plan), set()
     for where, (args, model_args, candidate) in due.items():

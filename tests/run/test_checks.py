@@ -244,6 +244,8 @@ def test_a_trainer_is_made_ready_once_for_equal_settings(project, monkeypatch):
         ),
         ({"lora_target_modules": ["q_proj", "proj"]}, "lora_target_modules: proj names no layer"),
         ({"lora_task_type": "SEQ_CLS"}, "lora_task_type: expected CAUSAL_LM, got SEQ_CLS"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
+        ({"torch_compile_mode": "fast"}, "torch_compile_mode: expected one of default, reduce-overhead"),
         ({"lora_alpha": 0}, "lora_alpha: expected an integer of at least 1, got 0"),
         ({"lora_dropout": 1.0}, "lora_dropout: expected a number from 0 to below 1, got 1.0"),
         ({"label_smoothing_factor": 2.0}, "label_smoothing_factor: expected a number from 0 to below 1"),

@@ -72,7 +72,9 @@ def read_columns(source: Source) -> set[str]:
 
         if (path / "state.json").exists():
             return set(datasets.load_from_disk(str(path)).column_names)
-        return set(next(iter(datasets.load_dataset(**source, split="train", streaming=True))))
+        keys = {key: source[key] for key in ("path", "name", "data_dir", "data_files", "revision") if key in source}
+        rows = datasets.load_dataset(**keys, split=source.get("split", "train"), streaming=True)
+        return set(next(iter(rows)))
     except Exception:  # datasets may raise anything over a file; the search will name the reason
         return set()
 

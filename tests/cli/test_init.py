@@ -215,6 +215,14 @@ def test_old_and_unknown_fields_of_trl_are_mapped_or_named(project, model):
     assert m2m("select", "m2m.yaml", "--dry_run") == 0
 
 
+def test_columns_of_a_conversation_that_are_not_read_are_left_out_whatever_the_file(project, model):
+    (project / "rows.json").write_text(json.dumps([ALPACA] * 4))
+    theirs = {"base_model": model, "datasets": [{"path": "rows.json", "type": "alpaca"}]}
+    (project / "theirs.yaml").write_text(yaml.safe_dump(theirs))
+    assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 0
+    assert m2m("select", "m2m.yaml", "--dry_run") == 0
+
+
 def test_a_column_that_the_first_row_lacks_is_read(project, model):
     rows = [{"instruction": "Name it.", "output": "rot"}, {"instruction": "Name it.", "input": "red", "output": "rot"}]
     write_rows(project / "rows.jsonl", rows)

@@ -72,8 +72,8 @@ def read_columns(source: Source) -> set[str]:
 
         if (path / "state.json").exists():
             return set(datasets.load_from_disk(str(path)).column_names)
-        keys = {key: source[key] for key in ("path", "name", "data_dir", "data_files", "revision") if key in source}
-        rows = datasets.load_dataset(**keys, split=source.get("split", "train"), streaming=True)
+        keys = {key: source[key] for key in ("path", "name", "data_dir", "data_files", "revision") if source.get(key)}
+        rows = datasets.load_dataset(**keys, split=source.get("split") or "train", streaming=True)
         return set(next(iter(rows)))
     except Exception:  # datasets may raise anything over a file; the search will name the reason
         return set()

@@ -215,9 +215,13 @@ def test_old_and_unknown_fields_of_trl_are_mapped_or_named(project, model):
     assert m2m("select", "m2m.yaml", "--dry_run") == 0
 
 
-def test_columns_of_a_conversation_that_are_not_read_are_left_out_whatever_the_file(project, model):
+@pytest.mark.parametrize("kind", ["axolotl", "llamafactory"])
+def test_columns_of_a_conversation_that_are_not_read_are_left_out_whatever_the_file(project, model, kind):
     (project / "rows.json").write_text(json.dumps([ALPACA] * 4))
-    theirs = {"base_model": model, "datasets": [{"path": "rows.json", "type": "alpaca"}]}
+    (project / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    theirs = {"model_name_or_path": model, "dataset": "rows", "dataset_dir": "."}
+    if kind == "axolotl":
+        theirs = {"base_model": model, "datasets": [{"path": "rows.json", "type": "alpaca"}]}
     (project / "theirs.yaml").write_text(yaml.safe_dump(theirs))
     assert m2m("init", "--from", "theirs.yaml", "--target", "validation.jsonl") == 0
     assert m2m("select", "m2m.yaml", "--dry_run") == 0

@@ -76,8 +76,10 @@ def test_light_modules_import_nothing_heavy(name):
         assert not others & HEAVY, path
 
 
-def test_a_wheel_holds_every_recipe():
+def test_a_wheel_holds_every_package_and_every_recipe():
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    ours = {path.parent.relative_to(ROOT) for path in (ROOT / "m2m_hf").rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in ours} <= set(told["packages"])
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.py")}
     assert {f"m2m_hf.{'.'.join(folder.parts)}" for folder in folders} <= set(told["packages"])
 

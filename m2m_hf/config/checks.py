@@ -14,6 +14,11 @@ from m2m_hf.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset", "imagefolder")
+SUFFIXES = {
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".txt": "text", ".arrow": "arrow",
+}  # fmt: skip
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class Rule(NamedTuple):

@@ -192,9 +192,14 @@ def parse(config: Path | None, flags: Sequence[str] = (), values: Mapping[str, A
     structured = {key: settings.pop(key) for key in YAML_ONLY if key in settings}
     sources = {key: settings.pop(key) for key in SOURCES if isinstance(settings.get(key), Mapping)}
     parser = Parser(CommandLine, SFTConfig, ModelConfig)
-    unsaid = dict.fromkeys(("use_cpu", "dtype", "bf16"))
-    defaults = {"output_dir": f"runs/{config.stem if config else 'm2m'}"}
-    defaults |= hardware_defaults(parser.said(unsaid | settings, flags))
+    unsaid = dict.fromkeys(("use_cpu", "dtype", "bf16", "use_peft"))
+    defaults: dict[str, Any] = {"output_dir": f"runs/{config.stem if config else 'm2m'}", "use_peft": False}
+    given = parser.said(unsaid | settings, flags)
+    if given.use_peft is not None and given.use_peft == (given.expert == "full"):
+        raise InputError(
+            f"use_peft: {given.use_peft} contradicts expert: {given.expert}, which decides here; leave it out"
+        )
+    defaults |= hardware_defaults(given)
     said, args, model_args = parser.read(defaults | settings, flags)
     structured |= {key: source for key, source in sources.items() if getattr(said, key) is None}
     ours = MergeToMixConfig(**{**vars(said), **structured, "folder": str(folder)})
@@ -288,6 +293,11 @@ def check_trl(args: SFTConfig, model_args: ModelConfig) -> None:
         )
     if args.truncation_mode != "keep_start":
         raise InputError(f"truncation_mode: expected keep_start, got {args.truncation_mode!r} (deprecated in TRL)")
+    if args.dataset_text_field != "text":
+        raise InputError(
+            f"dataset_text_field: rows have a prompt and a completion; to train on all of a text, give its candidate columns: "
+            f'{{{args.dataset_text_field}: completion}} and template: {{prompt: ""}}'
+        )
     if args.push_to_hub and not args.hub_model_id:
         raise InputError("push_to_hub: expected hub_model_id: org/name beside it")
     given = vars(model_args) | vars(args)

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
-from m2m_hf.config.checks import BUILDERS, check_name, exists
+from m2m_hf.config.checks import BUILDERS, COMPRESSED, SUFFIXES, check_name, exists
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.data.files import as_text, check_metadata, check_parquet, read_split, reads
 from m2m_hf.errors import InputError
@@ -300,9 +300,24 @@ def check_files(config: DataConfig, where: str) -> None:
                 "such as path: json, data_files: folder/train.jsonl"
             )
     if config.path and config.data_files is None and Path(config.path).is_dir():
-        files = chain.from_iterable(names for _, _, names in os.walk(config.path))
-        if sum(1 for _ in islice(files, MAX_FILES + 1)) > MAX_FILES:
+        walked = chain.from_iterable(names for _, _, names in os.walk(Path(config.path) / (config.data_dir or "")))
+        files = list(islice(walked, MAX_FILES + 1))
+        if len(files) > MAX_FILES:
             raise InputError(f"{where}: {config.path} holds more than {MAX_FILES:,} files; say which with data_files")
+        # A description of the dataset may say what belongs to what.
+        described = "README.md" in files or any(name in files for name in SAVED)
+        kinds = {builder: name for name in sorted(files) if (builder := builder_of(name)) not in (None, "text")}
+        if len(kinds) > 1 and not described:
+            raise InputError(
+                f"{where}: {config.path} holds {' and '.join(kinds.values())}, and load_dataset reads files of one kind; say "
+                "which with path: and data_files:"
+            )
+
+
+def builder_of(name: str) -> str | None:
+    """What reads a file of rows, by its name; None of another file."""
+    ends = [end for end in Path(name).suffixes if end not in COMPRESSED]
+    return SUFFIXES.get(ends[-1].lower()) if ends and not name.startswith(("dataset_info", ".")) else None
 
 
 def parse_template(template: str, where: str) -> list[tuple[str, str | None, str | None, str | None]]:

@@ -237,6 +237,13 @@ def test_the_command_line_overrides_values_which_override_the_file(tmp_path):
         ({"seed": 2**32}, "", "seed: expected an integer from 0 to"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "", "the training arguments cannot be used"),
         ({"truncation_mode": "keep_end"}, "", "truncation_mode: expected keep_start"),
+        ({"use_peft": False}, "", "use_peft: False contradicts expert: lora"),
+        ({"use_peft": True}, "--expert full", "use_peft: True contradicts expert: full"),
+        (
+            {"dataset_text_field": "body"},
+            "",
+            "dataset_text_field: rows have a prompt and a completion; .* {body: completion}",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*truncation_mode:FutureWarning")

@@ -236,6 +236,22 @@ def test_folders_with_very_many_files_are_not_searched(tmp_path, monkeypatch):
         load_rows(DataConfig(path=str(tmp_path)), "here", 0)
 
 
+def test_a_folder_with_files_of_several_kinds_is_refused_unless_it_is_described(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", candidate_rows("alpha", 4))
+    for name in ("dataset_infos.json", "LICENSE.txt"):
+        (folder / name).write_text("{}")
+    assert len(load_rows(DataConfig(path=str(folder)), "here", 0)) == 4
+    (folder / "b.csv.gz").write_bytes(gzip.compress(b"prompt,completion\n1,2\n"))
+    with pytest.raises(
+        InputError, match=r"here: .*rows holds a\.jsonl and b\.csv\.gz, and load_dataset reads files of one kind"
+    ):
+        load_rows(DataConfig(path=str(folder)), "here", 0)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n")
+    assert len(load_rows(DataConfig(path=str(folder)), "here", 0)) == 4
+
+
 @pytest.fixture
 def public_set(project):
     """One dataset with a `source` column, as public instruction sets have them, in place of the three candidates."""

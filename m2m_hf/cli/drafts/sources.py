@@ -10,15 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.config.checks import exists, resolve_existing
+from m2m_hf.config.checks import COMPRESSED, SUFFIXES, exists, resolve_existing
 from m2m_hf.errors import InputError
 
-SUFFIXES = {
-    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".txt": "text", ".arrow": "arrow",
-}  # fmt: skip
 SEEN = 100_000  # rows of a file, of which some may lack columns
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 Source = dict[str, Any]  # what load_dataset takes
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import LoraConfig
 from pico import TEMPLATE, build_model, build_tokenizer, candidate_rows, changed, m2m, write_rows
 from transformers import (
     BertConfig,
@@ -21,13 +22,15 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
-from trl import SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from m2m_hf.run import checks
 
+BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
 TRIED = {  # what a check of TRL or transformers says -> settings that it refuses, what we say where we are asked first
     "Applying a PEFT adapter to `lm_head`": ({"lora_target_modules": ["q_proj", "lm_head"]}, ""),
     "When `padding_free=True` without packing": ({"padding_free": True}, ""),
@@ -58,6 +61,25 @@ TRIED = {  # what a check of TRL or transformers says -> settings that it refuse
         {"dataloader_drop_last": True, "per_device_train_batch_size": 13},
         "candidates.alpha: its 12 rows fill no batch of 13",
     ),
+    "logging strategy": ({"logging_steps": 0}, ""),
+    "--logging_steps must be an integer": ({"logging_steps": 1.5}, ""),
+    "--save_steps must be an integer": ({"save_steps": 1.5}, ""),
+    "--eval_steps must be an integer": ({"eval_strategy": "steps", "eval_steps": 1.5}, ""),
+    "evaluation strategy": ({"eval_strategy": "steps", "eval_steps": 0, "logging_steps": 0}, ""),
+    "At most one of fp16 and bf16 can be True, but": ({"fp16": True, "bf16": True}, ""),
+    "At most one of fp16 and bf16 can be True for full": ({"fp16_full_eval": True, "bf16_full_eval": True}, ""),
+    "Got warmup_steps": ({"warmup_steps": -1}, ""),
+    "--dataloader_prefetch_factor can only": ({"dataloader_prefetch_factor": 2}, ""),
+    "`torch_empty_cache_steps` must be": ({"torch_empty_cache_steps": 0}, ""),
+    "--load_best_model_at_end requires the save and": ({"load_best_model_at_end": True, "save_strategy": "steps"}, ""),
+    "--load_best_model_at_end requires the saving steps to be a round": (BEST | {"save_steps": 3, "eval_steps": 2}, ""),
+    "which cannot get guaranteed when mixing": (BEST | {"save_steps": 0.5, "eval_steps": 2}, ""),
+    "which is not a multiple of": (BEST | {"save_steps": 0.3, "eval_steps": 0.2}, ""),
+    "lr_scheduler_type reduce_lr_on_plateau requires an": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, ""),
+    "lr_scheduler_type greedy requires an": ({"lr_scheduler_type": "greedy"}, ""),
+    "--tf32 requires": ({"tf32": True}, ""),
+    "You can't use 8 bit and 4 bit": ({"load_in_8bit": True, "load_in_4bit": True}, ""),
+    "`target_parameters` must be a list": ({"lora_target_parameters": "a.b"}, ""),
 }
 
 
@@ -68,6 +90,8 @@ CANNOT_ARISE = (  # parts of what checks say of arguments that we never pass, da
     "deepspeed", "torch_xla", "`DistributedConfig`", "requires either a `model`", "`optimizers`", "simple callable", "SageMaker",
     "`batch_eval_metrics`", "cannot be used as is for training", "the optimizer parameters are not on the same device",
     "at least one example has no assistant tokens", "Unsupported truncation mode", "The specified `pad_token`",
+    "callable to `accelerator_config`", "torch>=0.2.0", "requires `accelerate>=", "`auto_wrap_policy`", "'use_configured_state'",
+    "`layers_to_transform`", "`layers_pattern`", "megatron_core", "'scipy'", "`loftq_config`", "lora_bias",
 )  # fmt: skip
 
 
@@ -82,9 +106,14 @@ def messages(function: Callable) -> Iterator[str]:
 
 
 def test_every_check_of_the_trainers_is_tried_or_cannot_arise():
-    checked = (SFTTrainer.__init__, SFTTrainer._prepare_dataset, Trainer.__init__, Trainer._validate_args)
+    checked = (
+        SFTTrainer.__init__, SFTTrainer._prepare_dataset, Trainer.__init__, Trainer._validate_args,
+        TrainingArguments.__post_init__, TrainingArguments._validate_args, TrainingArguments._process_fsdp_args,
+        TrainingArguments.__dict__["_setup_devices"].func, SFTConfig.__post_init__, ModelConfig.__post_init__,
+        LoraConfig.__post_init__,
+    )  # fmt: skip
     known = (*TRIED, *CANNOT_ARISE)
-    said = [text for function in checked for text in messages(function)]
+    said = [text for function in checked for text in messages(function) if text]
     assert [text for text in said if not any(part in text for part in known)] == []
     assert [part for part in TRIED if not any(part in text for text in said)] == []
 

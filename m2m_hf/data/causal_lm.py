@@ -11,7 +11,7 @@ from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.conversations import UNREAD, as_turns, check_shown, rows_of, says_something, tools_of, unused
 from m2m_hf.data.files import as_text
-from m2m_hf.data.loading import TEXTS, class_names, columns_in, fill, load_rows, require_columns
+from m2m_hf.data.loading import TEXTS, columns_in, fill, legible, load_rows, require_columns
 from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of
 from m2m_hf.data.tokens import appended, encode, render
 from m2m_hf.errors import InputError
@@ -241,7 +241,7 @@ def label_names(rows: Dataset, words: Mapping[str, str]) -> list[str | None]:
         and set(map(str, range(len(kind.names)))) <= {*words}
     ):
         return [None if label in (None, -1) else str(label) for label in labels]
-    return [as_text(class_names(label, kind)) for label in labels]
+    return [as_text(legible(label, kind)) for label in labels]
 
 
 def named_answer(row: dict[str, Any], features: Features) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def named_answer(row: dict[str, Any], features: Features) -> dict[str, Any]:
     kind, named = features.get("answer"), {"choices", "answer"} & row.keys()
     if isinstance(kind, ClassLabel) and any(kind.names == [str(n + k) for n in range(len(kind.names))] for k in (0, 1)):
         named.discard("answer")
-    return row | {name: class_names(row[name], features[name]) for name in named}
+    return row | {name: legible(row[name], features[name]) for name in named}
 
 
 def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, where: str) -> dict[str, Any]:

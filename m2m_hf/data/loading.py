@@ -11,6 +11,7 @@ from string import Formatter
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -101,7 +102,7 @@ def column_values(data: DataConfig, column: str, where: str) -> list[tuple[Any, 
 
 def names_in(rows: Dataset, column: str, values: Iterable[Any]) -> list[str | None]:
     """What values of a column are called: by the name of their class, or by their text; None where there is none."""
-    named = (class_names(value, rows.features[column]) for value in values)
+    named = (legible(value, rows.features[column]) for value in values)
     return [None if value is None else str(value) for value in named]
 
 
@@ -130,7 +131,7 @@ def load_rows(config: DataConfig, where: str, seed: int, texts: Sequence[str] = 
             made[name] = [null if value is None else value for value in texts_in(rows, name, where)]
     for name, text in config.template.items():
         null = config.null if name == "prompt" else None
-        numbered = enumerate(map(class_names, rows, repeat(rows.features)), start=1)
+        numbered = enumerate(map(legible, rows, repeat(rows.features)), start=1)
         made[name] = [fill(text, row, f"{where}, row {number}.template", null) for number, row in numbered]
     return replaced(rows, made)
 
@@ -150,7 +151,7 @@ def columns_in(template: Mapping[str, str], where: str) -> set[str]:
 def texts_in(rows: Dataset, name: str, where: str) -> list[str | None]:
     """The values of a column as texts."""
     try:
-        return [as_text(class_names(value, rows.features[name])) for value in rows[name]]
+        return [as_text(legible(value, rows.features[name])) for value in rows[name]]
     except ValueError as error:
         raise InputError(f"{where}.{name}: {error}") from error
 
@@ -164,14 +165,16 @@ def replaced(rows: Dataset, columns: Mapping[str, list[str | None]]) -> Dataset:
     return datasets.concatenate_datasets([rows.select_columns(rest), made], axis=1) if rest else made
 
 
-def class_names(value: Any, kind: Any) -> Any:
-    """A value with classes as their names, also within lists and mappings."""
+def legible(value: Any, kind: Any) -> Any:
+    """A value with classes as their names and short floats as they are written, also within lists and mappings."""
     if isinstance(kind, ClassLabel):
         return None if value in (None, -1) else kind.int2str(value)
+    if isinstance(value, float) and isinstance(kind, Value) and kind.dtype in ("float16", "float32"):
+        return float(str(np.dtype(kind.dtype).type(value)))  # 0.1, where a double has 0.10000000149011612
     if isinstance(kind, Mapping) and isinstance(value, Mapping):
-        return {key: class_names(inner, kind[key]) for key, inner in value.items()}
+        return {key: legible(inner, kind[key]) for key, inner in value.items()}
     if isinstance(kind, List | LargeList) and isinstance(value, list):
-        return [class_names(inner, kind.feature) for inner in value]
+        return [legible(inner, kind.feature) for inner in value]
     return value
 
 

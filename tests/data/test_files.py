@@ -166,3 +166,11 @@ def test_a_json_list_of_objects_is_read_and_so_is_one_object(tmp_path, count, co
     (tmp_path / "a.json").write_text(json.dumps(content(rows), indent=1))
     read = load_rows(DataConfig(path="json", data_files=(str(tmp_path / "a.json"),)), "candidates.a", 0)
     assert read.to_list() == rows
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float16(), pyarrow.float32(), pyarrow.float64()])
+def test_numbers_of_parquet_are_written_with_their_own_digits(tmp_path, kind):
+    numbers = pyarrow.array([0.1, 2.5, 1e-3, None], pyarrow.float64()).cast(kind)
+    parquet.write_table(pyarrow.table({"prompt": ["a"] * 4, "completion": numbers}), tmp_path / "a.parquet")
+    rows = load_rows(DataConfig(path="parquet", data_files=(str(tmp_path / "a.parquet"),)), "here", 0)
+    assert rows["completion"][:] == ["0.1", "2.5", "0.001", None]

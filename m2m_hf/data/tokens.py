@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import takewhile
 from operator import eq
 from typing import Any
@@ -53,6 +54,7 @@ def templated(
         ) from error
 
 
+@lru_cache(maxsize=8)  # asked for every text
 def appended(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens, such as the end of text, the tokenizer puts behind every text by itself."""
     mask = tokenizer(SAMPLE, return_special_tokens_mask=True)["special_tokens_mask"]

@@ -113,13 +113,14 @@ def check_run(run: RunContext) -> None:
     if isinstance(config.bank, Mapping):
         check_sources(run.bank, config.bank, run.bank.noun())
         check_adapters(run, missing)
-    check_tokens(run)
-    check_trainings(run)
+    bare = meta_model(run.model_args, run.args, run.base.plan)
+    check_tokens(run, bare)
+    check_trainings(run, bare)
 
 
-def check_tokens(run: RunContext) -> None:
+def check_tokens(run: RunContext, bare: PreTrainedModel) -> None:
     """Refuses rows with tokens that the model has no embedding for; a tokenizer may know more than its rows need."""
-    known = embedded_tokens(meta_model(run.model_args, run.args, run.base.plan))
+    known = embedded_tokens(bare)
     if known == math.inf or known > max(run.task.tokenizer.get_vocab().values()):
         return
     for where, ids in run.task.texts():
@@ -131,14 +132,14 @@ def check_tokens(run: RunContext) -> None:
             )
 
 
-def check_trainings(run: RunContext) -> None:
+def check_trainings(run: RunContext, bare: PreTrainedModel) -> None:
     """Refuses trainings that are still to be done and would fail: they are made ready, on a model without weights."""
     imported = run.config.bank if isinstance(run.config.bank, Mapping) else {}
     to_train = [name for name in run.bank.check() if name not in imported]
     due = {f"candidates.{name}": (*run.candidate_settings(name), run.candidates[name]) for name in to_train}
     if (run.config.final or (imported and run.config.train_final)) and find_incomplete(run.folder.final) is not None:
         due |= {f"final, on {name} alone": (*run.final_settings, one) for name, one in run.candidates.items()}
-    bare, tried = meta_model(run.model_args, run.args, run.base.plan), set()
+    tried = set()
     for where, (args, model_args, candidate) in due.items():
         filled = (
             candidate.trained_rows >= args.per_device_train_batch_size * run.state.num_processes and not args.packing

@@ -133,11 +133,13 @@ def test_differing():
     assert differing({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b (3 there, 2 now)", "c (4 there, None now)"]
 
 
-def test_planned_steps_are_what_the_trainer_makes(project):
+@pytest.mark.parametrize(("size", "drops", "steps"), [("4", "false", 4), ("5", "false", 4), ("5", "true", 2)])
+def test_planned_steps_are_what_the_trainer_makes(project, size, drops, steps):
     flags = ("--max_steps", "-1", "--num_train_epochs", "2", "--gradient_accumulation_steps", "2")
-    one = language_searcher(project, *flags)
+    batches = ("--per_device_train_batch_size", size, "--dataloader_drop_last", drops)
+    one = language_searcher(project, *flags, *batches)
     one.train_adapters()
-    assert planned_steps(one.run.args, 12, 0) == one.run.bank.training()["alpha"]["steps"] == 4
+    assert planned_steps(one.run.args, 12, 0) == one.run.bank.training()["alpha"]["steps"] == steps
 
 
 def test_a_training_that_diverges_is_refused_and_leaves_nothing(project):

@@ -310,7 +310,7 @@ class MergeToMixSearcher:
         summary = self.train_final() if run.config.train_final else self.write_outcome()
         with run.terminal.keep() as self.closing:
             self.show()
-        if not self._worked and not run.study.worked:
+        if not self._worked and not run.fine_tuned.worked:
             run.terminal.say(f"nothing to do: {os.path.relpath(run.folder.root)} is complete", style="green")
         if run.args.push_to_hub:
             self.push_to_hub()

@@ -1,7 +1,7 @@
 """The correlation study: fine-tunes mixtures and compares their scores with the surrogates and with other ways of choosing."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -61,7 +61,6 @@ class Study:
     progress: Callable[[str, int], Any]
     broadcast: Callable[[Any], Any]
     uniform: bool
-    worked: bool = field(default=False, init=False)  # True once anything was trained
 
     @property
     def models(self) -> FineTunedModels:
@@ -80,22 +79,8 @@ class Study:
 
     def trained_standings(self, mixtures: Sequence[Mixture], base: Standing) -> list[Standing]:
         """How models fine-tuned on mixtures stand, `min_delta` included; trains what is missing."""
-        self._fine_tune([self.models.counts(mixture) for mixture in mixtures])
+        self.models.train_all([self.models.counts(mixture) for mixture in mixtures])
         return self.standings(self.trained, mixtures, "scoring what was fine-tuned", base)
-
-    def _fine_tune(self, wanted: Sequence[Counts]) -> None:
-        """Trains the models that are missing."""
-        missing = {self.models.folder(counts): counts for counts in wanted if not self.models.is_trained(counts)}
-        if not missing:
-            return
-        self.worked = True
-        steps = {folder: self.models.steps(counts) for folder, counts in missing.items()}
-        before = 0
-        with self.progress("fine-tuning mixtures", sum(steps.values())) as bar:
-            for number, (folder, counts) in enumerate(missing.items(), start=1):
-                note = f"{number} of {len(missing)}: {' + '.join(counts)}"
-                self.models.train(counts, bar, before, note)
-                before += steps[folder]
 
     def choice(self, mixture: Mixture) -> Choice:
         return Choice(mixture, self.models.counts(mixture))
@@ -174,7 +159,7 @@ class Study:
 
         `scorers` (by target) score the sealed test sets, once for every model, since everything is chosen by now.
         """
-        self._fine_tune([choice.counts for choice in choices.values()])
+        self.models.train_all([choice.counts for choice in choices.values()])
         validation = {name: self._scores(choice) for name, choice in choices.items()} | {"base": base.scores}
         choices = {**choices, "base": Choice(BASE, {})}
         tests = self._test_scores(choices, validation, scorers)

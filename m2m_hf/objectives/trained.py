@@ -1,7 +1,7 @@
 """The trained objective: models really fine-tuned on mixtures, which is the truth that the surrogates predict."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from m2m_hf.console import Bar
 from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.core.objective import TargetInfo
 from m2m_hf.core.score import Failure, Score
@@ -41,7 +40,9 @@ class FineTunedModels:
     base: Callable[[], PreTrainedModel]  # to train
     args: SFTConfig
     settings: Callable[[], Settings]
+    progress: Callable[[str, int], Any]  # `Terminal.progress`
     launch: Sequence[str] = ()  # how this launch differs from the one that trained the adapters
+    worked: bool = field(default=False, init=False)  # True once anything was trained
 
     def counts(self, mixture: Mixture) -> dict[str, int]:
         """How many rows of each candidate the mixture trains on."""
@@ -50,33 +51,35 @@ class FineTunedModels:
     def folder(self, counts: Counts) -> Path:
         return self.root / self.fingerprint(counts)
 
-    def is_trained(self, counts: Counts) -> bool:
-        """True if the model is trained, or its training failed (collective)."""
-        return broadcast(find_incomplete(self.folder(counts)) is None)
-
     def steps(self, counts: Counts) -> int:
         """How many optimizer steps training takes."""
         return mixture_steps(self.args, self.candidates, counts)
 
-    def train(
-        self, counts: Counts, bar: Bar | None = None, before: int = 0, note: str = "", run: str = ""
-    ) -> dict[str, Any]:
-        """The model's record; trains it if it is missing. `bar` counts steps after `before`; trackers call it `run`."""
-        folder = self.folder(counts)
-        if not finished(folder, folder.name):
-            if self.launch:  # another number of processes has another batch size
-                raise InputError(
-                    f"models to compare must be launched as the adapters were, got {'; '.join(self.launch)}: start as many "
-                    "processes"
+    def train_all(self, wanted: Sequence[Counts], title: str = "fine-tuning mixtures", run: str = "") -> None:
+        """Trains the models that are missing (collective). Trackers call a single one `run`."""
+        folders = {self.folder(counts): counts for counts in wanted if counts}
+        missing = {folder: counts for folder, counts in folders.items() if not finished(folder, folder.name)}
+        if not missing:
+            return
+        if self.launch:  # another number of processes has another batch size
+            raise InputError(
+                f"models fine-tuned on mixtures must be launched as the adapters were, got {'; '.join(self.launch)}: start as "
+                "many processes"
+            )
+        self.worked, done = True, 0
+        with self.progress(title, sum(map(self.steps, missing.values()))) as bar:
+            for number, (folder, counts) in enumerate(missing.items(), start=1):
+                name, note = " + ".join(counts), f"{number} of {len(missing)}: " if len(missing) > 1 else ""
+                callbacks = [BankProgress(bar, done, note + name)]
+                rows = mixture_dataset(counts, self.candidates, self.args.seed)
+                tracked = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
+                record = train_expert(
+                    self.base(), rows, self.settings(), staging_path(folder), callbacks, folder.name, tracked
                 )
-            callbacks = [] if bar is None else [BankProgress(bar, before, note)]
-            rows = mixture_dataset(counts, self.candidates, self.args.seed)
-            run = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
-            record = train_expert(self.base(), rows, self.settings(), staging_path(folder), callbacks, folder.name, run)
-            if "failed" in record:
-                record["failed"] = f"training on {' + '.join(counts)}: {record['failed']}"
-            publish(folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
-        return self.record(counts)
+                if "failed" in record:
+                    record["failed"] = f"training on {name}: {record['failed']}"
+                publish(folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
+                done += self.steps(counts)
 
     def record(self, counts: Counts) -> dict[str, Any]:
         """The model's `training.json`: see `train_expert`."""
@@ -118,14 +121,16 @@ class TrainedObjective(ScorerObjective):
         return self.keys.trained(self.models.counts(mixture))
 
     def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
-        return [self.score(self.models.counts(mixture)) for mixture in mixtures]
+        wanted = [self.models.counts(mixture) for mixture in mixtures]
+        self.models.train_all(wanted)
+        return [self.score(counts) for counts in wanted]
 
     def score(self, counts: Counts, scorer: Scorer | None = None) -> Score | Failure:
-        """The score of the model fine-tuned on these rows, by default on the validation rows; without any, of the base model."""
+        """The score of the model that was fine-tuned on these rows, by default on validation; without any, of the base model."""
         scorer = scorer or self.scorer
         if not counts:
             return scorer.score(self._bare(), [{}], self._tokens_per_batch)[0]
-        if failed := self.models.train(counts).get("failed"):
+        if failed := self.models.record(counts).get("failed"):
             return Failure(failed)
         stack = open_stack(self._base(), {"trained": load_trained(self.models.folder(counts))}, AVERAGE)
         try:

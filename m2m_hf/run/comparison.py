@@ -177,9 +177,10 @@ def study_fidelity(run: RunContext, result: SearchResult, unseal: bool) -> dict[
     mixtures = sample(run.space, ranking, run.config.fidelity_mixtures, run.args.seed)
     study = run.study
     run.terminal.say(f"fidelity: {len(mixtures)} mixtures to fine-tune and score, {run.describe_steps()}")
+    choices = baseline_choices(run, result, random=RANDOM)
+    study.models.train_all([*map(study.models.counts, mixtures), *(one.counts for one in choices.values())])
     trained = study.trained_standings(mixtures, result.base)
     report = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
-    choices = baseline_choices(run, result, random=RANDOM)
     allowed = [one for one in trained if one.may_be_chosen and one.mixture in run.space]
     if report.all_mixtures and allowed:
         choices["oracle"] = study.choice(max(allowed, key=lambda one: score_of(one).value).mixture)

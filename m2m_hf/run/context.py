@@ -242,9 +242,15 @@ class RunContext:
     @cached_property
     def fine_tuned(self) -> FineTunedModels:
         """Models fine-tuned on mixtures, to compare with; all experts must be there."""
-        key, launch = next(iter(self.keys.values())).model, self.launch_changes()
         return FineTunedModels(
-            self.folder.trained, self.candidates, key, self.base.to_train, self.args, self.training_settings, launch
+            self.folder.trained,
+            self.candidates,
+            next(iter(self.keys.values())).model,
+            self.base.to_train,
+            self.args,
+            self.training_settings,
+            self.terminal.progress,
+            self.launch_changes(),
         )
 
     def launch_changes(self) -> list[str]:

@@ -52,8 +52,8 @@ def final_models(run: RunContext) -> FineTunedModels:
         return run.fine_tuned
     args, model_args = run.final_settings
     settings = partial(run.training_settings, args, model_args)
-    name = partial(model_key, run)
-    return FineTunedModels(run.folder.trained, run.candidates, name, run.base.to_train, args, settings)
+    name, progress = partial(model_key, run), run.terminal.progress
+    return FineTunedModels(run.folder.trained, run.candidates, name, run.base.to_train, args, settings, progress)
 
 
 def make_final(run: RunContext, mixture: Mixture) -> None:
@@ -61,8 +61,8 @@ def make_final(run: RunContext, mixture: Mixture) -> None:
     models = final_models(run)
     counts = models.counts(mixture)
     start = time.monotonic()
-    with run.terminal.progress(f"final fine-tune on {mixture}", models.steps(counts)) as bar:
-        record = models.train(counts, bar, run="final")
+    models.train_all([counts], f"final fine-tune on {mixture}", run="final")
+    record = models.record(counts)
     if "failed" in record:
         raise InputError(record["failed"])
     seconds = time.monotonic() - start

@@ -113,7 +113,8 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
     one, other = language_searcher(project), language_searcher(project, "--output_dir", str(project / "other"))
     best = one.search().best.mixture
     models, final = one.run.fine_tuned, other.run.folder.final
-    models.train(models.counts(best))
+    alone = models.counts(Mixture.subset(["alpha"]))
+    models.train_all([models.counts(best), alone])
     other.train_final()
     weights = (models.folder(models.counts(best)) / "adapter_model.safetensors").read_bytes()
     assert weights == (final / "adapter_model.safetensors").read_bytes()
@@ -123,7 +124,7 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
     assert (one.run.folder.final / "adapter_model.safetensors").read_bytes() == weights
     assert "counts" in read(one.run.folder.final / "training.json")  # it is a copy
     # A single is its adapter but for the order of its rows.
-    single = models.train(models.counts(Mixture.subset(["alpha"])))
+    single = models.record(alone)
     adapter = read(one.run.folder.adapters / "alpha" / "training.json")
     assert (single["steps"], single["counts"]) == (adapter["steps"], {"alpha": 12})
 

@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+DEVICE ?= cpu
 BIN := $(VENV)/bin
 MODEL := .demo/SmolLM2-135M-Instruct
 
@@ -19,8 +20,8 @@ demo: $(VENV)/.installed-demo ## Choose among five generated datasets with a rea
 	@$(BIN)/python recipes/demo/model.py $(MODEL)
 	@$(BIN)/m2m select --config recipes/demo.yaml
 
-test: $(VENV)/.installed-test ## Run the tests
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed-test ## Run the tests; DEVICE=cuda: with the models on the GPU
+	@M2M_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest
 
 quality: $(VENV)/.installed-test ## Lint, check formatting and types
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pico import (
     BERT,
+    DEVICE,
     RGB,
     ROOT,
     SETTINGS,
@@ -29,6 +30,7 @@ from pico import (
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="m2m-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # on a card, products in float32 are as exact as on the CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pico models need no more, and tests run side by side
 
 import pytest
@@ -66,6 +68,18 @@ def classify():
         patch.setattr("sys.path", ["", *sys.path])
         spec.loader.exec_module(module)
     return module
+
+
+def pytest_configure() -> None:
+    if DEVICE != "cpu" and not torch.cuda.is_available():
+        pytest.exit(f"M2M_TEST_DEVICE={DEVICE}: there is no such device, and models would be on the CPU", 2)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is for the CPU alone where models are elsewhere."""
+    marker = item.get_closest_marker("cpu_only")
+    if marker and DEVICE != "cpu":
+        pytest.skip(marker.args[0])
 
 
 def pytest_collection_finish() -> None:
@@ -169,11 +183,13 @@ def served(tmp_path_factory):
     cache = tmp_path_factory.mktemp("hub")
     with Hub() as server:
         told = {
+            "CUDA_VISIBLE_DEVICES": "",  # a fork of a process that has looked for a card cannot use it
             "HF_ENDPOINT": server.address,
             "HF_HOME": str(cache),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
             "HF_TOKEN": server.token,
+            "M2M_TEST_DEVICE": "cpu",
             "PYTHONHASHSEED": "7",  # sets have their elements in another order than here
             "PYTHONPATH": str(ROOT),
         }

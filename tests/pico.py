@@ -39,6 +39,8 @@ from m2m_hf.scoring.scorers import Scorer, Setup
 from m2m_hf.searcher import MergeToMixSearcher
 
 ROOT = Path(__file__).parents[1]
+DEVICE = os.environ.get("M2M_TEST_DEVICE") or "cpu"  # where models are: `make test DEVICE=cuda`
+USE_CPU = DEVICE == "cpu"
 SELECT = ROOT / "recipes" / "select.py"
 TEXT = "question: what is the opposite of hot? answer: cold warm big small yes no one two three four red green blue"
 TEMPLATE = (
@@ -65,7 +67,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(family: str, vocabulary: int = 320) -> torch.nn.Module:
-    """A random model of two layers with the quirks of its family (soft-capping and scaled embeddings, Conv1D, q/k norms)."""
+    """A random model of two layers, on `DEVICE`, with the quirks of its family (soft-capping and scaled embeddings, Conv1D,
+    q/k norms)."""
     torch.manual_seed(0)
     common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     shape = {
@@ -79,12 +82,14 @@ def build_model(family: str, vocabulary: int = 320) -> torch.nn.Module:
         **common,
     }
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
-    if family == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**shape, query_pre_attn_scalar=8, sliding_window=16)).eval()
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)).eval()
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    elif family == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(**shape, query_pre_attn_scalar=8, sliding_window=16))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common))
+    return model.to(DEVICE).eval()
 
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -148,13 +153,13 @@ def m2m(*arguments: object) -> int:
     return main([str(one) for one in arguments])
 
 
-SETTINGS = """lora_r: 4
+SETTINGS = f"""lora_r: 4
 learning_rate: 1.0e-2
 max_steps: 3
 per_device_train_batch_size: 4
 activation_checkpointing: false
 logging_steps: 1
-use_cpu: true
+use_cpu: {str(USE_CPU).lower()}
 dtype: float32
 bf16: false
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from pico import RGB, build_model, build_tokenizer, candidate_rows, picture, write_images, write_rows
+from pico import DEVICE, RGB, USE_CPU, build_model, build_tokenizer, candidate_rows, picture, write_images, write_rows
 from transformers import (
     BertForSequenceClassification,
     EarlyStoppingCallback,
@@ -31,7 +31,7 @@ def trainer(tokenizer, folder, word: str = "alpha", **options) -> SFTTrainer:
     return SFTTrainer(
         build_model("llama"),
         SFTConfig(
-            output_dir=str(folder), use_cpu=True, bf16=False, learning_rate=0.01, per_device_train_batch_size=4,
+            output_dir=str(folder), use_cpu=USE_CPU, bf16=False, learning_rate=0.01, per_device_train_batch_size=4,
             disable_tqdm=True, report_to="none", save_strategy=options.pop("save_strategy", "no"), **options,
         ),
         train_dataset=rows,
@@ -268,7 +268,7 @@ def script(vit, classifier):
         if lora:
             model = get_peft_model(model, LoraConfig(r=2, target_modules=["query", "value"], **lora))
         args = TrainingArguments(
-            output_dir=str(folder), use_cpu=True, learning_rate=0.01, per_device_train_batch_size=4, eval_strategy="steps",
+            output_dir=str(folder), use_cpu=USE_CPU, learning_rate=0.01, per_device_train_batch_size=4, eval_strategy="steps",
             eval_steps=2, max_steps=4, disable_tqdm=True, report_to="none", save_strategy="steps", save_steps=2, logging_steps=2,
         )  # fmt: skip
         return Trainer(model, args, train_dataset=rows, eval_dataset=rows.select(range(3)), processing_class=processing)
@@ -305,7 +305,7 @@ def test_a_classifier_is_scored_as_it_is_and_its_training_is_not_changed(script,
     for row in load_dataset(**target["data"], split="train"):  # one by one, as nothing is padded then
         given = one.processing_class(row["image" if images else "text"], return_tensors="pt")
         with torch.no_grad():
-            logits.append(one.model(**given).logits[0])
+            logits.append(one.model(**given.to(DEVICE)).logits[0].cpu())
     of = torch.stack(logits).log_softmax(-1)
     truth = torch.arange(7) % 3
     expected = float(of[range(7), truth].mean())

@@ -16,7 +16,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pico import build_adapter, build_model, candidate_rows, choice_rows
+from pico import DEVICE, build_adapter, build_model, candidate_rows, choice_rows
 from safetensors.torch import load_file, save_file
 
 from m2m_hf.config.parsing import KEYS, parse
@@ -211,7 +211,7 @@ def test_adapter_folders(tmp_path_factory, adapter_folder, data):
         stack = GatedStack(build_model("llama"), adapters)
         stack.set({"a": 0.5, "b": 0.5})
         with torch.inference_mode():
-            logits = stack.model(input_ids=torch.tensor([[1, 2, 3]])).logits
+            logits = stack.model(input_ids=torch.tensor([[1, 2, 3]], device=DEVICE)).logits
         assert logits.isfinite().all()
         write_adapter(folder.with_name("merged"), adapters, {"a": 0.5, "b": 0.5}, "base")
 

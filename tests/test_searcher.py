@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from pico import m2m
+from pico import USE_CPU, m2m
 from trl import SFTConfig
 
 from m2m_hf import InputError, MergeToMixSearcher
@@ -21,7 +21,7 @@ def from_script(project, pico, lora=None, **options):
     data = {"path": "json", "data_files": str(project / "validation.jsonl")}
     args = {
         "output_dir": str(project / "mine"), "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4,
-        "use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "logging_steps": 1,
+        "use_cpu": USE_CPU, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "logging_steps": 1,
     }  # fmt: skip
     lora = lora or LoraConfig(r=4, lora_dropout=0.05, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     target = {"colours": {"data": data, "scorer": "choice"}}

@@ -28,6 +28,7 @@ exit $code
 """
 
 
+@pytest.mark.cpu_only("processes over gloo")
 def test_two_machines_give_the_result_of_one(project, tmp_path, forks):
     """The Slurm recipe with a launcher for each of two machines, on loopback, against one launcher of two processes."""
     tools = tmp_path / "tools"

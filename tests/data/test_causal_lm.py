@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset
-from pico import build_model, candidate_rows, choice_rows, write_rows
+from pico import USE_CPU, build_model, candidate_rows, choice_rows, write_rows
 from trl import SFTConfig, SFTTrainer
 
 from m2m_hf import InputError
@@ -58,7 +58,7 @@ def test_what_is_scored_is_what_trl_trains_on(tokenizer, row, tmp_path):
     data = load({"a": [row]}, tokenizer, max_length=1024)
     prompt, completion, _ = split_row(row, data.format, "row")
     rows = data.candidates["a"].rows
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, bf16=False, report_to="none")
     trainer = SFTTrainer(build_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
     theirs = trainer.train_dataset[0]
     ids, start = encode(tokenizer, prompt, completion)
@@ -128,7 +128,7 @@ def test_tools_are_trained_and_scored_as_trl_passes_them(tool_tokenizer, tmp_pat
         expected.append(
             tool_tokenizer.apply_chat_template(turns, tools=row.get("tools"), return_dict=True)["input_ids"]
         )
-    args = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    args = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=USE_CPU, bf16=False, report_to="none")
     args.assistant_only_loss = whole
     for rows in (data.candidates["a"].rows, again):
         trainer = SFTTrainer(build_model("llama"), args, train_dataset=rows, processing_class=tool_tokenizer)
@@ -266,7 +266,7 @@ def test_sizes_tokens_and_truncation(tokenizer):
 def test_sizes_are_those_that_trl_trains_on(tokenizer, tmp_path):
     rows = [{"prompt": "", "completion": "red"}, {"prompt": "hot?", "completion": " cold<|end|>"}]
     one = load({"a": rows}, tokenizer).candidates["a"]
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, bf16=False, report_to="none")
     trainer = SFTTrainer(build_model("llama"), args, train_dataset=one.rows, processing_class=tokenizer)
     assert one.tokens == sum(map(len, trainer.train_dataset["input_ids"]))
 

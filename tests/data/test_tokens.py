@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from pico import TEMPLATE, TEXT, build_model, build_tokenizer, m2m, project_folder, scorer_on, write_rows
+from pico import TEMPLATE, TEXT, USE_CPU, build_model, build_tokenizer, m2m, project_folder, scorer_on, write_rows
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -80,7 +80,7 @@ def any_tokenizer(request):
 
 def test_a_completion_is_read_as_trl_trains_it(any_tokenizer, tmp_path):
     ends = [any_tokenizer.eos_token_id] * (1 + appended(any_tokenizer))
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, bf16=False, report_to="none")
     model = build_model("llama")
     trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(ROWS), processing_class=any_tokenizer)
     for row, theirs in zip(ROWS, trainer.train_dataset, strict=True):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from pico import build_model, images, searcher
+from pico import DEVICE, build_model, images, searcher
 from safetensors.torch import load_file, save_file
 from study_truth import surrogate_standings
 
@@ -24,7 +24,7 @@ def fine_tuned(family: str, dtype: torch.dtype, seed: int) -> dict[str, torch.Te
     """The weights of a model that has moved a little from the base's."""
     draw = torch.Generator().manual_seed(seed)
     weights = floats(build_model(family).to(dtype))
-    noise = {name: torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}
+    noise = {name: torch.randn(weight.shape, generator=draw).to(DEVICE) for name, weight in weights.items()}
     sizes = {name: 0.01 * (weight.float().abs().mean() + 0.01) for name, weight in weights.items()}
     return {name: (weight.float() + sizes[name] * noise[name]).to(dtype) for name, weight in weights.items()}
 
@@ -198,8 +198,10 @@ def test_running_statistics_are_averaged_by_every_method_and_never_trimmed(pictu
             stack.set(method.gates(weights))
             now = dict(run.run.base.model.named_buffers())
             for name in (name for name in before if "running" in name):
-                expected = before[name] + sum(share * experts[part].delta(name) for part, share in weights.items())
-                assert torch.allclose(now[name], expected, atol=1e-6), (method, weights, name)
+                expected = before[name].cpu() + sum(
+                    share * experts[part].delta(name) for part, share in weights.items()
+                )
+                assert torch.allclose(now[name].cpu(), expected, atol=1e-6), (method, weights, name)
         if method.name == "ties":
             warm = experts["warm"]
             learned = torch.cat([warm.delta(name).abs().flatten() for name in warm.shapes if "running" not in name])

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from pico import QUESTIONS, build_adapter, build_model
+from pico import DEVICE, QUESTIONS, build_adapter, build_model
 from safetensors.torch import load_file
 
 from m2m_hf.errors import InputError
@@ -47,7 +47,7 @@ def dense(family: str, folders: dict, weights: dict) -> torch.nn.Module:
             for pattern, value in config["alpha_pattern"].items():
                 alpha = value if found[1].split(".")[-1] in pattern.split("|") else alpha
             scale = alpha / (rank**0.5 if config["use_rslora"] else rank)
-            delta = scale * (b.double() @ a.double())
+            delta = scale * (b.double() @ a.double()).to(DEVICE)
             state[found[1] + ".weight"] += weight * (delta.T if family == "gpt2" or found[2] else delta)
     return model
 
@@ -66,7 +66,7 @@ def plain_logprobs(model: torch.nn.Module, requests: list[Request]) -> list[floa
     sums = []
     with torch.no_grad():
         for request in requests:
-            ids = torch.tensor([request.ids])
+            ids = torch.tensor([request.ids], device=DEVICE)
             logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
             sums.append(sum(logprobs[i - 1, request.ids[i]].item() for i in range(request.start, len(request.ids))))
     return sums

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from pico import QUESTIONS, build_adapter, build_model
+from pico import DEVICE, QUESTIONS, build_adapter, build_model
 
 from m2m_hf.config.run_config import MERGE_PARAMETERS
 from m2m_hf.errors import InputError
@@ -53,7 +53,7 @@ def merged_vector(family: str, of: dict, method: MergeMethod, weights: dict) -> 
     state = dict(model.named_parameters())
     modules = sorted(next(iter(of.values())).parts())
     parts = [state[f"{module}.weight"].detach() - before[f"{module}.weight"] for module in modules]
-    return torch.cat([(part.T if family == "gpt2" else part).flatten() for part in parts])
+    return torch.cat([(part.T if family == "gpt2" else part).flatten() for part in parts]).cpu()
 
 
 def test_the_kth_largest_magnitude_is_exact():
@@ -124,7 +124,7 @@ def test_task_arithmetic_adds_scaled_deltas(adapters):
         for module in of["a"].parts():
             for adapter in of.values():
                 a, b, scale = adapter.parts()[module]
-                dense.get_submodule(module).weight += 0.4 * scale * (b @ a)
+                dense.get_submodule(module).weight += 0.4 * scale * (b @ a).to(DEVICE)
     exact = completion_logprobs(GatedStack(dense, of), [{}], QUESTIONS, 64)[0]
     assert [one for (one,) in ours] == pytest.approx([one for (one,) in exact], abs=2e-4)
 

@@ -139,6 +139,7 @@ def test_the_first_day_is_the_day_of_the_run(dated, tmp_path, capsys, on):
     assert facts[0]["uniform"]["chat_template"] != facts[1]["uniform"]["chat_template"]
 
 
+@pytest.mark.cpu_only("compares bytes or last digits with a forked process, which stays on the CPU")
 def test_trl_trains_on_the_rows_of_the_first_day(dated, on, forks):
     on("Pago_Pago")
     assert m2m("select", "--config", dated / "run.yaml") == 0

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from pico import BERT, RGB, SHAPE, changed, m2m
+from pico import BERT, RGB, SHAPE, USE_CPU, changed, m2m
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -74,7 +74,7 @@ def settled(config, **settings):
     """(training arguments, target modules, what is said) of a family."""
     with torch.device("meta"):
         model = model_class(None, config).from_config(config)
-    args = SFTConfig(output_dir="out", use_cpu=True, bf16=False, **settings)
+    args = SFTConfig(output_dir="out", use_cpu=USE_CPU, bf16=False, **settings)
     args, model_args, said = Family(model, None, True).settle(args, ModelConfig(model_name_or_path="model"))
     return args, model_args.lora_target_modules, "\n".join(said)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from pico import QUESTIONS, ROOT, build_adapter, build_tokenizer, candidate_rows, m2m
+from pico import QUESTIONS, ROOT, USE_CPU, build_adapter, build_tokenizer, candidate_rows, m2m
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.console import Terminal
@@ -35,7 +35,7 @@ def args(tmp_path_factory) -> SFTConfig:
         max_steps=3,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
-        use_cpu=True,
+        use_cpu=USE_CPU,
         bf16=False,
         activation_checkpointing=False,
     )

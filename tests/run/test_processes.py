@@ -12,6 +12,7 @@ from pico import LAUNCH, ROOT, arguments, changed, m2m, trials
 from safetensors.torch import load_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
+pytestmark = pytest.mark.cpu_only("processes over gloo")
 # accelerate cuts models into pieces on accelerators only. What it does is the same on the CPU, once it believes to be on one.
 ON_AN_ACCELERATOR = """
 from accelerate import PartialState

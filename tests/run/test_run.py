@@ -11,7 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset, load_dataset
 from peft import PeftModel
-from pico import candidate_rows, changed, choice_rows, m2m, trials, write_rows
+from pico import USE_CPU, candidate_rows, changed, choice_rows, m2m, trials, write_rows
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig
 
@@ -113,6 +113,7 @@ def test_search_then_sft_is_select(project, tmp_path, capsys):
     assert read(out / "summary.json") | {"costs": None} == whole | {"costs": None}
 
 
+@pytest.mark.cpu_only("compares bytes or last digits with a forked process, which stays on the CPU")
 def test_the_recipe_trains_the_same_with_trl_alone(project, tmp_path, forks):
     assert m2m("select", "--config", project / "run.yaml", "--lora_dropout", "0.1") == 0
     recipe = project / "out" / "recipe.yaml"
@@ -261,7 +262,7 @@ def test_python_objects_in_memory(project, pico):
     targets = {"colours": {"data": Dataset.from_list(choice_rows()), "scorer": "choice"}}
     config = MergeToMixConfig(candidates=candidates, targets=targets)
     args = SFTConfig(
-        output_dir=str(project / "memory"), max_steps=2, use_cpu=True, bf16=False, activation_checkpointing=False
+        output_dir=str(project / "memory"), max_steps=2, use_cpu=USE_CPU, bf16=False, activation_checkpointing=False
     )
     model_args = ModelConfig(model_name_or_path=str(pico), lora_target_modules=["q_proj", "v_proj"])
     searcher = MergeToMixSearcher(config, args, model_args, terminal=Terminal(quiet=True))
@@ -272,7 +273,9 @@ def test_python_objects_in_memory(project, pico):
     assert again.search().measured == 0
     assert MergeToMixSearcher.from_yaml(project / "run.yaml", seed=3).run.args.seed == 3
     with pytest.raises(InputError, match="push_to_hub: expected hub_model_id: org/name"):
-        MergeToMixSearcher(config, SFTConfig(args.output_dir, use_cpu=True, bf16=False, push_to_hub=True), model_args)
+        MergeToMixSearcher(
+            config, SFTConfig(args.output_dir, use_cpu=USE_CPU, bf16=False, push_to_hub=True), model_args
+        )
     with pytest.raises(InputError, match="model_name_or_path is missing"):
         MergeToMixSearcher(config, args, ModelConfig())
 
@@ -329,6 +332,7 @@ def test_what_outside_ended_is_said_with_what_is_safe(capsys):
     assert "the same command continues from there" in told
 
 
+@pytest.mark.cpu_only("compares bytes or last digits with a forked process, which stays on the CPU")
 def test_the_same_seed_gives_the_same_bytes(project, tmp_path, forks):
     """In another process, whose sets have their elements in another order (`served`)."""
     code = "import sys; from m2m_hf.cli.main import main; sys.exit(main(sys.argv[1:]))"

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from pico import (
+    DEVICE,
     build_adapter,
     build_model,
     build_stack,
@@ -40,7 +41,7 @@ def direct(model, tokenizer, row: TargetRow) -> list[float]:
     for choice in row.choices:
         ids, start = encode(tokenizer, row.prompt, choice)
         with torch.no_grad():
-            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            logprobs = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0].log_softmax(-1)
         found.append(sum(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids))))
     return found
 
@@ -73,9 +74,9 @@ def test_loss_is_token_weighted_and_equals_the_models_own(tokenizer):
     total, counts = 0.0, []
     for row in rows:
         ids, start = encode(tokenizer, row.prompt, row.choices[0])
-        labels = torch.tensor([[-100] * start + ids[start:]])
+        labels = torch.tensor([[-100] * start + ids[start:]], device=DEVICE)
         with torch.no_grad():
-            loss = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+            loss = model(input_ids=torch.tensor([ids], device=DEVICE), labels=labels).loss.item()
         counts.append(len(ids) - start)
         total += loss * counts[-1]
     assert score.value == pytest.approx(-total / sum(counts), abs=1e-5)
@@ -235,7 +236,7 @@ def generated(model, tokenizer, row: TargetRow, new: int) -> str:
     start = len(ids)
     for _ in range(new):
         with torch.no_grad():
-            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+            ids = [*ids, int(model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1].argmax())]
         if ids[-1] == tokenizer.eos_token_id:
             break
     return tokenizer.decode(ids[start:], skip_special_tokens=True)

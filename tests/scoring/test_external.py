@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from pico import build_adapter, build_model, choice_rows, scorer_on, small_memory, write_rows
+from pico import DEVICE, build_adapter, build_model, choice_rows, scorer_on, small_memory, write_rows
 
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.score import Failure, Score
@@ -30,7 +30,7 @@ VARIANTS = {
     "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7}},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
 }
-IDS = torch.tensor([[5, 9, 200, 31, 17]])
+IDS = torch.tensor([[5, 9, 200, 31, 17]], device=DEVICE)
 MIXTURES = ({"a": 0.25, "b": 0.75}, {"a": 1.0}, {})
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pico import build_model, changed, m2m, questions_of_many_shapes, scorer_on, trials
+from pico import DEVICE, build_model, changed, m2m, questions_of_many_shapes, scorer_on, trials
 from transformers import (
     GPTNeoConfig,
     GPTNeoForCausalLM,
@@ -51,7 +51,7 @@ def build(family: str, positions: int = 128):
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0, 0.2)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 @pytest.mark.parametrize(("family", "apart"), [("gpt_neo", UNSHARED), ("longrope", ALIKE), ("dynamic", ALIKE)])
@@ -70,7 +70,7 @@ def test_rows_are_kept_as_far_apart_as_the_model_needs(tokenizer, family, apart)
         for choice in row.choices:
             ids, start = encode(tokenizer, row.prompt, choice)
             with torch.no_grad():
-                given = build(family)(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                given = build(family)(input_ids=torch.tensor([ids], device=DEVICE)).logits[0].log_softmax(-1)
             logprobs.append(sum(given[i - 1, ids[i]].item() for i in range(start, len(ids))))
         expected.append(torch.tensor(logprobs).log_softmax(0)[row.answer].item())
     assert list(scorer.score(stack, [{}], 10_000)[0].values) == pytest.approx(expected, abs=2e-5)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from pico import build_adapter, build_model, build_tokenizer, changed, m2m, trials
+from pico import DEVICE, build_adapter, build_model, build_tokenizer, changed, m2m, trials
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from m2m_hf import MergeToMixSearcher
@@ -145,7 +145,7 @@ def write_theirs(kind: str, folder, seed: int):
     model, draw = build_model("llama"), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw))
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw).to(DEVICE))
     model.save_pretrained(folder)
     return folder
 

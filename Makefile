@@ -37,5 +37,5 @@ families: $(VENV)/.installed-test ## One pico model of every family: scores agai
 fuzz: $(VENV)/.installed-test ## Thousands of made-up configurations, rows, journals and adapter folders
 	@M2M_FUZZ=full $(BIN)/python -m pytest tests/test_fuzz.py
 
-gpu-check: $(VENV)/.installed-demo ## On a CUDA machine: exactness, speed, several candidates in one pass, 4-bit (random weights, no downloads)
+gpu-check: $(VENV)/.installed-demo ## On a CUDA machine: exactness, speed, 4-bit, every feature that touches a device (random weights, no downloads)
 	@$(BIN)/python recipes/gpu_check.py

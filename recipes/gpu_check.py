@@ -13,11 +13,17 @@ On a random model of about a billion parameters in bfloat16 with 8 random adapte
 3. several candidates in one pass against one after another: the same scores, and how much faster;
 4. a 4-bit base: training, scoring, and training again after scoring, which must still get gradients.
 
+Then, on pico models in float32 whose experts are trained on the device, every feature that touches it gives the CPU's numbers:
+classification of texts and of images, full experts, the ensemble, TIES, DARE and linear merging, gradients, generation, both
+callbacks; and a training that is killed goes on to the same bytes (`support/device_checks.py`).
+
 Exits with 1 where a check fails.
 """
 
+import os
 import sys
 
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when CUDA starts: products in float32 are to be those of the CPU
 sys.path[0] += "/support"  # not this folder, whose select.py would hide the standard library's
 
 from m2m_hf.console import LibraryLog
@@ -29,11 +35,13 @@ import math
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from device_checks import Bench
 from scoring_methods import (
     SIZES,
     Sums,
@@ -200,6 +208,15 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
     )
 
 
+def features(bench: Bench, check: Checks) -> None:
+    """The checks of every feature; one that breaks off has failed, and the others are tried all the same."""
+    for one in bench.all():
+        try:
+            check(*one())
+        except Exception:
+            check(False, f"{one.__name__}: {traceback.format_exc()}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1b", help="of the random model (default: 1b)")
@@ -232,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             speed(load, where, check, limit=given.device == "cuda")
         del model, load
         quantised(folder, given.device, check)
+        features(Bench(Path(name), given.device), check)
     terminal.say(f"{check.failed or 'no'} checks failed, {time.monotonic() - start:.0f} s")
     return 1 if check.failed else 0
 

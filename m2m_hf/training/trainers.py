@@ -8,19 +8,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
+from trl.trainer.utils import add_fused_lm_head
 
 from m2m_hf.console import Bar
 from m2m_hf.errors import InputError
@@ -127,12 +129,43 @@ class BankProgress(TrainerCallback):
         self._bar.update(self._before + state.global_step, self._note)
 
 
+class LoopModel:
+    """A model as the Trainer's loop uses it at every step, which visits the parameters that are trained and no others."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model.train()
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yields those that are trained."""
+        return iter(self._trained)
+
+    def train(self) -> None:
+        """Puts all modules into training mode, unless the model is in it."""
+        if not self._model.training:
+            self._model.train()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        for parameter in self._trained:
+            parameter.grad = None
+
+
 class BookkeepingTrainer(Trainer):
     """What both trainers add to transformers': checkpoints that a training resumes from exactly, and a sum of all losses.
 
     The Trainer forgets the losses before a checkpoint, and drops those that are not finite; here the logged losses are the same
     whether or not training was interrupted. `of` identifies the training that a checkpoint belongs to; `resumed` is the
     `checkpoint_complete.json` to go on from, or empty.
+
+    A step does nothing but train: losses and counts stay on the device until they are logged or saved, nothing visits parameters
+    that are frozen, and nothing is counted twice.
     """
 
     def __init__(
@@ -144,27 +177,68 @@ class BookkeepingTrainer(Trainer):
         self.loss_before: float | None = None  # on the first rows
         self._of = of
         losses = resumed.get("losses", {})
-        self._loss_sum: Any = losses.get("loss_sum", 0.0)
+        self._loss_sum: float = losses.get("loss_sum", 0.0)
         self._logged_step: int = losses.get("logged_step", 0)
         self._logged_sum: float = losses.get("logged_sum", 0.0)
-
-    @property
-    def _precision(self) -> torch.dtype:
-        return torch.float32 if self.args.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self._unread: list[torch.Tensor] = []  # losses
+        self._uncounted: list[torch.Tensor] = []  # tokens
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Leaves a model without weights where it is; see `check_training`."""
         if not any(parameter.is_meta for parameter in model.parameters()):
             super()._move_model_to_device(model, device)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        model, batches = super()._prepare_for_training(*args, **kwargs)
+        return (model if is_sharded() else LoopModel(model)), batches
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes accelerate's wrapper off the optimizer, which looks for LOMO in all folders of the path at every step."""
+        needed = is_sharded() or self.accelerator.scaler is not None or self.accelerator.has_lomo_optimizer
+        if isinstance(self.optimizer, AcceleratedOptimizer) and not needed:
+            self.optimizer = self.optimizer.optimizer
+        return super().create_scheduler(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self._loss_sum = self._loss_sum + loss.detach().to(self._precision)
+        self._unread.append(loss)
         return loss
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Counts as the Trainer does, and leaves the count on the device."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = inputs["input_ids"] != self.processing_class.pad_token_id
+        self._uncounted.append(mask.sum())
+
+    def floating_point_ops(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """Estimates as the Trainer does, and counts the parameters once."""
+        main = inputs.get(self._counted[0])
+        return 0 if main is None else 6 * main.numel() * self._counted[1]
+
+    @cached_property
+    def _counted(self) -> tuple[str, int]:
+        """(name of the model's main input, number of its parameters without embeddings)."""
+        model: Any = self.model
+        return model.main_input_name, model.num_parameters(exclude_embeddings=True)
+
+    def read_steps(self) -> None:
+        """Reads what the steps since the last time have left on the device (collective)."""
+        if self._unread:
+            for loss in torch.stack(self._unread).tolist():
+                self._loss_sum += loss
+        if self._uncounted:
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(torch.stack(self._uncounted).sum()).sum())
+        self._unread, self._uncounted = [], []
 
     def summed(self) -> float:
         """Returns the sum of the losses of all steps so far, averaged over the processes (collective)."""
-        total = torch.as_tensor(self._loss_sum, dtype=self._precision, device=self.args.device)
+        self.read_steps()
+        if PartialState().num_processes == 1:
+            return self._loss_sum
+        total = torch.tensor(self._loss_sum, dtype=torch.float64, device=self.args.device)
         return float(self.accelerator.gather(total).mean())
 
     def loss_on_first_rows(self) -> float:
@@ -180,6 +254,7 @@ class BookkeepingTrainer(Trainer):
         return sum(losses) / len(losses)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self.read_steps()
         if "loss" in logs:
             step, total = self.state.global_step, self.summed()
             mean = (total - self._logged_sum) / max(1, step - self._logged_step)
@@ -192,6 +267,7 @@ class BookkeepingTrainer(Trainer):
         step = self.state.global_step
         if step >= self.state.max_steps:
             return  # the Trainer would resume from it with one step too many
+        self.read_steps()
         super()._save_checkpoint(model, trial)
         losses = {"loss_sum": self.summed(), "logged_step": self._logged_step, "logged_sum": self._logged_sum}
         PartialState().wait_for_everyone()  # every process writes the state of its random numbers
@@ -215,7 +291,55 @@ class BookkeepingTrainer(Trainer):
 
 
 class CompletionTrainer(BookkeepingTrainer, SFTTrainer):
-    """TRL's, for causal LMs."""
+    """TRL's, for causal LMs.
+
+    Beside the loss, TRL computes entropy and accuracy of all tokens and reads them from the device at every step. Here they are
+    computed if `shown` to a tracker, and read when they are.
+    """
+
+    def __init__(self, shown: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._shown = shown
+        self._plain = not (
+            self.args.loss_type != "nll"
+            or self.label_smoother
+            or self.aux_loss_enabled
+            or self.accelerator.parallelism_config
+        )
+        self._measured: list[torch.Tensor] = []
+        if self._plain and not shown:
+            model: Any = self.model
+            add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Computes TRL's loss of one batch; losses other than the usual one are left to TRL."""
+        if not self._plain:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs | {"use_cache": False}, fused_lm_head=True)
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (-outputs.log_probs).sum() / torch.as_tensor(tokens).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self._shown and self.model.training:
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].size(1)
+            sums = outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()
+            self._measured.append(torch.stack([torch.as_tensor(one, device=loss.device).float() for one in (*sums, seen)]))
+        return (loss, outputs) if return_outputs else loss
+
+    def read_steps(self) -> None:
+        super().read_steps()
+        if not self._measured:
+            return
+        every = self.accelerator.gather(torch.stack(self._measured)[None]).sum(0)
+        metrics = self._metrics["train"]
+        for valid, entropy, correct, seen in every.tolist():
+            metrics["entropy"].append(entropy / valid if valid else 0.0)
+            metrics["mean_token_accuracy"].append(correct / valid if valid else 0.0)
+            self._total_train_tokens += int(seen)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        self._measured = []
 
 
 class LabelTrainer(BookkeepingTrainer):
@@ -249,7 +373,7 @@ def make_trainer(
     common = {"args": args, "train_dataset": rows, "processing_class": settings.processing, **bookkeeping}
     if head is None:
         with seeded_as_loaded(base):
-            return CompletionTrainer(model=base, peft_config=adapter, **common)
+            return CompletionTrainer(bool(settings.args.report_to), model=base, peft_config=adapter, **common)
     collate = Collate(settings.processing, head, settings.among, settings.limit)
     model = base if adapter is None else get_peft_model(base, adapter)
     return LabelTrainer(head, model=model, data_collator=collate, **common)
@@ -313,6 +437,8 @@ def arguments(settings: Settings, saved: Path) -> SFTConfig:
     args.push_to_hub = False
     args.disable_tqdm = True
     args.logging_first_step = True
+    args.logging_nan_inf_filter = False  # it would read the loss at every step; ours are summed apart
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory
     args.include_num_input_tokens_seen = "non_padding"
     if settings.head is not None:
         args.remove_unused_columns = False  # the collator reads them

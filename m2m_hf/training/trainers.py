@@ -325,19 +325,20 @@ class CompletionTrainer(BookkeepingTrainer, SFTTrainer):
         if self._shown and self.model.training:
             seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].size(1)
             sums = outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()
-            self._measured.append(torch.stack([torch.as_tensor(one, device=loss.device).float() for one in (*sums, seen)]))
+            self._measured.append(
+                torch.stack([torch.as_tensor(one, device=loss.device).float() for one in (*sums, seen)])
+            )
         return (loss, outputs) if return_outputs else loss
 
     def read_steps(self) -> None:
         super().read_steps()
         if not self._measured:
             return
-        every = self.accelerator.gather(torch.stack(self._measured)[None]).sum(0)
-        metrics = self._metrics["train"]
-        for valid, entropy, correct, seen in every.tolist():
-            metrics["entropy"].append(entropy / valid if valid else 0.0)
-            metrics["mean_token_accuracy"].append(correct / valid if valid else 0.0)
-            self._total_train_tokens += int(seen)
+        sums = self.accelerator.gather(torch.stack(self._measured)[None]).sum(0)
+        means, metrics = (sums[:, 1:3] / sums[:, :1].clamp(min=1)).T.tolist(), self._metrics["train"]
+        metrics["entropy"] += means[0]
+        metrics["mean_token_accuracy"] += means[1]
+        self._total_train_tokens += sum(map(int, sums[:, 3].tolist()))
         metrics["num_tokens"] = [self._total_train_tokens]
         self._measured = []
 

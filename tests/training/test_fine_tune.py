@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from pico import language_searcher, m2m, trials
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTTrainer
 
 from m2m_hf import InputError
 from m2m_hf.errors import StoppedError
@@ -77,6 +80,61 @@ def test_a_killed_training_goes_on_to_the_same_bytes(checkpointed, tmp_path, ste
     assert not any(name.startswith("checkpoint") for name in files)
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [((), True), ((), False), (("--loss_type", "dft"), True), (("--expert", "full", "--learning_rate", "1e-3"), False)],
+)
+def test_a_training_takes_the_steps_that_trl_takes(project, tmp_path, flags, shown):
+    """The same figures at every logged step, and the same weights to the last bit, though killed and begun again."""
+    batches = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.1")
+    steps = ("--max_steps", str(END), "--save_steps", "2", "--logging_steps", "3", "--lr_scheduler_type", "cosine")
+    report = ("--report_to", "tensorboard") if shown else ()
+    flags = ("--lora_dropout", "0.1", "--weight_decay", "0.1", *batches, *steps, *report, *flags)
+    ours = language_searcher(project, *flags).run
+    logged: list[dict] = []
+
+    class Logs(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs) -> None:
+            logged.append(dict(logs))
+
+    def train_ours(folder: str, *callbacks: TrainerCallback) -> dict:
+        rows = ours.candidates["alpha"].rows
+        return train_expert(ours.base.to_train(), rows, ours.training_settings(), tmp_path / folder, callbacks, "x")
+
+    record = train_ours("whole", Logs())
+    with pytest.raises(Killed):
+        train_ours("killed", RaiseAt(5))
+    assert timeless(train_ours("killed")) == timeless(record)
+
+    run = language_searcher(project, *flags).run
+    run.args.output_dir, run.args.save_strategy, run.args.report_to = str(tmp_path / "trl"), "no", []
+    run.args.logging_first_step, run.args.include_num_input_tokens_seen = True, "non_padding"
+    theirs = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(run.model_args.model_name_or_path, dtype="float32"),
+        args=run.args,
+        train_dataset=run.candidates["alpha"].rows,
+        processing_class=run.task.tokenizer,
+        peft_config=run.expert().lora,
+    )
+    theirs.train()
+    figures = ["grad_norm", "learning_rate", "num_input_tokens_seen", "total_flos", "epoch"]
+    figures += ["entropy", "mean_token_accuracy", "num_tokens"] if shown else []
+    expected = theirs.state.log_history
+    assert [line["step"] for line in expected] == [1, 3, 6, 7]
+    assert [{key: line[key] for key in figures if key in line} for line in logged] == [
+        {key: line[key] for key in figures if key in line} for line in expected
+    ]
+    assert [line.get("loss") for line in logged] == pytest.approx([line.get("loss") for line in expected], abs=1e-6)
+    assert record["tokens"] == theirs.state.num_input_tokens_seen
+    if run.expert().lora is None:
+        return
+    for folder in ("whole", "killed"):
+        weights = load_file(tmp_path / folder / "adapter_model.safetensors")
+        learned = get_peft_model_state_dict(theirs.model)
+        assert weights.keys() == learned.keys()
+        assert all(torch.equal(weights[name], learned[name]) for name in weights)
 
 
 @pytest.mark.parametrize(

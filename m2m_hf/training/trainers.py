@@ -168,6 +168,8 @@ class BookkeepingTrainer(Trainer):
     that are frozen, and nothing is counted twice.
     """
 
+    optimizer: Any
+
     def __init__(
         self, of: str, resumed: Mapping[str, Any], callbacks: Sequence[TrainerCallback], **kwargs: Any
     ) -> None:

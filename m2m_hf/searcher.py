@@ -232,11 +232,17 @@ class MergeToMixSearcher:
         # A search that goes on is a run of its own, which shows the curve from its beginning.
         name = f"search-from-{known}" if known else "search"
         total = planned_mixtures(strategy, space, len(run.candidates), budget)
+        if config.objective == "trained":
+            run.terminal.say(f"up to {total - 1} mixtures to fine-tune and score, {run.describe_steps()}")
         with (
             Tracker(run.args, name, enabled=run.is_main) as tracker,
             run.terminal.progress("scoring mixtures", total) as bar,
         ):
-            own = [RememberTargets(run), ProgressCallback(bar), SearchTracker(tracker)]
+            own = [
+                RememberTargets(run),
+                ProgressCallback(bar),
+                SearchTracker(tracker, live=config.objective != "trained"),
+            ]
             state = SearchState(
                 space, objectives, journal, [*own, *callbacks], budget, failed=run.failed, broadcast=broadcast
             )

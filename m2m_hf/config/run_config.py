@@ -32,6 +32,15 @@ MERGE_RULES = {
 YAML_ONLY = ("candidates", "targets", "labels", "merge_parameters", "final")
 CLASSIFICATION = "task: sequence_classification or image_classification"
 CONTINUOUS = ("auto", "random", "bayes", "gradient")
+NOT_TRAINED = {  # field -> what objective: trained takes, and why nothing else
+    "verify_top_k": ((0,), "fine-tunes every mixture that it scores"),
+    "merge_method": (("average",), "merges nothing"),
+    "weights": (("equal",), "could not tell apart weights that come to the same rows"),
+    "race": ((None, False), "spends its time on fine-tuning, and no race saves that"),
+    "max_example_evaluations": ((None,), "is bounded by max_trials"),
+    "max_seconds": ((None,), "is bounded by max_trials"),
+    "allow_mixed_training": ((False,), "trains every mixture with the run's own settings"),
+}
 MAX_EXHAUSTIVE = 16
 SOURCES = Rule(
     "org/name, org/name@revision, a folder, or {candidate: any of these}",
@@ -101,9 +110,10 @@ class MergeToMixConfig:
         "auto, which chooses and says why.",
     )
     objective: str = option(
-        one_of("merged", "ensemble"),
+        one_of("merged", "ensemble", "trained"),
         "merged",
-        "What scores a mixture: merged (the adapters' exact average) or ensemble (their probabilities' average).",
+        "What scores a mixture: merged (the adapters' exact average), ensemble (their probabilities' average) or trained (a "
+        "model fine-tuned on the mixture; max_trials bounds how many).",
     )
     weights: str = option(
         one_of("equal", "continuous"),
@@ -297,6 +307,9 @@ def search_problems(config: MergeToMixConfig) -> Iterator[str]:
         )
     if config.weights == "continuous" and config.merge_method != "average":
         yield f"weights: continuous needs merge_method: average, got {config.merge_method}"
+    for name, (taken, why) in NOT_TRAINED.items() if config.objective == "trained" else ():
+        if (value := getattr(config, name)) not in taken:
+            yield f"{name}: {value!r} does not go with objective: trained, which {why}; leave it out"
     check_merge_parameters(config.merge_method, config.merge_parameters, "merge_parameters")
 
 

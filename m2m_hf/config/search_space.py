@@ -53,6 +53,6 @@ def merge_label(method: str, parameters: Mapping[str, Any], seed: int) -> str:
 
 def objective_name(config: MergeToMixConfig, seed: int) -> str:
     """The same for the objective of a run."""
-    if config.objective == "ensemble":
-        return "ensemble"
+    if config.objective != "merged":
+        return config.objective
     return merge_label(config.merge_method, config.merge_parameters, seed)

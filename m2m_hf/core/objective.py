@@ -111,6 +111,14 @@ class Differentiable(Protocol):
         """The score on all rows, with the derivative of its `likelihood` by each weight."""
 
 
+@runtime_checkable
+class Prepared(Protocol):
+    """An objective that does something at once for all mixtures that it is going to be asked for next."""
+
+    def prepare(self, mixtures: Sequence[Mixture]) -> None:
+        """Does it; the time that it takes is not part of the measurements."""
+
+
 def race_order(scorer: str, examples: int) -> tuple[int, ...]:
     """The random order in which races see a target's rows. It follows from the scorer's fingerprint, so runs share trials."""
     return tuple(Random(scorer).sample(range(examples), examples))

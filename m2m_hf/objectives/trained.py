@@ -117,13 +117,12 @@ class TrainedObjective(ScorerObjective):
         super().__init__(scorer, keys, target)
         self.models, self._base, self._bare, self._tokens_per_batch = models, base, bare, tokens_per_batch
 
-    def key(self, mixture: Mixture, rung: int | None = None) -> str:
-        return self.keys.trained(self.models.counts(mixture))
+    def prepare(self, mixtures: Sequence[Mixture]) -> None:
+        self.models.train_all([self.models.counts(mixture) for mixture in mixtures])
 
     def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
-        wanted = [self.models.counts(mixture) for mixture in mixtures]
-        self.models.train_all(wanted)
-        return [self.score(counts) for counts in wanted]
+        self.prepare(mixtures)
+        return [self.score(self.models.counts(mixture)) for mixture in mixtures]
 
     def score(self, counts: Counts, scorer: Scorer | None = None) -> Score | Failure:
         """The score of the model that was fine-tuned on these rows, by default on validation; without any, of the base model."""

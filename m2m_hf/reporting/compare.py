@@ -59,7 +59,7 @@ def results(run: FinishedRun) -> dict[str, str]:
     """What came of a run."""
     return {
         "chosen": str(run.best.mixture),
-        "its score, merged": score_figure(run.best),
+        "its score": score_figure(run.best),
         "base model": score_figure(run.base),
         "all together": score_figure(run.all),
         "best single": score_figure(run.best_single),
@@ -69,6 +69,7 @@ def results(run: FinishedRun) -> dict[str, str]:
         "failed": f"{run.counts.failed:,}",
         "time: training the adapters": duration(run.costs.train_seconds),
         "time: scoring": duration(run.costs.search_seconds),
+        "time: fine-tuning mixtures": duration(spent) if (spent := run.costs.compare_seconds) else "",
         "time: final model": duration(run.costs.final_seconds or 0),
     }
 

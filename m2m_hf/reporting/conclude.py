@@ -82,7 +82,7 @@ def find_warnings(run: FinishedRun, analysis: Analysis, overlap: Mapping[tuple[s
     for (name, target), rows in overlap.items():
         if rows:
             yield "overlap", f"overlap: {name} contains {rows} rows of {target}, which inflates its score"
-    if worse := analysis.worse:
+    if (worse := analysis.worse) and run.objective != "trained":
         yield (
             "averages_badly",
             f"the {run.expert}s average badly: {worse[0]} of {worse[1]} mixtures score below the mean of their parts, as after "
@@ -125,7 +125,8 @@ def about_candidates(run: FinishedRun, joined: Mapping[str, Sequence[float]]) ->
     for name, one in run.training.items():
         if one.failed is not None:
             yield "no_adapter", f"{name} is in no mixture: the training of its {run.expert} failed: {one.failed}"
-    if taken := [name for name, one in run.training.items() if one.unknown]:
+    taken = [name for name, one in run.training.items() if one.unknown]
+    if taken and run.objective != "trained":
         yield (
             "trained_elsewhere",
             f"how the {run.expert}s of {', '.join(taken)} were trained is not known: averages are fair only if all were trained "
@@ -150,8 +151,8 @@ def about_rows(run: FinishedRun) -> Warnings:
 
 def about_fine_tuning(run: FinishedRun) -> Warnings:
     """What fine-tuned mixtures say against the search."""
-    kind = "ensemble" if run.objective == "ensemble" else "merged"
-    judged = run.fidelity.verdict.get(kind) if run.fidelity else None
+    kind = run.objective if run.objective in ("ensemble", "trained") else "merged"
+    judged = run.fidelity.verdict.get(kind) if run.fidelity else None  # there is none of trained ones
     if judged and judged.verdict in ("distrust", "prune"):
         yield "fidelity", f"fidelity of {kind} scores here: {VERDICTS[judged.verdict]}, since {judged.why}"
     if run.verified is None:

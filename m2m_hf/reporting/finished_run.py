@@ -113,6 +113,7 @@ class Training:
 
     fingerprint: str
     data: str
+    rows: int
     steps: int
     seconds: float
     uniform: Mapping[str, Any]
@@ -254,6 +255,11 @@ class FinishedRun:
         return "expert" if self.full else "adapter"
 
     @property
+    def scored_as(self) -> str:
+        """What tables call the model that stands for a mixture: `merged`, or `trained` where it was fine-tuned on it."""
+        return "trained" if self.objective == "trained" else "merged"
+
+    @property
     def metric(self) -> str:
         """What is plotted: the only target's metric, or the mean of several."""
         metrics = [one.metric or "score" for one in self.targets.values()]
@@ -326,8 +332,9 @@ def download(repo_id: str, revision: str | None) -> Path:
 def read_standings(journal: Journal, run: FinishedRun) -> dict[Mixture, Standing]:
     """How mixtures stand by the lines of a journal that belong to a run."""
     experts = {name: one.fingerprint for name, one in run.training.items()}
+    rows = {name: one.rows for name, one in run.training.items()}
     keys = {
-        name: Keys(one.fingerprints["base"], one.fingerprints["scorer"], one.validation_rows, experts)
+        name: Keys(one.fingerprints["base"], one.fingerprints["scorer"], one.validation_rows, experts, rows)
         for name, one in run.targets.items()
     }
     found = by_mixture(own_trials(journal.trials.values(), keys, [run.objective]), run.targets)

@@ -139,7 +139,8 @@ class Status:
             if self.config.verify_top_k and summary.verified is None:
                 self.left.append(f"the best {self.config.verify_top_k} mixtures to fine-tune (verify_top_k)")
             return summary
-        self.left.append(f"up to {rest.mixtures:,} of {rest.total:,} mixtures to score")
+        what = "fine-tune and score" if self.config.objective == "trained" else "score"
+        self.left.append(f"up to {rest.mixtures:,} of {rest.total:,} mixtures to {what}")
         return None
 
     def journal(self) -> list[Trial] | None:
@@ -171,11 +172,17 @@ class Status:
         if not facts:
             return []
         experts = {name: str(record.get("fingerprint")) for name, record in trained.items()}
+        rows = {name: int(number(record.get("rows"))) for name, record in trained.items()}
         scorers = self.scorers()
-        keys = {name: Keys(base_key(facts[0]), str(scorer), 0, experts) for name, scorer in scorers.items()}
+        keys = {name: Keys(base_key(facts[0]), str(scorer), 0, experts, rows) for name, scorer in scorers.items()}
+        objectives = (self.objective, "gradient") if self.objective == "merged" else (self.objective,)
+        return own_trials(trials, keys, objectives)
+
+    @property
+    def objective(self) -> str:
+        """What the journal calls the run's objective."""
         seed = self.settings.get("seed", 42)
-        objective = objective_name(self.config, seed if isinstance(seed, int) else 42)
-        return own_trials(trials, keys, (objective, "gradient") if objective == "merged" else (objective,))
+        return objective_name(self.config, seed if isinstance(seed, int) else 42)
 
     def scorers(self) -> dict[str, Any]:
         """Target -> fingerprint of its rows, scorer and metric, as far as they are known."""
@@ -194,12 +201,13 @@ class Status:
             return None
 
     def belongs(self, summary: FinishedRun, space: SearchSpace) -> bool:
-        """True if a summary is of the candidates, targets and constraints of the configuration.
+        """True if a summary is of the objective, candidates, targets and constraints of the configuration.
 
         Costs may differ: they are the candidates' own, and may have been counted otherwise.
         """
         return (
-            sorted(summary.candidates) == sorted(self.config.parsed_candidates)
+            summary.objective == self.objective
+            and sorted(summary.candidates) == sorted(self.config.parsed_candidates)
             and {name: one.fingerprints.get("scorer") for name, one in summary.targets.items()} == self.scorers()
             and replace(summary.space, costs={}) == replace(space, costs={})
         )
@@ -213,7 +221,7 @@ class Status:
         others = [number(record.get("seconds")) for record in records if weights_of(record) != weights]
         if others:
             self.spent["mixtures fine-tuned"] = sum(others)
-            self.lines.append(f"fine-tuned to compare: {len(others)} models, {duration(sum(others))}")
+            self.lines.append(f"mixtures fine-tuned: {len(others)} models, {duration(sum(others))}")
         for folder in sorted(self.run.root.glob("final.*")):
             self.check(folder, "nothing needs it")
         if self.run.final.exists() and (record := self.check(self.run.final, "m2m sft makes it again")):

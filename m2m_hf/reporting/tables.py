@@ -68,8 +68,8 @@ def end_table(run: FinishedRun) -> Table:
     for name, one in run.training.items():
         gain = signed(run.shapley.shapley.get(name)) if run.shapley else ""
         rows.append(row(name, run.singles.get(name), gain, f"{one.steps:,}", duration(one.seconds)))
-    rows.append(row(f"all {len(run.usable)}, merged", run.all))
-    rows.append(row(f"{run.best.mixture}, merged", run.best))
+    rows.append(row(f"all {len(run.usable)}, {run.scored_as}", run.all))
+    rows.append(row(f"{run.best.mixture}, {run.scored_as}", run.best))
     if run.final is not None:
         cost = ["", f"{run.final.steps:,}", duration(run.costs.final_seconds or 0)]
         sealed = final_row("final", "test") if test else []
@@ -162,7 +162,10 @@ def explanations(run: FinishedRun) -> Iterator[str]:
     if run.shapley:
         how = "" if run.shapley.exact else ", estimated from the mixtures scored"
         yield f"Shapley value: a candidate's mean marginal gain over all orders{how}; the first to join gains most"
-    yield f"merged: {stand_in(run)}, not trained"
+    if run.objective == "trained":
+        yield "trained: a model fine-tuned on the mixture; errors are over rows, and leave out the noise of training"
+    else:
+        yield f"merged: {stand_in(run)}, not trained"
     steps, epochs = run.config.get("max_steps", -1), run.config.get("num_train_epochs", 3.0)
     if overrides := run.config.get("final"):
         how = f"as final: says ({', '.join(f'{key}: {value}' for key, value in overrides.items())})"
@@ -179,7 +182,7 @@ def cost_line(run: FinishedRun) -> str:
         f"{len(run.standings)} mixtures scored in {duration(run.costs.search_seconds)}",
     ]
     if run.costs.compare_seconds:
-        parts.append(f"mixtures fine-tuned to compare {duration(run.costs.compare_seconds)}")
+        parts.append(f"mixtures fine-tuned {duration(run.costs.compare_seconds)}")
     if run.costs.final_seconds:
         parts.append(f"final model {duration(run.costs.final_seconds)}")
     return f"cost: {', '.join(parts)}"

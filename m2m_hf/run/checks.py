@@ -31,6 +31,7 @@ from m2m_hf.publish.hub import fetch_expert
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.external import ExternalScorer
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
+from m2m_hf.search.model_based import FEW
 from m2m_hf.storage.files import write_atomic, write_json
 from m2m_hf.storage.records import find_incomplete
 from m2m_hf.storage.run_folder import read_config
@@ -139,6 +140,8 @@ def check_trainings(run: RunContext, bare: PreTrainedModel) -> None:
     due = {f"candidates.{name}": (*run.candidate_settings(name), run.candidates[name]) for name in to_train}
     if (run.config.final or (imported and run.config.train_final)) and find_incomplete(run.folder.final) is not None:
         due |= {f"final, on {name} alone": (*run.final_settings, one) for name, one in run.candidates.items()}
+    if imported and (run.config.objective == "trained" or run.config.verify_top_k):
+        due |= {f"mixtures with {name}": (run.args, run.model_args, one) for name, one in run.candidates.items()}
     tried = set()
     for where, (args, model_args, candidate) in due.items():
         filled = (
@@ -228,6 +231,11 @@ def check_search(run: RunContext) -> None:
                 raise InputError(
                     f"merge_method: {config.merge_method} gives no adapter to hand to {scorer.name}; expected average"
                 )
+    if config.objective == "trained" and config.max_trials is None and not run.space.at_most(FEW):
+        raise InputError(
+            f"objective: trained fine-tunes a model for every mixture, and there are more than {FEW}; expected max_trials: how "
+            "many mixtures to score, the base model, single candidates and all together included"
+        )
     if config.strategy == "gradient" and not run.has_gradients:
         raise InputError(
             "strategy: gradient needs expert: lora, objective: merged, merge_method: average and targets whose scorer is "

@@ -202,8 +202,9 @@ class RunContext:
         self._settle_scorers()
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
         base = base_key(self.facts)
+        rows = {name: len(candidate.rows) for name, candidate in self.candidates.items()}
         scorers = self.validation_scorers.items()
-        return {name: Keys(base, one.fingerprint, one.examples, adapters) for name, one in scorers}
+        return {name: Keys(base, one.fingerprint, one.examples, adapters, rows) for name, one in scorers}
 
     def has_gradient(self, scorer: Scorer, method: MergeMethod) -> bool:
         """Whether merged scores have a gradient in the mixture's weights."""
@@ -216,7 +217,9 @@ class RunContext:
         return merged and all(self.has_gradient(one, self.merge_method) for one in self.validation_scorers.values())
 
     def objectives(self, kind: str, method: MergeMethod | None = None) -> list[Objective]:
-        """What scores mixtures on every target, `merged` (as the run merges, or by another method) or `ensemble`."""
+        """What scores mixtures on every target: `merged` (as the run merges, or by another method), `ensemble` or `trained`."""
+        if kind == "trained":
+            return [*self.trained_objectives(self.fine_tuned)]
         method = (method or self.merge_method) if kind == "merged" else AVERAGE
         objectives: list[Objective] = []
         for name, scorer in self.validation_scorers.items():

@@ -11,13 +11,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from m2m_hf.console import duration
+from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.loop import planned_mixtures
-from m2m_hf.search.model_based import STRATEGIES
+from m2m_hf.search.model_based import ENUMERABLE, STRATEGIES
 from m2m_hf.search.result import Budget
-from m2m_hf.training.fine_tune import planned_steps, train_expert
+from m2m_hf.training.fine_tune import mixture_steps, planned_steps, train_expert
 
 STEPS = 3  # of a training that is measured, the first of which is left out
 ROWS = 64  # that are scored to measure
@@ -50,15 +51,23 @@ def estimate(run: RunContext) -> list[str]:
             return "time unknown: the short training failed"
         return f"about {duration(steps * per_step)} ({per_step:.2f} s a step)"
 
+    fine_tunes = fine_tuning_steps(run, mixtures - 1) if config.objective == "trained" else []
+    if fine_tunes and not config.final:
+        final_steps = 0  # the chosen one is there
     lines = [f"{noun}: all trained"]
     if missing:
         lines = [f"{noun}: {len(missing)} to train, {steps:,} steps, {training_time(steps)}"]
     lines.append(
-        f"search: up to {mixtures:,} mixtures, about {duration(mixtures * per_mixture)} ({per_mixture:.2f} s each, unless "
-        "a race ends it early)"
+        f"search: up to {mixtures:,} mixtures, about {duration(mixtures * per_mixture)} ({per_mixture:.2f} s each"
+        + ("), once they are fine-tuned" if fine_tunes else ", unless a race ends it early)")
     )
+    if fine_tunes:
+        lines.append(
+            f"fine-tuning: up to {len(fine_tunes):,} mixtures, {sum(fine_tunes):,} steps, {training_time(sum(fine_tunes))}"
+        )
     final = f"final fine-tune: up to {final_steps:,} steps, {training_time(final_steps)}"
-    lines.append(final if final_steps else "no final fine-tune")
+    none = "the final model is one of them" if fine_tunes and config.train_final else "no final fine-tune"
+    lines.append(final if final_steps else none)
     lines.append(f"peak memory while measuring: {memory / 2**30:.1f} GiB")
     for name, scorer in scorers.items():
         if not scorer.by_row:
@@ -70,7 +79,7 @@ def estimate(run: RunContext) -> list[str]:
     if config.bank and missing:
         where = config.bank if isinstance(config.bank, str) else ", ".join(config.bank.values())
         lines.append(f"not counted: {noun} already in {where}; reused, not trained")
-    together = (steps + final_steps) * (per_step or 0.0) + mixtures * per_mixture
+    together = (steps + sum(fine_tunes) + final_steps) * (per_step or 0.0) + mixtures * per_mixture
     return [*lines, f"together about {duration(together)}"]
 
 
@@ -80,6 +89,17 @@ def count_mixtures(run: RunContext) -> int:
         return 1 + len(run.candidates)  # the rest is arithmetic
     strategy, budget = STRATEGIES[run.choose_strategy()[0]], Budget(run.config.max_trials or math.inf)
     return planned_mixtures(strategy, run.space, len(run.candidates), budget)
+
+
+def fine_tuning_steps(run: RunContext, most: int) -> list[int]:
+    """The steps of the mixtures that a search by fine-tuned models trains, of the largest ones where it chooses them."""
+    rows = {name: len(candidate.rows) for name, candidate in run.candidates.items()}
+    mixtures = [Mixture.subset(rows)] * most
+    if run.space.at_most(ENUMERABLE):
+        first = (*(Mixture.subset([name]) for name in rows), Mixture.subset(rows))
+        mixtures = list(dict.fromkeys((*first, *run.space.subsets())))
+    steps = [mixture_steps(run.args, run.candidates, row_counts(mixture, rows)) for mixture in mixtures]
+    return sorted(steps, reverse=True)[:most]
 
 
 class Clock(TrainerCallback):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from m2m_hf.core.mixture import BASE, Mixture
-from m2m_hf.core.objective import Differentiable, Objective
+from m2m_hf.core.objective import Differentiable, Objective, Prepared
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Reference, Standing, Trial
@@ -70,6 +70,10 @@ class SearchState:
 
     def score_in_full(self, mixtures: Sequence[Mixture]) -> None:
         """Scores mixtures on all rows, several at once where that fills a batch, unless the search ends before."""
+        usable = [mixture for mixture in mixtures if self.failed.keys().isdisjoint(mixture.names)]
+        for objective in self.objectives:
+            if isinstance(objective, Prepared):
+                objective.prepare([mixture for mixture in usable if self.journal.get(objective.key(mixture)) is None])
         group: list[Mixture] = []
         for mixture in mixtures:
             group.append(mixture)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.core.trial import Trial
 from m2m_hf.storage.files import fingerprint
 
@@ -30,15 +30,19 @@ class Keys:
         examples: rows of the target.
         adapters: name -> fingerprint of its adapter, which covers data, training arguments and library versions. A key covers
             the adapters of its own mixture only, so that trials stay valid when a candidate joins.
+        rows: name -> how many rows the candidate has.
     """
 
     base: str
     scorer: str
     examples: int
     adapters: Mapping[str, str]
+    rows: Mapping[str, int]
 
     def of(self, objective: str, mixture: Mixture, rung: int | None = None) -> str:
-        """The key of a surrogate's score, or of the merged score's gradient, on `rung` rows (None: all)."""
+        """The key of a score, or of the merged score's gradient, on `rung` rows (None: all)."""
+        if objective == "trained":
+            return self.trained(row_counts(mixture, self.rows), rung)
         if objective == "ensemble":
             return fingerprint(["ensemble", self.of("merged", mixture, rung)])
         if objective == "gradient":
@@ -46,9 +50,10 @@ class Keys:
         parts = [[name, weight, self.adapters[name]] for name, weight in mixture.items]
         return fingerprint([objective, self.base, self.scorer, self.examples if rung is None else rung, parts])
 
-    def trained(self, counts: Mapping[str, int]) -> str:
+    def trained(self, counts: Mapping[str, int], rung: int | None = None) -> str:
         """The key of a model fine-tuned on so many rows of each candidate."""
-        return fingerprint(["trained", self.base, self.scorer, self.examples, self.model(counts)])
+        rows = self.examples if rung is None else rung
+        return fingerprint(["trained", self.base, self.scorer, rows, self.model(counts)])
 
     def model(self, counts: Mapping[str, int]) -> str:
         """Fingerprint of that model, whatever it is scored on; without rows, of the base model."""

@@ -23,7 +23,7 @@ from m2m_hf.console import Terminal
 from m2m_hf.core.trial import Standing, Trial
 from m2m_hf.errors import InputError
 from m2m_hf.search.callbacks import SearchCallback, SearchControl
-from m2m_hf.search.result import score_of
+from m2m_hf.search.result import SearchResult, score_of
 from m2m_hf.storage.files import fingerprint
 
 MAX_NAME = 80  # characters of a run's name, which is also TensorBoard's folder
@@ -164,11 +164,12 @@ class Tracker(TrainerCallback):
 class SearchTracker(SearchCallback):
     """Tells the trackers of a search: the score of every mixture and the best so far, from the first mixture on.
 
-    It tells nothing of a search that the journal answers, since the trackers know that one.
+    It tells nothing of a search that the journal answers, since the trackers know that one. Unless `live`, it tells all at the
+    end: a search that fine-tunes has other runs before, and some trackers have one at a time.
     """
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, tracker: Tracker, live: bool = True) -> None:
+        self._tracker, self._live = tracker, live
         self._measured = False
         self._steps = 0
         self._untold: list[dict[str, float]] = []
@@ -179,6 +180,13 @@ class SearchTracker(SearchCallback):
     def on_standing(self, standing: Standing, best: Standing | None, control: SearchControl) -> None:
         if standing.score is not None and best is not None:
             self._untold.append({"eval_score": standing.score.value, "eval_best_score": score_of(best).value})
+        if self._live:
+            self._tell()
+
+    def on_search_end(self, result: SearchResult, control: SearchControl) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
         if not self._measured:
             return
         for values in self._untold:

@@ -1,0 +1,167 @@
+"""The trained objective: a search whose scores are those of models fine-tuned on the mixtures, on a pico model."""
+
+import json
+from collections import Counter
+
+import pytest
+import yaml
+from pico import changed, choice_rows, language_searcher, m2m, trials, write_rows
+
+from m2m_hf.core.mixture import BASE, Mixture
+from m2m_hf.errors import InputError
+from m2m_hf.merging.adapter import Adapter
+from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.objectives import trained
+from m2m_hf.objectives.trained import FineTunedModels
+from m2m_hf.run.estimate import estimate
+from m2m_hf.search.model_based import STRATEGIES
+from m2m_hf.training.fine_tune import failure
+
+TRAINED = ("--objective", "trained")
+
+
+@pytest.fixture(autouse=True)
+def graded(project):
+    """No two mixtures score the same."""
+    write_rows(project / "validation.jsonl", choice_rows(20))
+    target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"]
+    changed(project, "run", targets={"colours": target | {"metric": "logprob"}})
+
+
+class Trainings(Counter):
+    """What was fine-tuned, by the sources of its rows; the training with the number `stop` is interrupted."""
+
+    stop = 0
+
+
+@pytest.fixture
+def fine_tuned(monkeypatch) -> Trainings:
+    done = Trainings()
+    real = trained.train_expert
+
+    def counting(base, rows, *rest):
+        done["+".join(sorted({row["prompt"].split()[1] for row in rows}))] += 1
+        if done.total() == done.stop:
+            raise KeyboardInterrupt
+        return real(base, rows, *rest)
+
+    monkeypatch.setattr(trained, "train_expert", counting)
+    return done
+
+
+@pytest.fixture
+def together(monkeypatch) -> list[int]:
+    """How many models each call was asked for."""
+    asked: list[int] = []
+    real = FineTunedModels.train_all
+
+    def counting(self, wanted, *rest, **named):
+        asked.append(len(wanted))
+        real(self, wanted, *rest, **named)
+
+    monkeypatch.setattr(FineTunedModels, "train_all", counting)
+    return asked
+
+
+def lines(project) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "crc32")}
+        for line in trials(project / "out")
+    ]
+
+
+def test_the_score_is_that_of_the_model_which_the_final_one_then_is(project, fine_tuned, together, capsys):
+    assert m2m("select", "--config", project / "run.yaml", *TRAINED) == 0
+    printed = capsys.readouterr().out
+    words = "up to 7 mixtures to fine-tune and score/all 3, trained/trained: a model/mixtures fine-tuned"
+    assert [word for word in words.split("/") if word not in printed] == []
+    assert "merged" not in printed
+    assert sorted(fine_tuned.values()) == [1] * 7
+    assert [count for count in together if count > 1] == [4, 3]  # the singles and all together, then the pairs
+    summary, final = (
+        json.loads((project / "out" / name).read_text()) for name in ("summary.json", "final/training.json")
+    )
+    assert summary["objective"] == "trained"
+    best = max((line for line in lines(project) if line["names"]), key=lambda line: line["score"])
+    assert summary["best"]["mixture"] == dict(zip(best["names"], best["weights"], strict=True))
+    assert final["scores"]["colours"]["final"]["validation"]["score"] == best["score"]
+
+    one = language_searcher(project, *TRAINED)
+    mixture = Mixture.subset(["alpha", "gamma"])
+    adapter = Adapter.load(one.run.fine_tuned.folder(one.run.fine_tuned.counts(mixture)))
+    scorer = one.run.validation_scorers["colours"]
+    (score,) = scorer.score(GatedStack(one.run.base.model, {"x": adapter}), [{"x": 1.0}], 1024)
+    (line,) = (line for line in lines(project) if line["names"] == ["alpha", "gamma"])
+    assert score.value == pytest.approx(line["score"])
+    # What the run has fine-tuned answers m2m fidelity, and m2m status knows that nothing is left.
+    assert m2m("fidelity", "--config", project / "run.yaml", *TRAINED) == 0
+    assert fine_tuned.total() == 7
+    capsys.readouterr()
+    assert m2m("status", project / "out") == 0
+    assert "left: nothing" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_every_strategy_finds_what_was_fine_tuned_and_a_budget_goes_on(project, fine_tuned):
+    """A budget of 6 is five fine-tunes: base, singles, all together and one more."""
+    first = language_searcher(project, *TRAINED, "--strategy", "greedy", "--max_trials", "6").search()
+    assert (fine_tuned.total(), first.ended, len(first.standings)) == (5, "budget", 6)
+    whole = language_searcher(project, *TRAINED).search()
+    assert (fine_tuned.total(), max(fine_tuned.values()), len(whole.standings)) == (7, 1, 8)
+    known = lines(project)
+    for strategy in STRATEGIES.keys() - {"gradient"}:
+        result = language_searcher(project, *TRAINED, "--strategy", strategy, "--max_trials", "20").search()
+        assert {one: whole.standings[one] for one in result.standings} == result.standings
+    assert (fine_tuned.total(), lines(project)) == (7, known)
+
+
+def test_a_killed_search_goes_on_to_the_same_and_trains_nothing_twice(project, tmp_path, fine_tuned):
+    command = ("search", "--config", project / "run.yaml", *TRAINED)
+    assert m2m(*command) == 0
+    reference = lines(project)
+    (project / "out" / "trained").rename(tmp_path / "trained")
+    (project / "out" / "trials.jsonl").unlink()
+    fine_tuned.clear()
+    fine_tuned.stop = 3
+    assert m2m(*command) == 130
+    assert m2m(*command) == 0
+    assert fine_tuned.total() == 7 + 1
+    assert lines(project) == reference
+
+
+def test_a_training_that_diverges_is_a_failed_trial(project, monkeypatch, capsys):
+    real = trained.train_expert
+
+    def diverges(base, rows, *rest):
+        words = {row["prompt"].split()[1] for row in rows}
+        return failure("loss nan") if words == {"alpha", "beta"} else real(base, rows, *rest)
+
+    monkeypatch.setattr(trained, "train_expert", diverges)
+    for _ in range(2):  # what failed is not tried again
+        assert m2m("search", "--config", project / "run.yaml", *TRAINED) == 0
+        assert (
+            "1 trials failed; their mixtures cannot be chosen. The first: training on alpha + beta: loss nan"
+            in " ".join(capsys.readouterr().out.split())
+        )
+        monkeypatch.setattr(trained, "train_expert", lambda *args: pytest.fail("trained again"))
+
+
+def test_the_estimate_counts_fine_tunes(project, monkeypatch):
+    changed(project, "run", max_steps=-1, num_train_epochs=1)  # 3 steps for each candidate
+    monkeypatch.setattr("m2m_hf.run.estimate.Clock.per_step", 2.0)
+    monkeypatch.setattr("m2m_hf.run.estimate.scoring_seconds", lambda scorer, run: 3.0)
+    told = estimate(language_searcher(project, *TRAINED).run)
+    steps = 3 * 3 + 3 * 6 + 9
+    assert f"fine-tuning: up to 7 mixtures, {steps} steps, about 1 min 12 s (2.00 s a step)" in told
+    assert "the final model is one of them" in told
+    assert told[-1] == "together about 1 min 54 s"  # adapters 18 s, fine-tuning 72 s, scoring 24 s
+    few = estimate(language_searcher(project, *TRAINED, "--max_trials", "6").run)  # of those the largest
+    assert f"fine-tuning: up to 5 mixtures, {9 + 3 * 6 + 3} steps, about 1 min 00 s (2.00 s a step)" in few
+
+
+def test_many_mixtures_need_a_budget(project, monkeypatch):
+    monkeypatch.setattr("m2m_hf.run.checks.FEW", 6)
+    with pytest.raises(InputError, match="there are more than 6; expected max_trials: how many mixtures to score"):
+        language_searcher(project, *TRAINED).check()
+    language_searcher(project, *TRAINED, "--max_trials", "6").check()
+    assert BASE not in language_searcher(project, *TRAINED).run.space

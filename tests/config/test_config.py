@@ -50,6 +50,7 @@ FULL = {"expert": "full"}
 CLASSIFICATION = {"task": "sequence_classification", **target("classification")}
 CONTINUOUS = {"strategy": "random", "weights": "continuous"}
 TIES = {"merge_method": "ties"}
+TRAINED = {"objective": "trained"}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,18 @@ TIES = {"merge_method": "ties"}
         *(({"max_trials": wrong}, "max_trials: expected an integer of at least 1") for wrong in (0, 10.5, True)),
         ({"max_cost": float("inf")}, "max_cost: expected a number of at least 0, got inf"),
         ({"licenses": "mit"}, "licenses: expected a list of names, got 'mit'"),
+        *(
+            (TRAINED | wrong, f"{name}: {wrong[name]!r} does not go with objective: trained, which {why}")
+            for name, why, wrong in (
+                ("verify_top_k", "fine-tunes every mixture", {"verify_top_k": 1}),
+                ("merge_method", "merges nothing", TIES),
+                ("weights", "could not tell apart", CONTINUOUS),
+                ("race", "spends its time on fine-tuning", {"race": True}),
+                ("max_seconds", "is bounded by max_trials", {"max_seconds": 60}),
+                ("max_example_evaluations", "is bounded by max_trials", {"max_example_evaluations": 60}),
+                ("allow_mixed_training", "trains every mixture with", {"allow_mixed_training": True}),
+            )
+        ),
         ({"fidelity_mixtures": 3}, "fidelity_mixtures: expected an integer of at least 4, got 3"),
     ],
 )

@@ -16,13 +16,15 @@ from m2m_hf.objectives.trained import FineTunedModels
 from m2m_hf.run.estimate import estimate
 from m2m_hf.search.model_based import STRATEGIES
 from m2m_hf.training.fine_tune import failure
+from m2m_hf.training.trackers import Tracker
 
 TRAINED = ("--objective", "trained")
 
 
 @pytest.fixture(autouse=True)
-def graded(project):
-    """No two mixtures score the same."""
+def graded(project, monkeypatch):
+    """No two mixtures score the same, and no pictures are drawn."""
+    monkeypatch.setattr("m2m_hf.reporting.plots.PICTURES", {})
     write_rows(project / "validation.jsonl", choice_rows(20))
     target = yaml.safe_load((project / "run.yaml").read_text())["targets"]["colours"]
     changed(project, "run", targets={"colours": target | {"metric": "logprob"}})
@@ -96,16 +98,20 @@ def test_the_score_is_that_of_the_model_which_the_final_one_then_is(project, fin
     # What the run has fine-tuned answers m2m fidelity, and m2m status knows that nothing is left.
     assert m2m("fidelity", "--config", project / "run.yaml", *TRAINED) == 0
     assert fine_tuned.total() == 7
+    assert Counter(line["objective"] for line in lines(project)) == {"trained": 8, "merged": 7, "ensemble": 7}
     capsys.readouterr()
     assert m2m("status", project / "out") == 0
     assert "left: nothing" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_every_strategy_finds_what_was_fine_tuned_and_a_budget_goes_on(project, fine_tuned):
+def test_every_strategy_finds_what_was_fine_tuned_and_a_budget_goes_on(project, fine_tuned, monkeypatch):
     """A budget of 6 is five fine-tunes: base, singles, all together and one more."""
+    told = []  # how many were trained when a tracker is told of the search: some have one run at a time, as each training is
+    monkeypatch.setattr(Tracker, "log", lambda *args: told.append(fine_tuned.total()))
     first = language_searcher(project, *TRAINED, "--strategy", "greedy", "--max_trials", "6").search()
     assert (fine_tuned.total(), first.ended, len(first.standings)) == (5, "budget", 6)
+    assert told == [5] * 5
     whole = language_searcher(project, *TRAINED).search()
     assert (fine_tuned.total(), max(fine_tuned.values()), len(whole.standings)) == (7, 1, 8)
     known = lines(project)
@@ -116,20 +122,20 @@ def test_every_strategy_finds_what_was_fine_tuned_and_a_budget_goes_on(project, 
 
 
 def test_a_killed_search_goes_on_to_the_same_and_trains_nothing_twice(project, tmp_path, fine_tuned):
-    command = ("search", "--config", project / "run.yaml", *TRAINED)
-    assert m2m(*command) == 0
+    best = language_searcher(project, *TRAINED).search().best.mixture
     reference = lines(project)
     (project / "out" / "trained").rename(tmp_path / "trained")
     (project / "out" / "trials.jsonl").unlink()
     fine_tuned.clear()
     fine_tuned.stop = 3
-    assert m2m(*command) == 130
-    assert m2m(*command) == 0
+    with pytest.raises(KeyboardInterrupt):
+        language_searcher(project, *TRAINED).search()
+    assert language_searcher(project, *TRAINED).search().best.mixture == best
     assert fine_tuned.total() == 7 + 1
     assert lines(project) == reference
 
 
-def test_a_training_that_diverges_is_a_failed_trial(project, monkeypatch, capsys):
+def test_a_training_that_diverges_is_a_failed_trial(project, monkeypatch):
     real = trained.train_expert
 
     def diverges(base, rows, *rest):
@@ -137,13 +143,13 @@ def test_a_training_that_diverges_is_a_failed_trial(project, monkeypatch, capsys
         return failure("loss nan") if words == {"alpha", "beta"} else real(base, rows, *rest)
 
     monkeypatch.setattr(trained, "train_expert", diverges)
-    for _ in range(2):  # what failed is not tried again
-        assert m2m("search", "--config", project / "run.yaml", *TRAINED) == 0
-        assert (
-            "1 trials failed; their mixtures cannot be chosen. The first: training on alpha + beta: loss nan"
-            in " ".join(capsys.readouterr().out.split())
-        )
-        monkeypatch.setattr(trained, "train_expert", lambda *args: pytest.fail("trained again"))
+    result = language_searcher(project, *TRAINED).search()
+    failed = result.standings[Mixture.subset(["alpha", "beta"])]
+    assert failed.trials["colours"].reason == "training on alpha + beta: loss nan"
+    assert failed not in result.ranking
+    assert len(result.ranking) == 6
+    monkeypatch.setattr(trained, "train_expert", lambda *args: pytest.fail("trained again"))
+    assert language_searcher(project, *TRAINED).search().standings == result.standings
 
 
 def test_the_estimate_counts_fine_tunes(project, monkeypatch):

@@ -124,6 +124,25 @@ def test_mixtures_with_a_candidate_without_an_adapter_are_never_measured(tmp_pat
     assert Mixture.subset(NAMES) not in result.standings
 
 
+def test_what_is_proposed_together_is_prepared_together_before_it_is_scored(tmp_path):
+    """Not what the journal knows, nor what has a candidate without an adapter."""
+
+    class Prepares(TableObjective):
+        def prepare(self, mixtures):
+            told.append((len(self.asked), sorted(len(one) for one in mixtures)))
+
+    told: list[tuple[int, list[int]]] = []
+    run(Prepares(), tmp_path / "t.jsonl", budget=Budget(max_trials=12))
+    assert told == [(0, [0]), (1, [1, 1, 1, 1, 4]), (6, [2] * 6)]  # only for those that the budget allows
+    told.clear()
+    run(Prepares(), tmp_path / "t.jsonl")
+    assert told == [(0, []), (0, []), (0, [3] * 4)]
+    told.clear()
+    space = SearchSpace(("a", "c", "d"))
+    run(Prepares(target="u"), tmp_path / "t.jsonl", space=space, names=NAMES, failed={"b": "it diverged"})
+    assert told == [(0, [0]), (1, [1, 1, 1, 3]), (5, [2] * 3)]
+
+
 def test_values_of_other_rows_than_the_base_models_are_no_score(tmp_path):
     class Odd(TableObjective):
         def one(self, mixture):

@@ -36,7 +36,7 @@ from m2m_hf.modeling.heads import SUFFIX, Head, plan_own
 from m2m_hf.modeling.inspection import positions
 from m2m_hf.modeling.processing import image_mode, patches
 from m2m_hf.scoring.make import make_scorer
-from m2m_hf.scoring.probing import settle
+from m2m_hf.scoring.probing import fitting_tokens, settle
 from m2m_hf.scoring.scorers import Setup
 from m2m_hf.storage.files import read_json_or_empty
 
@@ -74,7 +74,7 @@ class LiveTargets:
             name: make_scorer(target.config, target.rows, replace(setup, where=f"targets.{name}"))
             for name, target in loaded.items()
         }
-        self._tokens = tokens_per_batch or (1024 if trainer.args.device.type == "cpu" else 16384)
+        self._tokens = tokens_per_batch
         self._settled = False
 
     def _refuse_unless_scorable(
@@ -133,14 +133,15 @@ class LiveTargets:
     def scores(self, stack: GatedStack, mixtures: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
         """Scores every mixture: target -> score. A score that fails is NaN, and a warning gives the reason."""
         scores: list[dict[str, float]] = [{} for _ in mixtures]
+        tokens = self._tokens = self._tokens or fitting_tokens(stack.model)
         for name, scorer in self.scorers.items():
             if not self._settled and (found := settle(stack, mixtures[:1], scorer)):
                 warnings.warn(f"targets.{name}: {found}", RuntimeWarning, stacklevel=3)
             # As many at once as fill a batch, or scorers would hold the answers of all of them.
-            together = scorer.at_once(stack, self._tokens, scorer.examples)
+            together = scorer.at_once(stack, tokens, scorer.examples)
             for start in range(0, len(mixtures), together):
                 group = mixtures[start : start + together]
-                for place, score in enumerate(scorer.score(stack, group, self._tokens), start=start):
+                for place, score in enumerate(scorer.score(stack, group, tokens), start=start):
                     if isinstance(score, Failure):
                         warnings.warn(f"targets.{name}: {score.reason}", RuntimeWarning, stacklevel=3)
                     scores[place][name] = math.nan if isinstance(score, Failure) else score.value
@@ -178,7 +179,7 @@ class TargetScoreCallback(TrainerCallback):
         targets: name -> a target as under `targets:` in a configuration (scorers `choice`, `classification`, `loss`,
             `generation`, and Python functions; with a classifier `classification` of rows text/label or image/label, whose
             labels are the names in the model's `id2label`). Relative paths are relative to the working directory.
-        tokens_per_batch: tokens in one forward pass (default: 1024 on a CPU, else 16384).
+        tokens_per_batch: tokens in one forward pass (default: 1024 on a CPU; what fills a GPU and fits into its memory).
         allow_metric_code: load your own metrics, which runs their code.
 
     Raises:

@@ -164,7 +164,7 @@ class MergeToMixConfig:
         BOOLEAN, False, "Take mixtures within one standard error of the best as tied, and choose the smallest."
     )
     tokens_per_batch: int | None = option(
-        integer(1), help="Scoring: tokens in one forward pass with padding (1024 on a CPU, else 16384)."
+        integer(1), help="Scoring: tokens in one forward pass with padding (1024 on a CPU; measured on a GPU)."
     )
     allow_overlap: bool = option(BOOLEAN, False, "Continue even if a candidate contains rows of a target.")
     allow_other_bases: bool = option(

@@ -23,8 +23,8 @@ class DenseStack:
     The model must not be quantised; `detach` gives it back.
     """
 
-    takes_rows = False
-    shrink = 1  # as of a `GatedStack`
+    takes_rows = writes = False  # as of a `GatedStack`
+    shrink = 1
 
     def __init__(self, model: PreTrainedModel, experts: Mapping[str, Expert], method: MergeMethod) -> None:
         self.model = model
@@ -39,8 +39,8 @@ class DenseStack:
         self._thresholds: dict[str, float] = {}
         self._written = False
 
-    def set(self, weights: Mapping[str, float]) -> None:
-        """Makes the model that of this mixture; without names, the base model."""
+    def set(self, weights: Mapping[str, float], write: bool = True) -> None:
+        """Makes the model that of this mixture; without names, the base model. It always writes."""
         if not weights and not self._written:
             return
         self._written = True  # even if this is interrupted

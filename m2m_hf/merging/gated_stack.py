@@ -9,7 +9,8 @@ may be quantised.
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -81,6 +82,12 @@ class SharedInput:
         return product
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's on a device, without waiting for what that is at."""
+    wait = device.type != "cuda" or tensor.requires_grad
+    return tensor.to(device) if wait else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def two_rows(model: PreTrainedModel) -> dict[str, Any]:
     """The smallest input of two rows that a model takes: three tokens each, or an image."""
     if model.main_input_name == "pixel_values":
@@ -99,9 +106,14 @@ class GatedStack:
     adapters were also trained; the gate is applied in fp32, so that no weight of a mixture is rounded. Without a mixture set,
     the base model answers.
 
+    A GPU spends on B (g ∘ A x) much more than its arithmetic: narrow products, and reading and writing all outputs once more.
+    There, a mixture that is to fill whole passes takes W0 + (B ∘ g) A instead, written into a scratch tensor for one layer at a
+    time, summed in fp32 and rounded once, as weights merged in the base's dtype are.
+
     Args:
         model: the base model; it is used in place and given back by `detach`.
         adapters: name -> adapter; any ranks and scalings, sorted by name inside, so that order plays no part.
+        writes: whether linear layers may be written like that; by default on CUDA. Quantised layers and others never are.
 
     Raises:
         InputError: an adapter that does not fit the model.
@@ -109,7 +121,7 @@ class GatedStack:
 
     shrink = 1  # by how much less than the token budget fits into memory, as scoring has found
 
-    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, Adapter], *, writes: bool | None = None) -> None:
         self.model = model
         self.adapters = dict(sorted(adapters.items()))
         self.names = tuple(self.adapters)
@@ -120,6 +132,7 @@ class GatedStack:
         self._owners: dict[tuple[int, ...], torch.Tensor] = {}
         self._gates: dict[tuple[int, ...], torch.Tensor] | None = None
         self._handles: list[RemovableHandle] = []
+        self._writing = False
         for name in sorted({module for parts in factors.values() for module in parts}):
             if name not in modules:
                 raise another_base(name, model)
@@ -134,6 +147,42 @@ class GatedStack:
         self.takes_rows = self._find_shared_inputs(modules)
         for layer in self._layers:
             self._handles.append(modules[layer.name].register_forward_hook(self._hook(layer)))
+        self._written = (
+            self._replace_products(modules) if writes or (writes is None and model.device.type == "cuda") else {}
+        )
+        self.writes = bool(self._written)
+
+    def _replace_products(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+        """Has plain linear layers take, while the stack writes, the mixture's weights for their own; returns them by name."""
+        layers = {
+            layer: module
+            for layer in self._layers
+            if type(module := modules[layer.name]) is nn.Linear
+            and module.weight.dtype == layer.b.dtype
+            and "forward" not in vars(module)
+        }
+        room: dict[torch.device, int] = {}
+        for module in layers.values():
+            room[module.weight.device] = max(room.get(module.weight.device, 0), module.weight.numel())
+        slots = {device: torch.empty(size, dtype=self.model.dtype, device=device) for device, size in room.items()}
+        for layer, module in layers.items():
+            module.forward = partial(self._product, layer, module, module.forward, slots[module.weight.device])  # type: ignore[method-assign]
+        return {layer.name: module for layer, module in layers.items()}
+
+    def _product(
+        self,
+        layer: StackedLayer,
+        module: nn.Linear,
+        own: Callable[[torch.Tensor], torch.Tensor],
+        slot: torch.Tensor,
+        input: torch.Tensor,
+    ) -> torch.Tensor:
+        """What a linear layer gives, before the hook."""
+        if not self._writing or self._gates is None:
+            return own(input)
+        weight = slot[: module.weight.numel()].view_as(module.weight)
+        torch.addmm(module.weight, (layer.b * self._gates[layer.layout]).to(layer.b.dtype), layer.a, out=weight)
+        return nn.functional.linear(input, weight, module.bias)
 
     def _find_shared_inputs(self, modules: Mapping[str, nn.Module]) -> bool:
         """Sees in one small forward pass which layers are given the same tensor, and has them share their product.
@@ -173,7 +222,7 @@ class GatedStack:
 
     def _hook(self, layer: StackedLayer) -> Any:
         def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            if self._gates is None:
+            if self._gates is None or (self._writing and layer.name in self._written):
                 return output
             down = layer.down(args[0])
             gated = (down * self._gates[layer.layout]).to(down.dtype)
@@ -184,9 +233,14 @@ class GatedStack:
 
         return add
 
-    def set(self, weights: Mapping[str, float]) -> None:
-        """Makes the model the one with W0 + Σ w_i ΔW_i from now on; adapters that are not named have weight 0."""
+    def set(self, weights: Mapping[str, float], write: bool = False) -> None:
+        """Makes the model the one with W0 + Σ w_i ΔW_i from now on; adapters that are not named have weight 0.
+
+        Args:
+            write: whether layers that can be written are; only for passes of many tokens, without gradients.
+        """
         self.set_rows([weights])
+        self._writing = write
 
     def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Gives every row of the next batches a mixture of its own; a single one holds for all rows.
@@ -194,23 +248,33 @@ class GatedStack:
         Raises:
             KeyError: a name that is not in the stack.
         """
-        if unknown := {name for weights in rows for name in weights} - set(self.names):
+        self._writing = False
+        different = {id(weights): weights for weights in rows}
+        if unknown := {name for weights in different.values() for name in weights} - set(self.names):
             raise KeyError(f"not in the stack: {', '.join(sorted(unknown))}")
         if not any(rows):
             self._gates = None
             return
-        values = torch.tensor([[weights.get(name, 0.0) for name in self.names] for weights in rows])
+        values = torch.tensor([[weights.get(name, 0.0) for name in self.names] for weights in different.values()])
         if len(rows) == 1:
             self.set_gates(values[0])
-        else:
-            self._gates = {layout: values.to(owner.device)[:, None, owner] for layout, owner in self._owners.items()}
+            return
+        number = {one: place for place, one in enumerate(different)}
+        values = values[[number[id(weights)] for weights in rows]]
+        self._gates = {
+            layout: to_device(values, owner.device)[:, None, owner] for layout, owner in self._owners.items()
+        }
 
     def set_gates(self, weights: torch.Tensor) -> None:
         """The same with a tensor of one weight per name of `names`, through which gradients pass."""
-        self._gates = {layout: weights.to(owner.device)[owner] for layout, owner in self._owners.items()}
+        self._writing = False
+        self._gates = {layout: to_device(weights, owner.device)[owner] for layout, owner in self._owners.items()}
 
     def detach(self) -> None:
         """Takes the stack off the base model, which is then as it was before."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._written.values():
+            del module.forward
+        self._written = {}

@@ -41,7 +41,7 @@ class MergedObjective(ScorerObjective):
 
     Args:
         open_stack: returns the experts' stack; called only to measure, so a search that the journal answers loads no model.
-        tokens_per_batch: limit of one forward pass.
+        tokens_per_batch: returns the limit of one forward pass, for which a model may have to be loaded.
         method: how to merge; the paper takes the average.
     """
 
@@ -52,7 +52,7 @@ class MergedObjective(ScorerObjective):
         keys: Keys,
         target: TargetInfo,
         *,
-        tokens_per_batch: int,
+        tokens_per_batch: Callable[[], int],
         method: MergeMethod = AVERAGE,
     ) -> None:
         super().__init__(scorer, keys, target)
@@ -60,15 +60,15 @@ class MergedObjective(ScorerObjective):
         self._method, self._open_stack, self._tokens_per_batch = method, open_stack, tokens_per_batch
 
     def batch_size(self, rows: int) -> int:
-        return self.scorer.at_once(self._open_stack(), self._tokens_per_batch, rows)
+        return self.scorer.at_once(self._open_stack(), self._tokens_per_batch(), rows)
 
     def model(self, mixture: Mixture) -> tuple[Stack, dict[str, float], int]:
         """What a scorer needs to score one mixture: the stack, the weights, and the limit of a forward pass."""
-        return self._open_stack(), self._method.gates(mixture.weights), self._tokens_per_batch
+        return self._open_stack(), self._method.gates(mixture.weights), self._tokens_per_batch()
 
     def _score(self, mixtures: Sequence[Mixture], rows: Sequence[int] | None) -> list[Score | Failure]:
         weights = [self._method.gates(mixture.weights) for mixture in mixtures]
-        return self.scorer.score(self._open_stack(), weights, self._tokens_per_batch, rows)
+        return self.scorer.score(self._open_stack(), weights, self._tokens_per_batch(), rows)
 
 
 class GatedObjective(MergedObjective):

@@ -112,7 +112,7 @@ class TrainedObjective(ScorerObjective):
         keys: Keys,
         target: TargetInfo,
         *,
-        tokens_per_batch: int,
+        tokens_per_batch: Callable[[], int],
     ) -> None:
         super().__init__(scorer, keys, target)
         self.models, self._base, self._bare, self._tokens_per_batch = models, base, bare, tokens_per_batch
@@ -128,12 +128,12 @@ class TrainedObjective(ScorerObjective):
         """The score of the model that was fine-tuned on these rows, by default on validation; without any, of the base model."""
         scorer = scorer or self.scorer
         if not counts:
-            return scorer.score(self._bare(), [{}], self._tokens_per_batch)[0]
+            return scorer.score(self._bare(), [{}], self._tokens_per_batch())[0]
         if failed := self.models.record(counts).get("failed"):
             return Failure(failed)
         stack = open_stack(self._base(), {"trained": load_trained(self.models.folder(counts))}, AVERAGE)
         try:
-            return scorer.score(stack, [{"trained": 1.0}], self._tokens_per_batch)[0]
+            return scorer.score(stack, [{"trained": 1.0}], self._tokens_per_batch())[0]
         finally:
             stack.detach()
 

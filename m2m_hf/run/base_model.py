@@ -14,6 +14,7 @@ from m2m_hf.merging.methods import AVERAGE, MergeMethod
 from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import HeadPlan
 from m2m_hf.modeling.loading import base_fingerprint, load_base
+from m2m_hf.scoring.probing import fitting_tokens
 
 
 class BaseModel:
@@ -86,6 +87,13 @@ class BaseModel:
         """Frees the memory; the next use loads the model again."""
         self.close_stack()
         self._model = None
+
+    @cached_property
+    def tokens_per_batch(self) -> int:
+        """Tokens in one forward pass of scoring, measured once (collective)."""
+        if self._stack is not None:
+            self._stack.set({})
+        return fitting_tokens(self.model)
 
     @property
     def batch_divisor(self) -> int:

@@ -29,7 +29,7 @@ from m2m_hf.objectives.merged import GatedObjective, MergedObjective
 from m2m_hf.objectives.trained import FineTunedModels, TrainedObjective
 from m2m_hf.run.tasks import Classification, Task
 from m2m_hf.scoring.make import make_scorers
-from m2m_hf.scoring.probing import settle
+from m2m_hf.scoring.probing import CPU_TOKENS, settle
 from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.search.model_based import choose_strategy, ensemble_shortcut
 from m2m_hf.storage.files import fingerprint, read_json_or_empty
@@ -60,7 +60,6 @@ class RunContext:
         self.folder = RunFolder(args.output_dir)
         self.started = broadcast(self.folder.started())
         self.merge_method = MergeMethod.of(config.merge_method, config.merge_parameters, args.seed)
-        self.tokens_per_batch = config.tokens_per_batch or (1024 if self.state.device.type == "cpu" else 16384)
         plan = make_plan(model_args, config.task)
         self._family = Family(meta_model(model_args, args, plan), plan, config.expert == "lora")
         self.args, self.model_args, self.settled = self._family.settle(args, model_args)
@@ -192,6 +191,13 @@ class RunContext:
         """Target -> scorer of its sealed rows, of targets that have any."""
         return {name: parts["test"] for name, parts in self.scorers.items() if "test" in parts}
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens in one forward pass of scoring; elsewhere than on a CPU the model is loaded to know (collective)."""
+        if given := self.config.tokens_per_batch:
+            return given
+        return CPU_TOKENS if self.state.device.type == "cpu" else self.base.tokens_per_batch
+
     def target_fingerprints(self) -> dict[str, dict[str, str]]:
         """Target -> part -> what identifies its rows and how they are scored."""
         return {name: {part: one.fingerprint for part, one in parts.items()} for name, parts in self.scorers.items()}
@@ -228,7 +234,7 @@ class RunContext:
                 scorer,
                 self.keys[name],
                 self._target_info(name, raced=kind == "merged" and scorer.by_row),
-                tokens_per_batch=self.tokens_per_batch,
+                tokens_per_batch=lambda: self.tokens_per_batch,
                 method=method,
             )
             ensemble = self.folder.root / "ensemble"
@@ -265,7 +271,7 @@ class RunContext:
         """What scores fine-tuned models, and the base model, on every target."""
         models_of = partial(TrainedObjective, models, self.base.plain, partial(self.open_stack, AVERAGE))
         return [
-            models_of(scorer, self.keys[name], self._target_info(name), tokens_per_batch=self.tokens_per_batch)
+            models_of(scorer, self.keys[name], self._target_info(name), tokens_per_batch=lambda: self.tokens_per_batch)
             for name, scorer in self.validation_scorers.items()
         ]
 

@@ -163,7 +163,9 @@ class GenerationScorer(Scorer):
         alone = self.settings.do_sample or self.apart == ALONE
         batches = one_by_one if alone else partial(job_batches, self._sizes, alike=self.apart == ALIKE)
         budget = max(tokens_per_batch, DECODING)
-        answers = ask(stack, mixtures, chosen, budget, batches, partial(self._generate, stack.model))
+        answers = ask(
+            stack, mixtures, chosen, budget, batches, lambda asked: partial(list, self._generate(stack.model, asked))
+        )
         references = [self.references[row] for row in chosen]
         return [metric_score(self.metric, texts, references) for texts in answers]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from m2m_hf.config.targets import TargetConfig
@@ -40,8 +41,7 @@ class ClassifierInputs(Inputs):
             scores = torch.cat(parts)[order]
         else:
             scores = self._pass(model, rows)
-        count = scores.shape[1]
-        return scores.flatten(), [(row, label) for row in range(len(rows)) for label in range(count)]
+        return scores.flatten(), np.indices(scores.shape).reshape(2, -1).T
 
     def _pass(self, model: Any, rows: Sequence[int]) -> torch.Tensor:
         """The scores of the labels, of shape (rows, labels), from one forward pass."""

@@ -32,7 +32,7 @@ from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.merging.adapter import Adapter, write_adapter
 from m2m_hf.merging.dense_stack import DenseStack, Stack
 from m2m_hf.modeling.devices import broadcast, out_of_memory
-from m2m_hf.scoring.forward import Weights, agree_on_memory
+from m2m_hf.scoring.forward import GPU_TOKENS, Weights, agree_on_memory
 from m2m_hf.scoring.metrics.metric import bootstrap
 from m2m_hf.scoring.scorers import Scorer, Setup, failure
 from m2m_hf.storage.files import digest_of
@@ -273,7 +273,9 @@ class HarnessScorer(ExternalScorer):
         from lm_eval.evaluator import evaluate
 
         while True:
-            size = max(1, tokens_per_batch // stack.shrink // 128)
+            size = max(
+                1, min(tokens_per_batch, GPU_TOKENS) // stack.shrink // 128
+            )  # which has the logits of all tokens
             model = quiet_harness_model(stack.model, self.tokenizer, size)
             given = {"lm": model, "task_dict": self.tasks, "limit": self.limit}
             try:

@@ -11,8 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -22,16 +23,22 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
-from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.merging.gated_stack import GatedStack, to_device
 from m2m_hf.modeling.devices import out_of_memory
 from m2m_hf.scoring.packing import Question, batches, padded
 
+T = TypeVar("T")
 Weights = Mapping[str, float]
 Job = tuple[int, int]  # (index of a mixture, number of a row that it is asked)
-Outputs = tuple[torch.Tensor, list[tuple[int, int]]]  # numbers, and the (row of the batch, answer) that each belongs to
+# Numbers, and the row of the batch and the answer that each belongs to, of shape (numbers, 2): those of one answer in a run
+Outputs = tuple[torch.Tensor, np.ndarray]
+Results = Callable[[], Sequence[Any]]  # waits for the device, and reads what it found
 # (row, numbers of its answers) -> a score's derivatives by these
 Slopes = Callable[[int, Sequence[float]], Sequence[float]]
 
+
+GPU_TOKENS = 16384  # in a pass, where memory was not measured for it: with gradients, and in the harness
+POSITIONS = 2048  # whose logits are looked at in fp32 together
 
 # How far rows are kept apart: choices share a row; have their own; only equally long rows share a batch; none do.
 TOGETHER, UNSHARED, ALIKE, ALONE = range(4)
@@ -106,15 +113,17 @@ class QuestionInputs(Inputs):
     def batches(self, model: PreTrainedModel, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
         """All questions of a batch are cut alike. Rows that branch need an attention mask, and others are faster without."""
         span = self._span(model)
-        alike: dict[tuple[bool, int], list[tuple[Job, Sequence[Question]]]] = defaultdict(list)
+        kind, sizes, heads = {}, {}, {}
+        for row in {row for _, row in jobs}:
+            parts = self.questions[row].within(span)
+            kind[row] = len(parts[0].requests) > 1, len(parts)
+            sizes[row], heads[row] = max(len(part.ids) for part in parts), max(part.heads for part in parts)
+        alike: dict[tuple[bool, int], list[Job]] = defaultdict(list)
         for job in jobs:
-            parts = self.questions[job[1]].within(span)
-            alike[len(parts[0].requests) > 1, len(parts)].append((job, parts))
+            alike[kind[job[1]]].append(job)
         for _, group in sorted(alike.items(), reverse=True, key=lambda item: item[0]):
-            sizes = [max(len(part.ids) for part in parts) for _, parts in group]
-            heads = [max(part.heads for part in parts) for _, parts in group]
-            for batch in batches(sizes, budget, heads):
-                yield [group[index][0] for index in batch]
+            for batch in batches([sizes[row] for _, row in group], budget, [heads[row] for _, row in group]):
+                yield [group[index] for index in batch]
 
     def outputs(self, model: PreTrainedModel, rows: Sequence[int]) -> Outputs:
         span = self._span(model)
@@ -124,13 +133,14 @@ class QuestionInputs(Inputs):
             for places in one_pass([len(part.ids) for part in parts], self.apart):
                 logprobs, of_part = score_rows(model, [parts[place] for place in places], self.apart >= ALIKE)
                 tensors.append(logprobs)
-                owners += [(places[row], number + completion) for row, completion in of_part]
+                owners.append(np.stack([np.array(places)[of_part[:, 0]], number + of_part[:, 1]], axis=1))
+        of = np.concatenate(owners)
         if self._by_token:
             seen: Counter[int] = Counter()
-            for index, (row, _) in enumerate(owners):
-                owners[index] = (row, seen[row])
-                seen[row] += 1
-        return torch.cat(tensors), owners
+            for one in of:
+                one[1] = seen[one[0]]
+                seen[one[0]] += 1
+        return torch.cat(tensors), of
 
     def alone(self, model: PreTrainedModel, row: int) -> Outputs:
         """Of the last completion, which stands farthest from the prompt, and the longest one."""
@@ -138,7 +148,7 @@ class QuestionInputs(Inputs):
         answers = sorted({len(parts) - 1, max(range(len(parts)), key=lambda answer: len(parts[answer].ids))})
         found = [score_rows(model, [parts[answer]], whole=True)[0] for answer in answers]
         owners = [(0, answer) for answer, logprobs in zip(answers, found, strict=True) for _ in logprobs]
-        return torch.cat(found), owners
+        return torch.cat(found), np.array(owners)
 
 
 def ask(
@@ -147,32 +157,38 @@ def ask(
     rows: Sequence[int],
     tokens_per_batch: int,
     batches: Callable[[list[Job], int], Iterable[list[Job]]],
-    forward: Callable[[list[int]], Sequence[Any]],
+    forward: Callable[[list[int]], Results],
+    write: bool = False,
 ) -> list[list[Any]]:
     """Asks every mixture the same rows: results by mixture and row. Every process does its share and gets everything.
 
     Args:
         batches: (jobs, tokens) -> the jobs in batches of so many tokens at most.
-        forward: runs the model, whose gates are set, on the rows of one batch.
+        forward: runs the model, whose gates are set, on the rows of one batch. What it found is read when all batches are under
+            way, so that a device does not wait for Python between two of them.
+        write: see `GatedStack.set`; of one mixture.
     """
     state, shrink = PartialState(), stack.shrink
-    jobs: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
+    every: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
     stack.model.eval()
     if len(mixtures) == 1:
-        stack.set(mixtures[0])
+        stack.set(mixtures[0], write)
 
-    def run(batch: list[Job]) -> Sequence[Any]:
+    def run(batch: list[Job]) -> Results:
         if len(mixtures) > 1:
             stack.set_rows([mixtures[mixture] for mixture, _ in batch])
         return forward([row for _, row in batch])
 
+    under_way: list[tuple[list[Job], Results]] = []
     results: list[tuple[Job, Any]] = []
     errors: list[str] = []
     try:
         with forgetful(stack.model):
-            for number, batch in enumerate(batches(jobs, tokens_per_batch // shrink)):
+            for number, batch in enumerate(batches(every, tokens_per_batch // shrink)):
                 if number % state.num_processes == state.process_index:
-                    results.extend(zip(batch, within_memory(stack, shrink, batch, run), strict=True))
+                    under_way += within_memory(stack, shrink, batch, run)
+        for jobs, read in under_way:
+            results.extend(zip(jobs, read(), strict=True))
     except InputError as error:
         errors.append(str(error))
     if state.num_processes > 1:
@@ -209,13 +225,18 @@ def forgetful(model: PreTrainedModel) -> Iterator[None]:
         forget()
 
 
-def within_memory(stack: Stack, shrink: int, batch: list[Job], run: Callable[[list[Job]], Sequence[Any]]) -> list[Any]:
+def within_memory(
+    stack: Stack, shrink: int, batch: list[Job], run: Callable[[list[Job]], T]
+) -> list[tuple[list[Job], T]]:
     """Runs a batch that was made when the budget was divided by `shrink`; in smaller ones once memory has run out."""
     together = max(1, len(batch) * shrink // stack.shrink)
-    results: list[Any] = []
-    while len(results) < len(batch):
+    results: list[tuple[list[Job], T]] = []
+    done = 0
+    while done < len(batch):
         try:
-            results += run(batch[len(results) : len(results) + together])
+            part = batch[done : done + together]
+            results.append((part, run(part)))
+            done += len(part)
             continue
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -237,18 +258,36 @@ def agree_on_memory(stack: Stack) -> None:
         stack.shrink = max(gather_object([stack.shrink]))
 
 
+class Sized(Protocol):
+    """Rows that are asked: the tokens of all of them, and how far they are kept apart."""
+
+    tokens: int
+    apart: int
+
+
+def per_pass(stack: Stack, asked: Sized, examples: int, rows: int, tokens_per_batch: int) -> int:
+    """How many mixtures share a pass when some of so many rows are asked; 1 if one fills it, or has to be asked alone."""
+    if not asked.tokens or not stack.takes_rows or asked.apart >= ALIKE:
+        return 1
+    return max(1, tokens_per_batch * examples // (asked.tokens * max(1, rows)))
+
+
 @torch.inference_mode()
 def measure(
     stack: Stack, mixtures: Sequence[Weights], inputs: Inputs, rows: Sequence[int], tokens_per_batch: int
 ) -> list[list[tuple[float, ...]]]:
-    """By mixture and row: what the model gives for every possible answer."""
-    if inputs.apart >= ALIKE and len(mixtures) > 1:  # rows of a batch then take passes of their own
+    """By mixture and row: what the model gives for every possible answer.
+
+    Whether the stack writes follows from the rows that are asked, and not from how many mixtures are, so scores do not either.
+    """
+    write = stack.writes and per_pass(stack, inputs, len(inputs.sizes), len(rows), tokens_per_batch) == 1
+    if (write or inputs.apart >= ALIKE) and len(mixtures) > 1:  # else rows of a batch would take passes of their own
         return [measure(stack, [weights], inputs, rows, tokens_per_batch)[0] for weights in mixtures]
 
-    def forward(numbers: list[int]) -> list[tuple[float, ...]]:
-        return by_answer(*inputs.outputs(stack.model, numbers), len(numbers))
+    def forward(numbers: list[int]) -> Results:
+        return partial(by_answer, *inputs.outputs(stack.model, numbers), len(numbers))
 
-    return ask(stack, mixtures, rows, tokens_per_batch, partial(inputs.batches, stack.model), forward)
+    return ask(stack, mixtures, rows, tokens_per_batch, partial(inputs.batches, stack.model), forward, write)
 
 
 @torch.enable_grad()
@@ -261,34 +300,34 @@ def measure_gradient(
     """
     gates = torch.tensor([weights.get(name, 0.0) for name in stack.names], requires_grad=True)
 
-    def forward(numbers: list[int]) -> list[tuple[float, ...]]:
+    def forward(numbers: list[int]) -> Results:
         stack.set_gates(gates)  # for every batch, since a graph can be differentiated once
         outputs, owners = inputs.outputs(stack.model, numbers)
         values = by_answer(outputs.detach(), owners, len(numbers))
         factors = [slopes(row, of_row) for row, of_row in zip(numbers, values, strict=True)]
-        by_output = torch.tensor([factors[row][answer] for row, answer in owners], device=outputs.device)
-        torch.autograd.backward((outputs * by_output).sum())
-        return values
+        by_output = torch.tensor([factors[row][answer] for row, answer in owners.tolist()])
+        torch.autograd.backward((outputs * by_output.to(outputs.device)).sum())
+        return partial(list, values)
 
-    (results,) = ask(stack, [weights], rows, tokens_per_batch, partial(inputs.batches, stack.model), forward)
+    # On a GPU the budget is that of a pass which keeps nothing for a backward pass.
+    budget = tokens_per_batch if stack.model.device.type == "cpu" else min(tokens_per_batch, GPU_TOKENS)
+    (results,) = ask(stack, [weights], rows, budget, partial(inputs.batches, stack.model), forward)
     stack.set({})
     slope = [0.0] * len(stack.names) if gates.grad is None else gates.grad.tolist()
     shares = gather_object([slope]) if PartialState().num_processes > 1 else [slope]
     return results, {name: sum(share[number] for share in shares) for number, name in enumerate(stack.names)}
 
 
-def by_answer(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[tuple[float, ...]]:
+def by_answer(outputs: torch.Tensor, owners: np.ndarray, rows: int) -> list[tuple[float, ...]]:
     """By row: the sum of every answer's numbers."""
-    numbers = of_answers(outputs, owners, rows)
-    return [tuple(sum(of_row[answer]) for answer in range(len(of_row))) for of_row in numbers]
-
-
-def of_answers(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[dict[int, list[float]]]:
-    """By row and answer: its numbers."""
-    numbers: list[dict[int, list[float]]] = [defaultdict(list) for _ in range(rows)]
-    for (row, answer), value in zip(owners, outputs.double().tolist(), strict=True):
-        numbers[row][answer].append(value)
-    return numbers
+    numbers = outputs.cpu().double().tolist()
+    found: list[list[float]] = [[] for _ in range(rows)]
+    ends = [*(np.flatnonzero((owners[1:] != owners[:-1]).any(axis=1)) + 1).tolist(), len(numbers)]
+    start = 0
+    for row, end in zip(owners[np.array(ends) - 1, 0].tolist(), ends, strict=True):
+        found[row].append(sum(numbers[start:end]))
+        start = end
+    return list(map(tuple, found))
 
 
 def completion_logprobs(
@@ -316,17 +355,17 @@ def shared_span(model: PreTrainedModel) -> float:
 
 
 @contextmanager
-def scored_positions(model: PreTrainedModel, keep: torch.Tensor) -> Iterator[None]:
-    """While active, the output head of `model` computes logits only at the positions of the mask `keep`.
+def scored_positions(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
+    """While active, the output head of `model` computes logits only at these places, counted through all rows of a batch.
 
     A vocabulary is many times wider than the model, so logits for prompts and padding would dominate the cost. A hook before the
     head drops the other positions, and whatever a model does after its head (scaling, soft-capping) stays as it is. The logits
-    then have shape `(1, kept positions, vocabulary)`.
+    then have shape `(1, places, vocabulary)`.
     """
 
     def select(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args
-        return (hidden[keep.to(hidden.device)].unsqueeze(0), *rest)
+        return (hidden.flatten(0, 1)[places.to(hidden.device)].unsqueeze(0), *rest)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -342,28 +381,44 @@ def score_rows(model: PreTrainedModel, questions: Sequence[Question], whole: boo
     and attention takes its fastest path. What follows the last scored token's place is left out, unless the model is to be given
     the `whole` text, since it looks at how long that is.
     """
-    texts = [row.requests[0].ids if whole else row.ids for row in questions]
-    width = max(map(len, texts))
-    inputs: dict[str, torch.Tensor] = {"input_ids": padded(texts, width).to(model.device)}
+    different = list(dict.fromkeys(questions))  # several mixtures are asked the same: it is laid out once
+    texts = [row.requests[0].ids if whole else row.ids for row in different]
+    width, device = max(map(len, texts)), model.device
+    rows: Any = slice(None)
+    if len(different) < len(questions):
+        number = {question: place for place, question in enumerate(different)}
+        rows = to_device(torch.tensor([number[question] for question in questions]), device)
+
+    def laid_out(lists: Sequence[Sequence[int]]) -> torch.Tensor:
+        return to_device(padded(lists, width), device)
+
+    inputs: dict[str, torch.Tensor] = {"input_ids": laid_out(texts)[rows]}
     if len(questions[0].requests) > 1:
-        branches = padded([row.branches for row in questions], width).to(model.device)
+        branches = laid_out([row.branches for row in different])
         visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
         hidden = ~visible.tril()[:, None]
-        mask = torch.zeros(hidden.shape, dtype=model.dtype, device=model.device)
-        inputs["attention_mask"] = mask.masked_fill_(hidden, torch.finfo(model.dtype).min)
-        inputs["position_ids"] = padded([row.places for row in questions], width).to(model.device)
-    scored = [
-        (number * width + index, token, (number, completion))
-        for number, row in enumerate(questions)
-        for index, token, completion in row.scored
-    ]
-    places = torch.tensor([place for place, _, _ in scored])
-    tokens = torch.tensor([token for _, token, _ in scored])
-    keep = torch.zeros(len(questions) * width, dtype=torch.bool)
-    keep[places] = True
-    with scored_positions(model, keep.view(len(questions), width)):
-        logits = model(**inputs, use_cache=False).logits[0].float()
+        mask = torch.zeros(hidden.shape, dtype=model.dtype, device=device)
+        inputs["attention_mask"] = mask.masked_fill_(hidden, torch.finfo(model.dtype).min)[rows]
+        inputs["position_ids"] = laid_out([row.places for row in different])[rows]
+    tables = [question.table for question in questions]
+    row_of = np.repeat(np.arange(len(tables)), [table.shape[1] for table in tables])
+    index, token, completion = np.concatenate(tables, axis=1)
     # Several completions begin where the same prompt ends: its logits are there once.
-    kept = (keep.cumsum(0) - 1)[places].to(logits.device)
-    logprobs = logits[kept, tokens.to(logits.device)] - logits.logsumexp(dim=1)[kept]
-    return logprobs, [owner for _, _, owner in scored]
+    places, kept = np.unique(row_of * width + index, return_inverse=True)
+    with scored_positions(model, to_device(torch.from_numpy(places), device)):
+        logits = model(**inputs, use_cache=False).logits[0]
+    return token_logprobs(logits, kept, token), np.stack([row_of, completion], axis=1)
+
+
+def token_logprobs(logits: torch.Tensor, kept: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
+    """The log-probability of every token, given at which of the logits' positions; in fp32, of a few positions at a time."""
+    parts, order = [], []
+    for start in range(0, len(logits), POSITIONS):
+        part = logits[start : start + POSITIONS].float()
+        (mine,) = ((kept >= start) & (kept < start + POSITIONS)).nonzero()
+        where, what = to_device(torch.from_numpy(np.stack([kept[mine] - start, tokens[mine]])), logits.device)
+        parts.append(part[where, what] - part.logsumexp(dim=1)[where])
+        order.append(mine)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[to_device(torch.from_numpy(np.concatenate(order).argsort()), logits.device)]

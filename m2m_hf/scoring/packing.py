@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
+import numpy as np
 import torch
 
 HEAD = 4  # a scored position, with its logits over the whole vocabulary, counts as this many tokens of the budget
@@ -56,6 +57,11 @@ class Question:
         """The question itself where prompt and completion have at most `span` tokens, else one question for every completion."""
         whole = len(self.requests) == 1 or max(len(request.ids) for request in self.requests) <= span
         return [self] if whole else self._parts
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """`scored` as three rows of numbers: indices, tokens, completions."""
+        return np.array(self.scored, dtype=np.int64).reshape(-1, 3).T
 
     @cached_property
     def _parts(self) -> list["Question"]:

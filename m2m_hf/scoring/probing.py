@@ -1,4 +1,4 @@
-"""What a model does with rows that share a pass, tried before the first score.
+"""What a model does with rows that share a pass, and how many fit into one, tried before the first score.
 
 Choices share their prompt's row, and rows of all lengths a batch. Some models then score a row otherwise than alone: attention
 that counts places, frequencies that follow the longest row, recurrent states that read padding. No list of models tells.
@@ -11,12 +11,29 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from transformers import PreTrainedModel
 
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
-from m2m_hf.modeling.devices import broadcast
-from m2m_hf.scoring.forward import ALIKE, ALONE, TOGETHER, UNSHARED, Weights, agree_on_memory, forgetful, within_memory
+from m2m_hf.merging.gated_stack import two_rows
+from m2m_hf.modeling.devices import broadcast, out_of_memory
+from m2m_hf.modeling.processing import patches
+from m2m_hf.scoring.forward import (
+    ALIKE,
+    ALONE,
+    GPU_TOKENS,
+    TOGETHER,
+    UNSHARED,
+    Weights,
+    agree_on_memory,
+    forgetful,
+    score_rows,
+    within_memory,
+)
+from m2m_hf.scoring.packing import HEAD, Question, Request
 from m2m_hf.scoring.scorers import Numbers, Scorer
 
 WAYS = {
@@ -26,6 +43,12 @@ WAYS = {
 }
 SURE = 4  # times what rounding does; sharing did at most 2.6 times as much in fp32, bf16, fp16 and 4-bit, broken models 4.2
 LEAST = 5e-5  # a difference of a log-probability that is never looked at
+CPU_TOKENS = 1024  # in a forward pass; more are slower
+BUSY, MOST_TOKENS = (
+    2e13,
+    1 << 17,
+)  # parameters times tokens that a large GPU takes longer for than Python to launch the pass
+SHARE = 0.5  # of the free memory, which a pass may take
 MOST, MOST_EPS = 1e-2, 256  # what rounding is never believed to do: 0.01, or 2 in bfloat16
 
 
@@ -119,7 +142,8 @@ class Probe:
 
     def _run(self, rows: Sequence[int], work: Callable[[list[int]], list[Numbers]]) -> list[Any]:
         batch = [(0, row) for row in rows]
-        return within_memory(self.stack, self.stack.shrink, batch, lambda jobs: work([row for _, row in jobs]))
+        parts = within_memory(self.stack, self.stack.shrink, batch, lambda jobs: work([row for _, row in jobs]))
+        return [one for _, found in parts for one in found]
 
 
 def difference(found: Numbers, expected: Numbers) -> float:
@@ -157,3 +181,64 @@ def changed_by(model: nn.Module, eps: float) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def fitting_tokens(model: PreTrainedModel) -> int:
+    """How many tokens to score in one forward pass of a model without a mixture (collective).
+
+    On CUDA as many as keep the device busy, if a measured pass says that they fit into its memory.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + kept
+    found = tokens_within(model.num_parameters(exclude_embeddings=True), bytes_per_token(model), free)
+    return min(gather_object([found])) if PartialState().num_processes > 1 else found
+
+
+def tokens_within(parameters: int, each: float, free: int) -> int:
+    """A power of two, so that a little less free memory changes nothing.
+
+    Args:
+        parameters: of the model, without embeddings.
+        each: bytes that a token takes.
+        free: bytes that are free.
+    """
+    tokens = 1 << int(math.log2(min(MOST_TOKENS, max(GPU_TOKENS, BUSY / parameters))))
+    while tokens > CPU_TOKENS and tokens * each > SHARE * free:
+        tokens //= 2
+    return tokens
+
+
+def bytes_per_token(model: PreTrainedModel) -> float:
+    """Of a CUDA device's memory, in the second of two small passes; infinite where not even these fit."""
+    before = tokens = 0
+    try:
+        for _ in range(2):
+            before = torch.cuda.memory_allocated(model.device)
+            torch.cuda.reset_peak_memory_stats(model.device)
+            tokens = small_pass(model)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    else:
+        return (torch.cuda.max_memory_allocated(model.device) - before) / tokens
+    clear_device_cache(garbage_collection=True)
+    return math.inf
+
+
+@torch.inference_mode()
+def small_pass(model: PreTrainedModel, rows: int = 128, width: int = 32) -> int:
+    """Runs a model on a small batch with as many scored positions as batches ever have; returns the tokens of it."""
+    model.eval()
+    inputs = two_rows(model)
+    with forgetful(model):
+        if "pixel_values" in inputs:
+            model(**inputs)
+            return len(inputs["pixel_values"]) * patches(model.config)
+        if model.get_output_embeddings() is None:
+            model(**{**inputs, "input_ids": inputs["input_ids"].new_zeros(rows, width)})
+        else:
+            score_rows(model, [Question([Request((0,) * (width + 1), width + 1 - width // HEAD)])] * rows)
+    return rows * width

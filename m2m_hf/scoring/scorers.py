@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from m2m_hf.core.score import Failure, Score
@@ -29,11 +30,12 @@ from m2m_hf.scoring.forward import (
     Weights,
     measure,
     measure_gradient,
-    of_answers,
+    per_pass,
 )
 from m2m_hf.scoring.metrics.metric import Metric
 
 ROUND = 6  # decimals kept of a log-probability, so that what is compared now is what the journal will hold
+PASSES = 4  # over which mixtures that share passes are spread on a GPU
 MAX_REASON = 1000  # characters of a failure's reason
 Numbers = Mapping[int, torch.Tensor]  # answer of a row -> what the model gives for it
 
@@ -116,10 +118,10 @@ class Scorer(ABC):
         return score.mean_logprob
 
     def at_once(self, stack: Stack, tokens_per_batch: int, rows: int) -> int:
-        """How many mixtures fill a batch with this number of rows; 1 if those of one mixture do."""
-        if not self.tokens or not stack.takes_rows or self.apart >= ALIKE:
-            return 1
-        return max(1, tokens_per_batch * self.examples // (self.tokens * max(1, rows)))
+        """How many mixtures are best asked together on this number of rows; 1 if those of one mixture fill a pass."""
+        share = per_pass(stack, self, self.examples, rows, tokens_per_batch)
+        # While a GPU is at one pass, Python makes the next one ready.
+        return share * PASSES if share > 1 and stack.model.device.type == "cuda" else share
 
 
 def apart_fingerprint(fingerprint: str, apart: int) -> str:
@@ -146,9 +148,11 @@ def probe_groups(
     return groups
 
 
-def numbers_of(outputs: torch.Tensor, owners: Sequence[tuple[int, int]], rows: int) -> list[Numbers]:
+def numbers_of(outputs: torch.Tensor, owners: np.ndarray, rows: int) -> list[Numbers]:
     """By row and answer: its numbers, as `probing.py` compares them."""
-    found = of_answers(outputs, owners, rows)
+    found: list[dict[int, list[float]]] = [defaultdict(list) for _ in range(rows)]
+    for (row, answer), value in zip(owners.tolist(), outputs.double().tolist(), strict=True):
+        found[row][answer].append(value)
     return [{answer: torch.tensor(values, dtype=torch.float64) for answer, values in one.items()} for one in found]
 
 
@@ -243,12 +247,21 @@ class AnswerScorer(LogprobScorer):
         self.by_row = metric is None or metric.by_example
         self.has_ensemble = metric is None or metric.name == "accuracy"
 
-    def _distribution(self, row: int, logprobs: Sequence[float]) -> torch.Tensor:
-        """Log-probabilities of a row's choices, normalised over them."""
-        return (torch.tensor(logprobs, dtype=torch.float64) / torch.tensor(self.lengths[row])).log_softmax(0)
+    def _distributions(self, rows: Sequence[int], logprobs: Sequence[Sequence[float]]) -> list[list[float]]:
+        """Log-probabilities of every row's choices, normalised over them; of all rows with equally many at once."""
+        found: list[list[float]] = [[] for _ in rows]
+        alike: dict[int, list[int]] = defaultdict(list)
+        for place, values in enumerate(logprobs):
+            alike[len(values)].append(place)
+        for places in alike.values():
+            lengths = torch.tensor([self.lengths[rows[place]] for place in places])
+            totals = torch.tensor([logprobs[place] for place in places], dtype=torch.float64)
+            for place, normalised in zip(places, (totals / lengths).log_softmax(1).tolist(), strict=True):
+                found[place] = normalised
+        return found
 
     def slopes(self, row: int, logprobs: Sequence[float]) -> list[float]:
-        right = -self._distribution(row, logprobs).exp()
+        right = -torch.tensor(self._distributions([row], [logprobs])[0], dtype=torch.float64).exp()
         right[self.rows[row].answer] += 1
         return (right / torch.tensor(self.lengths[row]) / self.examples).tolist()
 
@@ -256,17 +269,17 @@ class AnswerScorer(LogprobScorer):
         """The probability of every choice, of shape (rows, most choices); 0 where a row has fewer."""
         (answers,) = measure(stack, [weights], self.inputs, range(self.examples), tokens_per_batch)
         probabilities = torch.zeros(len(answers), max(map(len, answers)))
-        for row, values in enumerate(answers):
-            probabilities[row, : len(values)] = self._distribution(row, values).exp().float()
+        for row, values in enumerate(self._distributions(range(len(answers)), answers)):
+            probabilities[row, : len(values)] = torch.tensor(values, dtype=torch.float64).exp().float()
         return probabilities
 
     def reduce(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:
         answers = [self.rows[row].answer for row in rows]
-        choices = [self._distribution(row, values) for row, values in zip(rows, logprobs, strict=True)]
-        right = [round(float(values[answer]), ROUND) for values, answer in zip(choices, answers, strict=True)]
+        choices = self._distributions(rows, logprobs)
+        right = [round(values[answer], ROUND) for values, answer in zip(choices, answers, strict=True)]
         if self.metric is None:
             return Score.of(right, right)
-        return metric_score(self.metric, [int(values.argmax()) for values in choices], answers, right)
+        return metric_score(self.metric, [values.index(max(values)) for values in choices], answers, right)
 
 
 def metric_score(

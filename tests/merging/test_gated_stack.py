@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring.forward import completion_logprobs
+from m2m_hf.scoring.forward import QuestionInputs, completion_logprobs, measure_gradient
 from m2m_hf.scoring.packing import Question, Request
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
@@ -52,8 +52,9 @@ def dense(family: str, folders: dict, weights: dict) -> torch.nn.Module:
     return model
 
 
-def stacked(family: str, folders: dict) -> GatedStack:
-    return GatedStack(build_model(family), {name: Adapter.load(path) for name, path in folders.items()})
+def stacked(family: str, folders: dict, writes: bool | None = None) -> GatedStack:
+    adapters = {name: Adapter.load(path) for name, path in folders.items()}
+    return GatedStack(build_model(family), adapters, writes=writes)
 
 
 def gated_logprobs(stack: GatedStack, weights: dict, requests: list[Request], budget: int = 64) -> list[float]:
@@ -111,6 +112,70 @@ def test_adapters_of_different_layers(tmp_path, lora):
         assert gated_logprobs(stack, weights, REQUESTS) == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
+def products(model: torch.nn.Module) -> list[str]:
+    """The linear layers whose product is not their own."""
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("lora", [None, *MIXED], ids=["plain", "ranks and layers", "embeddings"])
+def test_weights_that_are_written_layer_by_layer_are_the_average_too(tmp_path, folders, lora):
+    paths = folders("llama", "plain")
+    if lora:
+        paths = {name: build_adapter("llama", tmp_path / name, seed, **lora[name]) for seed, name in enumerate("abc")}
+    stack, gate = stacked("llama", paths, writes=True), stacked("llama", paths, writes=False)
+    assert stack.writes
+    assert not products(gate.model)
+    assert products(stack.model)
+    same = []
+    for weights in WEIGHTS:
+        found = gated_logprobs(stack, weights, REQUESTS)
+        assert found == pytest.approx(plain_logprobs(dense("llama", paths, weights), REQUESTS), abs=1e-5, rel=1e-5)
+        same.append(found == gated_logprobs(gate, weights, REQUESTS))
+    assert same[-1]
+    assert not all(same)  # by another product, but for the base model
+    stack.detach()
+    assert not products(stack.model)
+
+
+def test_what_cannot_be_written_keeps_the_gate_and_so_do_all_on_a_cpu(folders):
+    assert stacked("llama", folders("llama", "plain")).writes == (DEVICE == "cuda")
+    paths = folders("gpt2", "plain")  # whose layers are no linear ones
+    stack = stacked("gpt2", paths, writes=True)
+    assert not stack.writes
+    assert gated_logprobs(stack, WEIGHTS[0], REQUESTS) == gated_logprobs(stacked("gpt2", paths), WEIGHTS[0], REQUESTS)
+
+
+@pytest.mark.parametrize("budget", [20, 60, 200, 10_000])
+def test_whether_weights_are_written_follows_from_the_rows_and_not_from_the_company(folders, budget):
+    paths = folders("llama", "plain")
+    stack, gate = stacked("llama", paths, writes=True), stacked("llama", paths, writes=False)
+    questions = [Question((request,)) for request in REQUESTS]
+    tokens = sum(len(request.ids) for request in REQUESTS)
+
+    def scores(of: GatedStack, mixtures: list[dict]) -> list:
+        return completion_logprobs(of, mixtures, questions, budget)
+
+    alone = [scores(stack, [weights])[0] for weights in WEIGHTS]
+    if budget < 2 * tokens:  # one mixture fills a pass: asked with others it has the same score, bit for bit
+        assert scores(stack, list(WEIGHTS)) == alone
+        assert alone != [scores(gate, [weights])[0] for weights in WEIGHTS]
+    else:  # rows of several mixtures are gated, and so is a mixture that is left over
+        assert alone == [scores(gate, [weights])[0] for weights in WEIGHTS]
+        assert scores(stack, list(WEIGHTS)) == scores(gate, list(WEIGHTS))
+
+
+def test_gradients_pass_the_gate_after_weights_were_written(folders):
+    paths = folders("llama", "plain")
+    stack, gate = stacked("llama", paths, writes=True), stacked("llama", paths, writes=False)
+    inputs = QuestionInputs([Question((request,)) for request in REQUESTS])
+    gated_logprobs(stack, WEIGHTS[0], REQUESTS)
+    slopes = [
+        measure_gradient(one, WEIGHTS[2], inputs, range(5), 64, lambda row, values: [1.0]) for one in (stack, gate)
+    ]
+    assert slopes[0] == slopes[1]
+    assert all(slopes[0][1].values())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_of_one_is_its_adapter(folders, family):
     paths = folders(family, "plain")
@@ -152,12 +217,18 @@ def test_bf16_scores_are_as_near_to_exact_ones_as_bf16_allows(folders):
     adapters = {name: Adapter.load(path) for name, path in paths.items()}
     exact = plain_logprobs(dense("llama", paths, WEIGHTS[0]), REQUESTS)
     rounded = plain_logprobs(dense("llama", paths, WEIGHTS[0]).to(torch.bfloat16), REQUESTS)
-    gated = gated_logprobs(GatedStack(build_model("llama").to(torch.bfloat16), adapters), WEIGHTS[0], REQUESTS)
+    gated, written = (
+        gated_logprobs(
+            GatedStack(build_model("llama").to(torch.bfloat16), adapters, writes=writes), WEIGHTS[0], REQUESTS
+        )
+        for writes in (False, True)
+    )
 
     def distance(values: list[float]) -> float:
         return sum(abs(x - y) for x, y in zip(values, exact, strict=True)) / sum(map(abs, exact))
 
     assert distance(gated) < max(2 * distance(rounded), 3e-3)
+    assert distance(written) < max(2 * distance(rounded), 3e-3)
 
 
 @pytest.mark.parametrize(

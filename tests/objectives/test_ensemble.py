@@ -39,7 +39,7 @@ def scorer_for(metric: str, tokenizer):
 def objective_of(stack: GatedStack, scorer, folder) -> EnsembleObjective:
     keys = Keys("b", scorer.fingerprint, scorer.examples, dict.fromkeys(NAMES, "x"), dict.fromkeys(NAMES, 12))
     target = TargetInfo("t", scorer.examples)
-    merged = MergedObjective(lambda: stack, scorer, keys, target, tokens_per_batch=500)
+    merged = MergedObjective(lambda: stack, scorer, keys, target, tokens_per_batch=lambda: 500)
     return EnsembleObjective(merged, folder)
 
 

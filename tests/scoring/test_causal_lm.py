@@ -1,6 +1,7 @@
 """Scores of completions against direct computations, and free answers against greedy decoding, token by token."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from m2m_hf.data.rows import TargetRow
 from m2m_hf.data.tokens import encode
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.scoring import forward
 from m2m_hf.scoring.causal_lm import GenerationScorer
-from m2m_hf.scoring.forward import completion_logprobs, scored_positions
+from m2m_hf.scoring.forward import by_answer, completion_logprobs, scored_positions
 from m2m_hf.scoring.packing import Question, Request, batches
 from m2m_hf.scoring.scorers import Scorer, Setup
 
@@ -93,7 +95,7 @@ def test_the_head_sees_scored_positions_only_while_it_is_asked():
     completion_logprobs(GatedStack(model, {}), [{}], [Question([request]) for request in requests], 1000)
     handle.remove()
     assert seen == [3 + 1]
-    with pytest.raises(RuntimeError, match="boom"), scored_positions(model, torch.ones(1)):
+    with pytest.raises(RuntimeError, match="boom"), scored_positions(model, torch.zeros(1, dtype=torch.long)):
         raise RuntimeError("boom")
     assert not model.lm_head._forward_pre_hooks
 
@@ -165,16 +167,42 @@ def test_several_mixtures_in_one_pass_score_as_one_by_one(tmp_path, tokenizer, f
     assert len({round(score.value, 3) for score in together}) == len(MIXTURES)
 
 
+@pytest.mark.cpu_only("on a card groups of mixtures are those of several passes")
 def test_how_many_mixtures_share_a_pass_follows_from_the_token_budget(tmp_path, tokenizer, questions):
     stack = build_stack(tmp_path, "llama")
     scorer = scorer_on(questions, tokenizer, "choice", "accuracy")
     assert scorer.at_once(stack, scorer.tokens - 1, 9) == 1
     assert scorer.at_once(stack, 3 * scorer.tokens, 9) == 3
     assert scorer.at_once(stack, scorer.tokens, 3) == 3  # on a third of the rows three mixtures fill what one did
+    gpu = SimpleNamespace(takes_rows=True, model=SimpleNamespace(device=torch.device("cuda")))
+    assert (
+        scorer.at_once(gpu, 3 * scorer.tokens, 9) == 12
+    )  # in four passes, none of which waits for what the others found
+    assert scorer.at_once(gpu, scorer.tokens, 9) == 1
     with_head = build_stack(tmp_path / "head", "llama", target_modules=["q_proj", "lm_head"])
     assert not with_head.takes_rows  # the head sees scored positions, not rows
     assert scorer.at_once(with_head, 3 * scorer.tokens, 9) == 1
     assert scorer.score(with_head, [MIXTURES[2]], 100)[0].value != scorer.score(with_head, [{}], 100)[0].value
+
+
+def test_what_passes_find_is_read_when_all_are_under_way(tmp_path, tokenizer, questions, monkeypatch):
+    stack = build_stack(tmp_path, "llama")
+    scorer = scorer_on(questions, tokenizer, "choice", "logprob")
+    order = []
+    observed(stack.model, lambda count: order.append("pass"))
+    monkeypatch.setattr(forward, "by_answer", lambda *found: order.append("read") or by_answer(*found))
+    scorer.score(stack, MIXTURES, 100)
+    assert order == ["pass"] * (len(order) // 2) + ["read"] * (len(order) // 2)
+    assert len(order) > 4
+
+
+def test_logits_are_looked_at_a_few_positions_at_a_time(tmp_path, tokenizer, monkeypatch):
+    stack = build_stack(tmp_path, "llama")
+    scorer = scorer_on(questions_of_many_shapes(tokenizer), tokenizer, "choice", "logprob")
+    expected = scorer.score(stack, MIXTURES, 10_000)
+    for positions in (1, 3, 50):
+        monkeypatch.setattr(forward, "POSITIONS", positions)
+        assert scorer.score(stack, MIXTURES, 10_000) == expected
 
 
 @pytest.mark.parametrize("tokens", [40, 100, 170])

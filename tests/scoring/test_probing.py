@@ -1,9 +1,14 @@
 """Models that score a row otherwise beside others: found by what they do, and scored as one row at a time."""
 
+from types import SimpleNamespace
+
+import pico
 import pytest
 import torch
-from pico import DEVICE, build_model, changed, m2m, questions_of_many_shapes, scorer_on, trials
+from pico import BERT, DEVICE, build_model, changed, m2m, questions_of_many_shapes, scorer_on, trials
 from transformers import (
+    BertConfig,
+    BertModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     LlamaConfig,
@@ -12,14 +17,19 @@ from transformers import (
     Phi3ForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
+    ViTConfig,
+    ViTModel,
 )
 
 from m2m_hf import InputError
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.data.tokens import encode
 from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.modeling.processing import patches
+from m2m_hf.scoring import probing
 from m2m_hf.scoring.forward import ALIKE, ALONE, TOGETHER, UNSHARED
-from m2m_hf.scoring.probing import settle
+from m2m_hf.scoring.packing import HEAD
+from m2m_hf.scoring.probing import fitting_tokens, settle, small_pass, tokens_within
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -157,3 +167,67 @@ def test_a_run_keeps_what_it_found(project, tokenizer, tmp_path, capsys, monkeyp
     changed(project, "run", candidates=given["candidates"] | {"gamma": gamma})
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert len(trials(project / "out")) == 8
+
+
+@pytest.mark.parametrize(
+    ("parameters", "each", "free", "tokens"),
+    [
+        (106_000_000, 100_000, 80 << 30, 131_072),  # a pass of a small model is over before the next one is launched
+        (1_000, 100_000, 80 << 30, 131_072),
+        (973_000_000, 500_000, 80 << 30, 16_384),
+        (8_000_000_000, 1_000_000, 80 << 30, 16_384),
+        (106_000_000, 100_000, 8 << 30, 32_768),
+        (8_000_000_000, 1_000_000, 4 << 30, 2_048),
+        (106_000_000, float("inf"), 80 << 30, 1_024),
+    ],
+)
+def test_tokens_in_a_pass_follow_from_the_models_size_and_the_free_memory(parameters, each, free, tokens):
+    assert tokens_within(parameters, each, free) == tokens
+    assert tokens_within(parameters, each, int(0.98 * free)) == tokens
+
+
+@pytest.mark.cpu_only("it is told what a card would say")
+def test_on_cuda_memory_is_measured(monkeypatch):
+    assert fitting_tokens(build_model("llama")) == 1024
+    taken = iter([7 << 20, 100 << 20])  # what the first pass leaves behind does not count
+
+    def run(model) -> int:
+        peak[0] = next(taken) + (9 << 20)
+        return 4096
+
+    peak = [0]
+    monkeypatch.setattr(probing, "small_pass", run)
+    for name, value in {
+        "memory_allocated": lambda device: 9 << 20,
+        "memory_reserved": lambda device: 10 << 20,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: peak[0],
+        "mem_get_info": lambda device: (4 << 30, 8 << 30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    model = SimpleNamespace(device=torch.device("cuda"), num_parameters=lambda exclude_embeddings: 106_000_000)
+    assert probing.bytes_per_token(model) == (100 << 20) / 4096
+    taken = iter([1, 100 << 20])
+    assert fitting_tokens(model) == 65_536  # 1.6 of 4 GiB, of which half is given away
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder", "image"])
+def test_the_pass_that_is_measured(kind):
+    build = {
+        "causal": lambda: build_model("llama"),
+        "encoder": lambda: BertModel(BertConfig(**BERT)),
+        "image": lambda: ViTModel(ViTConfig(image_size=8, patch_size=4, **pico.SHAPE)),
+    }
+    model, seen = build[kind](), []
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(next(iter(given.values()))), with_kwargs=True
+    )
+    if kind == "causal":
+        model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
+    tokens = small_pass(model)
+    if kind == "image":
+        assert tokens == 2 * patches(model.config)
+        return
+    assert (seen[0].shape, tokens) == ((128, 32), 4096)
+    if kind == "causal":
+        assert seen[1].shape[1] * HEAD == tokens  # a batch never has more logits

@@ -61,13 +61,14 @@ class Metric:
 
         A metric of the whole corpus has no values of examples; its standard error is that of a bootstrap.
         """
-        result = self._module.compute(predictions=list(predictions), references=list(references))
+        # `compute` writes and reads a file, and converts what a module of ours is given as it should be.
+        compute = self._module._compute if self.name in SHIPPED else self._module.compute
+        result = compute(predictions=list(predictions), references=list(references))
         value = self._number(result)
         if "per_example" in result:
             return value, None, tuple(map(float, result["per_example"]))
 
         def resampled(chosen: list[int]) -> float:
-            # `_compute` is what every module defines; `compute` around it writes and reads a file.
             sample = {"predictions": [predictions[i] for i in chosen], "references": [references[i] for i in chosen]}
             return self._number(self._module._compute(**sample))
 

@@ -39,8 +39,8 @@ class DenseStack:
         self._thresholds: dict[str, float] = {}
         self._written = False
 
-    def set(self, weights: Mapping[str, float], write: bool = True) -> None:
-        """Makes the model that of this mixture; without names, the base model. It always writes."""
+    def set(self, weights: Mapping[str, float]) -> None:
+        """Makes the model that of this mixture; without names, the base model."""
         if not weights and not self._written:
             return
         self._written = True  # even if this is interrupted

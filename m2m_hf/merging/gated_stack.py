@@ -233,14 +233,14 @@ class GatedStack:
 
         return add
 
-    def set(self, weights: Mapping[str, float], write: bool = False) -> None:
-        """Makes the model the one with W0 + Σ w_i ΔW_i from now on; adapters that are not named have weight 0.
-
-        Args:
-            write: whether layers that can be written are; only for passes of many tokens, without gradients.
-        """
+    def set(self, weights: Mapping[str, float]) -> None:
+        """Makes the model the one with W0 + Σ w_i ΔW_i from now on; adapters that are not named have weight 0."""
         self.set_rows([weights])
-        self._writing = write
+
+    def write(self, weights: Mapping[str, float]) -> None:
+        """The same by writing what layers can be written: for passes of many tokens, without gradients."""
+        self.set(weights)
+        self._writing = True
 
     def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Gives every row of the next batches a mixture of its own; a single one holds for all rows.

@@ -166,13 +166,16 @@ def ask(
         batches: (jobs, tokens) -> the jobs in batches of so many tokens at most.
         forward: runs the model, whose gates are set, on the rows of one batch. What it found is read when all batches are under
             way, so that a device does not wait for Python between two of them.
-        write: see `GatedStack.set`; of one mixture.
+        write: see `GatedStack.write`; of one mixture.
     """
     state, shrink = PartialState(), stack.shrink
     every: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
     stack.model.eval()
-    if len(mixtures) == 1:
-        stack.set(mixtures[0], write)
+    if write:
+        assert isinstance(stack, GatedStack)
+        stack.write(mixtures[0])
+    elif len(mixtures) == 1:
+        stack.set(mixtures[0])
 
     def run(batch: list[Job]) -> Results:
         if len(mixtures) > 1:

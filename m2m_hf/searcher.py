@@ -174,7 +174,10 @@ class MergeToMixSearcher:
             self._import_experts(missing)
         if missing := run.bank.check():
             run.bank.train_missing(
-                run.base.to_train, lambda name: run.training_settings(*run.candidate_settings(name)), run.terminal
+                run.base.to_train,
+                lambda name: run.training_settings(*run.candidate_settings(name)),
+                run.terminal,
+                run.config.parallel,
             )
             self._worked = True
             noun = run.bank.noun(len(missing))

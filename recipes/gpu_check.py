@@ -193,7 +193,7 @@ def quantised(folder: Path, device: str, check: Checks) -> None:
                 data,
                 Settings(args, tokenizer, LoraKind(lora_config(model_args))),
                 out,
-                [BankProgress(bar, 0, "")],
+                [BankProgress(bar, {}, "", "")],
             )
         adapter = Adapter.load(out)
         trained.append(all(bool(tensor.any()) for name, tensor in adapter.tensors.items() if "lora_B" in name))

@@ -154,6 +154,7 @@ def m2m(*arguments: object) -> int:
 
 
 SETTINGS = f"""lora_r: 4
+parallel_adapters: 1
 learning_rate: 1.0e-2
 max_steps: 3
 per_device_train_batch_size: 4

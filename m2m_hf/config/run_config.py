@@ -50,6 +50,11 @@ SOURCES = Rule(
 )
 
 
+def number_of(value: Any) -> int:
+    """The whole number that a value or a flag is; 0 for anything else."""
+    return int(value) if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,6}", value)) else 0
+
+
 def filled(example: str) -> Rule:
     return Rule(f"at least one, such as {example}", lambda value: isinstance(value, Mapping) and len(value) > 0)
 
@@ -163,6 +168,12 @@ class MergeToMixConfig:
     one_standard_error: bool = option(
         BOOLEAN, False, "Take mixtures within one standard error of the best as tied, and choose the smallest."
     )
+    parallel_adapters: str = option(
+        Rule("auto, or an integer of at least 1", lambda value: value == "auto" or number_of(value) >= 1),
+        "auto",
+        "How many adapters train side by side on one base, each as if alone: a number, 1 for one after another, or auto (on a GPU "
+        "as many as memory takes; on a CPU one, but for very small models).",
+    )
     tokens_per_batch: int | None = option(
         integer(1), help="Scoring: tokens in one forward pass with padding (1024 on a CPU; measured on a GPU)."
     )
@@ -203,6 +214,7 @@ class MergeToMixConfig:
         optional = {item.name for item in fields(self) if item.default is None}
         given = {key: value for key, value in values.items() if value is not None or key not in optional}
         checks.check_fields(given, checks.rules(MergeToMixConfig))
+        self.parallel = number_of(self.parallel_adapters) or "auto"
         folder = Path(self.folder or ".").absolute()
         self.adapters, self.experts = resolve_sources(self.adapters, folder), resolve_sources(self.experts, folder)
         self.parsed_labels = checks.names_of_labels(self.labels)

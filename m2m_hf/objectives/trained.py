@@ -20,12 +20,13 @@ from m2m_hf.merging.methods import AVERAGE
 from m2m_hf.modeling.devices import broadcast
 from m2m_hf.objectives.merged import ScorerObjective
 from m2m_hf.scoring.scorers import Scorer
-from m2m_hf.storage.files import read_json, read_json_or_empty, staging_path, write_json
+from m2m_hf.storage.files import read_json, read_json_or_empty, write_json
 from m2m_hf.storage.keys import Keys
 from m2m_hf.storage.records import find_incomplete, weights_of
 from m2m_hf.training.experts import load_trained
-from m2m_hf.training.fine_tune import finished, mixture_steps, publish, train_expert
-from m2m_hf.training.trainers import BankProgress, Settings
+from m2m_hf.training.fine_tune import finished, mixture_steps
+from m2m_hf.training.jobs import Job, train_jobs
+from m2m_hf.training.trainers import Settings
 
 Counts = Mapping[str, int]  # candidate -> how many of its rows a model is trained on
 
@@ -41,6 +42,7 @@ class FineTunedModels:
     args: SFTConfig
     settings: Callable[[], Settings]
     progress: Callable[[str, int], Any]  # `Terminal.progress`
+    parallel: int | str = 1  # how many are trained side by side, or `auto`
     launch: Sequence[str] = ()  # how this launch differs from the one that trained the adapters
     worked: bool = field(default=False, init=False)  # True once anything was trained
 
@@ -66,20 +68,15 @@ class FineTunedModels:
                 f"models fine-tuned on mixtures must be launched as the adapters were, got {'; '.join(self.launch)}: start as "
                 "many processes"
             )
-        self.worked, done = True, 0
-        with self.progress(title, sum(map(self.steps, missing.values()))) as bar:
-            for number, (folder, counts) in enumerate(missing.items(), start=1):
-                name, note = " + ".join(counts), f"{number} of {len(missing)}: " if len(missing) > 1 else ""
-                callbacks = [BankProgress(bar, done, note + name)]
-                rows = mixture_dataset(counts, self.candidates, self.args.seed)
-                tracked = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
-                record = train_expert(
-                    self.base(), rows, self.settings(), staging_path(folder), callbacks, folder.name, tracked
-                )
-                if "failed" in record:
-                    record["failed"] = f"training on {name}: {record['failed']}"
-                publish(folder, {"fingerprint": folder.name, "counts": dict(counts), **record})
-                done += self.steps(counts)
+        self.worked, jobs = True, []
+        for folder, counts in missing.items():
+            name, rows = " + ".join(counts), mixture_dataset(counts, self.candidates, self.args.seed)
+            tracked = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
+            about, where = {"counts": dict(counts)}, f"training on {name}: "
+            steps = self.steps(counts)
+            jobs.append(Job(name, folder, rows, self.settings(), folder.name, tracked, steps, about, where))
+        with self.progress(title, sum(job.steps for job in jobs)) as bar:
+            train_jobs(self.base, jobs, self.parallel, bar, bar.terminal.say)
 
     def record(self, counts: Counts) -> dict[str, Any]:
         """The model's `training.json`: see `train_expert`."""

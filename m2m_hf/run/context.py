@@ -259,6 +259,7 @@ class RunContext:
             self.args,
             self.training_settings,
             self.terminal.progress,
+            self.config.parallel,
             self.launch_changes(),
         )
 

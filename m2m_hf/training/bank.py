@@ -20,8 +20,9 @@ from m2m_hf.modeling.devices import broadcast
 from m2m_hf.storage.files import fingerprint, read_json, staging_path, sync
 from m2m_hf.storage.records import experts_noun, files_of, find_incomplete
 from m2m_hf.training.experts import load_trained
-from m2m_hf.training.fine_tune import finished, move, planned_steps, publish, train_expert
-from m2m_hf.training.trainers import BankProgress, Settings
+from m2m_hf.training.fine_tune import finished, move, planned_steps, publish
+from m2m_hf.training.jobs import Job, train_jobs
+from m2m_hf.training.trainers import Settings
 from m2m_hf.training.uniformity import LAUNCH, differing
 
 NEEDED = {"fingerprint", "data", "uniform", "steps", "seconds", "files"}  # in every `training.json`
@@ -146,48 +147,54 @@ class Bank:
             word = experts_noun(next(iter(records.values())), len(records))
             terminal.say(f"took {len(records)} {word} that were trained elsewhere: {', '.join(records)}")
 
-    def publish(self, name: str, of: str, record: Mapping[str, Any]) -> None:
-        """Renames an expert into place from its staging path (collective); `of` identifies it, `record` says how it was made."""
+    def about(self, name: str) -> dict[str, Any]:
+        """What `training.json` says of a candidate."""
         candidate = self.candidates[name]
-        about = {
+        return {
             "candidate": name,
-            "fingerprint": of,
             "data": candidate.fingerprint,
             "rows": len(candidate.rows),
             "data_tokens": candidate.tokens,
+            "uniform": self.facts[name],
         }
-        publish(self.folder / name, {**about, **record, "uniform": self.facts[name]})
+
+    def publish(self, name: str, of: str, record: Mapping[str, Any]) -> None:
+        """Renames an expert into place from its staging path (collective); `of` identifies it, `record` says how it was made."""
+        publish(self.folder / name, {**self.about(name), "fingerprint": of, **record})
 
     def train_missing(
-        self, base: Callable[[], PreTrainedModel], settings: Callable[[str], Settings], terminal: Terminal
+        self,
+        base: Callable[[], PreTrainedModel],
+        settings: Callable[[str], Settings],
+        terminal: Terminal,
+        parallel: int | str = 1,
     ) -> None:
-        """Trains the experts that `check` names, one after another.
+        """Trains the experts that `check` names.
 
-        An expert is renamed into place when it is complete. One that fails leaves its reason, and the next one is trained.
+        An expert is renamed into place when it is complete. One that fails leaves its reason, and the others are trained.
 
         Args:
             base: gives the base model.
             settings: candidate -> how its expert is trained.
+            parallel: how many train side by side, or `auto`.
 
         Raises:
             InputError: all failed.
         """
-        of = {name: fingerprint([self.facts[name], self.candidates[name].fingerprint]) for name in self.candidates}
-        steps: dict[str, int] = {}  # of those to be trained
+        jobs = []
         for name in broadcast(self.check()):
-            torn = find_incomplete(self.folder / name) if (self.folder / name).exists() else None
-            if finished(self.folder / name, of[name]):
+            folder, candidate = self.folder / name, self.candidates[name]
+            of = fingerprint([self.facts[name], candidate.fingerprint])
+            torn = find_incomplete(folder) if folder.exists() else None
+            if finished(folder, of):
                 continue
             if torn:
                 terminal.say(f"  {name}: {torn}; its {experts_noun(self.facts[name], 1)} is trained again", "yellow")
-            candidate = self.candidates[name]
-            steps[name] = planned_steps(settings(name).args, candidate.trained_rows, candidate.tokens)
-        done = 0
-        with terminal.progress(f"training {self.noun()}", sum(steps.values())) as bar:
-            for number, name in enumerate(steps, start=1):
-                progress = BankProgress(bar, done, f"{name} ({number} of {len(steps)})")
-                self._train(name, of[name], base(), settings(name), progress, terminal)
-                done += steps[name]
+            how = settings(name)
+            steps = planned_steps(how.args, candidate.trained_rows, candidate.tokens)
+            jobs.append(Job(name, folder, candidate.rows, how, of, f"adapters/{name}", steps, self.about(name)))
+        with terminal.progress(f"training {self.noun()}", sum(job.steps for job in jobs)) as bar:
+            train_jobs(base, jobs, parallel, bar, terminal.say, lambda job, record: tell(job.name, record, terminal))
         records = self.training().values()
         PartialState().wait_for_everyone()
         if all("failed" in record for record in records):
@@ -202,22 +209,18 @@ class Bank:
         """What messages call so many of its experts: adapter, adapters, expert or experts."""
         return experts_noun(next(iter(self.facts.values())), count)
 
-    def _train(
-        self, name: str, of: str, base: PreTrainedModel, settings: Settings, progress: BankProgress, terminal: Terminal
-    ) -> None:
-        """Trains one expert, or records why it failed."""
-        rows, folder = self.candidates[name].rows, staging_path(self.folder / name)
-        record = train_expert(base, rows, settings, folder, [progress], of, f"adapters/{name}")
-        self.publish(name, of, record)
-        if "failed" in record:
-            terminal.say(f"  {name}: failed: {record['failed']}", "yellow")
-            return
-        curve = [loss for _, loss in record["loss_curve"]]
-        loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
-        seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
-        terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
-        if warning := lost_to_dtype(record):
-            terminal.say(f"  {name}: {warning}", "yellow")
+
+def tell(name: str, record: Mapping[str, Any], terminal: Terminal) -> None:
+    """Prints how a training went."""
+    if "failed" in record:
+        terminal.say(f"  {name}: failed: {record['failed']}", "yellow")
+        return
+    curve = [loss for _, loss in record["loss_curve"]]
+    loss = f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{record['loss']:.3f} on average"
+    seen = f"{record['tokens']:,} tokens, " if record["tokens"] else ""
+    terminal.say(f"  {name}: {record['steps']:,} steps, {seen}loss {loss}, {duration(record['seconds'])}")
+    if warning := lost_to_dtype(record):
+        terminal.say(f"  {name}: {warning}", "yellow")
 
 
 def read_record(folder: Path, remedy: str = "") -> dict[str, Any]:

@@ -31,6 +31,9 @@ from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import DECIMALS, BookkeepingTrainer, LabelTrainer, Settings, make_trainer
 
 
+TOGETHER = ".ended.json"  # records of trainings that ended at one step, while they are published
+
+
 def planned_steps(args: SFTConfig, rows: int, tokens: int) -> int:
     """Counts the optimizer steps that the Trainer will make on rows of so many tokens in all; with packing, about."""
     if args.packing and args.max_length:
@@ -134,13 +137,20 @@ def input_hooks(model: PreTrainedModel) -> dict[int, Any]:
     return hooks
 
 
+def complete_checkpoints(folder: Path, of: str) -> dict[int, Path]:
+    """Step -> checkpoint in `folder`, of those that are complete and belong to the training `of`."""
+    found = {}
+    for path in map(Path, sort_checkpoints(str(folder))):
+        known = read_json_or_empty(path / COMPLETE) if find_incomplete(path, COMPLETE) is None else {}
+        if known.get("of") == of and not find_modified(path, COMPLETE):
+            found[int(known["steps"])] = path
+    return found
+
+
 def last_checkpoint(folder: Path, of: str) -> Path | None:
     """Returns the last checkpoint in `folder` that is complete and belongs to the training `of`."""
-    for path in map(Path, reversed(sort_checkpoints(str(folder)))):
-        complete = find_incomplete(path, COMPLETE) is None
-        if complete and read_json_or_empty(path / COMPLETE).get("of") == of and not find_modified(path, COMPLETE):
-            return path
-    return None
+    found = complete_checkpoints(folder, of)
+    return found[max(found)] if found else None
 
 
 def verdict(
@@ -201,7 +211,7 @@ def train_expert(
         trainer = make_trainer(base, rows, settings, saved, of=of, resumed=resumed, callbacks=[tracker, *callbacks])
         with tracker:
             run_trainer(trainer, checkpoint)
-        return save_trained(trainer, snapshot, settings, folder)
+        return save_trained(trainer, snapshot.before, snapshot.learned, settings, folder)
     finally:
         if not is_sharded():
             snapshot.restore(base if trainer is None else trainer.model)
@@ -231,13 +241,16 @@ def run_trainer(trainer: BookkeepingTrainer, checkpoint: Path | None) -> None:
 
 
 def save_trained(
-    trainer: BookkeepingTrainer, snapshot: BaseSnapshot, settings: Settings, folder: Path
+    trainer: BookkeepingTrainer, base: Tensors, learned: set[str], settings: Settings, folder: Path
 ) -> dict[str, Any]:
-    """Saves what was trained, if it is of use, and returns what `train_expert` returns (collective)."""
+    """Saves what was trained, if it is of use, and returns what `train_expert` returns (collective).
+
+    `base` and `learned` are those of a `BaseSnapshot`.
+    """
     loss = trainer.summed() / max(1, trainer.state.global_step)
     sharded = is_sharded()  # then the main process gets the weights
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
-    weights, changed = settings.expert.trained_weights(state, snapshot.before, snapshot.learned)
+    weights, changed = settings.expert.trained_weights(state, base, learned)
     if trainer.loss_before is not None:
         before, after = trainer.loss_before, trainer.loss_on_first_rows()
     else:  # sharded: no process can compute it alone
@@ -252,7 +265,7 @@ def save_trained(
         if reason := verdict(is_finite(weights), changed, loss, before, after, settings.args.learning_rate, choices):
             return failure(reason)
         try:
-            return record | settings.expert.save(trainer.model, snapshot.before, weights, folder)
+            return record | settings.expert.save(trainer.model, base, weights, folder)
         except InputError as error:
             return failure(str(error))
 
@@ -269,14 +282,23 @@ def is_finite(weights: Tensors) -> bool:
     return all(tensor.float().square().sum().isfinite() for tensor in weights.values())
 
 
-def publish(folder: Path, record: Mapping[str, Any]) -> None:
-    """Renames `staging_path(folder)` into place, together with its `training.json` (collective)."""
-    if PartialState().is_main_process:
+def seal(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the whole `training.json` of what lies in `staging_path(folder)`, once that is on the disk (collective)."""
+
+    def work() -> dict[str, Any]:
         partial = staging_path(folder)
         partial.mkdir(parents=True, exist_ok=True)
-        record = {**record, "files": describe_files(partial)}
         sync(partial)
-        write_json(partial / "training.json", record)
+        return {**record, "files": describe_files(partial)}
+
+    return on_main_process(work)
+
+
+def publish(folder: Path, record: Mapping[str, Any]) -> None:
+    """Renames `staging_path(folder)` into place, together with its `training.json` (collective)."""
+    sealed = seal(folder, record)
+    if PartialState().is_main_process:
+        write_json(staging_path(folder) / "training.json", sealed)
         move(folder)
     PartialState().wait_for_everyone()
 
@@ -293,6 +315,9 @@ def finished(folder: Path, of: str) -> bool:
     """True if `folder` is complete (collective); a crash may have left it in its staging path, where `of` must identify it."""
     if PartialState().is_main_process and find_incomplete(folder) is not None:
         partial = staging_path(folder)
+        ended = read_json_or_empty(folder.parent / TOGETHER).get(folder.name)
+        if ended and partial.is_dir():
+            write_json(partial / "training.json", ended)
         if find_incomplete(partial) is None and read_json_or_empty(partial / "training.json").get("fingerprint") == of:
             move(folder)
     return broadcast(find_incomplete(folder) is None)

@@ -86,14 +86,15 @@ class TrainingRecorder(TrainerCallback):
         self.record: dict[str, Any] = {}
         self._before = before
         self._start = 0.0
+        self.clock = time.monotonic  # another where a training shares its time with others
 
     @property
     def seconds(self) -> float:
         """Spent so far."""
-        return round(self._before + time.monotonic() - self._start, 3)
+        return round(self._before + self.clock() - self._start, 3)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.monotonic()
+        self._start = self.clock()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -120,13 +121,14 @@ def peak_memory() -> int:
 
 
 class BankProgress(TrainerCallback):
-    """Moves one bar of optimizer steps through all trainings of a bank; `before` were done when this one began."""
+    """Moves one bar through the optimizer steps of all trainings; `steps` counts them, by what identifies a training."""
 
-    def __init__(self, bar: Bar, before: int, note: str) -> None:
-        self._bar, self._before, self._note = bar, before, note
+    def __init__(self, bar: Bar, steps: dict[str, int], of: str, note: str) -> None:
+        self._bar, self._steps, self._of, self._note = bar, steps, of, note
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._bar.update(self._before + state.global_step, self._note)
+        self._steps[self._of] = state.global_step
+        self._bar.update(sum(self._steps.values()), self._note)
 
 
 class LoopModel:
@@ -177,6 +179,8 @@ class BookkeepingTrainer(Trainer):
         super().__init__(callbacks=[self.recorder, *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
         self.loss_before: float | None = None  # on the first rows
+        self.member: Any = None  # of a group that trains side by side
+        self.mates: list[str] = []  # what identifies all that the group was made of
         self._of = of
         losses = resumed.get("losses", {})
         self._loss_sum: float = losses.get("loss_sum", 0.0)
@@ -201,8 +205,13 @@ class BookkeepingTrainer(Trainer):
             self.optimizer = self.optimizer.optimizer
         return super().create_scheduler(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        step = super().training_step
+        loss: torch.Tensor = (
+            step(model, inputs, *args)
+            if self.member is None
+            else self.member.compute(lambda shared, batch: step(shared, batch, *args), model, inputs)
+        )
         self._unread.append(loss)
         return loss
 
@@ -279,6 +288,7 @@ class BookkeepingTrainer(Trainer):
                 old.unlink(missing_ok=True)
             sync(folder)
             known = {"of": self._of, "steps": step, "seconds": self.recorder.seconds, "losses": losses}
+            known["mates"] = self.mates
             write_json(folder / COMPLETE, known | {"files": describe_files(folder)})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -18,7 +18,7 @@ from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import trained
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.scoring.causal_lm import ChoiceScorer
-from m2m_hf.training import bank
+from m2m_hf.training import jobs
 from m2m_hf.training.fine_tune import failure
 
 
@@ -78,8 +78,7 @@ def test_the_study_fine_tunes_compares_and_tells(graded, capsys, monkeypatch):
     # Once more: nothing is trained, scored or looked at again, and the answer is the same to the letter.
     files = [out / "fidelity.json", out / "trials.jsonl"]
     before = [file.read_bytes() for file in files]
-    monkeypatch.setattr(trained, "train_expert", forbidden)
-    monkeypatch.setattr(bank, "train_expert", forbidden)
+    monkeypatch.setattr(jobs, "train_expert", forbidden)
     monkeypatch.setattr(ChoiceScorer, "score", forbidden)
     assert m2m("fidelity", "--config", path) == 0
     assert [file.read_bytes() for file in files] == before
@@ -88,21 +87,21 @@ def test_the_study_fine_tunes_compares_and_tells(graded, capsys, monkeypatch):
 def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch):
     whole, again = read(studied / "out" / "fidelity.json"), studied / "again"
     done = 0
-    real = trained.train_expert
+    real = jobs.train_expert
 
     def stops(*args, **kwargs):
         nonlocal done
         done += 1
-        if done == 4:
+        if done == 3 + 4:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trained, "train_expert", stops)
+    monkeypatch.setattr(jobs, "train_expert", stops)
     command = ("fidelity", "--config", studied / "run.yaml", "--output_dir", again)
     assert m2m(*command) == 130
     assert m2m(*command) == 0
     found = read(again / "fidelity.json")
-    assert done == 7 + 1  # seven mixtures, one of them twice; the stratified one is all together here
+    assert done == 3 + 7 + 1  # three adapters and seven mixtures, one of them twice; the stratified one is all together here
     assert [one["trained"] for one in found["mixtures"]] == [one["trained"] for one in whole["mixtures"]]
     assert found["agreement"] == whole["agreement"]
     assert "interrupted" in capsys.readouterr().out
@@ -245,7 +244,7 @@ def test_a_surrogate_that_scores_none_of_the_fine_tuned_is_named(studied, monkey
 
 def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, capsys):
     path = project / "run.yaml"
-    real = trained.train_expert
+    real = jobs.train_expert
 
     def diverges(base, rows, *rest):
         words = {row["prompt"].split()[1] for row in rows}
@@ -253,14 +252,14 @@ def test_a_training_that_diverges_is_left_out_and_named(project, monkeypatch, ca
             return failure("loss nan")
         return real(base, rows, *rest)
 
-    monkeypatch.setattr(trained, "train_expert", diverges)
+    monkeypatch.setattr(jobs, "train_expert", diverges)
     assert m2m("fidelity", "--config", path) == 0
     reason = "training on alpha + beta: loss nan"
     assert f"left out: alpha + beta could not be fine-tuned and scored: {reason}" in capsys.readouterr().out
     found = read(project / "out" / "fidelity.json")
     assert len(found["mixtures"]) == 6
     assert found["failed"] == [{"mixture": {"alpha": 0.5, "beta": 0.5}, "reason": reason}]
-    monkeypatch.setattr(trained, "train_expert", forbidden)
+    monkeypatch.setattr(jobs, "train_expert", forbidden)
     assert m2m("fidelity", "--config", path) == 0
 
 

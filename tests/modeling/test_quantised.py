@@ -50,7 +50,7 @@ def train(base, args, folder):
     config = lora_config(ModelConfig(lora_r=4, lora_target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
     with Terminal(quiet=True).progress("", 3) as bar:
         train_expert(
-            base, rows, Settings(args, build_tokenizer(), LoraKind(config)), folder, [BankProgress(bar, 0, "")]
+            base, rows, Settings(args, build_tokenizer(), LoraKind(config)), folder, [BankProgress(bar, {}, "", "")]
         )
     return Adapter.load(folder)
 

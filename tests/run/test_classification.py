@@ -186,7 +186,7 @@ def test_fine_tunes_of_others_are_searched_without_training(intents, encoder, tm
                 parameter.add_(0.02 * torch.randn_like(parameter) * parameter.abs().mean())
         model.save_pretrained(tmp_path / "theirs" / name)
     changed(intents, expert="full", experts={name: f"theirs/{name}" for name in INTENTS})
-    monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an expert was trained"))
+    monkeypatch.setattr("m2m_hf.training.jobs.train_expert", lambda *args: pytest.fail("an expert was trained"))
     assert m2m("search", "--config", intents / "intents.yaml") == 0
     assert "cannot be checked" in capsys.readouterr().out
     record = json.loads((intents / "out" / "adapters" / "noise" / "training.json").read_text())

@@ -113,7 +113,7 @@ def test_a_pool_grows_and_shrinks(project, capsys, monkeypatch):
     assert all("delta" in line["names"] for line in trials(project / "out") if tuple(line["names"]) not in known)
     del candidates["beta"]
     changed(project, "run", candidates=candidates)
-    monkeypatch.setattr("m2m_hf.training.bank.train_expert", lambda *args: pytest.fail("an adapter was trained"))
+    monkeypatch.setattr("m2m_hf.training.jobs.train_expert", lambda *args: pytest.fail("an adapter was trained"))
     assert m2m("search", "--config", project / "run.yaml") == 0
     assert "beta" not in summary(project)["singles"]
 

@@ -1,0 +1,391 @@
+"""Trainers in lock step: each as if it trained alone, but for their passes through the base, which they share.
+
+Every Trainer runs in a thread of its own, and only one thread runs at a time. Where it would ask its model for outputs, or for
+gradients, it waits; when all have come that far, one pass computes what all have asked for (`shared_pass.py`). Everything else, the
+order of rows, the loss and its normalisation, clipping, optimizer, schedule, logs and checkpoints, is each Trainer's own, and so are
+its random numbers.
+"""
+
+import copy
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+
+from m2m_hf.modeling.devices import out_of_memory
+from m2m_hf.scoring.probing import LEAST, MOST, MOST_EPS, SURE, changed_by, epsilon
+from m2m_hf.training.shared_pass import Layout, OwnDraws, Randomness, SharedAdapters, Unshared, apart, together
+from m2m_hf.training.trainers import BookkeepingTrainer
+
+OUTPUTS, GRADIENTS = "outputs", "gradients"  # what a Trainer waits for
+FLOPS = {"cpu": 5e10, "cuda": 1e14}  # in a second, about
+LAYER_SECONDS = 1e-4  # that Python takes for one layer, forward and backward, however little it computes
+LEAST_SHARED = 64  # tokens of arithmetic: if a pass costs less than this beside it, sharing gains nothing on a CPU
+
+
+class Left(BaseException):
+    """Ends a Trainer whose training is not wanted any more."""
+
+
+class Again(Exception):
+    """Has a Trainer compute its batch again."""
+
+
+class Member:
+    """One Trainer of a group, in a thread of its own.
+
+    Args:
+        work: what its thread does, which is to train.
+    """
+
+    def __init__(self, name: str, trainer: BookkeepingTrainer, work: Callable[[], None]) -> None:
+        self.name, self.trainer = name, trainer
+        self.draws = Randomness(trainer.args.device)
+        self.waits_for: str | None = None
+        self.asked: Any = None
+        self.answer: Any = None
+        self.seconds = 0.0
+        self.is_done = False
+        self._work, self._left = work, False
+        self._error: BaseException | None = None
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        trainer.member = self
+        trainer.recorder.clock = lambda: self.seconds
+        trainer.accelerator.backward = self._backward
+
+    @property
+    def step(self) -> int:
+        return self.trainer.state.global_step
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._left:
+                self._work()
+        except Left:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.waits_for, self.is_done = None, True
+            self._back.release()
+
+    def turn(self, answer: Any = None) -> float:
+        """Lets the Trainer run on with an answer until it waits again, or is done; returns the seconds that it took."""
+        if self._thread.ident is None:
+            self._thread.start()
+        start, self.answer = time.monotonic(), answer
+        self.draws.give()
+        self._go.release()
+        self._back.acquire()
+        self.draws.take()
+        seconds = time.monotonic() - start
+        self.seconds += seconds
+        if self._error is not None:
+            raise self._error
+        return seconds
+
+    def average(self) -> None:
+        """Averages the gradients over the processes, where an optimizer step follows."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1 and self.draws.accumulation["sync_gradients"]:
+            gradients = [one.grad for one in self.trainer.model.parameters() if one.grad is not None]
+            flat = accelerator.reduce(torch.cat([one.flatten() for one in gradients]), "mean")
+            for one, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+                one.copy_(mean.view_as(one))
+
+    def leave(self) -> None:
+        """Ends the thread."""
+        self._left = True
+        if self._thread.ident is not None:
+            self._go.release()
+            self._thread.join()
+
+    def _wait(self, for_what: str, asked: Any) -> Any:
+        """Called by the Trainer."""
+        self.waits_for, self.asked = for_what, asked
+        self._back.release()
+        self._go.acquire()
+        if self._left:
+            raise Left
+        answer, self.answer, self.asked = self.answer, None, None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def compute(self, step: Callable[[Any, dict[str, Any]], torch.Tensor], model: Any, inputs: Mapping[str, Any]) -> Any:
+        """What `step`, a Trainer's `training_step`, gives when the passes are shared."""
+        while True:
+            try:
+                return step(Shared(model, self), dict(inputs))
+            except Again:
+                continue
+
+    def _backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Stands for `Accelerator.backward`."""
+        accelerator = self.trainer.accelerator
+        loss = loss / accelerator.gradient_accumulation_steps
+        self._wait(GRADIENTS, loss if accelerator.scaler is None else accelerator.scaler.scale(loss))
+
+
+class Shared:
+    """A Trainer's model, whose outputs come from a pass that others share."""
+
+    def __init__(self, model: Any, member: Member) -> None:
+        self._model, self._member = model, member
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._member._wait(OUTPUTS, (inputs, torch.is_grad_enabled()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class Group:
+    """Members that train side by side.
+
+    Args:
+        rehearse: raises `Unshared` where a shared pass gives anything else than passes of each alone.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+        self.adapters = SharedAdapters([member.trainer.model for member in members])
+        first = members[0].trainer
+        self.beside = tokens_beside(first.model, first.args.device.type)
+        self.budget = math.inf  # tokens in one pass
+        self._drops = True  # whether any layer draws random numbers
+
+    def run(self, finished: Callable[[list[Member]], None]) -> None:
+        """Trains all to their ends. `finished` is told who has ended, once the others have come as far."""
+        before = Randomness(self.members[0].trainer.args.device)
+        active, ended = list(self.members), []
+        try:
+            for member in active:
+                member.turn()
+            while active:
+                step = min(member.step for member in active)
+                due = [member for member in active if member.step == step]
+                for members in self._passes(due):
+                    self._train(members)
+                ended += [member for member in active if member.is_done]
+                active = [member for member in active if not member.is_done]
+                if ended and all(member.step >= ended[-1].step for member in active):
+                    finished(ended)
+                    ended = []
+        finally:
+            for member in active:
+                member.leave()
+            before.give()
+
+    def _passes(self, members: Sequence[Member]) -> list[list[Member]]:
+        """The members whose batches go into one pass each; with several processes all in one, so that all do the same."""
+        if PartialState().num_processes > 1:
+            return [list(members)]
+        groups = cheapest([size_of(member.asked[0]) for member in members], self.beside, self.budget)
+        return [[members[place] for place in group] for group in groups]
+
+    def _train(self, members: list[Member]) -> None:
+        """One batch of each member, forward and backward, and whatever its Trainer does then."""
+        draws = [copy.copy(member.draws) for member in members]
+        if self._in_one_pass(members):
+            return
+        self.adapters.forget()
+        clear_device_cache(garbage_collection=True)
+        for member, draw in zip(members, draws, strict=True):
+            member.draws = copy.copy(draw)
+            if member.waits_for == GRADIENTS:
+                member.turn(Again())
+                member.draws = draw
+        self.budget = min(self.budget, sum(math.prod(size_of(member.asked[0])) for member in members) // 2)
+        half = len(members) // 2
+        self._train(members[:half])
+        self._train(members[half:])
+
+    def _in_one_pass(self, members: Sequence[Member]) -> bool:
+        """Like `_train`; False where memory does not suffice for so many, and no Trainer has noticed."""
+        clock = Clock(members)
+        try:
+            (self._alone if len(members) == 1 else self._together)(members, clock)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or any(member.is_done for member in members):
+                raise
+            if len(members) == 1 or PartialState().num_processes > 1:
+                members[0].turn(error)
+            return False
+        clock.share_out()
+        for member in members:
+            member.average()
+            member.turn()
+        return True
+
+    def _alone(self, members: Sequence[Member], clock: "Clock") -> None:
+        (member,) = members
+        while member.waits_for == OUTPUTS:
+            inputs, with_gradient = member.asked
+            member.draws.give()
+            with torch.set_grad_enabled(with_gradient):
+                outputs = member.trainer.model(**inputs)
+            member.draws.take()
+            clock.excepted(member.turn(outputs))
+        torch.autograd.backward(member.asked)
+
+    def _together(self, members: Sequence[Member], clock: "Clock") -> None:
+        places = [self.members.index(member) for member in members]
+        batch, layout = together([member.asked[0] for member in members], self.adapters.taken)
+        with self.adapters.mounted(places, layout) as model, self._own_draws(layout, members):
+            for forward in count():
+                with torch.set_grad_enabled(members[0].asked[1]):
+                    torch.default_generator.manual_seed(forward)  # see `OwnDraws`
+                    outputs = model(**batch)
+                for number, member in enumerate(members):
+                    clock.excepted(member.turn(apart(outputs, layout, number)))
+                if members[0].waits_for == GRADIENTS:
+                    break
+                batch, _ = together([one.asked[0] for one in members], self.adapters.taken)
+            del outputs
+            torch.autograd.backward([member.asked for member in members])
+        self.adapters.share_out(places)
+
+    def _own_draws(self, layout: Layout, members: Sequence[Member]) -> AbstractContextManager[Any]:
+        return OwnDraws(layout, [member.draws for member in members]) if self._drops else nullcontext()
+
+    def rehearse(self) -> None:
+        """Compares a pass that all share with passes of single adapters, on their first rows, with random adapters.
+
+        Raises:
+            Unshared: they differ by more than rounding does.
+        """
+        kept = [copy.copy(member.draws) for member in self.members]
+        try:
+            with self.adapters.random(), torch.no_grad():
+                self._compare()
+        except (TypeError, ValueError, IndexError) as error:
+            raise Unshared(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise Unshared("not even a first batch of each fits into memory") from error
+            raise Unshared(str(error)) from error
+        finally:
+            for member, draws in zip(self.members, kept, strict=True):
+                member.draws = draws
+
+    def _compare(self) -> None:
+        inputs, kept = [], [copy.copy(member.draws) for member in self.members]
+        for number, member in enumerate(self.members):
+            inputs.append(first_inputs(member.trainer, short=number == 0))
+        batch, layout = together(inputs, self.adapters.taken, spare=1)
+        draws = OwnDraws(layout, [member.draws for member in self.members])
+        torch.default_generator.manual_seed(0)
+        with self.adapters.mounted(range(len(inputs)), layout) as model, draws:
+            model.train()
+            outputs = model(**batch)
+        of_pass, calls = torch.get_rng_state(), draws.calls
+        torch.default_generator.manual_seed(0)
+        for _ in range(calls):
+            torch.randint(2**62, ())
+        if not torch.equal(of_pass, torch.get_rng_state()):
+            raise Unshared("it draws random numbers otherwise than by dropout")
+        self._drops = calls > 0
+        for number in {0, len(inputs) - 1}:
+            own = self.members[number].trainer.model.train()
+
+            def alone(number: int = number, own: Any = own) -> Any:
+                kept[number].give()
+                return own(**inputs[number])
+
+            expected, found = alone(), apart(outputs, layout, number)
+            with changed_by(own, epsilon(own)):
+                noise = gap(alone(), expected, inputs[number])
+            allowed = min(max(LEAST, SURE * noise), max(MOST, MOST_EPS * epsilon(own)))
+            if not (difference := gap(found, expected, inputs[number])) <= allowed:
+                raise Unshared(f"a row's outputs differ by {difference:.2g} where rounding does by {noise:.2g}")
+
+
+class Clock:
+    """Time since it was made, to be shared out among members, but for their own turns."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members, self._start = members, time.monotonic()
+
+    def excepted(self, seconds: float) -> None:
+        self._start += seconds
+
+    def share_out(self) -> None:
+        for member in self._members:
+            member.seconds += (time.monotonic() - self._start) / len(self._members)
+
+
+def first_inputs(trainer: BookkeepingTrainer, short: bool) -> dict[str, Any]:
+    """What a Trainer asks its model about its first batch, where it is `short` about one row less."""
+    count = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
+    rows = [trainer.train_dataset[number] for number in range(max(1, count - short))]
+    asked: dict[str, Any] = {}
+
+    class Asked(Exception):
+        pass
+
+    def ask(**inputs: Any) -> None:
+        asked.update(inputs)
+        raise Asked
+
+    try:
+        trainer.compute_loss(ask, trainer._prepare_inputs(trainer.data_collator(rows)))
+    except Asked:
+        pass
+    return asked
+
+
+def gap(found: Any, expected: Any, inputs: Mapping[str, Any]) -> float:
+    """By how much outputs differ, as the root of the mean square of the one that differs most; padding aside."""
+    mask, gaps = inputs.get("attention_mask"), [0.0]
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 0:
+            mine, other = found[name].float(), value.float()
+            if mask is not None and other.shape[:2] == mask.shape:
+                mine, other = mine[mask > 0], other[mask > 0]
+            gaps.append((mine - other).square().mean().sqrt().item())
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
+
+
+def size_of(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """(rows, tokens in each) of a batch; of images 1."""
+    texts = inputs.get("input_ids")
+    return (len(inputs["pixel_values"]), 1) if texts is None else (len(texts), texts.shape[1])
+
+
+def tokens_beside(model: nn.Module, device: str) -> float:
+    """How many tokens a model computes in the time that Python takes for a pass beside the arithmetic, about."""
+    weights = {id(weight): weight.numel() for layer in model.modules() for weight in layer.parameters(recurse=False) if weight.ndim > 1}
+    tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    numbers = sum(count for name, count in weights.items() if name not in tables)
+    layers = sum(1 for layer in model.modules() if not any(True for _ in layer.children()))
+    return layers * LAYER_SECONDS * FLOPS.get(device, FLOPS["cuda"]) / (6 * max(1, numbers))
+
+
+def cheapest(sizes: Sequence[tuple[int, int]], beside: float, budget: float) -> list[list[int]]:
+    """Which batches, of (rows, tokens in each), share a pass, so that padding and passes together cost least.
+
+    A pass costs as much as `beside` tokens beside its own, and has at most `budget` tokens where it has more than one batch.
+    """
+    order = sorted(range(len(sizes)), key=lambda place: (sizes[place][1], place))
+    best: list[tuple[float, list[list[int]]]] = [(0.0, [])]
+    for end in range(1, len(order) + 1):
+        options = []
+        for start in range(end):
+            group = order[start:end]
+            tokens = len(group) * max(sizes[place][0] for place in group) * max(sizes[place][1] for place in group)
+            if len(group) == 1 or tokens <= budget:
+                cost, groups = best[start]
+                options.append((cost + tokens + beside, [*groups, sorted(group)]))
+        best.append(min(options, key=lambda option: option[0]))
+    return sorted(best[-1][1])

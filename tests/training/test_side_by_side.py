@@ -1,0 +1,227 @@
+"""Side by side each training comes out as alone: whatever the model, optimizer or batches, killed or not, in any order."""
+
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from pico import TARGETS, build_model, build_tokenizer, candidate_rows
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from trl import ModelConfig, SFTConfig
+
+from m2m_hf.console import Terminal
+from m2m_hf.modeling.lora import lora_config
+from m2m_hf.training import jobs as module
+from m2m_hf.training import side_by_side
+from m2m_hf.training.experts import LoraKind
+from m2m_hf.training.jobs import Job, train_jobs
+from m2m_hf.training.side_by_side import cheapest
+from m2m_hf.training.trainers import Settings
+
+ROWS = {"a": 12, "a long word with more": 19, "three is in between": 11, "x y": 7}
+FILE = "adapter_model.safetensors"
+SAME = 1e-5
+
+
+def make_jobs(folder: Path, family: str = "llama", lora: dict | None = None, names=tuple(ROWS), **fields) -> list[Job]:
+    options = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": TARGETS.get(family, ["q_proj", "v_proj", "down_proj"])}
+    args = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "num_train_epochs": 2.0, "logging_steps": 1}
+    args = SFTConfig(str(folder), use_cpu=True, bf16=False, **(args | fields))
+    config = lora_config(ModelConfig(**options | (lora or {})))
+    config.fan_in_fan_out = family == "gpt2"
+    settings = Settings(args, build_tokenizer(), LoraKind(config))
+    return [
+        Job(name, folder / name.replace(" ", "_"), Dataset.from_list(candidate_rows(name, ROWS[name])), settings, name, name, 9)
+        for name in names
+    ]
+
+
+def train(jobs: list[Job], parallel: int | str, base=None, family: str = "llama") -> dict[str, dict]:
+    """Records by name."""
+    records, base, said = {}, base or build_model(family), []
+    with Terminal(quiet=True).progress("", 9) as bar:
+        train_jobs(lambda: base, jobs, parallel, bar, lambda text, style="": said.append(text), lambda job, record: records.update({job.name: record}))
+    assert not said
+    return records
+
+
+def apart(one: list[Job], other: list[Job]) -> float:
+    """By how much the adapters of two lists of jobs differ."""
+    pairs = [(load_file(mine.folder / FILE), load_file(theirs.folder / FILE)) for mine, theirs in zip(one, other, strict=True)]
+    return max((mine[name] - theirs[name]).abs().max().item() for mine, theirs in pairs for name in theirs)
+
+
+def timeless(records: dict[str, dict]) -> dict[str, dict]:
+    changing = ("seconds", "peak_memory_bytes", "files")
+    return {name: {key: value for key, value in record.items() if key not in changing} for name, record in records.items()}
+
+
+def flat(curve: list[list[float]]) -> list[float]:
+    return [value for point in curve for value in point]
+
+
+SHAPES = {
+    "llama": ("llama", {}, {}),
+    "dropout": ("llama", {"lora_dropout": 0.1}, {}),
+    "dropout, computed again": ("llama", {"lora_dropout": 0.1}, {"activation_checkpointing_kwargs": {"use_reentrant": True}}),
+    "dropout everywhere, accumulated": ("gpt2", {"lora_dropout": 0.1}, {"gradient_accumulation_steps": 2}),
+    "not computed again": ("qwen3", {"lora_dropout": 0.1}, {"activation_checkpointing": False}),
+    "sliding window": ("gemma2", {"lora_dropout": 0.05}, {}),
+    "rank-stabilised": ("qwen3", {"use_rslora": True}, {"lr_scheduler_type": "cosine", "warmup_steps": 2}),
+    "embeddings": ("llama", {"lora_target_modules": ["embed_tokens", "v_proj"]}, {}),
+    "loss dft": ("qwen3", {}, {"loss_type": "dft"}),
+    "short epochs": ("llama", {}, {"max_steps": 7, "max_grad_norm": 0.05, "dataloader_drop_last": True}),
+    **{optim: ("llama", {}, {"optim": optim}) for optim in ("adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "lion_32bit")},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_group_equals_one_after_another(tmp_path, shape):
+    family, lora, fields = SHAPES[shape]
+    alone, group = (make_jobs(tmp_path / way, family, lora, **fields) for way in ("alone", "group"))
+    records = train(alone, 1, family=family)
+    together = train(group, 4, family=family)
+    assert apart(group, alone) < SAME
+    for name, record in timeless(together).items():
+        expected = timeless(records)[name]
+        assert flat(record.pop("loss_curve")) == pytest.approx(flat(expected.pop("loss_curve")), abs=1e-5)
+        assert record.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-5)
+        assert record == expected
+
+
+@pytest.fixture
+def checkpointed(tmp_path) -> Callable[[str], list[Job]]:
+    """Jobs of different lengths, with dropout, which write checkpoints, by the folder that they are in."""
+    return lambda name: make_jobs(tmp_path / name, lora={"lora_dropout": 0.1}, save_steps=2)
+
+
+class Killed(BaseException):
+    """Nothing that any code expects."""
+
+
+class KillAt(TrainerCallback):
+    """Kills at a turn: a step of some Trainer, or a checkpoint of it."""
+
+    def __init__(self, turn: int) -> None:
+        self.left = turn
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+    on_save = on_step_end
+
+
+def contents(jobs: list[Job]) -> list[bytes]:
+    return [(job.folder / FILE).read_bytes() for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[list[bytes], dict]:
+    jobs = make_jobs(tmp_path_factory.mktemp("whole"), lora={"lora_dropout": 0.1}, save_steps=2)
+    records = timeless(train(jobs, 4))
+    return contents(jobs), records
+
+
+@pytest.mark.parametrize("turn", [3, 9, 17, 22, 30, 38])
+def test_a_killed_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypatch, turn):
+    jobs, kill, real = checkpointed("killed"), KillAt(turn), module.begin
+
+    def begin(base, job, start, callbacks):
+        return real(base, job, start, [*callbacks, kill])
+
+    monkeypatch.setattr(module, "begin", begin)
+    with pytest.raises(Killed):
+        train(jobs, 4)
+    assert threading.active_count() < 5
+    left = [job for job in jobs if not (job.folder / FILE).exists()]
+    records = timeless(train(left, 4))
+    assert contents(jobs) == whole[0]
+    assert records == {job.name: whole[1][job.name] for job in left}
+
+
+def test_order_and_size_of_a_group_change_nothing(checkpointed, whole, tmp_path):
+    one, other, third = (checkpointed(name) for name in ("one", "other", "third"))
+    train(one, 4)
+    train(other[::-1], 3)
+    train(third, 1)
+    assert apart(one, other) < SAME
+    assert apart(one, third) < SAME
+
+
+def test_what_a_group_has_begun_is_ended_one_after_another_and_the_other_way_round(checkpointed, monkeypatch):
+    expected = checkpointed("alone")
+    train(expected, 1)
+    real = module.begin
+    for first, then in ((4, 1), (1, 4)):
+        jobs, kill = checkpointed(f"{first}"), KillAt(20)
+        monkeypatch.setattr(module, "begin", lambda *given: real(*given[:3], [*given[3], kill]))
+        monkeypatch.setattr(module, "BankProgress", lambda *given: kill)
+        with pytest.raises(Killed):
+            train(jobs, first)
+        monkeypatch.undo()
+        train([job for job in jobs if not (job.folder / FILE).exists()], then)
+        assert apart(jobs, expected) < SAME
+
+
+def test_a_training_that_diverges_touches_no_other(checkpointed, tmp_path):
+    jobs, expected = checkpointed("diverging"), checkpointed("expected")
+    rates = [replace(job, settings=replace(job.settings, args=copy.deepcopy(job.settings.args))) for job in jobs]
+    train(expected[1:], 4)
+    monkeypatch = pytest.MonkeyPatch()
+    real = module.begin
+
+    def begin(base, job, start, callbacks):
+        trainer = real(base, job, start, callbacks)
+        if job.name == "a":
+            trainer.args.learning_rate = 1e30
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "begin", begin)
+        records = train(rates, 4)
+    assert "diverged" in records["a"]["failed"]
+    assert apart(jobs[1:], expected[1:]) < SAME
+
+
+def test_where_memory_does_not_suffice_a_pass_is_halved(checkpointed, monkeypatch, whole):
+    real, sizes = side_by_side.together, []
+
+    def together(inputs, *rest, **more):
+        if not more:
+            sizes.append(len(inputs))
+            if len(inputs) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(inputs, *rest, **more)
+
+    monkeypatch.setattr(side_by_side, "together", together)
+    jobs, expected = checkpointed("halved"), checkpointed("expected")
+    train(jobs, 4)
+    assert sizes[:3] == [4, 2, 2] and max(sizes[3:]) == 2
+    monkeypatch.undo()
+    train(expected, 1)
+    assert apart(jobs, expected) < SAME
+
+
+def test_where_rows_cannot_share_a_pass_that_is_said_and_they_do_not(checkpointed, tmp_path):
+    base, said = build_model("llama"), []
+    base.model.layers[0].mlp.register_forward_hook(lambda layer, args, output: output - output.mean(0, keepdim=True))
+    jobs = checkpointed("mixed")
+    with Terminal(quiet=True).progress("", 9) as bar:
+        train_jobs(lambda: base, jobs, 4, bar, lambda text, style="": said.append(text))
+    assert len(said) == 1
+    assert "trained one after another: this model computes rows of several adapters otherwise than alone" in said[0]
+    assert all((job.folder / FILE).exists() for job in jobs)
+
+
+def test_batches_share_a_pass_where_that_costs_least():
+    assert cheapest([(4, 10), (4, 11), (4, 100)], beside=50, budget=1e9) == [[0, 1], [2]]
+    assert cheapest([(4, 10), (4, 11), (4, 100)], beside=1e6, budget=1e9) == [[0, 1, 2]]
+    assert cheapest([(4, 10), (4, 11), (4, 12)], beside=1e6, budget=90) == [[0, 1], [2]]
+    assert cheapest([(4, 10)], beside=0, budget=1) == [[0]]

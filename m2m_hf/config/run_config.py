@@ -171,8 +171,8 @@ class MergeToMixConfig:
     parallel_adapters: str = option(
         Rule("auto, or an integer of at least 1", lambda value: value == "auto" or number_of(value) >= 1),
         "auto",
-        "How many adapters train side by side on one base, each as if alone: a number, 1 for one after another, or auto (on a GPU "
-        "as many as memory takes; on a CPU one, but for very small models).",
+        "How many adapters train side by side on one base, each as if alone: a number, 1 for one after another, or auto (on a "
+        "GPU up to 32, as memory allows; on a CPU one, but for very small models).",
     )
     tokens_per_batch: int | None = option(
         integer(1), help="Scoring: tokens in one forward pass with padding (1024 on a CPU; measured on a GPU)."

@@ -30,7 +30,6 @@ from m2m_hf.training.experts import ExpertKind, Tensors
 from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import DECIMALS, BookkeepingTrainer, LabelTrainer, Settings, make_trainer
 
-
 TOGETHER = ".ended.json"  # records of trainings that ended at one step, while they are published
 
 

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from m2m_hf.training.fine_tune import (
     seal,
     train_expert,
 )
-from m2m_hf.training.shared_pass import Unshared, twin
+from m2m_hf.training.shared_pass import UnsharedError, twin
 from m2m_hf.training.side_by_side import LEAST_SHARED, Group, Member, tokens_beside
 from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import BankProgress, BookkeepingTrainer, Settings, make_trainer
@@ -164,11 +165,11 @@ def saves_at(trainer: BookkeepingTrainer, step: int) -> bool:
     """Whether a Trainer alone would write a checkpoint at this step, or ends there."""
     state, strategy = trainer.state, str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy))
     if step >= state.max_steps:
-        return step == state.max_steps
+        return bool(step == state.max_steps)
     if strategy == "epoch":
         batches = len(trainer.callback_handler.train_dataloader)
-        return step % math.ceil(batches / trainer.args.gradient_accumulation_steps) == 0
-    return strategy == "steps" and step % state.save_steps == 0
+        return bool(step % math.ceil(batches / trainer.args.gradient_accumulation_steps) == 0)
+    return bool(strategy == "steps" and step % state.save_steps == 0)
 
 
 def checkpoints_of(job: Job) -> dict[int, Path]:
@@ -194,12 +195,12 @@ def train_group(
         trainer = begin(base, job, start, [BankProgress(bar, steps, job.of, f"{len(jobs)} side by side"), together])
         trainer.mates = [job.of for job in jobs]
         together.trainers.append(trainer)
-        members.append(Member(job.name, trainer, lambda trainer=trainer, start=start: run_trainer(trainer, start)))
+        members.append(Member(job.name, trainer, partial(run_trainer, trainer, start)))
         by_name[job.name] = job
     group = Group(members)
     try:
         group.rehearse()
-    except Unshared as reason:
+    except UnsharedError as reason:
         return f"this model computes rows of several adapters otherwise than alone ({reason})"
 
     def ended(some: Sequence[Member]) -> None:

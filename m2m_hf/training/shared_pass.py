@@ -24,7 +24,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 FILL = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}  # what texts are padded with
-BY_TOKEN = {"log_probs": 1, "entropy": 1, "is_top1": 1, "label_mask": 1}  # outputs that leave out so many of a row's tokens
+BY_TOKEN = {
+    "log_probs": 1,
+    "entropy": 1,
+    "is_top1": 1,
+    "label_mask": 1,
+}  # outputs that leave out so many of a row's tokens
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -34,7 +39,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-class Unshared(Exception):
+class UnsharedError(Exception):
     """The rows of several adapters cannot share a pass."""
 
 
@@ -67,7 +72,7 @@ class Layout:
         whole, padded = len(like) == self.total, []
         tokens = [self.wide > 0 and size == self.wide for size in self._by_row(like).shape]
         for number, part in enumerate(parts):
-            rows = part if whole else part.unflatten(0, (self.rows[number], -1))
+            rows = part if whole else part.reshape(self.rows[number], -1, *part.shape[1:])
             sides = [0, self.high - len(rows)]
             for dim in range(1, rows.ndim):
                 sides = [0, self.wide - rows.shape[dim] if tokens[dim] else 0, *sides]
@@ -77,8 +82,8 @@ class Layout:
 
     def _by_row(self, tensor: torch.Tensor) -> torch.Tensor:
         if len(tensor) % self.total:
-            raise Unshared(f"a layer sees {tuple(tensor.shape)} where {self.total} rows were given")
-        return tensor if len(tensor) == self.total else tensor.unflatten(0, (self.total, -1))
+            raise UnsharedError(f"a layer sees {tuple(tensor.shape)} where {self.total} rows were given")
+        return tensor if len(tensor) == self.total else tensor.reshape(self.total, -1, *tensor.shape[1:])
 
 
 def together(inputs: Sequence[Mapping[str, Any]], taken: set[int], spare: int = 0) -> tuple[dict[str, Any], Layout]:
@@ -87,13 +92,13 @@ def together(inputs: Sequence[Mapping[str, Any]], taken: set[int], spare: int = 
     The number of tokens is none of `taken`, the model's other sizes, from which it must be told.
 
     Raises:
-        Unshared: there are inputs whose rows cannot be padded.
+        UnsharedError: there are inputs whose rows cannot be padded.
     """
     first = inputs[0]
     tensors = {name for name, value in first.items() if isinstance(value, torch.Tensor)}
     texts = "input_ids" in first
     if any(one.keys() != first.keys() for one in inputs) or tensors - (FILL.keys() if texts else {"pixel_values"}):
-        raise Unshared(f"batches hold {', '.join(sorted({name for one in inputs for name in one}))}")
+        raise UnsharedError(f"batches hold {', '.join(sorted({name for one in inputs for name in one}))}")
     rows = tuple(len(one["input_ids" if texts else "pixel_values"]) for one in inputs)
     widths = tuple(one["input_ids"].shape[1] if texts else 0 for one in inputs)
     wide = max(widths) + (spare if texts else 0)
@@ -143,7 +148,7 @@ class Stacked(nn.Module):
         assert self.layout is not None
         rows = self.layout.total
         if len(x) != rows and not (x.ndim == 2 and len(x) == rows * self.layout.wide):
-            raise Unshared(f"a layer sees {tuple(x.shape)} where {rows} rows were given")
+            raise UnsharedError(f"a layer sees {tuple(x.shape)} where {rows} rows were given")
         weight = self.weight if self.used is None else self.weight[self.used]
         product = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
         return product.view(*x.shape[:-1], weight.shape[1])
@@ -166,10 +171,10 @@ class SharedAdapters:
     def __init__(self, models: Sequence[PeftModel]) -> None:
         self.models = list(models)
         (self.name,) = models[0].active_adapters
-        self._layers = [
-            [layer for layer in model.modules() if isinstance(layer, LoraLayer)] for model in models
+        self._layers = [[layer for layer in model.modules() if isinstance(layer, LoraLayer)] for model in models]
+        factors = [
+            [(layer.lora_A, layer.lora_B) for layer in layers if self.name in layer.lora_A] for layers in self._layers
         ]
-        factors = [[(layer.lora_A, layer.lora_B) for layer in layers if self.name in layer.lora_A] for layers in self._layers]
         self._stacks = [
             tuple(Stacked([pair[side][self.name].weight for pair in pairs]) for side in (0, 1))
             for pairs in zip(*factors, strict=True)
@@ -228,7 +233,12 @@ class SharedAdapters:
     def random(self) -> Iterator[None]:
         """While active, the factors are random numbers, other ones for each adapter."""
         draw, kept = torch.Generator().manual_seed(0), []
-        weights = [layer.lora_embedding_B[self.name] for layers in self._layers for layer in layers if isinstance(layer, Embedding)]
+        weights = [
+            layer.lora_embedding_B[self.name]
+            for layers in self._layers
+            for layer in layers
+            if isinstance(layer, Embedding)
+        ]
         weights += [b.weight for _, b in self._stacks]
         for weight in weights:
             kept.append(weight.data.clone())
@@ -246,7 +256,7 @@ class SharedAdapters:
 
 
 class Randomness:
-    """The state of all random numbers, and of accelerate's gradient accumulation, as one Trainer has it while others do not run."""
+    """The state of all random numbers, and of accelerate's gradient accumulation, as one Trainer has it while others run."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -284,7 +294,9 @@ class Randomness:
 
 def shared_state() -> dict[str, Any]:
     """A copy of what all accelerators of a process share."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in GradientState._shared_state.items()}
+    return {
+        name: list(value) if isinstance(value, list) else value for name, value in GradientState._shared_state.items()
+    }
 
 
 class OwnDraws:
@@ -301,7 +313,7 @@ class OwnDraws:
         self._dropout, self._attention = functional.dropout, functional.scaled_dot_product_attention
 
     def __enter__(self) -> None:
-        functional.dropout, functional.scaled_dot_product_attention = self._drop, self._attend  # type: ignore[assignment]
+        functional.dropout, functional.scaled_dot_product_attention = self._drop, self._attend
 
     def __exit__(self, *error: object) -> None:
         functional.dropout, functional.scaled_dot_product_attention = self._dropout, self._attention
@@ -310,9 +322,7 @@ class OwnDraws:
     def calls(self) -> int:
         return len(self._known)
 
-    def _drop(
-        self, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> torch.Tensor:
+    def _drop(self, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         if not training or p == 0:
             return self._dropout(input, p, training, inplace)
         return self._each([input], lambda parts: self._dropout(parts[0], p))
@@ -333,11 +343,13 @@ class OwnDraws:
 
         def attend(parts: list[torch.Tensor]) -> torch.Tensor:
             mask = None if attn_mask is None else parts[3]
-            return self._attention(*parts[:3], mask, dropout_p, *args, **kwargs)
+            return self._attention(parts[0], parts[1], parts[2], mask, dropout_p, *args, **kwargs)
 
         return self._each(tensors, attend)
 
-    def _each(self, tensors: Sequence[torch.Tensor], call: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+    def _each(
+        self, tensors: Sequence[torch.Tensor], call: Callable[[list[torch.Tensor]], torch.Tensor]
+    ) -> torch.Tensor:
         name = int(torch.randint(2**62, ()))
         again, of_pass = name in self._known, torch.get_rng_state()
         states = self._known.setdefault(name, [draw.of_layers for draw in self._draws])

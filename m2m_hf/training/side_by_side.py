@@ -1,9 +1,8 @@
 """Trainers in lock step: each as if it trained alone, but for their passes through the base, which they share.
 
 Every Trainer runs in a thread of its own, and only one thread runs at a time. Where it would ask its model for outputs, or for
-gradients, it waits; when all have come that far, one pass computes what all have asked for (`shared_pass.py`). Everything else, the
-order of rows, the loss and its normalisation, clipping, optimizer, schedule, logs and checkpoints, is each Trainer's own, and so are
-its random numbers.
+gradients, it waits; when all have come that far, one pass computes what they have asked for (`shared_pass.py`). All else is each
+Trainer's own: order of rows, loss and its normalisation, clipping, optimizer, schedule, logs, checkpoints, random numbers.
 """
 
 import copy
@@ -11,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import nn
 
 from m2m_hf.modeling.devices import out_of_memory
 from m2m_hf.scoring.probing import LEAST, MOST, MOST_EPS, SURE, changed_by, epsilon
-from m2m_hf.training.shared_pass import Layout, OwnDraws, Randomness, SharedAdapters, Unshared, apart, together
+from m2m_hf.training.shared_pass import Layout, OwnDraws, Randomness, SharedAdapters, UnsharedError, apart, together
 from m2m_hf.training.trainers import BookkeepingTrainer
 
 OUTPUTS, GRADIENTS = "outputs", "gradients"  # what a Trainer waits for
@@ -35,7 +34,7 @@ class Left(BaseException):
     """Ends a Trainer whose training is not wanted any more."""
 
 
-class Again(Exception):
+class AgainError(Exception):
     """Has a Trainer compute its batch again."""
 
 
@@ -64,7 +63,7 @@ class Member:
 
     @property
     def step(self) -> int:
-        return self.trainer.state.global_step
+        return int(self.trainer.state.global_step)
 
     def _run(self) -> None:
         self._go.acquire()
@@ -122,12 +121,14 @@ class Member:
             raise answer
         return answer
 
-    def compute(self, step: Callable[[Any, dict[str, Any]], torch.Tensor], model: Any, inputs: Mapping[str, Any]) -> Any:
+    def compute(
+        self, step: Callable[[Any, dict[str, Any]], torch.Tensor], model: Any, inputs: Mapping[str, Any]
+    ) -> Any:
         """What `step`, a Trainer's `training_step`, gives when the passes are shared."""
         while True:
             try:
                 return step(Shared(model, self), dict(inputs))
-            except Again:
+            except AgainError:
                 continue
 
     def _backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
@@ -154,7 +155,7 @@ class Group:
     """Members that train side by side.
 
     Args:
-        rehearse: raises `Unshared` where a shared pass gives anything else than passes of each alone.
+        rehearse: raises `UnsharedError` where a shared pass gives anything else than passes of each alone.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -204,7 +205,7 @@ class Group:
         for member, draw in zip(members, draws, strict=True):
             member.draws = copy.copy(draw)
             if member.waits_for == GRADIENTS:
-                member.turn(Again())
+                member.turn(AgainError())
                 member.draws = draw
         self.budget = min(self.budget, sum(math.prod(size_of(member.asked[0])) for member in members) // 2)
         half = len(members) // 2
@@ -263,18 +264,18 @@ class Group:
         """Compares a pass that all share with passes of single adapters, on their first rows, with random adapters.
 
         Raises:
-            Unshared: they differ by more than rounding does.
+            UnsharedError: they differ by more than rounding does.
         """
         kept = [copy.copy(member.draws) for member in self.members]
         try:
             with self.adapters.random(), torch.no_grad():
                 self._compare()
         except (TypeError, ValueError, IndexError) as error:
-            raise Unshared(str(error)) from error
+            raise UnsharedError(str(error)) from error
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
-                raise Unshared("not even a first batch of each fits into memory") from error
-            raise Unshared(str(error)) from error
+                raise UnsharedError("not even a first batch of each fits into memory") from error
+            raise UnsharedError(str(error)) from error
         finally:
             for member, draws in zip(self.members, kept, strict=True):
                 member.draws = draws
@@ -294,7 +295,7 @@ class Group:
         for _ in range(calls):
             torch.randint(2**62, ())
         if not torch.equal(of_pass, torch.get_rng_state()):
-            raise Unshared("it draws random numbers otherwise than by dropout")
+            raise UnsharedError("it draws random numbers otherwise than by dropout")
         self._drops = calls > 0
         for number in {0, len(inputs) - 1}:
             own = self.members[number].trainer.model.train()
@@ -308,7 +309,7 @@ class Group:
                 noise = gap(alone(), expected, inputs[number])
             allowed = min(max(LEAST, SURE * noise), max(MOST, MOST_EPS * epsilon(own)))
             if not (difference := gap(found, expected, inputs[number])) <= allowed:
-                raise Unshared(f"a row's outputs differ by {difference:.2g} where rounding does by {noise:.2g}")
+                raise UnsharedError(f"a row's outputs differ by {difference:.2g} where rounding does by {noise:.2g}")
 
 
 class Clock:
@@ -331,17 +332,15 @@ def first_inputs(trainer: BookkeepingTrainer, short: bool) -> dict[str, Any]:
     rows = [trainer.train_dataset[number] for number in range(max(1, count - short))]
     asked: dict[str, Any] = {}
 
-    class Asked(Exception):
+    class AskedError(Exception):
         pass
 
     def ask(**inputs: Any) -> None:
         asked.update(inputs)
-        raise Asked
+        raise AskedError
 
-    try:
+    with suppress(AskedError):
         trainer.compute_loss(ask, trainer._prepare_inputs(trainer.data_collator(rows)))
-    except Asked:
-        pass
     return asked
 
 
@@ -365,7 +364,12 @@ def size_of(inputs: Mapping[str, Any]) -> tuple[int, int]:
 
 def tokens_beside(model: nn.Module, device: str) -> float:
     """How many tokens a model computes in the time that Python takes for a pass beside the arithmetic, about."""
-    weights = {id(weight): weight.numel() for layer in model.modules() for weight in layer.parameters(recurse=False) if weight.ndim > 1}
+    weights = {
+        id(weight): weight.numel()
+        for layer in model.modules()
+        for weight in layer.parameters(recurse=False)
+        if weight.ndim > 1
+    }
     tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
     numbers = sum(count for name, count in weights.items() if name not in tables)
     layers = sum(1 for layer in model.modules() if not any(True for _ in layer.children()))

@@ -101,7 +101,9 @@ def test_a_study_that_was_interrupted_ends_the_same(studied, capsys, monkeypatch
     assert m2m(*command) == 130
     assert m2m(*command) == 0
     found = read(again / "fidelity.json")
-    assert done == 3 + 7 + 1  # three adapters and seven mixtures, one of them twice; the stratified one is all together here
+    assert (
+        done == 3 + 7 + 1
+    )  # three adapters and seven mixtures, one of them twice; the stratified one is all together here
     assert [one["trained"] for one in found["mixtures"]] == [one["trained"] for one in whole["mixtures"]]
     assert found["agreement"] == whole["agreement"]
     assert "interrupted" in capsys.readouterr().out

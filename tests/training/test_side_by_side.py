@@ -29,14 +29,26 @@ SAME = 1e-5
 
 
 def make_jobs(folder: Path, family: str = "llama", lora: dict | None = None, names=tuple(ROWS), **fields) -> list[Job]:
-    options = {"lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": TARGETS.get(family, ["q_proj", "v_proj", "down_proj"])}
+    options = {
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "lora_target_modules": TARGETS.get(family, ["q_proj", "v_proj", "down_proj"]),
+    }
     args = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "num_train_epochs": 2.0, "logging_steps": 1}
     args = SFTConfig(str(folder), use_cpu=True, bf16=False, **(args | fields))
     config = lora_config(ModelConfig(**options | (lora or {})))
     config.fan_in_fan_out = family == "gpt2"
     settings = Settings(args, build_tokenizer(), LoraKind(config))
     return [
-        Job(name, folder / name.replace(" ", "_"), Dataset.from_list(candidate_rows(name, ROWS[name])), settings, name, name, 9)
+        Job(
+            name,
+            folder / name.replace(" ", "_"),
+            Dataset.from_list(candidate_rows(name, ROWS[name])),
+            settings,
+            name,
+            name,
+            9,
+        )
         for name in names
     ]
 
@@ -45,20 +57,32 @@ def train(jobs: list[Job], parallel: int | str, base=None, family: str = "llama"
     """Records by name."""
     records, base, said = {}, base or build_model(family), []
     with Terminal(quiet=True).progress("", 9) as bar:
-        train_jobs(lambda: base, jobs, parallel, bar, lambda text, style="": said.append(text), lambda job, record: records.update({job.name: record}))
+        train_jobs(
+            lambda: base,
+            jobs,
+            parallel,
+            bar,
+            lambda text, style="": said.append(text),
+            lambda job, record: records.update({job.name: record}),
+        )
     assert not said
     return records
 
 
 def apart(one: list[Job], other: list[Job]) -> float:
     """By how much the adapters of two lists of jobs differ."""
-    pairs = [(load_file(mine.folder / FILE), load_file(theirs.folder / FILE)) for mine, theirs in zip(one, other, strict=True)]
+    pairs = [
+        (load_file(mine.folder / FILE), load_file(theirs.folder / FILE))
+        for mine, theirs in zip(one, other, strict=True)
+    ]
     return max((mine[name] - theirs[name]).abs().max().item() for mine, theirs in pairs for name in theirs)
 
 
 def timeless(records: dict[str, dict]) -> dict[str, dict]:
     changing = ("seconds", "peak_memory_bytes", "files")
-    return {name: {key: value for key, value in record.items() if key not in changing} for name, record in records.items()}
+    return {
+        name: {key: value for key, value in record.items() if key not in changing} for name, record in records.items()
+    }
 
 
 def flat(curve: list[list[float]]) -> list[float]:
@@ -68,7 +92,11 @@ def flat(curve: list[list[float]]) -> list[float]:
 SHAPES = {
     "llama": ("llama", {}, {}),
     "dropout": ("llama", {"lora_dropout": 0.1}, {}),
-    "dropout, computed again": ("llama", {"lora_dropout": 0.1}, {"activation_checkpointing_kwargs": {"use_reentrant": True}}),
+    "dropout, computed again": (
+        "llama",
+        {"lora_dropout": 0.1},
+        {"activation_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
     "dropout everywhere, accumulated": ("gpt2", {"lora_dropout": 0.1}, {"gradient_accumulation_steps": 2}),
     "not computed again": ("qwen3", {"lora_dropout": 0.1}, {"activation_checkpointing": False}),
     "sliding window": ("gemma2", {"lora_dropout": 0.05}, {}),
@@ -76,7 +104,10 @@ SHAPES = {
     "embeddings": ("llama", {"lora_target_modules": ["embed_tokens", "v_proj"]}, {}),
     "loss dft": ("qwen3", {}, {"loss_type": "dft"}),
     "short epochs": ("llama", {}, {"max_steps": 7, "max_grad_norm": 0.05, "dataloader_drop_last": True}),
-    **{optim: ("llama", {}, {"optim": optim}) for optim in ("adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "lion_32bit")},
+    **{
+        optim: ("llama", {}, {"optim": optim})
+        for optim in ("adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "lion_32bit")
+    },
 }
 
 
@@ -155,19 +186,16 @@ def test_order_and_size_of_a_group_change_nothing(checkpointed, whole, tmp_path)
     assert apart(one, third) < SAME
 
 
-def test_what_a_group_has_begun_is_ended_one_after_another_and_the_other_way_round(checkpointed, monkeypatch):
-    expected = checkpointed("alone")
+@pytest.mark.parametrize(("first", "then"), [(4, 1), (1, 4)])
+def test_what_one_way_has_begun_the_other_ends(checkpointed, monkeypatch, first, then):
+    jobs, expected, kill = checkpointed("killed"), checkpointed("alone"), KillAt(20)
     train(expected, 1)
-    real = module.begin
-    for first, then in ((4, 1), (1, 4)):
-        jobs, kill = checkpointed(f"{first}"), KillAt(20)
-        monkeypatch.setattr(module, "begin", lambda *given: real(*given[:3], [*given[3], kill]))
-        monkeypatch.setattr(module, "BankProgress", lambda *given: kill)
-        with pytest.raises(Killed):
-            train(jobs, first)
-        monkeypatch.undo()
-        train([job for job in jobs if not (job.folder / FILE).exists()], then)
-        assert apart(jobs, expected) < SAME
+    monkeypatch.setattr(module, "BankProgress", lambda *given: kill)
+    with pytest.raises(Killed):
+        train(jobs, first)
+    monkeypatch.undo()
+    train([job for job in jobs if not (job.folder / FILE).exists()], then)
+    assert apart(jobs, expected) < SAME
 
 
 def test_a_training_that_diverges_touches_no_other(checkpointed, tmp_path):
@@ -203,7 +231,8 @@ def test_where_memory_does_not_suffice_a_pass_is_halved(checkpointed, monkeypatc
     monkeypatch.setattr(side_by_side, "together", together)
     jobs, expected = checkpointed("halved"), checkpointed("expected")
     train(jobs, 4)
-    assert sizes[:3] == [4, 2, 2] and max(sizes[3:]) == 2
+    assert sizes[:3] == [4, 2, 2]
+    assert max(sizes[3:]) == 2
     monkeypatch.undo()
     train(expected, 1)
     assert apart(jobs, expected) < SAME

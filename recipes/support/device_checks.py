@@ -54,6 +54,7 @@ def fill(folder: Path, task: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = random_model(folder / "model", "tiny")
     suffix, kind = "json", "json"
+    made: list[dict[str, Any]]
     if task == "causal_lm":
         rows = random_rows(48)
         learned = [{"prompt": row.prompt, "completion": row.choices[0]} for row in rows[12:]]
@@ -245,7 +246,7 @@ class Bench:
 
     def resume(self) -> Said:
         """A bank whose process is killed while it trains, and one that nothing happened to: the same bytes."""
-        values = {"max_steps": 12, "save_steps": 2}
+        values: dict[str, Any] = {"max_steps": 12, "save_steps": 2}
         out, place = self._language.folder / "killed", "*/adapter_model.safetensors"
         flags = [
             f"--use_cpu={self.device == 'cpu'}",

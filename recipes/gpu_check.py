@@ -15,8 +15,8 @@ On a random model of about a billion parameters in bfloat16 with 8 random adapte
 5. on a random model of SmolLM2-135M's shape, 32 mixtures of 8 adapters of rank 8 and 200 rows, in less than a second.
 
 Then, on pico models in float32 whose experts are trained on the device, every feature that touches it gives the CPU's numbers:
-classification of texts and of images, full experts, the ensemble, TIES, DARE and linear merging, gradients, generation, both
-callbacks; and a training that is killed goes on to the same bytes (`support/device_checks.py`).
+classification of texts and of images, full experts, the ensemble, fine-tuned mixtures, TIES, DARE and linear merging, gradients,
+generation, both callbacks; and a training that is killed goes on to the same bytes (`support/device_checks.py`).
 
 Exits with 1 where a check fails.
 """

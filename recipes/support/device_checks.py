@@ -169,6 +169,19 @@ class Bench:
     def ensemble(self) -> Said:
         return self._language.agrees("ensemble", "ensemble", objective="ensemble")
 
+    def fine_tuned_mixtures(self) -> Said:
+        """A search by fine-tuned models, and what the same models score on the CPU."""
+        searcher = self._language.searcher("trained", objective="trained")
+        result, models = searcher.search(), searcher.run.fine_tuned
+        scorer, ours, theirs = searcher.run.validation_scorers["t"], [], []
+        for mixture, standing in result.standings.items():
+            if mixture.items:
+                folder = models.folder(models.counts(mixture))
+                stack = GatedStack(self._model("cpu"), {"trained": Adapter.load(folder)})
+                theirs.append(list(scorer.score(stack, [{"trained": 1.0}], 4096)[0].logprobs))
+                ours.append(list(standing.trials["t"].score.logprobs))
+        return compared(f"{len(ours)} mixtures fine-tuned", torch.tensor(ours), torch.tensor(theirs))
+
     def merge_methods(self) -> Said:
         adapters, scorer = self._bank
 
@@ -277,6 +290,6 @@ class Bench:
 
     def all(self) -> list[Callable[[], Said]]:
         return [
-            self.classification_of_texts, self.classification_of_images, self.full_experts, self.ensemble, self.merge_methods,
-            self.gradient, self.generation, self.callbacks, self.resume,
+            self.classification_of_texts, self.classification_of_images, self.full_experts, self.ensemble,
+            self.fine_tuned_mixtures, self.merge_methods, self.gradient, self.generation, self.callbacks, self.resume,
         ]  # fmt: skip

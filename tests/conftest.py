@@ -71,7 +71,7 @@ def classify():
 
 
 def pytest_configure() -> None:
-    if DEVICE != "cpu" and not torch.cuda.is_available():
+    if DEVICE != "cpu" and not torch.get_device_module(DEVICE).is_available():
         pytest.exit(f"M2M_TEST_DEVICE={DEVICE}: there is no such device, and models would be on the CPU", 2)
 
 

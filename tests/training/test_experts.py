@@ -106,7 +106,7 @@ def test_a_full_fine_tune_of_a_language_model_is_that_of_trl(project, capsys):
     trainer.train()
     theirs = trainer.model.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-8), name
+        assert torch.allclose(tensor, theirs[name].cpu(), rtol=0, atol=1e-8), name
     assert m2m("select", "--config", project / "run.yaml", *FLAGS["full"]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert m2m("status", out) == 0

@@ -12,9 +12,9 @@ from m2m_hf.errors import InputError
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.objectives import trained
-from m2m_hf.objectives.trained import FineTunedModels
 from m2m_hf.run.estimate import estimate
 from m2m_hf.search.model_based import STRATEGIES
+from m2m_hf.training import jobs
 from m2m_hf.training.fine_tune import failure
 from m2m_hf.training.trackers import Tracker
 
@@ -31,38 +31,29 @@ def graded(project, monkeypatch):
 
 
 class Trainings(Counter):
-    """What was fine-tuned, by the sources of its rows; the training with the number `stop` is interrupted."""
+    """What was fine-tuned. `calls` has the number of models of each call; after `stop` models the first one is interrupted."""
 
-    stop = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+        self.stop: int | None = None
 
 
 @pytest.fixture
 def fine_tuned(monkeypatch) -> Trainings:
     done = Trainings()
-    real = trained.train_expert
+    real = trained.train_jobs
 
-    def counting(base, rows, *rest):
-        done["+".join(sorted({row["prompt"].split()[1] for row in rows}))] += 1
-        if done.total() == done.stop:
+    def counting(base, jobs, *rest):
+        done.calls.append(len(jobs))
+        jobs = jobs[: done.stop]
+        real(base, jobs, *rest)
+        done.update(job.name for job in jobs)
+        if done.stop is not None:
             raise KeyboardInterrupt
-        return real(base, rows, *rest)
 
-    monkeypatch.setattr(trained, "train_expert", counting)
+    monkeypatch.setattr(trained, "train_jobs", counting)
     return done
-
-
-@pytest.fixture
-def together(monkeypatch) -> list[int]:
-    """How many models each call was asked for."""
-    asked: list[int] = []
-    real = FineTunedModels.train_all
-
-    def counting(self, wanted, *rest, **named):
-        asked.append(len(wanted))
-        real(self, wanted, *rest, **named)
-
-    monkeypatch.setattr(FineTunedModels, "train_all", counting)
-    return asked
 
 
 def lines(project) -> list[dict]:
@@ -72,14 +63,14 @@ def lines(project) -> list[dict]:
     ]
 
 
-def test_the_score_is_that_of_the_model_which_the_final_one_then_is(project, fine_tuned, together, capsys):
-    assert m2m("select", "--config", project / "run.yaml", *TRAINED) == 0
+def test_the_score_is_that_of_the_model_which_the_final_one_then_is(project, fine_tuned, capsys):
+    assert m2m("select", "--config", project / "run.yaml", *TRAINED, "--parallel_adapters", "8") == 0
     printed = capsys.readouterr().out
     words = "up to 7 mixtures to fine-tune and score/all 3, trained/trained: a model/mixtures fine-tuned"
     assert [word for word in words.split("/") if word not in printed] == []
     assert "merged" not in printed
-    assert sorted(fine_tuned.values()) == [1] * 7
-    assert [count for count in together if count > 1] == [4, 3]  # the singles and all together, then the pairs
+    assert [*fine_tuned.values()] == [1] * 7
+    assert fine_tuned.calls == [4, 3]  # the singles and all together, then the pairs
     summary, final = (
         json.loads((project / "out" / name).read_text()) for name in ("summary.json", "final/training.json")
     )
@@ -127,28 +118,30 @@ def test_a_killed_search_goes_on_to_the_same_and_trains_nothing_twice(project, t
     (project / "out" / "trained").rename(tmp_path / "trained")
     (project / "out" / "trials.jsonl").unlink()
     fine_tuned.clear()
-    fine_tuned.stop = 3
+    fine_tuned.calls.clear()
+    fine_tuned.stop = 2
     with pytest.raises(KeyboardInterrupt):
         language_searcher(project, *TRAINED).search()
+    fine_tuned.stop = None
     assert language_searcher(project, *TRAINED).search().best.mixture == best
-    assert fine_tuned.total() == 7 + 1
+    assert ([*fine_tuned.values()], fine_tuned.calls) == ([1] * 7, [4, 2, 3])
     assert lines(project) == reference
 
 
 def test_a_training_that_diverges_is_a_failed_trial(project, monkeypatch):
-    real = trained.train_expert
+    real = jobs.train_expert
 
     def diverges(base, rows, *rest):
         words = {row["prompt"].split()[1] for row in rows}
         return failure("loss nan") if words == {"alpha", "beta"} else real(base, rows, *rest)
 
-    monkeypatch.setattr(trained, "train_expert", diverges)
+    monkeypatch.setattr(jobs, "train_expert", diverges)
     result = language_searcher(project, *TRAINED).search()
     failed = result.standings[Mixture.subset(["alpha", "beta"])]
     assert failed.trials["colours"].reason == "training on alpha + beta: loss nan"
     assert failed not in result.ranking
     assert len(result.ranking) == 6
-    monkeypatch.setattr(trained, "train_expert", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trained, "train_jobs", lambda *args: pytest.fail("trained again"))
     assert language_searcher(project, *TRAINED).search().standings == result.standings
 
 

@@ -1,8 +1,10 @@
 """What each command does: those that train and score, and those that read a run folder."""
 
+import gc
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,7 @@ def work(step: Callable[["MergeToMixSearcher"], None], command: Namespace) -> No
     from m2m_hf.config.parsing import parse
     from m2m_hf.searcher import MergeToMixSearcher
 
+    pass_over_libraries()
     command.log.silence_libraries()
     ours, args, model_args = parse(config, flags)
     inputs = unchanged.watch(ours, vars(args) | vars(model_args), Path(args.output_dir)) if fingerprint else None
@@ -54,6 +57,12 @@ def work(step: Callable[["MergeToMixSearcher"], None], command: Namespace) -> No
     step(searcher)
     if fingerprint and inputs is not None and context.is_main:
         unchanged.remember(context.folder, fingerprint, inputs, searcher.closing)
+
+
+@cache
+def pass_over_libraries() -> None:
+    """Keeps garbage collections from looking at all that was imported: every training begins with one."""
+    gc.freeze()
 
 
 def config_of(out: Path) -> Path:

@@ -50,6 +50,7 @@ from m2m_hf.scoring.packing import Question
 Sums = list[tuple[float, ...]]
 METHODS = ("ours", "floor", "repeated", "cat", "trainer", "harness")
 SIZES = {  # of random models: hidden, intermediate, layers, heads, key/value heads, vocabulary
+    "pico": (32, 48, 2, 4, 2, 320),
     "tiny": (64, 128, 2, 4, 2, 512),
     "135m": (576, 1536, 30, 9, 3, 49152),
     "1b": (2048, 8192, 16, 32, 8, 32000),
@@ -60,7 +61,7 @@ def random_model(folder: Path, size: str) -> Path:
     """Writes a Llama with random weights in bfloat16 and a tokenizer of single bytes; needs no download.
 
     Args:
-        size: `tiny`, `135m` (the shape of SmolLM2-135M) or `1b` (about a billion parameters).
+        size: `pico`, `tiny`, `135m` (the shape of SmolLM2-135M) or `1b` (about a billion parameters).
     """
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
     config = LlamaConfig(

@@ -78,3 +78,17 @@ def test_the_benchmark_recipe(tmp_path, forks):
     assert done.returncode == 0, done.stderr
     assert "changing the mixture:" in done.stdout
     assert {"ours", "floor", "ratios", "switching_seconds"} <= set(json.loads((tmp_path / "figures.json").read_text()))
+
+
+@pytest.mark.parametrize("task", ["random", "intents"])
+def test_the_benchmark_of_training_trains_what_bare_trainers_train(request, tmp_path, forks, task):
+    given = ("--random", "pico", "--candidates", 2, "--rows", 8)
+    if task == "intents":
+        given = ("--config", request.getfixturevalue("intents") / "intents.yaml")
+    flags = ("--repeats", 1, "--use_cpu", "true", "--max_steps", 3, "--lora_dropout", 0.1)
+    done = forks.run(ROOT / "recipes" / "benchmark_training.py", *given, *flags, "--output", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["difference"] == 0.0
+    assert {"bare", "one by one", "single"} <= set(figures)
+    assert all(len(figures[name]["seconds"]) == 1 for name in ("bare", "one by one", "single"))

@@ -262,20 +262,22 @@ class Randomness:
         self.device = device
         self.take()
 
-    def take(self) -> None:
-        """Keeps what is there now."""
-        self.python, self.numpy = random.getstate(), np.random.get_state()
+    def take(self, layers_only: bool = False) -> None:
+        """Keeps what is there now; `layers_only` where nothing but the model may have drawn."""
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        if not layers_only:
+            self.python, self.numpy = random.getstate(), np.random.get_state()
         self.accumulation = shared_state()
 
-    def give(self) -> None:
+    def give(self, layers_only: bool = False) -> None:
         """Puts it back."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+        if not layers_only:
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
         GradientState._shared_state.clear()
         GradientState._shared_state.update(self.accumulation)
 

@@ -1,13 +1,12 @@
 """Trainers in lock step: each as if it trained alone, but for their passes through the base, which they share.
 
-Every Trainer runs in a thread of its own, and only one thread runs at a time. Where it would ask its model for outputs, or for
-gradients, it waits; when all have come that far, one pass computes what they have asked for (`shared_pass.py`). All else is each
-Trainer's own: order of rows, loss and its normalisation, clipping, optimizer, schedule, logs, checkpoints, random numbers.
+Every Trainer runs in a greenlet. Where it would ask its model for outputs, or for gradients, it waits, and the next one runs on.
+When all have come that far, one pass computes what they have asked for (`shared_pass.py`). All else is each Trainer's own: the order of
+rows, the loss and its normalisation, clipping, optimizer, schedule, logs, checkpoints and random numbers.
 """
 
 import copy
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
+from greenlet import greenlet
 from torch import nn
 
 from m2m_hf.modeling.devices import out_of_memory
@@ -30,19 +30,15 @@ LAYER_SECONDS = 1e-4  # that Python takes for one layer, forward and backward, h
 LEAST_SHARED = 64  # tokens of arithmetic: if a pass costs less than this beside it, sharing gains nothing on a CPU
 
 
-class Left(BaseException):
-    """Ends a Trainer whose training is not wanted any more."""
-
-
 class AgainError(Exception):
     """Has a Trainer compute its batch again."""
 
 
 class Member:
-    """One Trainer of a group, in a thread of its own.
+    """One Trainer of a group, in a greenlet of its own.
 
     Args:
-        work: what its thread does, which is to train.
+        work: what the greenlet does, which is to train.
     """
 
     def __init__(self, name: str, trainer: BookkeepingTrainer, work: Callable[[], None]) -> None:
@@ -50,13 +46,8 @@ class Member:
         self.draws = Randomness(trainer.args.device)
         self.waits_for: str | None = None
         self.asked: Any = None
-        self.answer: Any = None
         self.seconds = 0.0
-        self.is_done = False
-        self._work, self._left = work, False
-        self._error: BaseException | None = None
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._greenlet = greenlet(lambda answer: work())
         trainer.member = self
         trainer.recorder.clock = lambda: self.seconds
         trainer.accelerator.backward = self._backward
@@ -65,32 +56,19 @@ class Member:
     def step(self) -> int:
         return int(self.trainer.state.global_step)
 
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            if not self._left:
-                self._work()
-        except Left:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.waits_for, self.is_done = None, True
-            self._back.release()
+    @property
+    def is_done(self) -> bool:
+        return bool(self._greenlet.dead)
 
     def turn(self, answer: Any = None) -> float:
         """Lets the Trainer run on with an answer until it waits again, or is done; returns the seconds that it took."""
-        if self._thread.ident is None:
-            self._thread.start()
-        start, self.answer = time.monotonic(), answer
-        self.draws.give()
-        self._go.release()
-        self._back.acquire()
-        self.draws.take()
+        start, self.waits_for = time.monotonic(), None
+        computes = answer is not None  # its loss, of outputs, and then waits again
+        self.draws.give(computes)
+        self._greenlet.switch(answer)
+        self.draws.take(computes)
         seconds = time.monotonic() - start
         self.seconds += seconds
-        if self._error is not None:
-            raise self._error
         return seconds
 
     def average(self) -> None:
@@ -103,20 +81,15 @@ class Member:
                 one.copy_(mean.view_as(one))
 
     def leave(self) -> None:
-        """Ends the thread."""
-        self._left = True
-        if self._thread.ident is not None:
-            self._go.release()
-            self._thread.join()
+        """Ends the Trainer where it is."""
+        self._greenlet.throw()
 
     def _wait(self, for_what: str, asked: Any) -> Any:
-        """Called by the Trainer."""
+        """Called by the Trainer; whether it computes gradients is its own, too."""
         self.waits_for, self.asked = for_what, asked
-        self._back.release()
-        self._go.acquire()
-        if self._left:
-            raise Left
-        answer, self.answer, self.asked = self.answer, None, None
+        with torch.enable_grad():
+            answer = self._greenlet.parent.switch()
+        self.asked = None
         if isinstance(answer, Exception):
             raise answer
         return answer

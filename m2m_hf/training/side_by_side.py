@@ -1,8 +1,8 @@
 """Trainers in lock step: each as if it trained alone, but for their passes through the base, which they share.
 
 Every Trainer runs in a greenlet. Where it would ask its model for outputs, or for gradients, it waits, and the next one runs on.
-When all have come that far, one pass computes what they have asked for (`shared_pass.py`). All else is each Trainer's own: the order of
-rows, the loss and its normalisation, clipping, optimizer, schedule, logs, checkpoints and random numbers.
+When all have come that far, one pass computes what they have asked for (`shared_pass.py`). All else is each Trainer's own: the
+order of rows, the loss and its normalisation, clipping, optimizer, schedule, logs, checkpoints and random numbers.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 from torch import nn
 
 from m2m_hf.modeling.devices import out_of_memory
@@ -47,7 +47,7 @@ class Member:
         self.waits_for: str | None = None
         self.asked: Any = None
         self.seconds = 0.0
-        self._greenlet = greenlet(lambda answer: work())
+        self._greenlet, self._others = greenlet(lambda answer: work()), getcurrent()
         trainer.member = self
         trainer.recorder.clock = lambda: self.seconds
         trainer.accelerator.backward = self._backward
@@ -88,7 +88,7 @@ class Member:
         """Called by the Trainer; whether it computes gradients is its own, too."""
         self.waits_for, self.asked = for_what, asked
         with torch.enable_grad():
-            answer = self._greenlet.parent.switch()
+            answer = self._others.switch()
         self.asked = None
         if isinstance(answer, Exception):
             raise answer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from pico import TARGETS, build_model, build_tokenizer, candidate_rows
+from pico import TARGETS, USE_CPU, build_model, build_tokenizer, candidate_rows
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig
@@ -34,7 +34,7 @@ def make_jobs(folder: Path, family: str = "llama", lora: dict | None = None, nam
         "lora_target_modules": TARGETS.get(family, ["q_proj", "v_proj", "down_proj"]),
     }
     args = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "num_train_epochs": 2.0, "logging_steps": 1}
-    args = SFTConfig(str(folder), use_cpu=True, bf16=False, **(args | fields))
+    args = SFTConfig(str(folder), use_cpu=USE_CPU, bf16=False, **(args | fields))
     config = lora_config(ModelConfig(**options | (lora or {})))
     config.fan_in_fan_out = family == "gpt2"
     settings = Settings(args, build_tokenizer(), LoraKind(config))

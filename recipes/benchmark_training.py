@@ -34,7 +34,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,12 @@ from trl import SFTTrainer
 
 from m2m_hf import InputError, MergeToMixSearcher
 from m2m_hf.config import parsing
-from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.console import Terminal
 from m2m_hf.storage.files import read_json
 from m2m_hf.training.fine_tune import BaseSnapshot
 from m2m_hf.training.trainers import Collate, LabelTrainer
 
 WEIGHTS = "adapter_model.safetensors"
-SIDE_BY_SIDE = "parallel_adapters"  # the key of the configuration
 
 
 @dataclass
@@ -149,12 +147,14 @@ def main() -> None:
         folder = Path(name)
         values = random_run(given, folder) if given.random else None
         try:
-            bank = Bank(given, flags, values, folder / "one by one")
+            bank = Bank(given, [*flags, "--parallel_adapters", "1"], values, folder / "one by one")
             results, steps, tokens = measure(bank, given, flags, values, folder, terminal)
         except InputError as error:
             parser.error(str(error))
         device, args = bank.run.base.to_train().device, bank.run.args
-        differs = difference(bank.run.folder.adapters, folder / "bare")
+        differs = {
+            name: difference(folder / name / "adapters", folder / "bare") for name in ("one by one", "side by side")
+        }
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     terminal.say("")
     rows = report(results, steps, tokens)
@@ -162,11 +162,12 @@ def main() -> None:
     terminal.table(title, ["", "bank", "per step", "tokens/s", "to bare", "to single", "peak"], rows)
     terminal.say(
         f"{len(bank.run.candidates)} adapters, {sum(steps.values()):,} steps of {args.per_device_train_batch_size} rows, "
-        f"{sum(tokens.values()):,} tokens; adapters one by one differ from bare ones by at most {differs:.1e}"
+        f"{sum(tokens.values()):,} tokens; adapters differ from bare ones by at most "
+        + ", ".join(f"{largest:.1e} ({name})" for name, largest in differs.items())
     )
     if given.output:
         figures = {name: vars(one) for name, one in results.items()}
-        found = figures | {"steps": steps, "tokens": tokens, "difference": differs, "device": where}
+        found = figures | {"steps": steps, "tokens": tokens, "differences": differs, "device": where}
         given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
@@ -185,8 +186,7 @@ def measure(
     """
     methods: dict[str, Callable[[], None]] = {"bare": bare_loop(bank, folder / "bare"), "one by one": bank.train}
     count = len(bank.run.candidates)
-    if SIDE_BY_SIDE in {one.name for one in fields(MergeToMixConfig)}:
-        methods["side by side"] = Bank(given, flags, values, folder / "side by side").train
+    methods["side by side"] = Bank(given, flags, values, folder / "side by side").train
     methods["single"] = bank.train_single
     results = {name: Measured(1 if name == "single" else count) for name in methods}
     device = bank.run.base.to_train().device

@@ -19,6 +19,7 @@ from m2m_hf.search.loop import planned_mixtures
 from m2m_hf.search.model_based import ENUMERABLE, STRATEGIES
 from m2m_hf.search.result import Budget
 from m2m_hf.training.fine_tune import mixture_steps, planned_steps, train_expert
+from m2m_hf.training.jobs import group_size, is_alone
 
 STEPS = 3  # of a training that is measured, the first of which is left out
 ROWS = 64  # that are scored to measure
@@ -46,26 +47,31 @@ def estimate(run: RunContext) -> list[str]:
     per_mixture = sum(scoring_seconds(scorer, run) for scorer in scorers.values())
     mixtures = count_mixtures(run)
 
-    def training_time(steps: int) -> str:
+    settings = run.training_settings()
+    several = not is_alone(settings) and group_size(run.base.to_train(), settings, config.parallel) > 1
+    less = " of one; several together take less" if several else ""
+
+    def training_time(steps: int, models: int) -> str:
         if per_step is None:
             return "time unknown: the short training failed"
-        return f"about {duration(steps * per_step)} ({per_step:.2f} s a step)"
+        return f"about {duration(steps * per_step)} ({per_step:.2f} s a step{less * (models > 1)})"
 
     fine_tunes = fine_tuning_steps(run, mixtures - 1) if config.objective == "trained" else []
     if fine_tunes and not config.final:
         final_steps = 0  # the chosen one is there
     lines = [f"{noun}: all trained"]
     if missing:
-        lines = [f"{noun}: {len(missing)} to train, {steps:,} steps, {training_time(steps)}"]
+        lines = [f"{noun}: {len(missing)} to train, {steps:,} steps, {training_time(steps, len(missing))}"]
     lines.append(
         f"search: up to {mixtures:,} mixtures, about {duration(mixtures * per_mixture)} ({per_mixture:.2f} s each"
         + ("), once they are fine-tuned" if fine_tunes else ", unless a race ends it early)")
     )
     if fine_tunes:
         lines.append(
-            f"fine-tuning: up to {len(fine_tunes):,} mixtures, {sum(fine_tunes):,} steps, {training_time(sum(fine_tunes))}"
+            f"fine-tuning: up to {len(fine_tunes):,} mixtures, {sum(fine_tunes):,} steps, "
+            + training_time(sum(fine_tunes), len(fine_tunes))
         )
-    final = f"final fine-tune: up to {final_steps:,} steps, {training_time(final_steps)}"
+    final = f"final fine-tune: up to {final_steps:,} steps, {training_time(final_steps, 1)}"
     none = "the final model is one of them" if fine_tunes and config.train_final else "no final fine-tune"
     lines.append(final if final_steps else none)
     lines.append(f"peak memory while measuring: {memory / 2**30:.1f} GiB")

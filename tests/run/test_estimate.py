@@ -39,3 +39,6 @@ def test_figures_are_of_what_was_measured(project, monkeypatch):
     assert lines[1].startswith("search: up to 8 mixtures, about 24 s (3.00 s each")
     assert lines[2] == "final fine-tune: up to 3 steps, about 6 s (2.00 s a step)"
     assert lines[-1] == "together about 48 s"
+    lines = estimate(language_searcher(project, "--parallel_adapters", "2").run)
+    assert lines[0] == "adapters: 3 to train, 9 steps, about 18 s (2.00 s a step of one; several together take less)"
+    assert lines[2] == "final fine-tune: up to 3 steps, about 6 s (2.00 s a step)"

@@ -139,10 +139,22 @@ class Stacked(nn.Module):
         super().__init__()
         self.owners = list(owners)
         self.weight = nn.Parameter(torch.stack([owner.data for owner in owners]))
-        for owner, part in zip(owners, self.weight.data, strict=True):
-            owner.data = part
+        self.bind()
         self.used: torch.Tensor | None = None  # places of the adapters in a pass; None for all
         self.layout: Layout | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """False once an adapter's parameter was moved, as accelerate does when it prepares a model for several processes."""
+        size = self.weight[0].numel() * self.weight.element_size()
+        start = self.weight.data_ptr()
+        return all(owner.data_ptr() == start + number * size for number, owner in enumerate(self.owners))
+
+    def bind(self) -> None:
+        """Makes the adapters' parameters views, with the values that they have."""
+        for owner, part in zip(self.owners, self.weight.data, strict=True):
+            part.copy_(owner.data)
+            owner.data = part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.layout is not None
@@ -191,6 +203,9 @@ class SharedAdapters:
         lead, every = places[0], len(places) == len(self.models)
         used = None if every else torch.tensor(places, device=next(self.models[0].parameters()).device)
         layers = self._layers[lead]
+        if not all(stack.is_bound for stack in self._stacks[0]):
+            for stack in chain.from_iterable(self._stacks):
+                stack.bind()
         stacks = iter(self._stacks)
         before = []
         for number, layer in enumerate(layers):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from pico import TARGETS, USE_CPU, build_model, build_tokenizer, candidate_rows
 from safetensors.torch import load_file
@@ -122,6 +123,23 @@ def test_a_group_equals_one_after_another(tmp_path, shape):
         assert flat(record.pop("loss_curve")) == pytest.approx(flat(expected.pop("loss_curve")), abs=1e-5)
         assert record.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-5)
         assert record == expected
+
+
+def test_a_group_finds_parameters_that_were_moved(tmp_path, monkeypatch):
+    """As accelerate moves those of a model that it prepares for several processes."""
+    real = Accelerator.prepare_model
+
+    def moving(self, model, *args, **options):
+        prepared = real(self, model, *args, **options)
+        for parameter in prepared.parameters():
+            parameter.data = parameter.data.clone() if parameter.requires_grad else parameter.data
+        return prepared
+
+    monkeypatch.setattr(Accelerator, "prepare_model", moving)
+    alone, group = (make_jobs(tmp_path / way) for way in ("alone", "group"))
+    train(alone, 1)
+    train(group, 4)
+    assert apart(group, alone) < SAME
 
 
 @pytest.fixture

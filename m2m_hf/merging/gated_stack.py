@@ -228,8 +228,10 @@ class GatedStack:
             gated = (down * self._gates[layer.layout]).to(down.dtype)
             if output.dtype != gated.dtype:
                 return output + nn.functional.linear(gated, layer.b).to(output.dtype)
-            total = torch.addmm(output.reshape(-1, output.shape[-1]), gated.reshape(-1, gated.shape[-1]), layer.b.T)
-            return total.view(output.shape)
+            flat, gated = output.reshape(-1, output.shape[-1]), gated.reshape(-1, gated.shape[-1])
+            if layer.name in self._written and not torch.is_grad_enabled():
+                return flat.addmm_(gated, layer.b.T).view(output.shape)  # without a copy of what nothing else has seen
+            return torch.addmm(flat, gated, layer.b.T).view(output.shape)
 
         return add
 

@@ -205,7 +205,7 @@ def tokens_within(parameters: int, each: float, free: int) -> int:
         each: bytes that a token takes.
         free: bytes that are free.
     """
-    tokens = 1 << int(math.log2(min(MOST_TOKENS, max(GPU_TOKENS, BUSY / parameters))))
+    tokens = 1 << int(math.log2(min(MOST_TOKENS, max(GPU_TOKENS, BUSY / max(1, parameters)))))
     while tokens > CPU_TOKENS and tokens * each > SHARE * free:
         tokens //= 2
     return tokens

@@ -65,7 +65,7 @@ class Layout:
         for dim in range(1, part.ndim):
             if self.wide and part.shape[dim] == self.wide:
                 part = part.narrow(dim, 0, self.widths[number])
-        return part if len(tensor) == self.total else part.flatten(0, 1)
+        return dense(part if len(tensor) == self.total else part.flatten(0, 1), tensor)
 
     def joined(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """Undoes `part`."""
@@ -84,6 +84,16 @@ class Layout:
         if len(tensor) % self.total:
             raise UnsharedError(f"a layer sees {tuple(tensor.shape)} where {self.total} rows were given")
         return tensor if len(tensor) == self.total else tensor.reshape(self.total, -1, *tensor.shape[1:])
+
+
+def dense(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A part of a tensor as it lies in memory when it is whole: what numbers a card draws depends on that."""
+    strides = like.stride()
+    order = sorted(range(like.ndim), key=lambda dim: -int(strides[dim]))
+    found = part.permute(order).contiguous()
+    if found.data_ptr() % 16:
+        found = found.clone()
+    return found.permute([order.index(dim) for dim in range(like.ndim)])
 
 
 def together(inputs: Sequence[Mapping[str, Any]], taken: set[int], spare: int = 0) -> tuple[dict[str, Any], Layout]:

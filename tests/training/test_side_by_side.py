@@ -1,6 +1,7 @@
 """Side by side each training comes out as alone: whatever the model, optimizer or batches, killed or not, in any order."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from pico import TARGETS, USE_CPU, build_model, build_tokenizer, candidate_rows
+from pico import TARGETS, USE_CPU, build_model, build_tokenizer, candidate_rows, m2m
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig
@@ -19,6 +20,7 @@ from m2m_hf.modeling.lora import lora_config
 from m2m_hf.training import jobs as module
 from m2m_hf.training import side_by_side
 from m2m_hf.training.experts import LoraKind
+from m2m_hf.training.fine_tune import finished
 from m2m_hf.training.jobs import Job, train_jobs
 from m2m_hf.training.side_by_side import cheapest
 from m2m_hf.training.trainers import Settings
@@ -270,3 +272,66 @@ def test_batches_share_a_pass_where_that_costs_least():
     assert cheapest([(4, 10), (4, 11), (4, 100)], beside=1e6, budget=1e9) == [[0, 1, 2]]
     assert cheapest([(4, 10), (4, 11), (4, 12)], beside=1e6, budget=90) == [[0, 1], [2]]
     assert cheapest([(4, 10)], beside=0, budget=1) == [[0]]
+
+
+ON_DISK = {
+    "conversations": ("project", "run", ()),
+    "texts": ("intents", "intents", ()),
+    "texts, the model's own head": ("own", "intents", ()),
+    "4-bit": ("project", "run", ("--load_in_4bit", "true", "--lora_dropout", "0.1")),
+    "8-bit": ("project", "run", ("--load_in_8bit", "true")),
+}
+
+
+def ways_apart(folder: Path, name: str, flags: tuple[str, ...]) -> float:
+    """By how much the adapters of a run differ when it is told to train them one after another and side by side."""
+    found = []
+    for way in ("1", "3"):
+        out = folder / f"out{way}"
+        command = ["adapters", "--config", folder / f"{name}.yaml", "--output_dir", out, "--max_steps", "6"]
+        assert m2m(*command, "--parallel_adapters", way, *flags) == 0
+        found.append({path.parent.name: load_file(path) for path in sorted((out / "adapters").glob(f"*/{FILE}"))})
+    assert len(found[0]) == 3
+    return max(
+        (found[0][one][key] - found[1][one][key]).abs().max().item() for one in found[0] for key in found[0][one]
+    )
+
+
+@pytest.mark.parametrize("task", ON_DISK)
+def test_every_task_trains_side_by_side(request, task, capsys):
+    fixture, name, flags = ON_DISK[task]
+    assert ways_apart(request.getfixturevalue(fixture), name, ("--learning_rate", "1e-3", *flags)) < SAME
+    assert "one after another" not in capsys.readouterr().out
+
+
+def test_images_train_side_by_side(vit, pictures_of, capsys):
+    assert ways_apart(pictures_of(vit, "all-linear"), "images", ("--learning_rate", "1e-3")) < SAME
+    assert "one after another" not in capsys.readouterr().out
+
+
+def test_auto_trains_small_models_side_by_side_and_prints_a_line_for_each(project, capsys):
+    assert m2m("adapters", "--config", project / "run.yaml", "--parallel_adapters", "auto") == 0
+    told = capsys.readouterr().out
+    assert [word in told for word in ("alpha: 3 steps", "beta: 3 steps", "gamma: 3 steps")] == [True] * 3
+    records = [json.loads(path.read_text()) for path in sorted((project / "out" / "adapters").glob("*/training.json"))]
+    assert all(0 < record["seconds"] < 60 for record in records)
+
+
+@pytest.mark.parametrize("step", ["seal", "write_json", "publish"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_killed_while_it_publishes_a_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypatch, step, call):
+    jobs, real, calls = checkpointed("killed"), getattr(module, step), 0
+
+    def killed(*given):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return real(*given)
+
+    monkeypatch.setattr(module, step, killed)
+    with pytest.raises(Killed):
+        train(jobs, 4)
+    monkeypatch.undo()
+    train([job for job in jobs if not finished(job.folder, job.of)], 4)
+    assert contents(jobs) == whole[0]

@@ -25,7 +25,7 @@ def from_script(project, pico, lora=None, **options):
     }  # fmt: skip
     lora = lora or LoraConfig(r=4, lora_dropout=0.05, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     target = {"colours": {"data": data, "scorer": "choice"}}
-    return MergeToMixSearcher.from_trl(pico, SFTConfig(**args | options), lora, given, target)
+    return MergeToMixSearcher.from_trl(pico, SFTConfig(**args | options), lora, given, target, parallel_adapters=1)
 
 
 def test_a_script_of_trl_becomes_a_search(project, pico, monkeypatch):

@@ -5,6 +5,7 @@ way is finished the other. A group has its checkpoints at the same steps, and wh
 checkpoint of that step; so a group that was killed goes on as it was, to the same bytes.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -15,8 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
@@ -39,6 +42,7 @@ from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import BankProgress, BookkeepingTrainer, Settings, make_trainer
 
 MOST = 32  # adapters in a group
+BYTES, OF_FREE = 16, 0.4  # that a number of an adapter takes with its gradient and Adam's state, and the memory for all
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,16 @@ def group_size(base: PreTrainedModel, settings: Settings, parallel: int | str) -
         return 1  # its statistics are of all rows of a pass
     if isinstance(parallel, int):
         return parallel
-    device = settings.args.device.type
-    return MOST if device != "cpu" or tokens_beside(base, device) >= LEAST_SHARED else 1
+    device = settings.args.device
+    if device.type == "cpu":
+        return MOST if tokens_beside(base, device.type) >= LEAST_SHARED else 1
+    if device.type != "cuda":
+        return MOST
+    with torch.random.fork_rng([device]):
+        adapted = get_peft_model(twin(base), copy.deepcopy(settings.expert.lora))
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    free, _ = torch.cuda.mem_get_info(device)
+    return broadcast(max(1, min(MOST, int(OF_FREE * free / (BYTES * trained)))))
 
 
 def is_alone(settings: Settings) -> bool:

@@ -59,12 +59,17 @@ class Layout:
     def total(self) -> int:
         return self.high * len(self.rows)
 
-    def part(self, tensor: torch.Tensor, number: int) -> torch.Tensor:
+    def view(self, tensor: torch.Tensor, number: int) -> torch.Tensor:
         """The rows of one adapter without padding. Rows may be split (attention's heads); tokens are any further dimension."""
         part = self._by_row(tensor)[number * self.high :][: self.rows[number]]
         for dim in range(1, part.ndim):
             if self.wide and part.shape[dim] == self.wide:
                 part = part.narrow(dim, 0, self.widths[number])
+        return part
+
+    def part(self, tensor: torch.Tensor, number: int) -> torch.Tensor:
+        """The same as a tensor that lies in memory as it does alone."""
+        part = self.view(tensor, number)
         return dense(part if len(tensor) == self.total else part.flatten(0, 1), tensor)
 
     def joined(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -352,7 +357,16 @@ class OwnDraws:
     def _drop(self, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         if not training or p == 0:
             return self._dropout(input, p, training, inplace)
-        return self._each([input], lambda parts: self._dropout(parts[0], p))
+        if not 0 < p < 1 or not input.is_contiguous() or len(input) != self._layout.total:
+            return self._each([input], lambda parts: self._dropout(parts[0], p))
+        kept = torch.zeros_like(input, requires_grad=False)
+        for number in self._turns(input.device):
+            part = self._layout.view(kept, number)
+            if input.is_cuda:
+                part.copy_(torch.native_dropout(part.new_empty(part.shape), p, True)[1])
+            else:
+                part.bernoulli_(1 - p)
+        return input * kept * (1 / (1 - p)) if input.is_cuda else input * kept.div_(1 - p)  # as each is rounded alone
 
     def _attend(
         self,
@@ -377,17 +391,22 @@ class OwnDraws:
     def _each(
         self, tensors: Sequence[torch.Tensor], call: Callable[[list[torch.Tensor]], torch.Tensor]
     ) -> torch.Tensor:
+        parts = [
+            call([self._layout.part(tensor, number) for tensor in tensors]) for number in self._turns(tensors[0].device)
+        ]
+        return self._layout.joined(parts, tensors[0])
+
+    def _turns(self, device: torch.device) -> Iterator[int]:
+        """Every adapter's place, while its random numbers are drawn."""
         name = int(torch.randint(2**62, ()))
         again, of_pass = name in self._known, torch.get_rng_state()
         states = self._known.setdefault(name, [draw.of_layers for draw in self._draws])
-        device, parts = tensors[0].device, []
         for number, state in enumerate(states):
             set_state(state, device)
-            parts.append(call([self._layout.part(tensor, number) for tensor in tensors]))
+            yield number
             if not again:
                 self._draws[number].of_layers = get_state(device)
         torch.set_rng_state(of_pass)
-        return self._layout.joined(parts, tensors[0])
 
 
 def get_state(device: torch.device) -> torch.Tensor:

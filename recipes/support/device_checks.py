@@ -173,13 +173,17 @@ class Bench:
         """A search by fine-tuned models, and what the same models score on the CPU."""
         searcher = self._language.searcher("trained", objective="trained")
         result, models = searcher.search(), searcher.run.fine_tuned
-        scorer, ours, theirs = searcher.run.validation_scorers["t"], [], []
+        scorer = searcher.run.validation_scorers["t"]
+        ours: list[list[float]] = []
+        theirs: list[list[float]] = []
         for mixture, standing in result.standings.items():
             if mixture.items:
                 folder = models.folder(models.counts(mixture))
                 stack = GatedStack(self._model("cpu"), {"trained": Adapter.load(folder)})
-                theirs.append(list(scorer.score(stack, [{"trained": 1.0}], 4096)[0].logprobs))
-                ours.append(list(standing.trials["t"].score.logprobs))
+                (score,) = scorer.score(stack, [{"trained": 1.0}], 4096)
+                for found, of in ((theirs, score), (ours, standing.trials["t"].score)):
+                    assert isinstance(of, Score)
+                    found.append(list(of.logprobs))
         return compared(f"{len(ours)} mixtures fine-tuned", torch.tensor(ours), torch.tensor(theirs))
 
     def merge_methods(self) -> Said:

@@ -186,6 +186,21 @@ class Bench:
                     found.append(list(of.logprobs))
         return compared(f"{len(ours)} mixtures fine-tuned", torch.tensor(ours), torch.tensor(theirs))
 
+    def groups(self) -> Said:
+        """Adapters trained side by side, with dropout, and the same one after another."""
+        values: dict[str, Any] = {"lora_dropout": 0.1, "max_steps": 6}
+        banks = []
+        for parallel in (3, 1):
+            searcher = self._language.searcher(f"groups{parallel}", parallel_adapters=str(parallel), **values)
+            searcher.train_adapters()
+            banks.append([part for one in NAMES for part in searcher.run.bank.load()[one].tensors.values()])
+        ours, theirs = (torch.cat([part.flatten() for part in parts]) for parts in banks)
+        apart, moved = float((ours - theirs).abs().max()), float(theirs.std())
+        return (
+            apart <= 1e-5,
+            f"three adapters side by side, with dropout: {apart:.1e} from one after another, of {moved:.1e}",
+        )
+
     def merge_methods(self) -> Said:
         adapters, scorer = self._bank
 
@@ -295,5 +310,6 @@ class Bench:
     def all(self) -> list[Callable[[], Said]]:
         return [
             self.classification_of_texts, self.classification_of_images, self.full_experts, self.ensemble,
-            self.fine_tuned_mixtures, self.merge_methods, self.gradient, self.generation, self.callbacks, self.resume,
+            self.fine_tuned_mixtures, self.groups, self.merge_methods, self.gradient, self.generation, self.callbacks,
+            self.resume,
         ]  # fmt: skip

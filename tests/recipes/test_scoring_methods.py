@@ -68,7 +68,7 @@ def test_all_methods_score_the_same(tmp_path, monkeypatch, targets, methods):
 def test_the_checks_for_a_gpu_run_on_a_cpu(capsys):
     assert recipe("gpu_check").main(["--size", "tiny", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("ok ") == 21
+    assert printed.count("ok ") == 25
     assert "no checks failed" in printed
 
 

@@ -43,6 +43,7 @@ from m2m_hf.training.trainers import BankProgress, BookkeepingTrainer, Settings,
 
 MOST = 32  # adapters in a group
 BYTES, OF_FREE = 16, 0.4  # that a number of an adapter takes with its gradient and Adam's state, and the memory for all
+SPARE = 64  # tokens by which a pass may be wider than its rows
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def group_size(base: PreTrainedModel, settings: Settings, parallel: int | str) -
     """How many adapters train side by side."""
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in base.modules()):
         return 1  # its statistics are of all rows of a pass
+    if (settings.limit or settings.args.max_length or math.inf) > rotated_alike(base) - SPARE:
+        return 1
     if isinstance(parallel, int):
         return parallel
     device = settings.args.device
@@ -138,6 +141,18 @@ def group_size(base: PreTrainedModel, settings: Settings, parallel: int | str) -
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     free, _ = torch.cuda.mem_get_info(device)
     return broadcast(max(1, min(MOST, int(OF_FREE * free / (BYTES * trained)))))
+
+
+def rotated_alike(base: PreTrainedModel) -> float:
+    """How many tokens a row has before its rotary frequencies follow the longest row of its pass (dynamic NTK, LongRoPE)."""
+    ropes: list[tuple[Any, Any]] = []
+    for layer in base.modules():
+        kinds = str(getattr(layer, "rope_type", ""))
+        if "dynamic" in kinds or "longrope" in kinds:
+            given: Any = layer.config.rope_parameters
+            ropes += [(layer, rope) for rope in (given, *given.values()) if isinstance(rope, dict)]
+    lengths = (rope.get("original_max_position_embeddings") or layer.original_max_seq_len for layer, rope in ropes)
+    return min(lengths, default=math.inf)
 
 
 def is_alone(settings: Settings) -> bool:

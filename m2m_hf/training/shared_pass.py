@@ -23,6 +23,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from m2m_hf.modeling.inspection import positions
+
 FILL = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}  # what texts are padded with
 BY_TOKEN = {
     "log_probs": 1,
@@ -123,11 +125,11 @@ def together(inputs: Sequence[Mapping[str, Any]], taken: set[int], spare: int = 
     for name in tensors:
         parts = []
         for one in inputs:
-            value, more = one[name], layout.high - len(one[name])
-            sides = (0, wide - value.shape[1], 0, more) if texts else (*(0, 0) * (value.ndim - 1), 0, more)
+            value = one[name]
+            sides = (0, wide - value.shape[1]) if texts else (0, 0)
             padded = functional.pad(value, sides, value=FILL.get(name, 0))
-            if name == "attention_mask" and more:
-                padded[len(value) :, 0] = 1  # a row that sees nothing would be not a number
+            more = padded[:1].expand(layout.high - len(value), *padded.shape[1:])  # a row of zeros may be not a number
+            padded = torch.cat([padded, torch.full_like(more, -100) if name == "labels" else more])
             parts.append(padded)
         batch[name] = torch.cat(parts)
     return batch, layout
@@ -210,6 +212,9 @@ class SharedAdapters:
         sizes = {size for parameter in models[0].parameters() for size in parameter.shape}
         numbers = {value for value in [*config.values(), *config.get("text_config", {}).values()] if type(value) is int}
         self.taken = sizes | numbers | {size // other for size in sizes for other in numbers if other}
+        self.limit = positions(models[0])  # tokens in a row of a pass that several share
+        while self.limit in self.taken:
+            self.limit -= 1
         self.lead = 0
 
     @contextmanager

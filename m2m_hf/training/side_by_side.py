@@ -21,7 +21,16 @@ from torch import nn
 
 from m2m_hf.modeling.devices import out_of_memory
 from m2m_hf.scoring.probing import LEAST, MOST, MOST_EPS, SURE, changed_by, epsilon
-from m2m_hf.training.shared_pass import Layout, OwnDraws, Randomness, SharedAdapters, UnsharedError, apart, together
+from m2m_hf.training.shared_pass import (
+    FILL,
+    Layout,
+    OwnDraws,
+    Randomness,
+    SharedAdapters,
+    UnsharedError,
+    apart,
+    together,
+)
 from m2m_hf.training.trainers import BookkeepingTrainer
 
 OUTPUTS, GRADIENTS = "outputs", "gradients"  # what a Trainer waits for
@@ -162,10 +171,12 @@ class Group:
             before.give()
 
     def _passes(self, members: Sequence[Member]) -> list[list[Member]]:
-        """The members whose batches go into one pass each; with several processes all in one, so that all do the same."""
+        """The members whose batches go into one pass each; with several processes all in one, or each in its own, in order."""
+        sizes, limit = [size_of(member.asked[0]) for member in members], self.adapters.limit
         if PartialState().num_processes > 1:
-            return [list(members)]
-        groups = cheapest([size_of(member.asked[0]) for member in members], self.beside, self.budget)
+            is_long = any(tokens > limit for _, tokens in sizes)
+            return [[member] for member in members] if is_long else [list(members)]
+        groups = cheapest(sizes, self.beside, self.budget, limit)
         return [[members[place] for place in group] for group in groups]
 
     def _train(self, members: list[Member]) -> None:
@@ -239,6 +250,8 @@ class Group:
         Raises:
             UnsharedError: they differ by more than rounding does.
         """
+        if getattr(self.members[0].trainer, "aux_loss_enabled", False):
+            raise UnsharedError("a part of its loss, router_aux_loss_coef, is of all rows of a pass")
         kept = [copy.copy(member.draws) for member in self.members]
         try:
             with self.adapters.random(), torch.no_grad():
@@ -256,7 +269,10 @@ class Group:
     def _compare(self) -> None:
         inputs, kept = [], [copy.copy(member.draws) for member in self.members]
         for number, member in enumerate(self.members):
-            inputs.append(first_inputs(member.trainer, short=number == 0))
+            first = first_inputs(member.trainer, short=number == 0)
+            inputs.append(
+                {name: one[:, : self.adapters.limit - 1] if name in FILL else one for name, one in first.items()}
+            )
         batch, layout = together(inputs, self.adapters.taken, spare=1)
         draws = OwnDraws(layout, [member.draws for member in self.members])
         torch.default_generator.manual_seed(0)
@@ -349,10 +365,13 @@ def tokens_beside(model: nn.Module, device: str) -> float:
     return layers * LAYER_SECONDS * FLOPS.get(device, FLOPS["cuda"]) / (6 * max(1, numbers))
 
 
-def cheapest(sizes: Sequence[tuple[int, int]], beside: float, budget: float) -> list[list[int]]:
+def cheapest(
+    sizes: Sequence[tuple[int, int]], beside: float, budget: float, limit: float = math.inf
+) -> list[list[int]]:
     """Which batches, of (rows, tokens in each), share a pass, so that padding and passes together cost least.
 
-    A pass costs as much as `beside` tokens beside its own, and has at most `budget` tokens where it has more than one batch.
+    A pass costs as much as `beside` tokens beside its own. Where it has more than one batch it has at most `budget` tokens, and
+    `limit` in a row.
     """
     order = sorted(range(len(sizes)), key=lambda place: (sizes[place][1], place))
     best: list[tuple[float, list[list[int]]]] = [(0.0, [])]
@@ -361,7 +380,7 @@ def cheapest(sizes: Sequence[tuple[int, int]], beside: float, budget: float) -> 
         for start in range(end):
             group = order[start:end]
             tokens = len(group) * max(sizes[place][0] for place in group) * max(sizes[place][1] for place in group)
-            if len(group) == 1 or tokens <= budget:
+            if len(group) == 1 or (tokens <= budget and sizes[group[-1]][1] <= limit):
                 cost, groups = best[start]
                 options.append((cost + tokens + beside, [*groups, sorted(group)]))
         best.append(min(options, key=lambda option: option[0]))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from pico import TARGETS, USE_CPU, build_model, build_tokenizer, candidate_rows, m2m
+from pico import DEVICE, TARGETS, USE_CPU, build_model, build_tokenizer, candidate_rows, m2m
+from pico_families import FAMILIES
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.console import Terminal
@@ -21,12 +22,14 @@ from m2m_hf.training import jobs as module
 from m2m_hf.training import side_by_side
 from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import finished
-from m2m_hf.training.jobs import Job, train_jobs
+from m2m_hf.training.jobs import Job, group_size, train_jobs
+from m2m_hf.training.shared_pass import together
 from m2m_hf.training.side_by_side import cheapest
 from m2m_hf.training.trainers import Settings
 
 ROWS = {"a": 12, "a long word with more": 19, "three is in between": 11, "x y": 7}
 FILE = "adapter_model.safetensors"
+ATTENTION = {"lora_target_modules": ["q_proj", "v_proj"]}
 SAME = 1e-5
 
 
@@ -53,6 +56,12 @@ def make_jobs(folder: Path, family: str = "llama", lora: dict | None = None, nam
         )
         for name in names
     ]
+
+
+def model_of(name: str, **config) -> torch.nn.Module:
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family.kind, **(family.config | config))).to(DEVICE)
 
 
 def train(jobs: list[Job], parallel: int | str, base=None, family: str = "llama") -> dict[str, dict]:
@@ -236,17 +245,19 @@ def test_a_training_that_diverges_touches_no_other(checkpointed, tmp_path):
     assert apart(jobs[1:], expected[1:]) < SAME
 
 
-def test_where_memory_does_not_suffice_a_pass_is_halved(checkpointed, monkeypatch, whole):
-    real, sizes = side_by_side.together, []
+@pytest.mark.parametrize("at", ["outputs", "gradients"])
+def test_where_memory_does_not_suffice_a_pass_is_halved(checkpointed, monkeypatch, at):
+    where, name = {"outputs": (side_by_side, "together"), "gradients": (torch.autograd, "backward")}[at]
+    real, sizes = getattr(where, name), []
 
-    def together(inputs, *rest, **more):
-        if not more:
-            sizes.append(len(inputs))
-            if len(inputs) > 2:
+    def needs_memory(given, *rest, **more):
+        if isinstance(given, list) and not more:
+            sizes.append(len(given))
+            if len(given) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(inputs, *rest, **more)
+        return real(given, *rest, **more)
 
-    monkeypatch.setattr(side_by_side, "together", together)
+    monkeypatch.setattr(where, name, needs_memory)
     jobs, expected = checkpointed("halved"), checkpointed("expected")
     train(jobs, 4)
     assert sizes[:3] == [4, 2, 2]
@@ -267,10 +278,73 @@ def test_where_rows_cannot_share_a_pass_that_is_said_and_they_do_not(checkpointe
     assert all((job.folder / FILE).exists() for job in jobs)
 
 
+@pytest.mark.parametrize(("weight", "reason"), [(0.001, "router_aux_loss_coef"), (0.0, None)])
+def test_a_loss_of_all_rows_is_not_shared(tmp_path, weight, reason):
+    alone, group = (
+        make_jobs(tmp_path / way, names=("a", "x y"), router_aux_loss_coef=weight, max_steps=2, lora=ATTENTION)
+        for way in ("alone", "group")
+    )
+    said = []
+    for jobs, parallel in ((alone, 1), (group, 2)):
+        base = model_of("Mixtral")
+        with Terminal(quiet=True).progress("", 9) as bar:
+            train_jobs(lambda base=base: base, jobs, parallel, bar, lambda text, style="": said.append(text))
+    assert [reason in text for text in said] == [True] * (reason is not None)
+    assert apart(group, alone) < SAME
+
+
+def test_rows_as_long_as_a_model_has_positions(tmp_path):
+    alone, group = (make_jobs(tmp_path / way, "gpt2", max_steps=5) for way in ("alone", "group"))
+    tokenizer, rows = build_tokenizer(), [row for job in alone for row in job.rows]
+    longest = max(len(tokenizer(row["prompt"] + row["completion"]).input_ids) + 1 for row in rows)
+    for jobs, parallel in ((alone, 1), (group, 4)):
+        train(jobs, parallel, model_of("GPT-2", n_positions=longest))
+    assert apart(group, alone) < SAME
+
+
+def test_rows_whose_frequencies_follow_the_longest_train_alone(tmp_path):
+    (job,) = make_jobs(tmp_path, names=("a",), max_length=48)
+    rope, original = FAMILIES["Phi-3, longrope"].config["rope_parameters"], {"original_max_position_embeddings": 128}
+    sizes = [
+        group_size(base, job.settings, 4)
+        for base in (
+            model_of("Llama, YaRN"),
+            model_of("Llama, dynamic NTK"),
+            model_of("Llama, dynamic NTK", max_position_embeddings=256),
+            model_of("Phi-3, longrope"),
+            model_of("Phi-3, longrope", rope_parameters=rope | original, **original),
+        )
+    ]
+    assert sizes == [4, 1, 4, 1, 4]
+
+
+def test_what_batches_are_padded_with():
+    """Tokens to a width that tells them from all else, and rows that a model can compute."""
+    small, large = (
+        {
+            "input_ids": torch.arange(rows * tokens).view(rows, tokens) + 1,
+            "attention_mask": torch.ones(rows, tokens, dtype=torch.long),
+            "labels": torch.arange(rows * tokens).view(rows, tokens) + 1,
+        }
+        for rows, tokens in ((1, 3), (2, 4))
+    )
+    batch, layout = together([small, large], {4, 5})
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0]] * 2 + [[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 1, 0, 0]] * 2
+    assert batch["labels"][:2].tolist() == [[1, 2, 3, -100, -100, -100], [-100] * 6]
+    assert layout.part(batch["input_ids"], 0).tolist() == [[1, 2, 3]]
+    heads = torch.zeros(4, 6, 2).transpose(1, 2)  # rows, heads, tokens, as attention views them
+    assert layout.part(heads, 1).transpose(1, 2).is_contiguous()
+    assert together([large, large], {4})[1].wide == 4
+    images = [{"pixel_values": torch.full((rows, 1, 2, 2), float(rows))} for rows in (1, 2)]
+    assert together(images, set())[0]["pixel_values"].flatten(1).tolist() == [[1.0] * 4] * 2 + [[2.0] * 4] * 2
+
+
 def test_batches_share_a_pass_where_that_costs_least():
     assert cheapest([(4, 10), (4, 11), (4, 100)], beside=50, budget=1e9) == [[0, 1], [2]]
     assert cheapest([(4, 10), (4, 11), (4, 100)], beside=1e6, budget=1e9) == [[0, 1, 2]]
     assert cheapest([(4, 10), (4, 11), (4, 12)], beside=1e6, budget=90) == [[0, 1], [2]]
+    assert cheapest([(4, 10), (4, 12), (4, 11)], beside=1e6, budget=1e9, limit=11) == [[0, 2], [1]]
     assert cheapest([(4, 10)], beside=0, budget=1) == [[0]]
 
 

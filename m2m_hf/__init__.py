@@ -32,7 +32,7 @@ _HOMES = {
     "SearchCallback": "search.callbacks",
     "SearchResult": "search.result",
     "TargetScoreCallback": "callbacks",
-    "TrainingRecorder": "training.trainers",
+    "TrainingRecorder": "training.recording",
     "Trial": "core.trial",
 }
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from m2m_hf.search.result import SearchResult
     from m2m_hf.searcher import MergeToMixSearcher
     from m2m_hf.training.bank import Bank
-    from m2m_hf.training.trainers import TrainingRecorder
+    from m2m_hf.training.recording import TrainingRecorder
 
 
 def __getattr__(name: str) -> Any:

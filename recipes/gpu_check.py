@@ -76,7 +76,8 @@ from m2m_hf.scoring.probing import fitting_tokens
 from m2m_hf.scoring.scorers import Setup
 from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import train_expert
-from m2m_hf.training.trainers import BankProgress, Settings
+from m2m_hf.training.recording import BankProgress
+from m2m_hf.training.trainers import Settings
 
 ADAPTERS, RANK, SLOWEST = 8, 16, 1.10
 MOST_SECONDS, MOST_APART = 1.0, 0.02  # of a mean log-probability in bfloat16

@@ -36,10 +36,11 @@ from m2m_hf.training.fine_tune import (
     seal,
     train_expert,
 )
+from m2m_hf.training.recording import BankProgress
 from m2m_hf.training.shared_pass import UnsharedError, twin
 from m2m_hf.training.side_by_side import LEAST_SHARED, Group, Member, tokens_beside
 from m2m_hf.training.trackers import Tracker
-from m2m_hf.training.trainers import BankProgress, BookkeepingTrainer, Settings, make_trainer
+from m2m_hf.training.trainers import BookkeepingTrainer, Settings, make_trainer
 
 MOST = 32  # adapters in a group
 BYTES, OF_FREE = 16, 0.4  # that a number of an adapter takes with its gradient and Adam's state, and the memory for all

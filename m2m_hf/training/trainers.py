@@ -2,9 +2,7 @@
 
 import copy
 import math
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,13 +16,12 @@ from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from m2m_hf.console import Bar
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import is_sharded
 from m2m_hf.modeling.heads import Head
@@ -32,6 +29,7 @@ from m2m_hf.modeling.processing import inputs_of
 from m2m_hf.storage.files import staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files
 from m2m_hf.training.experts import ExpertKind
+from m2m_hf.training.recording import TrainingRecorder
 
 FIRST_ROWS = 16  # that tell whether a loss exploded
 DECIMALS = 6  # of a loss: more would tell how often its sum was interrupted
@@ -70,65 +68,6 @@ class Collate:
         batch["labels"] = torch.tensor([self._place[row["label"]] for row in rows])
         batch["allowed"] = torch.stack([self._allowed[row["source"]] for row in rows])
         return batch
-
-
-class TrainingRecorder(TrainerCallback):
-    """Records what a training run really used; `record` is what goes into `training.json`.
-
-    `record` holds: `steps`, `epochs`, `tokens` (seen, padding excluded), `seconds`, `loss_curve` ([step, loss] pairs), and
-    `peak_memory_bytes` (allocated on the accelerator; on a CPU the highest resident size that the process has had).
-
-    Args:
-        before: seconds spent on the same training before it was interrupted.
-    """
-
-    def __init__(self, before: float = 0.0) -> None:
-        self.record: dict[str, Any] = {}
-        self._before = before
-        self._start = 0.0
-        self.clock = time.monotonic  # another where a training shares its time with others
-
-    @property
-    def seconds(self) -> float:
-        """Spent so far."""
-        return round(self._before + self.clock() - self._start, 3)
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = self.clock()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.record = {
-            "steps": state.global_step,
-            "epochs": round(state.epoch or 0.0, 4),
-            "tokens": int(state.num_input_tokens_seen),
-            "seconds": self.seconds,
-            "loss_curve": [[entry["step"], float(entry["loss"])] for entry in state.log_history if "loss" in entry],
-            "peak_memory_bytes": peak_memory(),
-        }
-
-
-def peak_memory() -> int:
-    """Returns the most bytes allocated on the accelerator; on a CPU, the most memory that the process has had (0 on Windows)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class BankProgress(TrainerCallback):
-    """Moves one bar through the optimizer steps of all trainings; `steps` counts them, by what identifies a training."""
-
-    def __init__(self, bar: Bar, steps: dict[str, int], of: str, note: str) -> None:
-        self._bar, self._steps, self._of, self._note = bar, steps, of, note
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._steps[self._of] = state.global_step
-        self._bar.update(sum(self._steps.values()), self._note)
 
 
 class LoopModel:

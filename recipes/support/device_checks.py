@@ -193,7 +193,8 @@ class Bench:
         for parallel in (3, 1):
             searcher = self._language.searcher(f"groups{parallel}", parallel_adapters=str(parallel), **values)
             searcher.train_adapters()
-            banks.append([part for one in NAMES for part in searcher.run.bank.load()[one].tensors.values()])
+            found = [Adapter.load(searcher.run.folder.adapters / one).tensors.values() for one in NAMES]
+            banks.append([part for tensors in found for part in tensors])
         ours, theirs = (torch.cat([part.flatten() for part in parts]) for parts in banks)
         apart, moved = float((ours - theirs).abs().max()), float(theirs.std())
         return (

@@ -18,7 +18,8 @@ from m2m_hf.modeling.lora import lora_config
 from m2m_hf.scoring.forward import completion_logprobs
 from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import train_expert
-from m2m_hf.training.trainers import BankProgress, Settings
+from m2m_hf.training.recording import BankProgress
+from m2m_hf.training.trainers import Settings
 
 KINDS = {
     "nf4": {"load_in_4bit": True},

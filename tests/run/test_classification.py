@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
 from m2m_hf.merging.full_experts import floats
-from m2m_hf.training.trainers import BankProgress
+from m2m_hf.training.recording import BankProgress
 
 KINDS = [(), ("--expert", "full", "--learning_rate", "1e-3")]
 

@@ -19,7 +19,7 @@ from m2m_hf.search.loop import planned_mixtures
 from m2m_hf.search.model_based import ENUMERABLE, STRATEGIES
 from m2m_hf.search.result import Budget
 from m2m_hf.training.fine_tune import mixture_steps, planned_steps, train_expert
-from m2m_hf.training.jobs import group_size, is_alone
+from m2m_hf.training.jobs import beyond_rows, group_size, is_alone
 
 STEPS = 3  # of a training that is measured, the first of which is left out
 ROWS = 64  # that are scored to measure
@@ -48,7 +48,10 @@ def estimate(run: RunContext) -> list[str]:
     mixtures = count_mixtures(run)
 
     settings = run.training_settings()
-    several = not is_alone(settings) and group_size(run.base.to_train(), settings, config.parallel) > 1
+    base = run.base.to_train()
+    several = (
+        not (is_alone(settings) or beyond_rows(base, settings)) and group_size(base, settings, config.parallel) > 1
+    )
     less = " of one; several together take less" if several else ""
 
     def training_time(steps: int, models: int) -> str:

@@ -126,10 +126,6 @@ def groups(base: Callable[[], PreTrainedModel], jobs: Sequence[Job], parallel: i
 
 def group_size(base: PreTrainedModel, settings: Settings, parallel: int | str) -> int:
     """How many adapters train side by side."""
-    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in base.modules()):
-        return 1  # its statistics are of all rows of a pass
-    if (settings.limit or settings.args.max_length or math.inf) > rotated_alike(base) - SPARE:
-        return 1
     if isinstance(parallel, int):
         return parallel
     device = settings.args.device
@@ -142,6 +138,15 @@ def group_size(base: PreTrainedModel, settings: Settings, parallel: int | str) -
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     free, _ = torch.cuda.mem_get_info(device)
     return broadcast(max(1, min(MOST, int(OF_FREE * free / (BYTES * trained)))))
+
+
+def beyond_rows(base: PreTrainedModel, settings: Settings) -> str:
+    """What a model computes of all rows of a pass that a try need not show; empty if nothing."""
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in base.modules()):
+        return "its statistics are of all rows of a pass"
+    if (settings.limit or settings.args.max_length or math.inf) > rotated_alike(base) - SPARE:
+        return "its rotary frequencies follow the longest row of a pass"
+    return ""
 
 
 def rotated_alike(base: PreTrainedModel) -> float:
@@ -214,6 +219,9 @@ def train_group(
     done: Callable[[Job, Mapping[str, Any]], None],
 ) -> str:
     """Trains jobs side by side and publishes them. Returns why it cannot, before anything was trained; else nothing."""
+    otherwise = "this model computes rows of several adapters otherwise than alone"
+    if beyond := beyond_rows(base, jobs[0].settings):
+        return f"{otherwise} ({beyond})"
     found = [broadcast(checkpoints_of(job)) for job in jobs]
     common = set.intersection(*map(set, found))
     grouped = any(read_json(path / COMPLETE)["mates"] for one in found for path in one.values())
@@ -229,7 +237,7 @@ def train_group(
     try:
         group.rehearse()
     except UnsharedError as reason:
-        return f"this model computes rows of several adapters otherwise than alone ({reason})"
+        return f"{otherwise} ({reason})"
 
     def ended(some: Sequence[Member]) -> None:
         finish([(by_name[member.name], member) for member in some], done)

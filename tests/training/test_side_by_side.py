@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from m2m_hf.training import jobs as module
 from m2m_hf.training import side_by_side
 from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import finished
-from m2m_hf.training.jobs import Job, group_size, train_jobs
+from m2m_hf.training.jobs import Job, beyond_rows, train_jobs
 from m2m_hf.training.shared_pass import together
 from m2m_hf.training.side_by_side import cheapest
 from m2m_hf.training.trainers import Settings
@@ -204,6 +205,17 @@ def test_a_killed_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypat
     assert records == {job.name: whole[1][job.name] for job in left}
 
 
+def test_checkpoints_are_written_where_one_alone_would_write_and_where_it_ends():
+    found = {}
+    for strategy in ("epoch", "steps", "no"):
+        args = SimpleNamespace(save_strategy=strategy, gradient_accumulation_steps=2)
+        handler = SimpleNamespace(train_dataloader=range(5))
+        state = SimpleNamespace(max_steps=9, save_steps=4)
+        trainer = SimpleNamespace(args=args, callback_handler=handler, state=state)
+        found[strategy] = [step for step in range(1, 12) if module.saves_at(trainer, step)]
+    assert found == {"epoch": [3, 6, 9], "steps": [4, 8, 9], "no": [9]}
+
+
 def test_order_and_size_of_a_group_change_nothing(checkpointed, whole, tmp_path):
     one, other, third = (checkpointed(name) for name in ("one", "other", "third"))
     train(one, 4)
@@ -302,20 +314,32 @@ def test_rows_as_long_as_a_model_has_positions(tmp_path):
     assert apart(group, alone) < SAME
 
 
-def test_rows_whose_frequencies_follow_the_longest_train_alone(tmp_path):
+def test_what_models_compute_of_all_rows_is_known_before_a_try(tmp_path):
     (job,) = make_jobs(tmp_path, names=("a",), max_length=48)
     rope, original = FAMILIES["Phi-3, longrope"].config["rope_parameters"], {"original_max_position_embeddings": 128}
-    sizes = [
-        group_size(base, job.settings, 4)
+    normalised = build_model("llama")
+    normalised.model.norm = torch.nn.BatchNorm1d(32)
+    found = [
+        beyond_rows(base, job.settings).partition(" are ")[0].partition(" follow ")[0]
         for base in (
             model_of("Llama, YaRN"),
             model_of("Llama, dynamic NTK"),
             model_of("Llama, dynamic NTK", max_position_embeddings=256),
             model_of("Phi-3, longrope"),
             model_of("Phi-3, longrope", rope_parameters=rope | original, **original),
+            normalised,
         )
     ]
-    assert sizes == [4, 1, 4, 1, 4]
+    assert found == ["", "its rotary frequencies", "", "its rotary frequencies", "", "its statistics"]
+
+
+def test_a_model_with_batch_statistics_is_trained_one_after_another_and_that_is_said(tmp_path):
+    jobs, said = make_jobs(tmp_path, names=("a", "x y"), max_steps=1), []
+    base = build_model("llama")
+    base.spare = torch.nn.BatchNorm1d(32)
+    with Terminal(quiet=True).progress("", 9) as bar:
+        train_jobs(lambda: base, jobs, 2, bar, lambda text, style="": said.append(text))
+    assert ["its statistics are of all rows" in text for text in said] == [True]
 
 
 def test_what_batches_are_padded_with():
@@ -407,5 +431,8 @@ def test_killed_while_it_publishes_a_group_goes_on_to_the_same_bytes(checkpointe
     with pytest.raises(Killed):
         train(jobs, 4)
     monkeypatch.undo()
-    train([job for job in jobs if not finished(job.folder, job.of)], 4)
+    left = [job for job in jobs if not finished(job.folder, job.of)]
+    if step == "publish":  # what ended at one step, here one and then two, is published or not as a whole
+        assert len(left) == {1: 3, 2: 1, 3: 1}[call]
+    train(left, 4)
     assert contents(jobs) == whole[0]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
@@ -97,6 +98,8 @@ def train_jobs(
 
     for group in groups(base, jobs, parallel):
         refused = "" if len(group) == 1 else train_group(base(), group, bar, steps, done)
+        if len(group) > 1:
+            clear_device_cache(garbage_collection=True)  # Trainers and twins of a group hold each other
         if refused:
             say(f"  trained one after another: {refused}", "yellow")
         for job in group if refused or len(group) == 1 else ():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -291,18 +292,25 @@ def test_where_rows_cannot_share_a_pass_that_is_said_and_they_do_not(checkpointe
 
 
 @pytest.mark.parametrize(("weight", "reason"), [(0.001, "router_aux_loss_coef"), (0.0, None)])
-def test_a_loss_of_all_rows_is_not_shared(tmp_path, weight, reason):
+def test_a_loss_of_all_rows_is_not_shared_and_nothing_of_a_group_stays(tmp_path, monkeypatch, weight, reason):
     alone, group = (
         make_jobs(tmp_path / way, names=("a", "x y"), router_aux_loss_coef=weight, max_steps=2, lora=ATTENTION)
         for way in ("alone", "group")
     )
-    said = []
+    said, twins, real = [], [], module.twin
+
+    def twin(base):
+        twins.append(weakref.ref(made := real(base)))
+        return made
+
+    monkeypatch.setattr(module, "twin", twin)
     for jobs, parallel in ((alone, 1), (group, 2)):
         base = model_of("Mixtral")
         with Terminal(quiet=True).progress("", 9) as bar:
             train_jobs(lambda base=base: base, jobs, parallel, bar, lambda text, style="": said.append(text))
     assert [reason in text for text in said] == [True] * (reason is not None)
     assert apart(group, alone) < SAME
+    assert [one() for one in twins] == [None, None]
 
 
 def test_rows_as_long_as_a_model_has_positions(tmp_path):

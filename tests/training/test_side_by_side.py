@@ -372,6 +372,14 @@ def test_what_batches_are_padded_with():
     assert together(images, set())[0]["pixel_values"].flatten(1).tolist() == [[1.0] * 4] * 2 + [[2.0] * 4] * 2
 
 
+def test_a_group_has_one_way_of_training(tmp_path):
+    base, first, *others = build_model("llama"), *make_jobs(tmp_path, names=("a", "x y"))
+    others += make_jobs(tmp_path, names=("three is in between",), per_device_train_batch_size=2)
+    others += make_jobs(tmp_path, lora={"lora_r": 2}, names=("a long word with more",))
+    found = [[job.name for job in group] for group in module.groups(lambda: base, [*others, first], 4)]
+    assert found == [["x y", "a"], ["three is in between"], ["a long word with more"]]
+
+
 def test_batches_share_a_pass_where_that_costs_least():
     assert cheapest([(4, 10), (4, 11), (4, 100)], beside=50, budget=1e9) == [[0, 1], [2]]
     assert cheapest([(4, 10), (4, 11), (4, 100)], beside=1e6, budget=1e9) == [[0, 1, 2]]

@@ -317,6 +317,8 @@ def finished(folder: Path, of: str) -> bool:
         ended = read_json_or_empty(folder.parent / TOGETHER).get(folder.name)
         if ended and partial.is_dir():
             write_json(partial / "training.json", ended)
+            if find_modified(partial):  # of another training than this one
+                (partial / "training.json").unlink()
         if find_incomplete(partial) is None and read_json_or_empty(partial / "training.json").get("fingerprint") == of:
             move(folder)
     return broadcast(find_incomplete(folder) is None)

@@ -20,13 +20,12 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.console import Terminal
 from m2m_hf.modeling.lora import lora_config
+from m2m_hf.storage.files import staging_path
 from m2m_hf.training import jobs as module
 from m2m_hf.training import side_by_side
 from m2m_hf.training.experts import LoraKind
-from m2m_hf.training.fine_tune import finished
+from m2m_hf.training.fine_tune import TOGETHER, finished
 from m2m_hf.training.jobs import Job, beyond_rows, train_jobs
-from m2m_hf.training.shared_pass import together
-from m2m_hf.training.side_by_side import cheapest
 from m2m_hf.training.trainers import Settings
 
 ROWS = {"a": 12, "a long word with more": 19, "three is in between": 11, "x y": 7}
@@ -350,42 +349,12 @@ def test_a_model_with_batch_statistics_is_trained_one_after_another_and_that_is_
     assert ["its statistics are of all rows" in text for text in said] == [True]
 
 
-def test_what_batches_are_padded_with():
-    """Tokens to a width that tells them from all else, and rows that a model can compute."""
-    small, large = (
-        {
-            "input_ids": torch.arange(rows * tokens).view(rows, tokens) + 1,
-            "attention_mask": torch.ones(rows, tokens, dtype=torch.long),
-            "labels": torch.arange(rows * tokens).view(rows, tokens) + 1,
-        }
-        for rows, tokens in ((1, 3), (2, 4))
-    )
-    batch, layout = together([small, large], {4, 5})
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0]] * 2 + [[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 1, 0, 0]] * 2
-    assert batch["labels"][:2].tolist() == [[1, 2, 3, -100, -100, -100], [-100] * 6]
-    assert layout.part(batch["input_ids"], 0).tolist() == [[1, 2, 3]]
-    heads = torch.zeros(4, 6, 2).transpose(1, 2)  # rows, heads, tokens, as attention views them
-    assert layout.part(heads, 1).transpose(1, 2).is_contiguous()
-    assert together([large, large], {4})[1].wide == 4
-    images = [{"pixel_values": torch.full((rows, 1, 2, 2), float(rows))} for rows in (1, 2)]
-    assert together(images, set())[0]["pixel_values"].flatten(1).tolist() == [[1.0] * 4] * 2 + [[2.0] * 4] * 2
-
-
 def test_a_group_has_one_way_of_training(tmp_path):
     base, first, *others = build_model("llama"), *make_jobs(tmp_path, names=("a", "x y"))
     others += make_jobs(tmp_path, names=("three is in between",), per_device_train_batch_size=2)
     others += make_jobs(tmp_path, lora={"lora_r": 2}, names=("a long word with more",))
     found = [[job.name for job in group] for group in module.groups(lambda: base, [*others, first], 4)]
     assert found == [["x y", "a"], ["three is in between"], ["a long word with more"]]
-
-
-def test_batches_share_a_pass_where_that_costs_least():
-    assert cheapest([(4, 10), (4, 11), (4, 100)], beside=50, budget=1e9) == [[0, 1], [2]]
-    assert cheapest([(4, 10), (4, 11), (4, 100)], beside=1e6, budget=1e9) == [[0, 1, 2]]
-    assert cheapest([(4, 10), (4, 11), (4, 12)], beside=1e6, budget=90) == [[0, 1], [2]]
-    assert cheapest([(4, 10), (4, 12), (4, 11)], beside=1e6, budget=1e9, limit=11) == [[0, 2], [1]]
-    assert cheapest([(4, 10)], beside=0, budget=1) == [[0]]
 
 
 ON_DISK = {
@@ -452,3 +421,13 @@ def test_killed_while_it_publishes_a_group_goes_on_to_the_same_bytes(checkpointe
         assert len(left) == {1: 3, 2: 1, 3: 1}[call]
     train(left, 4)
     assert contents(jobs) == whole[0]
+
+
+def test_a_record_of_a_group_that_ended_is_of_no_other_training(checkpointed):
+    (job, *_) = checkpointed("left")
+    staged = staging_path(job.folder)
+    staged.mkdir(parents=True)
+    (staged / FILE).write_bytes(b"other")
+    facts = {FILE: {"bytes": 5, "sha256_16": "0" * 16}}
+    (job.folder.parent / TOGETHER).write_text(json.dumps({job.folder.name: {"fingerprint": job.of, "files": facts}}))
+    assert not finished(job.folder, job.of)

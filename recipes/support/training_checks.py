@@ -54,19 +54,19 @@ def trainings(folder: Path, device: str, check: Callable[[bool, str], None], lim
             train_jobs(lambda: base, jobs, parallel, bar, lambda text, style="": check(False, text))
         return now(base.device) - start
 
-    few = 25 if limit else 2
-    rows = [random_texts(seed, 200 if limit else 16) for seed in range(8)]
+    few, many = (25, 8) if limit else (1, 2)
+    rows = [random_texts(seed, 200 if limit else 16) for seed in range(many)]
     seconds(rows[:1], 2, 1)  # warms up
     one, eight = ([seconds(part, steps, "auto") for steps in (few, 2 * few)] for part in (rows[:1], rows))
     step = (eight[1] - eight[0]) / (one[1] - one[0])
     check(
         not limit or step <= STEP,
-        f"eight adapters side by side: a step takes {step:.2f} times as long as that of one ({(one[1] - one[0]) / few:.3f} s)"
+        f"{many} adapters side by side: a step takes {step:.2f} times as long as that of one ({(one[1] - one[0]) / few:.3f} s)"
         + (f" (at most {STEP})" if limit else ""),
     )
     check(
         not limit or eight[0] <= BANK * one[0],
-        f"a bank of eight, {few} steps each: {eight[0]:.1f} s, {eight[0] / one[0]:.2f} times as long as a bank of one"
+        f"a bank of {many}, {few} steps each: {eight[0]:.1f} s, {eight[0] / one[0]:.2f} times as long as a bank of one"
         + (f" (at most {BANK})" if limit else ""),
     )
     count = 5 if limit else 2

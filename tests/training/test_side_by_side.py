@@ -117,7 +117,7 @@ SHAPES = {
     "loss dft": ("qwen3", {}, {"loss_type": "dft"}),
     "short epochs": ("llama", {}, {"max_steps": 7, "max_grad_norm": 0.05, "dataloader_drop_last": True}),
     **{
-        optim: ("llama", {}, {"optim": optim})
+        optim: ("llama", {}, {"optim": optim, "max_steps": 4})
         for optim in ("adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "lion_32bit")
     },
 }
@@ -189,7 +189,7 @@ def whole(tmp_path_factory) -> tuple[list[bytes], dict]:
     return contents(jobs), records
 
 
-@pytest.mark.parametrize("turn", [3, 9, 17, 22, 30, 38])
+@pytest.mark.parametrize("turn", [3, 9, 22, 38])
 def test_a_killed_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypatch, turn):
     jobs, kill, real = checkpointed("killed"), KillAt(turn), module.begin
 
@@ -400,8 +400,9 @@ def test_auto_trains_small_models_side_by_side_and_prints_a_line_for_each(projec
     assert all(0 < record["seconds"] < 60 for record in records)
 
 
-@pytest.mark.parametrize("step", ["seal", "write_json", "publish"])
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("step", "call"), [("seal", 2), ("seal", 3), ("write_json", 1), ("write_json", 2), ("publish", 2), ("publish", 3)]
+)
 def test_killed_while_it_publishes_a_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypatch, step, call):
     jobs, real, calls = checkpointed("killed"), getattr(module, step), 0
 

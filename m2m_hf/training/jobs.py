@@ -26,10 +26,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from m2m_hf.console import Bar
 from m2m_hf.modeling.devices import broadcast, is_sharded
-from m2m_hf.storage.files import checkpoints, fingerprint, read_json, staging_path, write_json
+from m2m_hf.storage.files import checkpoints, read_json, staging_path, write_json
 from m2m_hf.storage.records import COMPLETE
 from m2m_hf.training.fine_tune import (
     TOGETHER,
+    as_launched,
     complete_checkpoints,
     publish,
     run_trainer,
@@ -210,8 +211,7 @@ def saves_at(trainer: BookkeepingTrainer, step: int) -> bool:
 
 def checkpoints_of(job: Job) -> dict[int, Path]:
     """Step -> checkpoint, of the whole ones that belong to a job."""
-    of = fingerprint([job.of, PartialState().num_processes, is_sharded()])
-    return complete_checkpoints(checkpoints(staging_path(job.folder)), of)
+    return complete_checkpoints(checkpoints(staging_path(job.folder)), as_launched(job.of))
 
 
 def train_group(
@@ -228,7 +228,7 @@ def train_group(
     found = [broadcast(checkpoints_of(job)) for job in jobs]
     common = set.intersection(*map(set, found))
     grouped = any(read_json(path / COMPLETE)["mates"] for one in found for path in one.values())
-    starts = [one.get(max(common)) if common else one.get(max(one, default=0) * (not grouped)) for one in found]
+    starts = [one.get(max(common if grouped else one, default=0)) for one in found]
     together, members, by_name = SaveTogether(), [], {}
     for job, start in zip(jobs, starts, strict=True):
         trainer = begin(base, job, start, [BankProgress(bar, steps, job.of, f"{len(jobs)} side by side"), together])
@@ -259,8 +259,7 @@ def begin(
             if start is None or int(path.name.rpartition("-")[2]) > int(start.name.rpartition("-")[2]):
                 shutil.rmtree(path)
     PartialState().wait_for_everyone()
-    of = fingerprint([job.of, PartialState().num_processes, is_sharded()])
-    resumed = read_json(start / COMPLETE) if start else {}
+    of, resumed = as_launched(job.of), read_json(start / COMPLETE) if start else {}
     return make_trainer(twin(base), job.rows, job.settings, saved, of=of, resumed=resumed, callbacks=callbacks)
 
 

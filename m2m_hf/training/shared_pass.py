@@ -215,7 +215,6 @@ class SharedAdapters:
         self.limit = positions(models[0])  # tokens in a row of a pass that several share
         while self.limit in self.taken:
             self.limit -= 1
-        self.lead = 0
 
     @contextmanager
     def mounted(self, places: Sequence[int], layout: Layout) -> Iterator[Any]:

@@ -392,7 +392,8 @@ def test_images_train_side_by_side(vit, pictures_of, capsys):
     assert "one after another" not in capsys.readouterr().out
 
 
-def test_auto_trains_small_models_side_by_side_and_prints_a_line_for_each(project, capsys):
+def test_auto_trains_small_models_side_by_side_and_prints_a_line_for_each(project, monkeypatch, capsys):
+    monkeypatch.setattr(module, "train_expert", lambda *given: pytest.fail("an adapter was trained alone"))
     assert m2m("adapters", "--config", project / "run.yaml", "--parallel_adapters", "auto") == 0
     told = capsys.readouterr().out
     assert [word in told for word in ("alpha: 3 steps", "beta: 3 steps", "gamma: 3 steps")] == [True] * 3

@@ -23,6 +23,7 @@ from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.storage.files import read_json, read_json_or_empty, write_json
 from m2m_hf.storage.keys import Keys
 from m2m_hf.storage.records import find_incomplete, weights_of
+from m2m_hf.training.bank import tell
 from m2m_hf.training.experts import load_trained
 from m2m_hf.training.fine_tune import finished, mixture_steps
 from m2m_hf.training.jobs import Job, train_jobs
@@ -76,7 +77,8 @@ class FineTunedModels:
             steps = self.steps(counts)
             jobs.append(Job(name, folder, rows, self.settings(), folder.name, tracked, steps, about, where))
         with self.progress(title, sum(job.steps for job in jobs)) as bar:
-            train_jobs(self.base, jobs, self.parallel, bar, bar.terminal.say)
+            say, terminal = bar.terminal.say, bar.terminal
+            train_jobs(self.base, jobs, self.parallel, bar, say, lambda job, record: tell(job.name, record, terminal))
 
     def record(self, counts: Counts) -> dict[str, Any]:
         """The model's `training.json`: see `train_expert`."""

@@ -1,6 +1,7 @@
 """The trained objective: a search whose scores are those of models fine-tuned on the mixtures, on a pico model."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -69,6 +70,8 @@ def test_the_score_is_that_of_the_model_which_the_final_one_then_is(project, fin
     words = "up to 7 mixtures to fine-tune and score/all 3, trained/trained: a model/mixtures fine-tuned"
     assert [word for word in words.split("/") if word not in printed] == []
     assert "merged" not in printed
+    rows = re.findall(r"^  (\w+(?: \+ \w+)*): 3 steps, [\d,]+ tokens, loss \d\.\d+ → \d\.\d+, \d+ s$", printed, re.M)
+    assert sorted(rows) == sorted([*fine_tuned, "alpha", "beta", "gamma"])  # mixtures, and the adapters before them
     assert [*fine_tuned.values()] == [1] * 7
     assert fine_tuned.calls == [4, 3]  # the singles and all together, then the pairs
     summary, final = (

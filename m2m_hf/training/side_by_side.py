@@ -111,7 +111,7 @@ class Member:
             try:
                 return step(Shared(model, self), dict(inputs))
             except AgainError:
-                continue
+                self.trainer.uncount(inputs)
 
     def _backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """Stands for `Accelerator.backward`."""

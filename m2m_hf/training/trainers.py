@@ -154,6 +154,9 @@ class BookkeepingTrainer(Trainer):
         self._unread.append(loss)
         return loss
 
+    def uncount(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Takes the last batch out of what trackers are told, as it is computed again."""
+
     def _track_num_input_tokens(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Counts as the Trainer does, and leaves the count on the device."""
         if self.args.include_num_input_tokens_seen == "no":
@@ -280,6 +283,14 @@ class CompletionTrainer(BookkeepingTrainer, SFTTrainer):
                 torch.stack([torch.as_tensor(one, device=loss.device).float() for one in (*sums, seen)])
             )
         return (loss, outputs) if return_outputs else loss
+
+    def uncount(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        if self._plain:
+            del self._measured[-1:]
+            return
+        for name in ("entropy", "mean_token_accuracy"):
+            self._metrics["train"][name].pop()
+        self._total_train_tokens -= int(inputs["attention_mask"].sum())
 
     def read_steps(self) -> None:
         super().read_steps()

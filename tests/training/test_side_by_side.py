@@ -26,6 +26,7 @@ from m2m_hf.training import side_by_side
 from m2m_hf.training.experts import LoraKind
 from m2m_hf.training.fine_tune import TOGETHER, finished
 from m2m_hf.training.jobs import Job, beyond_rows, train_jobs
+from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import Settings
 
 ROWS = {"a": 12, "a long word with more": 19, "three is in between": 11, "x y": 7}
@@ -257,10 +258,10 @@ def test_a_training_that_diverges_touches_no_other(checkpointed, tmp_path):
     assert apart(jobs[1:], expected[1:]) < SAME
 
 
-@pytest.mark.parametrize("at", ["outputs", "gradients"])
-def test_where_memory_does_not_suffice_a_pass_is_halved(checkpointed, monkeypatch, at):
+@pytest.mark.parametrize(("at", "loss"), [("outputs", "nll"), ("gradients", "nll"), ("gradients", "dft")])
+def test_where_memory_does_not_suffice_a_pass_is_halved_and_nothing_counted_twice(tmp_path, monkeypatch, at, loss):
     where, name = {"outputs": (side_by_side, "together"), "gradients": (torch.autograd, "backward")}[at]
-    real, sizes = getattr(where, name), []
+    real, sizes, told = getattr(where, name), [], {}
 
     def needs_memory(given, *rest, **more):
         if isinstance(given, list) and not more:
@@ -269,14 +270,24 @@ def test_where_memory_does_not_suffice_a_pass_is_halved(checkpointed, monkeypatc
                 raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(given, *rest, **more)
 
+    def hear(self, args, state, control, logs, **more):
+        shown = {key: logs[key] for key in ("num_tokens", "entropy", "mean_token_accuracy") if key in logs}
+        told.setdefault(way, {})[Path(self._args.run_name).name, state.global_step] = shown
+
+    monkeypatch.setattr(Tracker, "on_log", hear)
+    fields = {"lora": {"lora_dropout": 0.1}, "loss_type": loss, "report_to": "tensorboard", "logging_steps": 3}
+    jobs, expected = (make_jobs(tmp_path / way, **fields) for way in ("halved", "alone"))
+    way = "alone"
+    train(expected, 1)
+    way = "halved"
     monkeypatch.setattr(where, name, needs_memory)
-    jobs, expected = checkpointed("halved"), checkpointed("expected")
     train(jobs, 4)
     assert sizes[:3] == [4, 2, 2]
     assert max(sizes[3:]) == 2
-    monkeypatch.undo()
-    train(expected, 1)
     assert apart(jobs, expected) < SAME
+    assert sum("entropy" in shown for shown in told["alone"].values()) > 4
+    for key, shown in told["alone"].items():
+        assert told["halved"][key] == pytest.approx(shown, rel=1e-5)
 
 
 def test_where_rows_cannot_share_a_pass_that_is_said_and_they_do_not(checkpointed, tmp_path):

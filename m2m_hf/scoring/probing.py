@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import PreTrainedModel
 
-from m2m_hf.errors import InputError
+from m2m_hf.errors import InputError, first_line
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import two_rows
 from m2m_hf.modeling.devices import broadcast, out_of_memory
@@ -55,7 +55,7 @@ MOST, MOST_EPS = 1e-2, 256  # what rounding is never believed to do: 0.01, or 2 
 @torch.inference_mode()
 def settle(stack: Stack, mixtures: Sequence[Weights], scorer: Scorer) -> str | None:
     """Has a scorer keep rows as far apart as the model needs, which it says where it does (collective)."""
-    found: tuple[int, float] | InputError = TOGETHER, 0.0
+    found: tuple[int, str] | InputError = TOGETHER, ""
     if PartialState().is_main_process:
         stack.model.eval()
         try:
@@ -68,9 +68,8 @@ def settle(stack: Stack, mixtures: Sequence[Weights], scorer: Scorer) -> str | N
     found = broadcast(found)
     if isinstance(found, InputError):
         raise found
-    apart, gap = found
+    apart, by = found
     agree_on_memory(stack)
-    by = f"by {gap:.2g} in a log-probability" if math.isfinite(gap) else "it fails"
     if apart > ALONE:
         raise InputError(
             f"the model scores a row otherwise after other rows than before them ({by}), so its scores would depend on what was "
@@ -86,9 +85,14 @@ class Probe:
     def __init__(self, stack: Stack, scorer: Scorer) -> None:
         self.stack, self.scorer = stack, scorer
         self._alone: dict[tuple[int, int], Numbers] = {}  # by mixture and row
+        self._failure = "it gives no finite number"  # of rows that differ by infinity
 
-    def find(self, mixtures: Sequence[Weights]) -> tuple[int, float]:
+    def find(self, mixtures: Sequence[Weights]) -> tuple[int, str]:
         """(how far apart rows must be kept, by how much they differ nearer); beyond `ALONE` where that is not enough."""
+        apart, gap = self._find(mixtures)
+        return apart, f"by {gap:.2g} in a log-probability" if math.isfinite(gap) else self._failure
+
+    def _find(self, mixtures: Sequence[Weights]) -> tuple[int, float]:
         allowed = worst = 0.0
         for apart in (TOGETHER, UNSHARED, ALIKE):
             groups, gap = self.scorer.probes(self.stack.model, apart), 0.0
@@ -96,7 +100,7 @@ class Probe:
                 self.stack.set_rows([weights])
                 for group in groups:
                     expected = [self.alone(number, row) for row in group]
-                    found = self.together(apart, group)
+                    found = self.tried(apart, group)
                     gap = max([gap, *map(difference, found, expected)])
                     if not allowed and found[0]:
                         allowed = self.rounding(apart, group, found)
@@ -114,16 +118,22 @@ class Probe:
         return self._alone[mixture, row]
 
     def together(self, apart: int, rows: Sequence[int]) -> list[Numbers]:
-        """What the model gives for rows of one batch that is kept so far apart; nothing where it cannot read the batch."""
+        """What the model gives for rows of one batch that is kept so far apart."""
         before, self.scorer.apart = self.scorer.apart, apart
         try:
             return self._run(rows, lambda rows: self.scorer.numbers(self.stack.model, rows))
-        except InputError:
-            raise
-        except (RuntimeError, IndexError, ValueError):
-            return [{}] * len(rows)
         finally:
             self.scorer.apart = before
+
+    def tried(self, apart: int, rows: Sequence[int]) -> list[Numbers]:
+        """Like `together`; nothing where the model cannot read the batch."""
+        try:
+            return self.together(apart, rows)
+        except InputError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            self._failure = f"it fails: {first_line(error)}"
+            return [{}] * len(rows)
 
     def rounding(self, apart: int, group: Sequence[int], found: Sequence[Numbers]) -> float:
         """By how much rounding alone may change the rows: some times as much as changing the last digit of what is read does."""

@@ -1,5 +1,6 @@
 """Models that score a row otherwise beside others: found by what they do, and scored as one row at a time."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pico
@@ -92,7 +93,27 @@ def test_a_shared_row_that_does_not_fit_into_the_model(tokenizer):
     longest = max(len(request.ids) for question in scorer.inputs.questions for request in question.requests)
     assert max(len(question.ids) for question in scorer.inputs.questions) > longest
     said = settle(GatedStack(build("gpt_neo", longest), {}), [{}], scorer)
-    assert (scorer.apart, "(it fails): every choice is scored in a row of its own" in said) == (UNSHARED, True)
+    assert scorer.apart == UNSHARED
+    assert "(it fails: The size of tensor a " in said
+    assert "): every choice is scored in a row of its own" in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, IndexError])
+def test_an_error_while_rounding_is_measured_is_no_rounding(tokenizer, questions, monkeypatch, error):
+    def broken(layer, args, output):
+        raise error("of rounding")
+
+    @contextmanager
+    def failing(model, eps):
+        with real(model, eps):
+            handle = model.lm_head.register_forward_hook(broken)
+            yield
+            handle.remove()
+
+    real = probing.changed_by
+    monkeypatch.setattr(probing, "changed_by", failing)
+    with pytest.raises(error, match="of rounding"):
+        settle(GatedStack(build("llama"), {}), [{}], scorer_on(questions, tokenizer, "choice", "logprob"))
 
 
 @pytest.mark.parametrize(("family", "apart"), [("llama", TOGETHER), ("gpt_neo", UNSHARED)])

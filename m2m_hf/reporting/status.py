@@ -25,7 +25,7 @@ from m2m_hf.search.result import default_budget
 from m2m_hf.storage.files import Digests, checkpoints, read_json, read_json_or_empty, readable, staging_path
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
-from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, weights_of
+from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, last_common, weights_of
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
 
@@ -110,11 +110,13 @@ class Status:
             if "failed" in record:
                 self.lines.append(f"  {name}: failed: {record['failed']}")
         missing = [name for name in names if name not in trained]
-        for name in missing:
-            marks = checkpoints(staging_path(folders[name])).glob(f"checkpoint-*/{COMPLETE}")
-            reached = max((number(read_json_or_empty(path).get("steps")) for path in marks), default=0.0)
-            if reached:
-                self.lines.append(f"  {name}: interrupted; continues from step {reached:,.0f}")
+        begun = {name: marks(folders[name]) for name in missing}
+        for name in filter(begun.__getitem__, missing):
+            step = last_common(name, {name: begun[name]} if self.config.parallel == 1 else begun)
+            goes_on = (
+                f"continues from step {step:,}" if step else "begins again: its group has no checkpoint in common"
+            )
+            self.lines.append(f"  {name}: interrupted; {goes_on}")
         if missing:
             noun = experts_noun(self.settings, len(missing))
             self.left.append(f"{len(missing)} {noun} ({', '.join(missing)})")
@@ -270,6 +272,14 @@ def at_work(run: RunFolder) -> bool:
         return True
     except OSError:  # a folder that cannot be written to
         return False
+
+
+def marks(folder: Path) -> dict[int, list[str]]:
+    """Step -> folders of all that trained side by side, of the checkpoints of what is trained into `folder`."""
+    paths = checkpoints(staging_path(folder)).glob(f"checkpoint-*/{COMPLETE}")
+    records = [read_json_or_empty(path) for path in paths]
+    groups = {int(number(record.get("steps"))): record.get("mates") for record in records}
+    return {step: [*map(str, mates.values())] if isinstance(mates, dict) else [] for step, mates in groups.items() if step}
 
 
 def number(value: Any) -> float:

@@ -1,13 +1,22 @@
 """`training.json`: which files a folder must hold, and which of them are missing or modified."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m2m_hf.storage.files import digest_of, read_json
 
 COMPLETE = "checkpoint_complete.json"  # written into a checkpoint once everything else in it is on the disk
+
+
+def last_common(of: str, found: Mapping[str, Mapping[int, Collection[str]]]) -> int:
+    """The step from which an interrupted training goes on: the last whose checkpoint all mates have; 0 for none.
+
+    `found`: training -> step -> mates, of all trainings that are not done.
+    """
+    steps = found[of].items()
+    return max((step for step, mates in steps if all(step in found.get(mate, (step,)) for mate in mates)), default=0)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

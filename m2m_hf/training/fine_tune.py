@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from trl import SFTConfig
 
 from m2m_hf.data.rows import Candidate
@@ -141,20 +141,20 @@ def as_launched(of: str) -> str:
     return fingerprint([of, PartialState().num_processes, is_sharded()])
 
 
-def complete_checkpoints(folder: Path, of: str) -> dict[int, Path]:
-    """Step -> checkpoint in `folder`, of those that are complete and belong to the training `of`."""
+def complete_checkpoints(folder: Path, of: str) -> dict[int, dict[str, Any]]:
+    """Step -> `checkpoint_complete.json` in `folder`, of those that are complete and belong to the training `of`."""
     found = {}
     for path in map(Path, sort_checkpoints(str(folder))):
         known = read_json_or_empty(path / COMPLETE) if find_incomplete(path, COMPLETE) is None else {}
         if known.get("of") == of and not find_modified(path, COMPLETE):
-            found[int(known["steps"])] = path
+            found[int(known["steps"])] = known
     return found
 
 
 def last_checkpoint(folder: Path, of: str) -> Path | None:
     """Returns the last checkpoint in `folder` that is complete and belongs to the training `of`."""
     found = complete_checkpoints(folder, of)
-    return found[max(found)] if found else None
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{max(found)}" if found else None
 
 
 def verdict(

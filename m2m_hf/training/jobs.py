@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from m2m_hf.console import Bar
 from m2m_hf.modeling.devices import broadcast, is_sharded
 from m2m_hf.storage.files import checkpoints, read_json, staging_path, write_json
-from m2m_hf.storage.records import COMPLETE
+from m2m_hf.storage.records import COMPLETE, last_common
 from m2m_hf.training.fine_tune import (
     TOGETHER,
     as_launched,
@@ -46,6 +46,7 @@ from m2m_hf.training.trainers import BookkeepingTrainer, Settings, make_trainer
 
 MOST = 32  # adapters in a group
 BYTES, OF_FREE = 16, 0.4  # that a number of an adapter takes with its gradient and Adam's state, and the memory for all
+Checkpoints = Mapping[int, Mapping[str, Any]]  # step -> `checkpoint_complete.json`
 SPARE = 64  # tokens by which a pass may be wider than its rows
 
 
@@ -96,9 +97,9 @@ def train_jobs(
         done: is told of every job that was published, with its record.
     """
     steps: dict[str, int] = {}
-
-    for group in groups(base, jobs, parallel):
-        refused = "" if len(group) == 1 else train_group(base(), group, bar, steps, done)
+    begun = broadcast({job.of: checkpoints_of(job) for job in jobs})
+    for group in groups(base, jobs, parallel, begun):
+        refused = "" if len(group) == 1 else train_group(base(), group, begun, bar, steps, done)
         if len(group) > 1:
             clear_device_cache(garbage_collection=True)  # Trainers and twins of a group hold each other
         if refused:
@@ -112,10 +113,11 @@ def train_jobs(
             done(job, record)
 
 
-def groups(base: Callable[[], PreTrainedModel], jobs: Sequence[Job], parallel: int | str) -> Iterator[list[Job]]:
+def groups(
+    base: Callable[[], PreTrainedModel], jobs: Sequence[Job], parallel: int | str, begun: Mapping[str, Checkpoints]
+) -> Iterator[list[Job]]:
     """The jobs that train together: what is left of a group that was interrupted, those begun alone, then the others."""
-    begun = broadcast({job.of: [read_json(path / COMPLETE) for path in checkpoints_of(job).values()] for job in jobs})
-    mates = {of: mate["mates"] for mate in chain.from_iterable(begun.values()) for of in mate["mates"]}
+    mates = {of: mate["mates"] for found in begun.values() for mate in found.values() for of in mate["mates"]}
     alike: dict[str, list[Job]] = {}
     for job in sorted(jobs, key=lambda job: (job.of not in mates, not begun[job.of])):
         facts = [mates.get(job.of), bool(begun[job.of]) and job.of not in mates]
@@ -209,14 +211,21 @@ def saves_at(trainer: BookkeepingTrainer, step: int) -> bool:
     return bool(strategy == "steps" and step % state.save_steps == 0)
 
 
-def checkpoints_of(job: Job) -> dict[int, Path]:
-    """Step -> checkpoint, of the whole ones that belong to a job."""
+def checkpoints_of(job: Job) -> Checkpoints:
+    """The whole ones that belong to a job."""
     return complete_checkpoints(checkpoints(staging_path(job.folder)), as_launched(job.of))
+
+
+def starts(jobs: Sequence[Job], begun: Mapping[str, Checkpoints]) -> list[int]:
+    """The steps from which jobs that train together go on."""
+    marks = {job.of: {step: record["mates"] for step, record in begun[job.of].items()} for job in jobs}
+    return [last_common(job.of, marks) for job in jobs]
 
 
 def train_group(
     base: PreTrainedModel,
     jobs: Sequence[Job],
+    begun: Mapping[str, Checkpoints],
     bar: Bar,
     steps: dict[str, int],
     done: Callable[[Job, Mapping[str, Any]], None],
@@ -225,14 +234,12 @@ def train_group(
     otherwise = "this model computes rows of several adapters otherwise than alone"
     if beyond := beyond_rows(base, jobs[0].settings):
         return f"{otherwise} ({beyond})"
-    found = [broadcast(checkpoints_of(job)) for job in jobs]
-    common = set.intersection(*map(set, found))
-    grouped = any(read_json(path / COMPLETE)["mates"] for one in found for path in one.values())
-    starts = [one.get(max(common if grouped else one, default=0)) for one in found]
     together, members, by_name = SaveTogether(), [], {}
-    for job, start in zip(jobs, starts, strict=True):
+    for job, step in zip(jobs, starts(jobs, begun), strict=True):
+        saved = checkpoints(staging_path(job.folder))
+        start = saved / f"{PREFIX_CHECKPOINT_DIR}-{step}" if step else None
         trainer = begin(base, job, start, [BankProgress(bar, steps, job.of, f"{len(jobs)} side by side"), together])
-        trainer.mates = [job.of for job in jobs]
+        trainer.mates = {mate.of: mate.folder.name for mate in jobs}
         together.trainers.append(trainer)
         members.append(Member(job.name, trainer, partial(run_trainer, trainer, start)))
         by_name[job.name] = job

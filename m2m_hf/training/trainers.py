@@ -119,7 +119,7 @@ class BookkeepingTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_before: float | None = None  # on the first rows
         self.member: Any = None  # of a group that trains side by side
-        self.mates: list[str] = []  # what identifies all that the group was made of
+        self.mates: dict[str, str] = {}  # what identifies all that the group was made of -> its folder's name
         self._of = of
         losses = resumed.get("losses", {})
         self._loss_sum: float = losses.get("loss_sum", 0.0)

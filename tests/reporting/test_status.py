@@ -181,12 +181,32 @@ def test_interrupted_trainings_and_a_process_at_work_are_told(project, capsys, m
     assert f"{part.name}: it was cut short" in told(capsys, out, 1)
     part.unlink()
     (out / "adapters" / "beta").rename(staging_path(out / "adapters" / "beta"))
-    checkpoint = checkpoints(staging_path(out / "adapters" / "beta")) / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "checkpoint_complete.json").write_text(json.dumps({"steps": 2}))
+    mark(out, "beta", 2)
     assert "beta: interrupted; continues from step 2" in told(capsys, out)
     monkeypatch.setattr(RunFolder, "held", None)  # or it would be this very process
     assert "a process is at work in it now" in told(capsys, out)
+
+
+def mark(out, name: str, step: int, **mates) -> None:
+    checkpoint = checkpoints(staging_path(out / "adapters" / name)) / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint_complete.json").write_text(json.dumps({"steps": step, "mates": mates}))
+
+
+def test_a_group_goes_on_from_the_last_checkpoint_that_all_have(complete, capsys):
+    for name in ("alpha", "beta"):
+        (complete / "adapters" / name).rename(staging_path(complete / "adapters" / name))
+    rewrite_config(complete, {"parallel_adapters": "auto"})
+    group = {"a": "alpha", "b": "beta", "c": "gamma", "d": "a candidate that has left"}  # gamma is done
+    mark(complete, "alpha", 20, **group)
+    assert "alpha: interrupted; begins again: its group has no checkpoint in common" in told(capsys, complete)
+    for name, step in (("alpha", 30), ("beta", 20)):
+        mark(complete, name, step, **group)
+    shown = told(capsys, complete)
+    assert "alpha: interrupted; continues from step 20" in shown
+    assert "beta: interrupted; continues from step 20" in shown
+    rewrite_config(complete, {"parallel_adapters": "1"})
+    assert "alpha: interrupted; continues from step 30" in told(capsys, complete)
 
 
 def test_a_config_that_was_cut_short_is_written_again(complete, finished, capsys):

@@ -113,9 +113,7 @@ class Status:
         begun = {name: marks(folders[name]) for name in missing}
         for name in filter(begun.__getitem__, missing):
             step = last_common(name, {name: begun[name]} if self.config.parallel == 1 else begun)
-            goes_on = (
-                f"continues from step {step:,}" if step else "begins again: its group has no checkpoint in common"
-            )
+            goes_on = f"continues from step {step:,}" if step else "begins again: its group has no checkpoint in common"
             self.lines.append(f"  {name}: interrupted; {goes_on}")
         if missing:
             noun = experts_noun(self.settings, len(missing))
@@ -279,7 +277,9 @@ def marks(folder: Path) -> dict[int, list[str]]:
     paths = checkpoints(staging_path(folder)).glob(f"checkpoint-*/{COMPLETE}")
     records = [read_json_or_empty(path) for path in paths]
     groups = {int(number(record.get("steps"))): record.get("mates") for record in records}
-    return {step: [*map(str, mates.values())] if isinstance(mates, dict) else [] for step, mates in groups.items() if step}
+    return {
+        step: [*map(str, mates.values())] if isinstance(mates, dict) else [] for step, mates in groups.items() if step
+    }
 
 
 def number(value: Any) -> float:

@@ -19,7 +19,7 @@ from m2m_hf.search.loop import planned_mixtures
 from m2m_hf.search.model_based import ENUMERABLE, STRATEGIES
 from m2m_hf.search.result import Budget
 from m2m_hf.training.fine_tune import mixture_steps, planned_steps, train_expert
-from m2m_hf.training.jobs import beyond_rows, group_size, is_alone
+from m2m_hf.training.jobs import beyond_rows, group_size, is_alone, steps_left
 
 STEPS = 3  # of a training that is measured, the first of which is left out
 ROWS = 64  # that are scored to measure
@@ -37,10 +37,12 @@ def estimate(run: RunContext) -> list[str]:
     """Measures a few training steps and a few scored rows, and says what all of them would take."""
     config, candidates, scorers = run.config, run.candidates, run.validation_scorers
     missing, noun = run.bank.check(), run.bank.noun()
-    steps = sum(
+    every = [
         planned_steps(run.candidate_settings(name)[0], candidates[name].trained_rows, candidates[name].tokens)
         for name in missing
-    )
+    ]
+    experts = [(run.bank.folder / name, run.bank.identity(name), of) for name, of in zip(missing, every, strict=True)]
+    steps = sum(steps_left(experts, config.parallel))
     rows, tokens = sum(one.trained_rows for one in candidates.values()), sum(one.tokens for one in candidates.values())
     final_steps = planned_steps(run.final_settings[0], rows, tokens) if config.train_final else 0
     per_step, memory = measure_training(run)
@@ -59,23 +61,26 @@ def estimate(run: RunContext) -> list[str]:
             return "time unknown: the short training failed"
         return f"about {duration(steps * per_step)} ({per_step:.2f} s a step{less * (models > 1)})"
 
-    fine_tunes = fine_tuning_steps(run, mixtures - 1) if config.objective == "trained" else []
-    if fine_tunes and not config.final:
+    trained = config.objective == "trained"
+    fine_tunes = fine_tuning_steps(run, mixtures - 1, not missing) if trained else []
+    if trained and not config.final:
         final_steps = 0  # the chosen one is there
     lines = [f"{noun}: all trained"]
     if missing:
         lines = [f"{noun}: {len(missing)} to train, {steps:,} steps, {training_time(steps, len(missing))}"]
     lines.append(
         f"search: up to {mixtures:,} mixtures, about {duration(mixtures * per_mixture)} ({per_mixture:.2f} s each"
-        + ("), once they are fine-tuned" if fine_tunes else ", unless a race ends it early)")
+        + ("), once they are fine-tuned" if trained else ", unless a race ends it early)")
     )
-    if fine_tunes:
+    if trained and not fine_tunes:
+        lines.append("fine-tuning: all mixtures are fine-tuned")
+    elif trained:
         lines.append(
             f"fine-tuning: up to {len(fine_tunes):,} mixtures, {sum(fine_tunes):,} steps, "
             + training_time(sum(fine_tunes), len(fine_tunes))
         )
     final = f"final fine-tune: up to {final_steps:,} steps, {training_time(final_steps, 1)}"
-    none = "the final model is one of them" if fine_tunes and config.train_final else "no final fine-tune"
+    none = "the final model is one of them" if trained and config.train_final else "no final fine-tune"
     lines.append(final if final_steps else none)
     lines.append(f"peak memory while measuring: {memory / 2**30:.1f} GiB")
     for name, scorer in scorers.items():
@@ -100,15 +105,23 @@ def count_mixtures(run: RunContext) -> int:
     return planned_mixtures(strategy, run.space, len(run.candidates), budget)
 
 
-def fine_tuning_steps(run: RunContext, most: int) -> list[int]:
-    """The steps of the mixtures that a search by fine-tuned models trains, of the largest ones where it chooses them."""
+def fine_tuning_steps(run: RunContext, most: int, begun: bool) -> list[int]:
+    """The steps that a search by fine-tuned models makes for each mixture, the largest ones where it chooses them.
+
+    What is trained already is left out, but for spaces that are too large to look for it; `begun`: some may be.
+    """
     rows = {name: len(candidate.rows) for name, candidate in run.candidates.items()}
     mixtures = [Mixture.subset(rows)] * most
     if run.space.at_most(ENUMERABLE):
         first = (*(Mixture.subset([name]) for name in rows), Mixture.subset(rows))
         mixtures = list(dict.fromkeys((*first, *run.space.subsets())))
-    steps = [mixture_steps(run.args, run.candidates, row_counts(mixture, rows)) for mixture in mixtures]
-    return sorted(steps, reverse=True)[:most]
+    counts = [row_counts(mixture, rows) for mixture in mixtures]
+    steps = [mixture_steps(run.args, run.candidates, one) for one in counts]
+    if begun and run.space.at_most(ENUMERABLE):
+        folders = map(run.fine_tuned.folder, counts)
+        models = [(folder, folder.name, of) for folder, of in zip(folders, steps, strict=True)]
+        steps = steps_left(models, run.config.parallel)
+    return sorted(filter(None, steps), reverse=True)[: max(0, most - steps.count(0))]
 
 
 class Clock(TrainerCallback):

@@ -158,6 +158,10 @@ class Bank:
             "uniform": self.facts[name],
         }
 
+    def identity(self, name: str) -> str:
+        """Fingerprint of all that a candidate's expert depends on."""
+        return fingerprint([self.facts[name], self.candidates[name].fingerprint])
+
     def publish(self, name: str, of: str, record: Mapping[str, Any]) -> None:
         """Renames an expert into place from its staging path (collective); `of` identifies it, `record` says how it was made."""
         publish(self.folder / name, {**self.about(name), "fingerprint": of, **record})
@@ -184,7 +188,7 @@ class Bank:
         jobs = []
         for name in broadcast(self.check()):
             folder, candidate = self.folder / name, self.candidates[name]
-            of = fingerprint([self.facts[name], candidate.fingerprint])
+            of = self.identity(name)
             torn = find_incomplete(folder) if folder.exists() else None
             if finished(folder, of):
                 continue

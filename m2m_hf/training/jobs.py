@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from m2m_hf.console import Bar
 from m2m_hf.modeling.devices import broadcast, is_sharded
 from m2m_hf.storage.files import checkpoints, read_json, staging_path, write_json
-from m2m_hf.storage.records import COMPLETE, last_common
+from m2m_hf.storage.records import COMPLETE, find_incomplete, last_common
 from m2m_hf.training.fine_tune import (
     TOGETHER,
     as_launched,
@@ -97,7 +97,7 @@ def train_jobs(
         done: is told of every job that was published, with its record.
     """
     steps: dict[str, int] = {}
-    begun = broadcast({job.of: checkpoints_of(job) for job in jobs})
+    begun = broadcast({job.of: checkpoints_of(job.folder, job.of) for job in jobs})
     for group in groups(base, jobs, parallel, begun):
         refused = "" if len(group) == 1 else train_group(base(), group, begun, bar, steps, done)
         if len(group) > 1:
@@ -211,15 +211,22 @@ def saves_at(trainer: BookkeepingTrainer, step: int) -> bool:
     return bool(strategy == "steps" and step % state.save_steps == 0)
 
 
-def checkpoints_of(job: Job) -> Checkpoints:
-    """The whole ones that belong to a job."""
-    return complete_checkpoints(checkpoints(staging_path(job.folder)), as_launched(job.of))
+def checkpoints_of(folder: Path, of: str) -> Checkpoints:
+    """The whole ones that belong to the training `of`."""
+    return complete_checkpoints(checkpoints(staging_path(folder)), as_launched(of))
 
 
-def starts(jobs: Sequence[Job], begun: Mapping[str, Checkpoints]) -> list[int]:
-    """The steps from which jobs that train together go on."""
-    marks = {job.of: {step: record["mates"] for step, record in begun[job.of].items()} for job in jobs}
-    return [last_common(job.of, marks) for job in jobs]
+def starts(trainings: Sequence[str], begun: Mapping[str, Checkpoints]) -> dict[str, int]:
+    """The steps from which trainings that share a group go on."""
+    marks = {of: {step: record["mates"] for step, record in begun[of].items()} for of in trainings}
+    return {of: last_common(of, marks) for of in trainings}
+
+
+def steps_left(trainings: Sequence[tuple[Path, str, int]], parallel: int | str) -> list[int]:
+    """The optimizer steps that are left of trainings, by folder, what identifies each, and all its steps; 0 if it is done."""
+    begun = {of: checkpoints_of(folder, of) for folder, of, _ in trainings}
+    start = {of: starts([of] if parallel == 1 else list(begun), begun)[of] for of in begun}
+    return [0 if find_incomplete(folder) is None else max(1, steps - start[of]) for folder, of, steps in trainings]
 
 
 def train_group(
@@ -235,8 +242,9 @@ def train_group(
     if beyond := beyond_rows(base, jobs[0].settings):
         return f"{otherwise} ({beyond})"
     together, members, by_name = SaveTogether(), [], {}
-    for job, step in zip(jobs, starts(jobs, begun), strict=True):
-        saved = checkpoints(staging_path(job.folder))
+    begins = starts([job.of for job in jobs], begun)
+    for job in jobs:
+        saved, step = checkpoints(staging_path(job.folder)), begins[job.of]
         start = saved / f"{PREFIX_CHECKPOINT_DIR}-{step}" if step else None
         trainer = begin(base, job, start, [BankProgress(bar, steps, job.of, f"{len(jobs)} side by side"), together])
         trainer.mates = {mate.of: mate.folder.name for mate in jobs}

@@ -1,10 +1,14 @@
 """`m2m select --dry_run`: everything is checked, something is measured, nothing is written."""
 
+import json
 import re
 
 from pico import language_searcher, m2m
 
 from m2m_hf.run.estimate import estimate
+from m2m_hf.storage.files import checkpoints, staging_path
+from m2m_hf.storage.records import COMPLETE
+from m2m_hf.training.fine_tune import as_launched
 
 
 def test_what_a_run_would_do_is_told_and_nothing_written(project, capsys):
@@ -42,3 +46,13 @@ def test_figures_are_of_what_was_measured(project, monkeypatch):
     lines = estimate(language_searcher(project, "--parallel_adapters", "2").run)
     assert lines[0] == "adapters: 3 to train, 9 steps, about 18 s (2.00 s a step of one; several together take less)"
     assert lines[2] == "final fine-tune: up to 3 steps, about 6 s (2.00 s a step)"
+    # What a checkpoint holds costs nothing more; of a group those count that all have.
+    run = language_searcher(project).run
+    checkpoint = checkpoints(staging_path(run.folder.adapters / "beta")) / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    identities = {run.bank.identity(name): name for name in ("alpha", "beta")}
+    known = {"of": as_launched(run.bank.identity("beta")), "steps": 2, "mates": identities, "files": {}}
+    (checkpoint / COMPLETE).write_text(json.dumps(known))
+    for parallel, steps in (("1", 7), ("2", 9)):
+        lines = estimate(language_searcher(project, "--parallel_adapters", parallel).run)
+        assert lines[0].startswith(f"adapters: 3 to train, {steps} steps, about {2 * steps} s")

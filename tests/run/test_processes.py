@@ -58,9 +58,10 @@ RUN = "\nimport sys\nfrom m2m_hf.cli.main import main\nsys.exit(main(['select', 
 def launch_forks(forks):
     """A script under accelerate, in two processes over gloo, which have everything imported already; it must end well."""
 
-    def launch_forks(project: Path, output: Path, *flags: str, **options) -> None:
+    def launch_forks(project: Path, output: Path, *flags: str, **options) -> str:
         done = forks.run("-c", LAUNCH, *arguments(project, output, *flags, **options))
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
     return launch_forks
 
@@ -102,9 +103,9 @@ def test_two_processes_keep_rows_as_far_apart_as_one(project, tokenizer, tmp_pat
     assert_same_scores(trials(project / "out"), trials(tmp_path / "two"))
 
 
-def same_weights(project: Path, launch_forks, tmp_path: Path, file: str, flags: tuple, options: tuple) -> None:
+def same_weights(project: Path, launch_forks, tmp_path: Path, file: str, flags: tuple, options: tuple) -> str:
     """Trains data-parallel, and with the model cut into pieces (FSDP), and compares the weights in `file`."""
-    launch_forks(project, tmp_path / "whole", *flags)
+    said = launch_forks(project, tmp_path / "whole", *flags)
     script = tmp_path / "pieces.py"
     script.write_text(ON_AN_ACCELERATOR + RUN)
     options = ("--mixed_precision", "no", *options)
@@ -112,6 +113,7 @@ def same_weights(project: Path, launch_forks, tmp_path: Path, file: str, flags: 
     for name in ("alpha", "gamma"):
         whole, pieces = (load_file(tmp_path / run / "adapters" / name / file) for run in ("whole", "pieces"))
         torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
+    return said
 
 
 def uniform(out: Path) -> dict:
@@ -121,9 +123,11 @@ def uniform(out: Path) -> dict:
 def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys, launch_forks):
     """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done.
 
-    The choice is verified, so that mixtures are fine-tuned and compared by several processes too.
+    Whole models train side by side, those in pieces one after another. The choice is verified, so that mixtures are fine-tuned and compared by several processes too.
     """
-    same_weights(project, launch_forks, tmp_path, "adapter_model.safetensors", ("--verify_top_k", "2"), ())
+    changed(project, "run", gradient_accumulation_steps=2, parallel_adapters=3)
+    said = same_weights(project, launch_forks, tmp_path, "adapter_model.safetensors", ("--verify_top_k", "2"), ())
+    assert "one after another" not in said
     assert uniform(tmp_path / "whole")["processes"] == 2
     assert uniform(tmp_path / "pieces")["sharded"]
     final = [load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("whole", "pieces")]

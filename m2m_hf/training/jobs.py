@@ -225,7 +225,8 @@ def starts(trainings: Sequence[str], begun: Mapping[str, Checkpoints]) -> dict[s
 def steps_left(trainings: Sequence[tuple[Path, str, int]], parallel: int | str) -> list[int]:
     """The optimizer steps that are left of trainings, by folder, what identifies each, and all its steps; 0 if it is done."""
     begun = {of: checkpoints_of(folder, of) for folder, of, _ in trainings}
-    start = {of: starts([of] if parallel == 1 else list(begun), begun)[of] for of in begun}
+    groups = [[of] for of in begun] if parallel == 1 else [list(begun)]
+    start = {of: step for group in groups for of, step in starts(group, begun).items()}
     return [0 if find_incomplete(folder) is None else max(1, steps - start[of]) for folder, of, steps in trainings]
 
 

@@ -123,7 +123,8 @@ def uniform(out: Path) -> dict:
 def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, capsys, launch_forks):
     """Data-parallel training, the same with the model cut into pieces (FSDP), and one process that finds all of it done.
 
-    Whole models train side by side, those in pieces one after another. The choice is verified, so that mixtures are fine-tuned and compared by several processes too.
+    Whole models train side by side, those in pieces one after another. The choice is verified, so that mixtures are fine-tuned
+    and compared by several processes too.
     """
     changed(project, "run", gradient_accumulation_steps=2, parallel_adapters=3)
     said = same_weights(project, launch_forks, tmp_path, "adapter_model.safetensors", ("--verify_top_k", "2"), ())

@@ -1,8 +1,12 @@
 """Batches of several adapters in one pass."""
 
-import torch
+import random
 
-from m2m_hf.training.shared_pass import together
+import numpy as np
+import torch
+from pico import DEVICE
+
+from m2m_hf.training.shared_pass import Randomness, together
 from m2m_hf.training.side_by_side import cheapest
 
 
@@ -34,3 +38,15 @@ def test_batches_share_a_pass_where_that_costs_least():
     assert cheapest([(4, 10), (4, 11), (4, 12)], beside=1e6, budget=90) == [[0, 1], [2]]
     assert cheapest([(4, 10), (4, 12), (4, 11)], beside=1e6, budget=1e9, limit=11) == [[0, 2], [1]]
     assert cheapest([(4, 10)], beside=0, budget=1) == [[0]]
+
+
+def test_all_random_numbers_are_taken_and_given():
+    def drawn() -> list[float]:
+        return [random.random(), np.random.random(), torch.rand(()).item(), torch.rand((), device=DEVICE).item()]
+
+    state = Randomness(torch.device(DEVICE))
+    for _ in range(2):
+        first = drawn()
+        state.give()
+        assert drawn() == first
+        state.take()

@@ -2,8 +2,8 @@
 
 import copy
 import json
+import math
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,8 @@ from trl import ModelConfig, SFTConfig
 
 from m2m_hf.console import Terminal
 from m2m_hf.modeling.lora import lora_config
-from m2m_hf.storage.files import staging_path
+from m2m_hf.storage.files import checkpoints, staging_path
+from m2m_hf.storage.records import COMPLETE
 from m2m_hf.training import jobs as module
 from m2m_hf.training import side_by_side
 from m2m_hf.training.experts import LoraKind
@@ -155,10 +156,14 @@ def test_a_group_finds_parameters_that_were_moved(tmp_path, monkeypatch):
     assert apart(group, alone) < SAME
 
 
+def checkpointed_jobs(folder: Path) -> list[Job]:
+    """Jobs of different lengths, with dropout, which write checkpoints."""
+    return make_jobs(folder, lora={"lora_dropout": 0.1}, save_steps=2)
+
+
 @pytest.fixture
-def checkpointed(tmp_path) -> Callable[[str], list[Job]]:
-    """Jobs of different lengths, with dropout, which write checkpoints, by the folder that they are in."""
-    return lambda name: make_jobs(tmp_path / name, lora={"lora_dropout": 0.1}, save_steps=2)
+def checkpointed(tmp_path) -> list[Job]:
+    return checkpointed_jobs(tmp_path / "jobs")
 
 
 class Killed(BaseException):
@@ -184,15 +189,23 @@ def contents(jobs: list[Job]) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[list[bytes], dict]:
-    jobs = make_jobs(tmp_path_factory.mktemp("whole"), lora={"lora_dropout": 0.1}, save_steps=2)
-    records = timeless(train(jobs, 4))
-    return contents(jobs), records
+def alone(tmp_path_factory) -> list[Job]:
+    """`checkpointed`, trained one after another."""
+    jobs = checkpointed_jobs(tmp_path_factory.mktemp("alone"))
+    train(jobs, 1)
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[list[Job], dict]:
+    """`checkpointed`, trained side by side, with their records."""
+    jobs = checkpointed_jobs(tmp_path_factory.mktemp("whole"))
+    return jobs, timeless(train(jobs, 4))
 
 
 @pytest.mark.parametrize("turn", [3, 9, 22, 38])
 def test_a_killed_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypatch, turn):
-    jobs, kill, real = checkpointed("killed"), KillAt(turn), module.begin
+    jobs, kill, real = checkpointed, KillAt(turn), module.begin
 
     def begin(base, job, start, callbacks):
         return real(base, job, start, [*callbacks, kill])
@@ -204,7 +217,7 @@ def test_a_killed_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypat
     monkeypatch.setattr(module, "complete_checkpoints", lambda *given: read.append(given) or found(*given))
     records = timeless(train(left, 4))
     assert len(read) == len(left)  # digests are computed once
-    assert contents(jobs) == whole[0]
+    assert contents(jobs) == contents(whole[0])
     assert records == {job.name: whole[1][job.name] for job in left}
 
 
@@ -219,31 +232,35 @@ def test_checkpoints_are_written_where_one_alone_would_write_and_where_it_ends()
     assert found == {"epoch": [3, 6, 9], "steps": [4, 8, 9], "no": [9]}
 
 
-def test_order_and_size_of_a_group_change_nothing(checkpointed, whole, tmp_path):
-    one, other, third = (checkpointed(name) for name in ("one", "other", "third"))
-    train(one, 4)
-    train(other[::-1], 3)
-    train(third, 1)
-    assert apart(one, other) < SAME
-    assert apart(one, third) < SAME
+def test_a_training_that_goes_on_leaves_no_later_checkpoints(checkpointed):
+    job = checkpointed[0]
+    saved = [checkpoints(staging_path(job.folder)) / f"checkpoint-{step}" for step in (4, 6, 10)]
+    for start, left in ((saved[1], saved[:2]), (None, [])):
+        for path in saved:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / COMPLETE).write_text("{}")
+        module.begin(build_model("llama"), job, start, [])
+        assert [path for path in saved if path.exists()] == left
+
+
+def test_order_and_size_of_a_group_change_nothing(checkpointed, whole, alone):
+    train(checkpointed[::-1], 3)
+    assert apart(checkpointed, whole[0]) < SAME
+    assert apart(alone, whole[0]) < SAME
 
 
 @pytest.mark.parametrize(("first", "then"), [(4, 1), (1, 4)])
-def test_what_one_way_has_begun_the_other_ends(checkpointed, monkeypatch, first, then):
-    jobs, expected, kill = checkpointed("killed"), checkpointed("alone"), KillAt(20)
-    train(expected, 1)
+def test_what_one_way_has_begun_the_other_ends(checkpointed, alone, monkeypatch, first, then):
+    jobs, kill = checkpointed, KillAt(20)
     monkeypatch.setattr(module, "BankProgress", lambda *given: kill)
     with pytest.raises(Killed):
         train(jobs, first)
     monkeypatch.undo()
     train([job for job in jobs if not (job.folder / FILE).exists()], then)
-    assert apart(jobs, expected) < SAME
+    assert apart(jobs, alone) < SAME
 
 
-def test_a_training_that_diverges_touches_no_other(checkpointed, monkeypatch):
-    jobs, expected = checkpointed("diverging"), checkpointed("expected")
-    rates = [replace(job, settings=replace(job.settings, args=copy.deepcopy(job.settings.args))) for job in jobs]
-    train(expected[1:], 4)
+def test_a_training_that_diverges_touches_no_other(checkpointed, alone, monkeypatch):
     real = module.begin
 
     def begin(base, job, start, callbacks):
@@ -253,15 +270,15 @@ def test_a_training_that_diverges_touches_no_other(checkpointed, monkeypatch):
         return trainer
 
     monkeypatch.setattr(module, "begin", begin)
-    records = train(rates, 4)
-    assert "diverged" in records["a"]["failed"]
-    assert apart(jobs[1:], expected[1:]) < SAME
+    jobs = [replace(job, settings=replace(job.settings, args=copy.deepcopy(job.settings.args))) for job in checkpointed]
+    assert "diverged" in train(jobs, 4)["a"]["failed"]
+    assert apart(jobs[1:], alone[1:]) < SAME
 
 
 @pytest.mark.parametrize(("at", "loss"), [("outputs", "nll"), ("gradients", "nll"), ("gradients", "dft")])
 def test_where_memory_does_not_suffice_a_pass_is_halved_and_nothing_counted_twice(tmp_path, monkeypatch, at, loss):
     where, name = {"outputs": (side_by_side, "together"), "gradients": (torch.autograd, "backward")}[at]
-    real, sizes, told = getattr(where, name), [], {}
+    real, shared, sizes, budgets, told = getattr(where, name), side_by_side.cheapest, [], [], {}
 
     def needs_memory(given, *rest, **more):
         if isinstance(given, list) and not more:
@@ -269,6 +286,10 @@ def test_where_memory_does_not_suffice_a_pass_is_halved_and_nothing_counted_twic
             if len(given) > 2 and len(sizes) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(given, *rest, **more)
+
+    def cheapest(batches, beside, budget, limit):
+        budgets.append((sum(map(math.prod, batches)), budget))
+        return shared(batches, beside, budget, limit)
 
     def hear(self, args, state, control, logs, **more):
         shown = {key: logs[key] for key in ("num_tokens", "entropy", "mean_token_accuracy") if key in logs}
@@ -281,23 +302,24 @@ def test_where_memory_does_not_suffice_a_pass_is_halved_and_nothing_counted_twic
     train(expected, 1)
     way = "halved"
     monkeypatch.setattr(where, name, needs_memory)
+    monkeypatch.setattr(side_by_side, "cheapest", cheapest)
     train(jobs, 4)
     assert (sizes[:5], {*sizes[5:]}) == ([4, 4, 4, 2, 2], {2})
+    assert {budget for _, budget in budgets[3:]} == {budgets[2][0] // 2}
     assert apart(jobs, expected) < SAME
     assert sum("entropy" in shown for shown in told["alone"].values()) > 4
     for key, shown in told["alone"].items():
         assert told["halved"][key] == pytest.approx(shown, rel=1e-6)
 
 
-def test_where_rows_cannot_share_a_pass_that_is_said_and_they_do_not(checkpointed, tmp_path):
+def test_where_rows_cannot_share_a_pass_that_is_said_and_they_do_not(checkpointed):
     base, said = build_model("llama"), []
     base.model.layers[0].mlp.register_forward_hook(lambda layer, args, output: output - output.mean(0, keepdim=True))
-    jobs = checkpointed("mixed")
     with Terminal(quiet=True).progress("", 9) as bar:
-        train_jobs(lambda: base, jobs, 4, bar, lambda text, style="": said.append(text))
+        train_jobs(lambda: base, checkpointed, 4, bar, lambda text, style="": said.append(text))
     assert len(said) == 1
     assert "trained one after another: this model computes rows of several adapters otherwise than alone" in said[0]
-    assert all((job.folder / FILE).exists() for job in jobs)
+    assert all((job.folder / FILE).exists() for job in checkpointed)
 
 
 @pytest.mark.parametrize(("weight", "reason"), [(0.001, "router_aux_loss_coef"), (0.0, None)])
@@ -416,7 +438,7 @@ def test_auto_trains_small_models_side_by_side_and_prints_a_line_for_each(projec
     ("step", "call"), [("seal", 2), ("seal", 3), ("write_json", 1), ("write_json", 2), ("publish", 2), ("publish", 3)]
 )
 def test_killed_while_it_publishes_a_group_goes_on_to_the_same_bytes(checkpointed, whole, monkeypatch, step, call):
-    jobs, real, calls = checkpointed("killed"), getattr(module, step), 0
+    jobs, real, calls = checkpointed, getattr(module, step), 0
 
     def killed(*given):
         nonlocal calls
@@ -433,11 +455,11 @@ def test_killed_while_it_publishes_a_group_goes_on_to_the_same_bytes(checkpointe
     if step == "publish":  # what ended at one step, here one and then two, is published or not as a whole
         assert len(left) == {1: 3, 2: 1, 3: 1}[call]
     train(left, 4)
-    assert contents(jobs) == whole[0]
+    assert contents(jobs) == contents(whole[0])
 
 
 def test_a_record_of_a_group_that_ended_is_of_no_other_training(checkpointed):
-    (job, *_) = checkpointed("left")
+    job = checkpointed[0]
     staged = staging_path(job.folder)
     staged.mkdir(parents=True)
     (staged / FILE).write_bytes(b"other")

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -150,7 +151,7 @@ def python(arguments: Sequence[str]) -> None:
 
 
 class Launched:
-    """A fork in place of the process that a launcher starts, with the methods of `Popen` that it calls."""
+    """A fork in place of a Python process, with those methods of `Popen` that are called here."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
         self.args, self.returncode = arguments, None
@@ -169,6 +170,9 @@ class Launched:
             if process:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int | None:
         end = None if timeout is None else time.monotonic() + timeout

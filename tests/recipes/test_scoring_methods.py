@@ -3,11 +3,14 @@
 import functools
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import Launched
 from lm_eval.tasks import TaskManager
 from scoring_methods import (
     METHODS,
@@ -65,7 +68,15 @@ def test_all_methods_score_the_same(tmp_path, monkeypatch, targets, methods):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_checks_for_a_gpu_run_on_a_cpu(capsys):
+def test_the_checks_for_a_gpu_run_on_a_cpu(capsys, monkeypatch):
+    import device_checks
+
+    def fork(command: list[str], stdout: None) -> Launched:
+        assert command[1:3] == ["-m", "m2m_hf.cli.main"]
+        code = "import sys; from m2m_hf.cli.main import main; main(sys.argv[1:])"
+        return Launched(["-c", code, *command[3:]], dict(os.environ))
+
+    monkeypatch.setattr(device_checks, "subprocess", SimpleNamespace(Popen=fork, DEVNULL=None))
     assert recipe("gpu_check").main(["--size", "tiny", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("ok ") == 25

@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from pico import LAUNCH, ROOT, arguments, changed, m2m, trials
+from pico import LAUNCH, arguments, changed, m2m, trials
 from safetensors.torch import load_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
@@ -72,19 +70,13 @@ def assert_same_scores(one: list[dict], two: list[dict]) -> None:
         assert left["logprobs"] == pytest.approx(right["logprobs"], abs=2e-5)
 
 
-def test_two_processes_give_the_journal_of_one(project, tmp_path):
+def test_two_processes_give_the_journal_of_one(project, tmp_path, launch_forks):
     """Two gloo processes share the scoring; the adapters are the same ones, so only rounding may differ."""
     assert m2m("search", "--config", project / "run.yaml") == 0
     (tmp_path / "two").mkdir()
     os.rename(project / "out" / "adapters", tmp_path / "two" / "adapters")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
-    command = arguments(project, tmp_path / "two", "--train_final", "false")
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *command],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("scored 8 mixtures") == 1  # one process speaks
+    printed = launch_forks(project, tmp_path / "two", "--train_final", "false")
+    assert printed.count("scored 8 mixtures") == 1  # one process speaks
     one, two = trials(project / "out"), trials(tmp_path / "two")
     assert [line["values"] for line in one] == [line["values"] for line in two]
     assert_same_scores(one, two)

@@ -227,6 +227,7 @@ def run_trainer(trainer: BookkeepingTrainer, checkpoint: Path | None) -> None:
     try:
         trainer.loss_before = None if is_sharded() else trainer.loss_on_first_rows()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.loss_after = None if is_sharded() else trainer.loss_on_first_rows()
     except UnpicklingError as error:
         raise InputError(
             f"{checkpoint}: contains pickled objects and was not loaded; delete {args.output_dir}"
@@ -255,9 +256,8 @@ def save_trained(
     sharded = is_sharded()  # then the main process gets the weights
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
     weights, changed = settings.expert.trained_weights(state, base, learned)
-    if trainer.loss_before is not None:
-        before, after = trainer.loss_before, trainer.loss_on_first_rows()
-    else:  # sharded: no process can compute it alone
+    before, after = trainer.loss_before, trainer.loss_after
+    if before is None or after is None:  # sharded: no process can compute it alone
         logged = [value for _, value in trainer.recorder.record["loss_curve"]]
         before, after = logged[0], min(logged[-5:])
 

@@ -252,8 +252,8 @@ def train_group(
         together.trainers.append(trainer)
         members.append(Member(job.name, trainer, partial(run_trainer, trainer, start)))
         by_name[job.name] = job
-    group = Group(members)
     try:
+        group = Group(members)
         group.rehearse()
     except UnsharedError as reason:
         return f"{otherwise} ({reason})"

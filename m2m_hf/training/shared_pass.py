@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from m2m_hf.modeling.inspection import positions
+from m2m_hf.training.flat import Flat
 
 FILL = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}  # what texts are padded with
 BY_TOKEN = {
@@ -150,64 +151,61 @@ def apart(outputs: Any, layout: Layout, number: int) -> Any:
 
 
 class Stacked(nn.Module):
-    """One factor of one LoRA layer of all adapters, (adapters, out, in). The adapters' own parameters become views of it."""
+    """One factor of one LoRA layer of all adapters, (adapters, out, in): a part of the tensor that holds all factors.
 
-    def __init__(self, owners: Sequence[nn.Parameter]) -> None:
+    Args:
+        start: where it begins in the numbers of an adapter.
+    """
+
+    def __init__(self, shape: torch.Size, start: int) -> None:
         super().__init__()
-        self.owners = list(owners)
-        self.weight = nn.Parameter(torch.stack([owner.data for owner in owners]))
-        self.bind()
-        self.used: torch.Tensor | None = None  # places of the adapters in a pass; None for all
+        self.weight: nn.Parameter | None = None
+        self.shape, self.span = shape, slice(start, start + shape.numel())
         self.layout: Layout | None = None
 
-    @property
-    def is_bound(self) -> bool:
-        """False once an adapter's parameter was moved, as accelerate does when it prepares a model for several processes."""
-        size = self.weight[0].numel() * self.weight.element_size()
-        start = self.weight.data_ptr()
-        return all(owner.data_ptr() == start + number * size for number, owner in enumerate(self.owners))
-
-    def bind(self) -> None:
-        """Makes the adapters' parameters views, with the values that they have."""
-        for owner, part in zip(self.owners, self.weight.data, strict=True):
-            part.copy_(owner.data)
-            owner.data = part
+    def use(self, block: torch.Tensor) -> None:
+        """Computes with the factors in `block` (adapters in a pass, numbers of an adapter)."""
+        self.weight = nn.Parameter(block[:, self.span].view(len(block), *self.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.layout is not None
+        assert self.weight is not None
         rows = self.layout.total
         if len(x) != rows and not (x.ndim == 2 and len(x) == rows * self.layout.wide):
             raise UnsharedError(f"a layer sees {tuple(x.shape)} where {rows} rows were given")
-        weight = self.weight if self.used is None else self.weight[self.used]
-        product = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
-        return product.view(*x.shape[:-1], weight.shape[1])
-
-    def share_out(self, places: Sequence[int]) -> None:
-        """Gives every adapter of a pass its part of the gradient."""
-        gradient, self.weight.grad = self.weight.grad, None
-        parts = () if gradient is None else gradient.unbind()
-        for place in places if parts else ():
-            owner = self.owners[place]
-            if owner.grad is None:
-                owner.grad = parts[place]
-            else:
-                owner.grad.add_(parts[place])
+        product = torch.bmm(x.reshape(len(self.weight), -1, x.shape[-1]), self.weight.transpose(1, 2))
+        return product.view(*x.shape[:-1], self.weight.shape[1])
 
 
 class SharedAdapters:
-    """The adapters of several twins, stacked."""
+    """The adapters of several twins: their factors lie in one tensor (adapters, numbers), whose views their parameters become.
+
+    Raises:
+        UnsharedError: the factors are of several data types or devices.
+    """
 
     def __init__(self, models: Sequence[PeftModel]) -> None:
         self.models = list(models)
         (self.name,) = models[0].active_adapters
         self._layers = [[layer for layer in model.modules() if isinstance(layer, LoraLayer)] for model in models]
-        factors = [
-            [(layer.lora_A, layer.lora_B) for layer in layers if self.name in layer.lora_A] for layers in self._layers
+        self.factors = [
+            [
+                factor[self.name].weight
+                for layer in layers
+                for factor in (layer.lora_A, layer.lora_B)
+                if self.name in factor
+            ]
+            for layers in self._layers
         ]
-        self._stacks = [
-            tuple(Stacked([pair[side][self.name].weight for pair in pairs]) for side in (0, 1))
-            for pairs in zip(*factors, strict=True)
-        ]
+        if len({(factor.dtype, factor.device) for factor in chain.from_iterable(self.factors)}) > 1:
+            raise UnsharedError("its adapter is of several data types, or on several devices")
+        self._stacks, size = [], 0
+        for factor in self.factors[0]:
+            self._stacks.append(Stacked(factor.shape, size))
+            size += factor.numel()
+        self._numbers = (self.factors[0][0].data if size else torch.empty(0)).new_empty(len(models), size)
+        self.flat = [Flat(nn.Parameter(whole), parts) for whole, parts in zip(self._numbers, self.factors, strict=True)]
+        self.bind()
         config = models[0].config.to_dict()
         sizes = {size for parameter in models[0].parameters() for size in parameter.shape}
         numbers = {value for value in [*config.values(), *config.get("text_config", {}).values()] if type(value) is int}
@@ -216,32 +214,41 @@ class SharedAdapters:
         while self.limit in self.taken:
             self.limit -= 1
 
+    def bind(self) -> None:
+        """Makes the adapters' parameters views, with the values that they have, if they are not, or not any more.
+
+        Accelerate moves them when it prepares a model for several processes.
+        """
+        for numbers, factors in zip(self._numbers, self.factors, strict=True):
+            for stack, owner in zip(self._stacks, factors, strict=True):
+                part = numbers[stack.span].view(owner.shape)
+                if owner.data_ptr() == part.data_ptr():
+                    break
+                part.copy_(owner.data)
+                owner.data = part
+
     @contextmanager
     def mounted(self, places: Sequence[int], layout: Layout) -> Iterator[Any]:
         """While active, the twin that it gives computes the rows of the adapters at these places."""
-        lead, every = places[0], len(places) == len(self.models)
-        used = None if every else torch.tensor(places, device=next(self.models[0].parameters()).device)
-        layers = self._layers[lead]
-        if not all(stack.is_bound for stack in self._stacks[0]):
-            for stack in chain.from_iterable(self._stacks):
-                stack.bind()
-        stacks = iter(self._stacks)
-        before = []
-        for number, layer in enumerate(layers):
+        lead = places[0]
+        block = self._numbers if len(places) == len(self.models) else self._numbers[list(places)]
+        stacks, before = iter(self._stacks), []
+        for number, layer in enumerate(self._layers[lead]):
             if self.name in layer.lora_A:
-                pair = next(stacks)
-                before.append((layer.lora_A, layer.lora_A[self.name], layer.lora_B, layer.lora_B[self.name]))
-                for stack in pair:
-                    stack.used, stack.layout = used, layout
-                layer.lora_A[self.name], layer.lora_B[self.name] = pair
+                for factor in (layer.lora_A, layer.lora_B):
+                    stack = next(stacks)
+                    stack.use(block)
+                    stack.layout = layout
+                    before.append((factor, factor[self.name]))
+                    factor[self.name] = stack
             elif isinstance(layer, Embedding):
                 layer.forward = self._embed(number, layer, places, layout)
         try:
             yield self.models[lead]
         finally:
-            for a, own_a, b, own_b in before:
-                a[self.name], b[self.name] = own_a, own_b
-            for layer in layers:
+            for factor, own in before:
+                factor[self.name] = own
+            for layer in self._layers[lead]:
                 vars(layer).pop("forward", None)
 
     def _embed(self, number: int, layer: Any, places: Sequence[int], layout: Layout) -> Callable[..., torch.Tensor]:
@@ -260,8 +267,19 @@ class SharedAdapters:
 
     def share_out(self, places: Sequence[int]) -> None:
         """Gives every adapter of a pass its gradient."""
-        for stack in chain.from_iterable(self._stacks):
-            stack.share_out(places)
+        found = [stack.weight.grad for stack in self._stacks if stack.weight is not None]
+        known = [one.flatten(1) for one in found if one is not None]
+        joined = torch.cat(known, 1) if known and len(known) == len(found) else None
+        for number, place in enumerate(places):
+            flat = self.flat[place]
+            if flat.is_whole and joined is not None:
+                flat.add(joined[number])
+                continue
+            flat.leave()
+            for owner, gradient in zip(flat.parts, found, strict=True):
+                if gradient is not None:
+                    owner.grad = gradient[number] if owner.grad is None else owner.grad + gradient[number]
+        self.forget()
 
     @contextmanager
     def random(self) -> Iterator[None]:
@@ -273,7 +291,7 @@ class SharedAdapters:
             for layer in layers
             if isinstance(layer, Embedding)
         ]
-        weights += [b.weight for _, b in self._stacks]
+        weights += [b for factors in self.factors for b in factors[1::2]]
         for weight in weights:
             kept.append(weight.data.clone())
             weight.data.copy_(torch.randn(weight.shape, generator=draw) * 0.1)
@@ -285,8 +303,8 @@ class SharedAdapters:
 
     def forget(self) -> None:
         """Drops what a pass that did not end has left."""
-        for stack in chain.from_iterable(self._stacks):
-            stack.weight.grad = None
+        for stack in self._stacks:
+            stack.weight = None
 
 
 class Randomness:

@@ -33,7 +33,7 @@ from m2m_hf.training.shared_pass import (
 )
 from m2m_hf.training.trainers import BookkeepingTrainer
 
-OUTPUTS, GRADIENTS = "outputs", "gradients"  # what a Trainer waits for
+OUTPUTS, GRADIENTS, EVALUATION = "outputs", "gradients", "outputs without dropout"  # what a Trainer waits for
 FLOPS = {"cpu": 5e10, "cuda": 1e14}  # in a second, about
 LAYER_SECONDS = 1e-4  # that Python takes for one layer, forward and backward, however little it computes
 LEAST_SHARED = 64  # tokens of arithmetic: if a pass costs less than this beside it, sharing gains nothing on a CPU
@@ -60,6 +60,9 @@ class Member:
         trainer.member = self
         trainer.recorder.clock = lambda: self.seconds
         trainer.accelerator.backward = self._backward
+        trainer.accelerator.free_memory = lambda: (
+            None
+        )  # it visits all objects of the process; a group does when it ends
 
     @property
     def step(self) -> int:
@@ -84,7 +87,7 @@ class Member:
         """Averages the gradients over the processes, where an optimizer step follows."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1 and self.draws.accumulation["sync_gradients"]:
-            gradients = [one.grad for one in self.trainer.model.parameters() if one.grad is not None]
+            gradients = [one.grad for one in self.trainer.trained if one.grad is not None]
             flat = accelerator.reduce(torch.cat([one.flatten() for one in gradients]), "mean")
             for one, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
                 one.copy_(mean.view_as(one))
@@ -103,13 +106,17 @@ class Member:
             raise answer
         return answer
 
+    def shared(self, model: Any) -> "Shared":
+        """The model, whose outputs come from a pass that others share."""
+        return Shared(model, self)
+
     def compute(
         self, step: Callable[[Any, dict[str, Any]], torch.Tensor], model: Any, inputs: Mapping[str, Any]
     ) -> Any:
         """What `step`, a Trainer's `training_step`, gives when the passes are shared."""
         while True:
             try:
-                return step(Shared(model, self), dict(inputs))
+                return step(self.shared(model), dict(inputs))
             except AgainError:
                 self.trainer.uncount(inputs)
 
@@ -127,7 +134,7 @@ class Shared:
         self._model, self._member = model, member
 
     def __call__(self, **inputs: Any) -> Any:
-        return self._member._wait(OUTPUTS, (inputs, torch.is_grad_enabled()))
+        return self._member._wait(OUTPUTS if self._model.training else EVALUATION, (inputs, torch.is_grad_enabled()))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -143,6 +150,8 @@ class Group:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self.adapters = SharedAdapters([member.trainer.model for member in members])
+        for member, flat in zip(members, self.adapters.flat, strict=True):
+            member.trainer.flat = flat
         first = members[0].trainer
         self.beside = tokens_beside(first.model, first.args.device.type)
         self.budget = math.inf  # tokens in one pass
@@ -155,11 +164,13 @@ class Group:
         try:
             for member in active:
                 member.turn()
+            self._evaluate(active)
             while active:
                 step = min(member.step for member in active)
                 due = [member for member in active if member.step == step]
                 for members in self._passes(due):
                     self._train(members)
+                self._evaluate(due)
                 ended += [member for member in active if member.is_done]
                 active = [member for member in active if not member.is_done]
                 if ended and all(member.step >= ended[-1].step for member in active):
@@ -169,6 +180,12 @@ class Group:
             for member in active:
                 member.leave()
             before.give()
+
+    def _evaluate(self, members: Sequence[Member]) -> None:
+        """Computes outputs for those that evaluate, until none does."""
+        while waiting := [member for member in members if member.waits_for == EVALUATION]:
+            for some in self._passes(waiting):
+                self._train(some)
 
     def _passes(self, members: Sequence[Member]) -> list[list[Member]]:
         """The members whose batches go into one pass each; with several processes all in one, or each in its own, in order."""
@@ -180,7 +197,7 @@ class Group:
         return [[members[place] for place in group] for group in groups]
 
     def _train(self, members: list[Member]) -> None:
-        """One batch of each member, forward and backward, and whatever its Trainer does then."""
+        """One batch of each member, forward and, in training, backward, and whatever its Trainer does then."""
         draws = [copy.copy(member.draws) for member in members]
         if self._in_one_pass(members):
             return
@@ -199,6 +216,7 @@ class Group:
     def _in_one_pass(self, members: Sequence[Member]) -> bool:
         """Like `_train`; False where memory does not suffice for so many, and no Trainer has noticed."""
         clock = Clock(members)
+        self.adapters.bind()
         try:
             (self._alone if len(members) == 1 else self._together)(members, clock)
         except (RuntimeError, MemoryError) as error:
@@ -209,24 +227,34 @@ class Group:
             return False
         clock.share_out()
         for member in members:
-            member.average()
-            member.turn()
+            if member.waits_for == GRADIENTS:
+                member.average()
+                member.turn()
         return True
 
     def _alone(self, members: Sequence[Member], clock: "Clock") -> None:
         (member,) = members
-        while member.waits_for == OUTPUTS:
+        while (waits_for := member.waits_for) in (OUTPUTS, EVALUATION):
             inputs, with_gradient = member.asked
             member.draws.give()
             with torch.set_grad_enabled(with_gradient):
                 outputs = member.trainer.model(**inputs)
             member.draws.take()
             clock.excepted(member.turn(outputs))
+            if waits_for == EVALUATION:
+                return
         torch.autograd.backward(member.asked)
+        self.adapters.flat[self.members.index(member)].take()
 
     def _together(self, members: Sequence[Member], clock: "Clock") -> None:
         places = [self.members.index(member) for member in members]
         batch, layout = together([member.asked[0] for member in members], self.adapters.taken)
+        if members[0].waits_for == EVALUATION:
+            with self.adapters.mounted(places, layout) as model, torch.no_grad():
+                outputs = model(**batch)
+            for number, member in enumerate(members):  # the Trainer may then visit its parameters
+                clock.excepted(member.turn(apart(outputs, layout, number)))
+            return
         with self.adapters.mounted(places, layout) as model, self._own_draws(layout, members):
             for forward in count():
                 with torch.set_grad_enabled(members[0].asked[1]):

@@ -29,6 +29,7 @@ from m2m_hf.modeling.processing import inputs_of
 from m2m_hf.storage.files import staging_path, sync, write_json
 from m2m_hf.storage.records import COMPLETE, describe_files
 from m2m_hf.training.experts import ExpertKind
+from m2m_hf.training.flat import Flat
 from m2m_hf.training.recording import TrainingRecorder
 
 FIRST_ROWS = 16  # that tell whether a loss exploded
@@ -73,9 +74,8 @@ class Collate:
 class LoopModel:
     """A model as the Trainer's loop uses it at every step, which visits the parameters that are trained and no others."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model.train()
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __init__(self, model: torch.nn.Module, trainer: "BookkeepingTrainer") -> None:
+        self._model, self._trainer = model.train(), trainer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._model(*args, **kwargs)
@@ -85,7 +85,7 @@ class LoopModel:
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yields those that are trained."""
-        return iter(self._trained)
+        return iter(self._trainer.trained)
 
     def train(self) -> None:
         """Puts all modules into training mode, unless the model is in it."""
@@ -94,7 +94,7 @@ class LoopModel:
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
-        for parameter in self._trained:
+        for parameter in self._trainer.trained:
             parameter.grad = None
 
 
@@ -118,7 +118,9 @@ class BookkeepingTrainer(Trainer):
         super().__init__(callbacks=[self.recorder, *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
         self.loss_before: float | None = None  # on the first rows
+        self.loss_after: float | None = None
         self.member: Any = None  # of a group that trains side by side
+        self.flat: Flat | None = None  # its parameters as one tensor
         self.mates: dict[str, str] = {}  # what identifies all that the group was made of -> its folder's name
         self._of = of
         losses = resumed.get("losses", {})
@@ -135,7 +137,27 @@ class BookkeepingTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         model, batches = super()._prepare_for_training(*args, **kwargs)
-        return (model if is_sharded() else LoopModel(model)), batches
+        return (model if is_sharded() else LoopModel(model, self)), batches
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """What its optimizer steps."""
+        return [self.flat.whole] if self.flat is not None and self.flat.is_whole else self._parameters
+
+    @cached_property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        super().create_optimizer(*args, **kwargs)
+        if self.flat is not None:
+            self.flat.join(self.optimizer)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.flat is None or not self.flat.is_whole or self.accelerator.scaler is not None:
+            return super()._clip_grad_norm(model)
+        return self.flat.clip(self.args.max_grad_norm)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Takes accelerate's wrapper off the optimizer, which looks for LOMO in all folders of the path at every step."""
@@ -198,11 +220,12 @@ class BookkeepingTrainer(Trainer):
         """Returns the mean loss on the dataset's first rows, without dropout: the same rows before and after training."""
         rows = [self.train_dataset[number] for number in range(min(len(self.train_dataset), FIRST_ROWS))]
         size, was_training, losses = self.args.per_device_train_batch_size, self.model.training, []
+        model = self.model if self.member is None else self.member.shared(self.model)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             for start in range(0, len(rows), size):
                 inputs = self._prepare_inputs(self.data_collator(rows[start : start + size]))
-                losses.append(float(self.compute_loss(self.model, inputs)))
+                losses.append(float(self.compute_loss(model, inputs)))
         self.model.train(was_training)
         return sum(losses) / len(losses)
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from trl import SFTTrainer
 
 from m2m_hf.cli.main import main
 from m2m_hf.config.candidates import DataConfig
@@ -33,6 +35,7 @@ from m2m_hf.console import Terminal
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.run.context import RunContext
 from m2m_hf.scoring.make import make_scorer
 from m2m_hf.scoring.packing import Question, Request
 from m2m_hf.scoring.scorers import Scorer, Setup
@@ -280,6 +283,21 @@ def searcher(project: Path, *flags: str, name: str = "intents", **values) -> Mer
 def language_searcher(project: Path, *flags: str) -> MergeToMixSearcher:
     """One over `run.yaml`."""
     return searcher(project, *flags, name="run")
+
+
+def trained_by_trl(run: RunContext, candidate: str, folder: Path) -> SFTTrainer:
+    """TRL's own Trainer on a fresh model, which has trained as a run would train an expert."""
+    run.args.output_dir, run.args.save_strategy, run.args.report_to = str(folder), "no", []
+    run.args.logging_first_step, run.args.include_num_input_tokens_seen = True, "non_padding"
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(run.model_args.model_name_or_path, dtype="float32"),
+        args=run.args,
+        train_dataset=run.candidates[candidate].rows,
+        processing_class=run.task.tokenizer,
+        peft_config=run.expert().lora,
+    )
+    trainer.train()
+    return trainer
 
 
 def images(project: Path, *flags: str) -> MergeToMixSearcher:

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from pico import changed, choice_rows, language_searcher
+from pico import changed, choice_rows, language_searcher, trained_by_trl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 from trl import SFTTrainer
 
 from m2m_hf.errors import InputError
@@ -41,17 +41,7 @@ def test_adapters_differ_in_their_data_only(finished):
 
 def test_a_bank_is_what_fresh_models_would_give(finished, tmp_path):
     """Training in sequence on one base equals TRL on a freshly loaded model, bit for bit."""
-    run = language_searcher(finished).run
-    run.args.output_dir = str(tmp_path / "fresh")
-    run.args.save_strategy = "no"
-    fresh = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(run.model_args.model_name_or_path, dtype="float32"),
-        args=run.args,
-        train_dataset=run.candidates["gamma"].rows,
-        processing_class=run.task.tokenizer,
-        peft_config=run.expert().lora,
-    )
-    fresh.train()
+    fresh = trained_by_trl(language_searcher(finished).run, "gamma", tmp_path / "trl")
     fresh.model.save_pretrained(tmp_path / "fresh")
     assert same(finished / "out" / "adapters" / "gamma", tmp_path / "fresh")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from pico import language_searcher, m2m, trials
+from pico import language_searcher, m2m, trained_by_trl, trials
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import SFTTrainer
+from transformers import TrainerCallback
 
 from m2m_hf import InputError
 from m2m_hf.errors import StoppedError
@@ -108,17 +107,7 @@ def test_a_training_takes_the_steps_that_trl_takes(project, tmp_path, flags, sho
         train_ours("killed", RaiseAt(5))
     assert timeless(train_ours("killed")) == timeless(record)
 
-    run = language_searcher(project, *flags).run
-    run.args.output_dir, run.args.save_strategy, run.args.report_to = str(tmp_path / "trl"), "no", []
-    run.args.logging_first_step, run.args.include_num_input_tokens_seen = True, "non_padding"
-    theirs = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(run.model_args.model_name_or_path, dtype="float32"),
-        args=run.args,
-        train_dataset=run.candidates["alpha"].rows,
-        processing_class=run.task.tokenizer,
-        peft_config=run.expert().lora,
-    )
-    theirs.train()
+    theirs = trained_by_trl(language_searcher(project, *flags).run, "alpha", tmp_path / "trl")
     figures = ["grad_norm", "learning_rate", "num_input_tokens_seen", "total_flos", "epoch"]
     figures += ["entropy", "mean_token_accuracy", "num_tokens"] if shown else []
     expected = theirs.state.log_history
@@ -128,7 +117,7 @@ def test_a_training_takes_the_steps_that_trl_takes(project, tmp_path, flags, sho
     ]
     assert [line.get("loss") for line in logged] == pytest.approx([line.get("loss") for line in expected], abs=1e-6)
     assert record["tokens"] == theirs.state.num_input_tokens_seen
-    if run.expert().lora is None:
+    if ours.expert().lora is None:
         return
     for folder in ("whole", "killed"):
         weights = load_file(tmp_path / folder / "adapter_model.safetensors")

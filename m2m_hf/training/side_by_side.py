@@ -97,9 +97,9 @@ class Member:
         self._greenlet.throw()
 
     def _wait(self, for_what: str, asked: Any) -> Any:
-        """Called by the Trainer; whether it computes gradients is its own, too."""
+        """Called by the Trainer; whether it computes gradients is its own, too, and in which precision."""
         self.waits_for, self.asked = for_what, asked
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(self.draws.device.type, enabled=False):
             answer = self._others.switch()
         self.asked = None
         if isinstance(answer, Exception):
@@ -237,7 +237,7 @@ class Group:
         while (waits_for := member.waits_for) in (OUTPUTS, EVALUATION):
             inputs, with_gradient = member.asked
             member.draws.give()
-            with torch.set_grad_enabled(with_gradient):
+            with torch.set_grad_enabled(with_gradient), member.trainer.accelerator.autocast():
                 outputs = member.trainer.model(**inputs)
             member.draws.take()
             clock.excepted(member.turn(outputs))
@@ -250,7 +250,8 @@ class Group:
         places = [self.members.index(member) for member in members]
         batch, layout = together([member.asked[0] for member in members], self.adapters.taken)
         if members[0].waits_for == EVALUATION:
-            with self.adapters.mounted(places, layout) as model, torch.no_grad():
+            autocast = members[0].trainer.accelerator.autocast()  # a model that is trained has it around its `forward`
+            with self.adapters.mounted(places, layout) as model, torch.no_grad(), autocast:
                 outputs = model(**batch)
             for number, member in enumerate(members):  # the Trainer may then visit its parameters
                 clock.excepted(member.turn(apart(outputs, layout, number)))

@@ -44,7 +44,7 @@ def make_jobs(folder: Path, family: str = "llama", lora: dict | None = None, nam
         "lora_target_modules": TARGETS.get(family, ["q_proj", "v_proj", "down_proj"]),
     }
     args = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "num_train_epochs": 2.0, "logging_steps": 1}
-    args = SFTConfig(str(folder), use_cpu=USE_CPU, bf16=False, **(args | fields))
+    args = SFTConfig(str(folder), use_cpu=USE_CPU, **({"bf16": False} | args | fields))
     config = lora_config(ModelConfig(**options | (lora or {})))
     config.fan_in_fan_out = family == "gpt2"
     settings = Settings(args, build_tokenizer(), LoraKind(config))
@@ -156,6 +156,17 @@ def test_a_group_finds_parameters_that_were_moved(tmp_path, monkeypatch):
     train(alone, 1)
     train(group, 4)
     assert (apart(group, alone) < SAME, len(clipped)) == (True, 4)
+
+
+def test_first_losses_are_computed_in_mixed_precision_and_nothing_after_a_group_is(tmp_path):
+    base, seen, is_mixed = build_model("llama"), [], torch.is_autocast_enabled
+    base.model.norm.register_forward_pre_hook(lambda layer, args: seen.append((layer.training, is_mixed(DEVICE))))
+    alone, group = (make_jobs(tmp_path / way, bf16=True, max_steps=1) for way in ("alone", "group"))
+    train(alone, 1, base)
+    train(group, 4, base)
+    assert {mixed for training, mixed in seen if not training} == {True}
+    assert not is_mixed(DEVICE)
+    assert apart(group, alone) < 1e-3
 
 
 def checkpointed_jobs(folder: Path) -> list[Job]:

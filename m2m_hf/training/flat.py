@@ -28,7 +28,8 @@ class Flat:
     def join(self, optimizer: Optimizer) -> None:
         """Has an optimizer step the whole, where that comes to the same: one that treats all numbers alike, each by itself."""
         groups = [group for group in optimizer.param_groups if group["params"]]
-        if type(optimizer) not in BY_NUMBER or [*map(id, groups[0]["params"])] != [*map(id, self.parts)]:
+        known = [[*map(id, group["params"])] for group in groups]
+        if type(optimizer) not in BY_NUMBER or known != [[*map(id, self.parts)]]:
             return
         state = optimizer.state_dict()
         self._optimizer, self.is_whole = optimizer, True

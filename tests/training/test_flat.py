@@ -96,4 +96,5 @@ def test_gradients_add_up_and_other_optimizers_keep_their_parameters():
     kept = Flat(flat.whole, flat.parts)
     kept.join(torch.optim.Adamax(kept.parts))
     kept.join(torch.optim.AdamW(kept.parts[::-1]))
+    kept.join(torch.optim.AdamW([{"params": kept.parts}, {"params": [nn.Parameter(torch.ones(2))]}]))
     assert not kept.is_whole

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,10 @@ class Bench:
             str(self._language.folder / "run.yaml"),
         ]
         process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL)
-        while process.poll() is None and len([*out.rglob("checkpoint-*")]) < 2:  # the first of which is whole
+        while process.poll() is None:
+            with suppress(FileNotFoundError):  # what it looks at may be renamed meanwhile
+                if len([*out.rglob("checkpoint-*")]) > 1:  # the first of which is whole
+                    break
             time.sleep(0.002)
         process.kill()
         killed, left = process.wait() < 0, 3 - len([*(out / "adapters").glob(place)])

@@ -16,12 +16,13 @@ from m2m_hf.storage.files import digest_of, staging_path, sync, write_atomic, wr
 
 
 def mixture_dataset(counts: Mapping[str, int], candidates: Mapping[str, Candidate], seed: int) -> Dataset:
-    """Name -> count rows of each candidate, drawn without replacement and shuffled, both with `seed`."""
+    """Name -> count rows of each candidate, shuffled. Rows are drawn with `seed`; none is twice before all are once."""
     draw = random.Random(seed)
     parts = []
     for name, count in sorted(counts.items()):
         whole = candidates[name].rows
-        numbers = range(count) if count == len(whole) else draw.sample(range(len(whole)), count)
+        times, more = divmod(count, len(whole))
+        numbers = [*range(len(whole))] * times + draw.sample(range(len(whole)), more)
         parts.append(whole.select(numbers))
     order = list(range(sum(map(len, parts))))
     draw.shuffle(order)

@@ -1,0 +1,87 @@
+"""The selection study: what it measures of a run, and what it says of ways of choosing."""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import numpy as np
+import yaml
+from choosing import Problem, best_single, sequential, verified
+from pico import ROOT, candidate_rows, choice_rows, write_rows
+
+from m2m_hf.analysis.beliefs import Beliefs
+
+
+def recipe(name: str):
+    spec = spec_from_file_location(f"selection_study_{name}", ROOT / "recipes" / "selection_study" / f"{name}.py")
+    module = module_from_spec(spec)
+    path = sys.path[0]
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.path[0] = path
+    return module
+
+
+def problem(truth, said) -> Problem:
+    """Three candidates, all seven mixtures; two validation rows."""
+    members = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], dtype=bool)
+    rows = {name: np.stack([scores, scores], 1) for name, scores in {"merged": said, "trained": truth}.items()}
+    return Problem(members, {"merged": rows["merged"]}, rows["trained"], np.ones(3), np.zeros(3))
+
+
+def test_fine_tuned_mixtures_are_counted_and_singles_are_not():
+    truth = np.array([1.0, 0.5, 0.2, 0.7, 0.6, 3.0, 0.4])
+    said = np.array([1.0, 0.5, 0.2, 0.9, 0.1, 0.8, 0.7])
+    single, first, second = problem(truth, said), problem(truth, said), problem(truth, said)
+    assert best_single(single) == 0
+    assert single.asked == set()
+    assert verified(["merged"], 2)(first) == 0  # all together, and what merging puts first of the larger ones
+    assert first.asked == {6, 3}
+    assert verified(["merged"], 2, with_all=False)(second) == 5
+    assert second.asked == {3, 5}
+    third = problem(truth, said)
+    assert sequential(6, Beliefs())(third) == 5
+    assert third.asked == {3, 4, 5, 6}
+
+
+def test_a_run_becomes_a_table_that_is_replayed(tmp_path, pico, monkeypatch, capsys):
+    folder = tmp_path / "data" / "colours"
+    folder.mkdir(parents=True)
+    write_rows(folder / "alpha.jsonl", candidate_rows("alpha", 8))
+    write_rows(folder / "beta.jsonl", candidate_rows("beta", 4))
+    write_rows(folder / "validation.jsonl", choice_rows(6))
+    write_rows(folder / "test.jsonl", choice_rows(4, start=200))
+    case = {
+        "model": pico.name,
+        "candidates": ["alpha", "beta"],
+        "settings": {
+            "learning_rate": 1e-2,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+        },
+        "target": {"scorer": "choice", "metric": "logprob"},
+        "steps": 3,
+        "seeds": 1,
+    }
+    (tmp_path / "cases.yaml").write_text(yaml.safe_dump({"colours": case}))
+    measure, tables = recipe("measure"), tmp_path / "tables"
+    given = ["--cases", "cases.yaml", "--data", "data", "--models", pico.parent, "--work", "work", "--tables", tables]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["measure.py", "colours", "--schedule", "steps", *map(str, given)])
+    measure.main()
+    with np.load(tables / "colours-steps-0.npz") as found:
+        assert found["members"].tolist() == [[True, False], [False, True], [True, True]]
+        assert found["merged.values"].shape == (3, 6)
+        assert found["union.test.values"].shape == (3, 4)
+        same = found["merged.values"][:2] == found["summed_0.values"][:2]
+        assert same.all()  # a sum of one adapter is that adapter
+        assert (found["union.test.values"][2] != found["shares.test.values"][2]).any()
+    assert list(tmp_path.glob("work/*")) == []
+    replay = recipe("replay")
+    union, shares = replay.read(tables)
+    assert (union.way, shares.way) == ("union, steps", "shares, steps")
+    best = int(union.mean.argmax())
+    assert union.regret(best) == 0
+    monkeypatch.setattr(sys, "argv", ["replay.py", "--tables", str(tables), "--way", "union"])
+    replay.main()
+    assert "3 fine-tunes" in capsys.readouterr().out

@@ -51,6 +51,12 @@ def configuration(case: Mapping[str, Any], folder: Path, models: Path, schedule:
     if schedule == "steps":
         fields = {name: value for name, value in fields.items() if name != "num_train_epochs"}
         fields["max_steps"] = case["steps"]
+    target = dict(case["target"])
+    if target["scorer"] == "classification" and "labels" not in target:  # validation rows alone may not have all
+        lines = [
+            line for part in ("validation", "test") for line in (folder / f"{part}.jsonl").read_text().splitlines()
+        ]
+        target["labels"] = sorted({json.loads(line)["label"] for line in lines})
     lora = {} if fields.get("expert") == "full" else LORA
     return {
         "model_name_or_path": str(models / case["model"]),
@@ -62,7 +68,7 @@ def configuration(case: Mapping[str, Any], folder: Path, models: Path, schedule:
         "logging_steps": 1000,
         "save_strategy": "no",
         "candidates": {name: rows(name) for name in case["candidates"]},
-        "targets": {"target": {"data": rows("validation"), "test_data": rows("test"), **case["target"]}},
+        "targets": {"target": {"data": rows("validation"), "test_data": rows("test"), **target}},
     }
 
 

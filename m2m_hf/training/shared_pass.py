@@ -206,6 +206,12 @@ class SharedAdapters:
         self._numbers = (self.factors[0][0].data if size else torch.empty(0)).new_empty(len(models), size)
         self.flat = [Flat(nn.Parameter(whole), parts) for whole, parts in zip(self._numbers, self.factors, strict=True)]
         self.bind()
+        stacked = {id(factor) for factor in chain.from_iterable(self.factors)}
+        self.others = [  # of embeddings, whose gradients are their own from the start
+            parameter
+            for parameter in chain.from_iterable(model.parameters() for model in models)
+            if parameter.requires_grad and id(parameter) not in stacked
+        ]
         config = models[0].config.to_dict()
         sizes = {size for parameter in models[0].parameters() for size in parameter.shape}
         numbers = {value for value in [*config.values(), *config.get("text_config", {}).values()] if type(value) is int}

@@ -199,9 +199,12 @@ class Group:
     def _train(self, members: list[Member]) -> None:
         """One batch of each member, forward and, in training, backward, and whatever its Trainer does then."""
         draws = [copy.copy(member.draws) for member in members]
+        gradients = [None if one.grad is None else one.grad.clone() for one in self.adapters.others]
         if self._in_one_pass(members):
             return
         self.adapters.forget()
+        for parameter, gradient in zip(self.adapters.others, gradients, strict=True):
+            parameter.grad = gradient
         clear_device_cache(garbage_collection=True)
         for member, draw in zip(members, draws, strict=True):
             member.draws = copy.copy(draw)

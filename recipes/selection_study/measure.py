@@ -15,6 +15,7 @@ steps for adapters and for all mixtures, both on the union of the rows and on eq
 import argparse
 import json
 import shutil
+import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -160,7 +161,7 @@ def measure(run: RunContext, searcher: MergeToMixSearcher, schedule: str) -> Tab
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", help="of the file of cases")
-    parser.add_argument("--cases", type=Path, default=HERE / "cases.yaml")
+    parser.add_argument("--cases", type=Path, default=HERE / "cases.toml")
     parser.add_argument("--schedule", choices=SCHEDULES, default="epochs")
     parser.add_argument("--seed", type=int, default=0, help="of adapters, order of rows and dropout")
     parser.add_argument("--data", type=Path, required=True, help="what data.py has written")
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, default=HERE / "tables")
     parser.add_argument("--keep", action="store_true", help="keep the run folder, with adapters and models")
     given = parser.parse_args()
-    cases = yaml.safe_load(given.cases.read_text())
+    cases = tomllib.loads(given.cases.read_text())
     if given.case not in cases:
         raise SystemExit(f"case: expected one of {', '.join(cases)}, got {given.case}")
     name = f"{given.case}-{given.schedule}-{given.seed}"

@@ -4,7 +4,6 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
-import yaml
 from choosing import Problem, best_single, sequential, verified
 from pico import ROOT, candidate_rows, choice_rows, write_rows
 
@@ -50,22 +49,16 @@ def test_a_run_becomes_a_table_that_is_replayed(tmp_path, pico, monkeypatch, cap
     write_rows(folder / "beta.jsonl", candidate_rows("beta", 4))
     write_rows(folder / "validation.jsonl", choice_rows(6))
     write_rows(folder / "test.jsonl", choice_rows(4, start=200))
-    case = {
-        "model": pico.name,
-        "candidates": ["alpha", "beta"],
-        "settings": {
-            "learning_rate": 1e-2,
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-        },
-        "target": {"scorer": "choice", "metric": "logprob"},
-        "steps": 3,
-        "seeds": 1,
-    }
-    (tmp_path / "cases.yaml").write_text(yaml.safe_dump({"colours": case}))
+    (tmp_path / "cases.toml").write_text(f"""
+[colours]
+model = "{pico.name}"
+candidates = ["alpha", "beta"]
+steps = 3
+settings = {{ learning_rate = 1e-2, num_train_epochs = 1, per_device_train_batch_size = 4, bf16 = false }}
+target = {{ scorer = "choice", metric = "logprob" }}
+""")
     measure, tables = recipe("measure"), tmp_path / "tables"
-    given = ["--cases", "cases.yaml", "--data", "data", "--models", pico.parent, "--work", "work", "--tables", tables]
+    given = ["--cases", "cases.toml", "--data", "data", "--models", pico.parent, "--work", "work", "--tables", tables]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["measure.py", "colours", "--schedule", "steps", *map(str, given)])
     measure.main()
@@ -81,7 +74,7 @@ def test_a_run_becomes_a_table_that_is_replayed(tmp_path, pico, monkeypatch, cap
     union, shares = replay.read(tables)
     assert (union.way, shares.way) == ("union, steps", "shares, steps")
     best = int(union.mean.argmax())
-    assert union.regret(best) == 0
+    assert union.regret(best, 0) == 0
     monkeypatch.setattr(sys, "argv", ["replay.py", "--tables", str(tables), "--way", "union"])
     replay.main()
     assert "3 fine-tunes" in capsys.readouterr().out

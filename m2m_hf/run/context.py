@@ -30,7 +30,7 @@ from m2m_hf.objectives.trained import FineTunedModels, TrainedObjective
 from m2m_hf.run.tasks import Classification, Task
 from m2m_hf.scoring.make import make_scorers
 from m2m_hf.scoring.probing import CPU_TOKENS, settle
-from m2m_hf.scoring.scorers import LogprobScorer, Scorer
+from m2m_hf.scoring.scorers import LogprobScorer, Scorer, Setup
 from m2m_hf.search.model_based import choose_strategy, ensemble_shortcut
 from m2m_hf.storage.files import fingerprint, read_json_or_empty
 from m2m_hf.storage.journal import Journal
@@ -157,12 +157,16 @@ class RunContext:
     # Scoring
 
     @cached_property
-    def scorers(self) -> dict[str, dict[str, Scorer]]:
-        """Target -> `validation` and, where there are sealed rows, `test` -> scorer."""
+    def scoring_setup(self) -> Setup:
+        """What scorers are made of."""
         kind = self.expert()
         positions = check_model(self.model_args, self.args, kind.lora, self.base.plan, kind.parameters)
-        setup = self.task.scoring_setup(positions)
-        scorers = {name: make_scorers(target, setup) for name, target in self.targets.items()}
+        return self.task.scoring_setup(positions)
+
+    @cached_property
+    def scorers(self) -> dict[str, dict[str, Scorer]]:
+        """Target -> `validation` and, where there are sealed rows, `test` -> scorer."""
+        scorers = {name: make_scorers(target, self.scoring_setup) for name, target in self.targets.items()}
         known = self.folder.known_targets()
         self._settled = [
             one for name, of in scorers.items() for part, one in of.items() if one.recall(known.get(name, {}).get(part))

@@ -5,10 +5,10 @@ python recipes/selection_study/replay.py                       # all tables, 0 t
 python recipes/selection_study/replay.py --fine_tunes 3 --cases
 ```
 
-Regret is by how much the best mixture is better than the model that comes of a choice, on the sealed rows: the best as the mean
-over seeds, the model as it was trained with the seed at hand, since a mixture that was fine-tuned to choose it is the final model.
-It is given as a share of what the best is better than the median mixture, and in standard deviations of a training: the same rows,
-another seed.
+Regret is by how much the best mixture is better than the model that comes of a choice, on the sealed rows: the best as the
+mean over seeds, the model as it was trained with the seed at hand, since a mixture that was fine-tuned to choose it is the final
+model. It is given as a share of what the best is better than the median mixture, and in standard deviations of a training: the
+same rows, another seed.
 """
 
 import sys

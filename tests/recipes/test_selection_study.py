@@ -1,5 +1,6 @@
 """The selection study: what it measures of a run, and what it says of ways of choosing."""
 
+import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
@@ -66,6 +67,10 @@ target = {{ scorer = "choice", metric = "logprob" }}
         assert found["members"].tolist() == [[True, False], [False, True], [True, True]]
         assert found["merged.values"].shape == (3, 6)
         assert found["union.test.values"].shape == (3, 4)
+        facts = json.loads(str(found["facts"]))
+        assert np.array(facts["taught"]).shape == (2, 3)
+        assert facts["taught"][0][1] > facts["taught"][0][0]  # an adapter has learnt its own rows
+        assert len(facts["gradient"]) == 2
         same = found["merged.values"][:2] == found["summed_0.values"][:2]
         assert same.all()  # a sum of one adapter is that adapter
         assert (found["union.test.values"][2] != found["shares.test.values"][2]).any()

@@ -93,15 +93,19 @@ class Table:
         self.arrays: dict[str, Any] = {"members": np.array(members, dtype=bool)}
         self.facts: dict[str, Any] = {"candidates": list(names)}
 
-    def add(self, name: str, scores: Sequence[Any]) -> None:
-        """Keeps values by row and, where these are others, log-probabilities of the right answers; NaN of what failed."""
+    def add(self, name: str, scores: Sequence[Any], by_row: bool = True) -> None:
+        """Keeps values and, where these are others, log-probabilities of the right answers; NaN of what failed.
+
+        Only their means, as a single column, unless `by_row`.
+        """
         known = [score if isinstance(score, Score) else None for score in scores]
         for kind in ("values", "logprobs"):
             rows = max((len(getattr(score, kind)) for score in known if score), default=0)
             if rows and (kind == "values" or any(score and score.values != score.logprobs for score in known)):
                 empty = np.full(rows, np.nan)
                 stacked = np.stack([np.asarray(getattr(score, kind)) if score else empty for score in known])
-                self.arrays[f"{name}.{kind}"] = stacked.astype(np.float16)
+                means = stacked.mean(1, keepdims=True, dtype=float).astype(np.float32)
+                self.arrays[f"{name}.{kind}"] = stacked.astype(np.float16) if by_row else means
 
     def write(self, path: Path) -> None:
         """Writes it, whole or not at all."""
@@ -160,11 +164,11 @@ def measure(run: RunContext, searcher: MergeToMixSearcher, schedule: str) -> Tab
 
     for power in SUMMED:
         gates = [{name: len(mixture) ** -power for name in mixture.names} for mixture in mixtures]
-        table.add(f"summed_{power:g}", scored(gates))
+        table.add(f"summed_{power:g}", scored(gates), by_row=False)
     gates = [
         {name: sizes[name] / sum(sizes[one] for one in mixture.names) for name in mixture.names} for mixture in mixtures
     ]
-    table.add("by_rows", scored(gates))
+    table.add("by_rows", scored(gates), by_row=False)
     table.add("singles_test", scored([{name: 1.0} for name in names], sealed))
     learnt = taught(run, stack)
     ways = {"union": [run.fine_tuned.counts(mixture) for mixture in mixtures]}

@@ -25,12 +25,25 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from choosing import Problem, Way, all_together, best_single, by, by_both, grid, most_similar, sequential, verified
+from choosing import (
+    Problem,
+    Way,
+    all_together,
+    believed,
+    best_single,
+    by,
+    by_both,
+    grid,
+    most_similar,
+    sequential,
+    verified,
+)
 
-from m2m_hf.analysis.beliefs import Floats
+from m2m_hf.analysis.beliefs import Beliefs, Floats
 from m2m_hf.console import Terminal
 
 HERE = Path(__file__).parent
+LEVELS = (0.0, 0.35, 0.65, 0.85)  # where a table of probabilities is cut
 SURROGATES = "merged", "ensemble", "by_rows", "summed_0.5", "summed_0"
 
 
@@ -137,7 +150,7 @@ def lost(studies: Sequence[Study], way: Way) -> tuple[list[float], float]:
 
 
 def left_out(studies: Sequence[Study], fine_tunes: int, **options: Any) -> tuple[list[float], float]:
-    """As `lost`, of sequential fine-tunes with the beliefs that are best on all other cases."""
+    """As `lost`, of sequential fine-tunes with the beliefs that lose least on all other cases."""
     tried = [lost(studies, sequential(fine_tunes, beliefs, **options)) for beliefs in grid()]
     table = np.array([regrets for regrets, _ in tried])
     regrets = []
@@ -188,7 +201,8 @@ def show(studies: Sequence[Study], fine_tunes: int, cases: bool, terminal: Termi
         found["random"] = [float(one.mean.max() - one.mean.mean()) / one.spread for one in studies], 0.0
     found["beliefs"] = left_out(studies, fine_tunes)
     if fine_tunes:
-        found["beliefs, seen"] = left_out(studies, fine_tunes, only_seen=True)
+        found["beliefs, without all"] = left_out(studies, fine_tunes, with_all=False)
+        found["beliefs, unseen too"] = left_out(studies, fine_tunes, only_seen=False)
     rows = []
     for name, (regrets, asked) in found.items():
         figures = f"{asked:.1f}", f"{np.mean(regrets):.3f}", f"{np.max(regrets):.3f}"
@@ -198,6 +212,24 @@ def show(studies: Sequence[Study], fine_tunes: int, cases: bool, terminal: Termi
         rows.append([name, *figures, *in_noise, *(share(one) for one in regrets if cases)])
     columns = ["", "asked for", "mean regret", "worst", "in noise", "worst"]
     terminal.table(f"{fine_tunes} fine-tunes", [*columns, *(one.name[:12] for one in studies if cases)], rows)
+
+
+def show_sureness(studies: Sequence[Study], fine_tunes: int, terminal: Terminal) -> None:
+    """How often a choice is within one training's noise of the best, beside how often that was said; of several seeds only."""
+    said, true = [], []
+    for one in studies:
+        for fields in one.problems if np.isfinite(one.noise) else ():
+            posterior = believed(Problem(**fields), fine_tunes, Beliefs())
+            said.append(posterior.sure(one.noise))
+            true.append(one.mean[posterior.best] >= one.mean.max() - one.noise)
+    rows = []
+    for low, high in zip(LEVELS, [*LEVELS[1:], 1.01], strict=True):
+        inside = [number for number, value in enumerate(said) if low <= value < high]
+        figures = [
+            share(float(np.mean([part[number] for number in inside]))) if inside else "–" for part in (said, true)
+        ]
+        rows.append([f"{low:g} to {min(high, 1):g}", str(len(inside)), *figures])
+    terminal.table(f"sure after {fine_tunes} fine-tunes", ["said", "choices", "mean", "true"], rows)
 
 
 def main() -> None:
@@ -215,6 +247,7 @@ def main() -> None:
     show_cases(studies, terminal)
     for fine_tunes in given.fine_tunes:
         show(studies, fine_tunes, given.cases, terminal)
+    show_sureness(studies, max(given.fine_tunes), terminal)
 
 
 if __name__ == "__main__":

@@ -114,23 +114,29 @@ def verified(surrogates: Sequence[str], fine_tunes: int, with_all: bool = True) 
     return choose
 
 
-def sequential(fine_tunes: int, beliefs: Beliefs, with_all: bool = True, only_seen: bool = False) -> Way:
-    """Fine-tunes one mixture after the other, each for what it is expected to add, and takes the best as then believed."""
+def believed(problem: Problem, fine_tunes: int, beliefs: Beliefs, with_all: bool = True) -> Posterior:
+    """What is believed once singles are known and so many mixtures were fine-tuned, each for what it was expected to add."""
+    posterior = Posterior(problem.members, problem.finite(("merged", "ensemble")), beliefs)
+
+    def learn(mixture: int) -> None:
+        score = problem.fine_tune(mixture)
+        posterior.learn(mixture, score if np.isfinite(score) else float(posterior.mean.min()))
+
+    for single in problem.singles:
+        learn(single)
+    for number in range(fine_tunes):
+        wanted = problem.everything if with_all and number == 0 else posterior.next
+        if wanted is not None:
+            learn(wanted)
+    return posterior
+
+
+def sequential(fine_tunes: int, beliefs: Beliefs, with_all: bool = True, only_seen: bool = True) -> Way:
+    """Takes the best as believed, among those fine-tuned if `only_seen`."""
 
     def choose(problem: Problem) -> int:
-        posterior = Posterior(problem.members, problem.finite(("merged", "ensemble")), beliefs)
-
-        def learn(mixture: int) -> None:
-            score = problem.fine_tune(mixture)
-            posterior.learn(mixture, score if np.isfinite(score) else float(posterior.mean.min()))
-
-        for single in problem.singles:
-            learn(single)
-        for number in range(fine_tunes):
-            wanted = problem.everything if with_all and number == 0 else posterior.next
-            if wanted is not None:
-                learn(wanted)
-        if only_seen:
+        posterior = believed(problem, fine_tunes, beliefs, with_all)
+        if only_seen and fine_tunes:
             return max(posterior.seen, key=lambda place: float(posterior.mean[place]))
         return posterior.best
 
@@ -139,8 +145,7 @@ def sequential(fine_tunes: int, beliefs: Beliefs, with_all: bool = True, only_se
 
 GRID: dict[str, Sequence[Any]] = {
     "by_size": (0.2, 0.5, 1.0),
-    "optimism": (0.0, -0.2),
-    "members": (0.1, 0.3),
+    "members": (0.1, 0.3, 0.6, 1.0),
     "rest": (0.15, 0.3, 0.6),
     "noise": (0.05, 0.15),
 }

@@ -199,7 +199,7 @@ class MergeToMixSearcher:
     def search(self, callbacks: Sequence[SearchCallback] = ()) -> SearchResult:
         """Scores mixtures and chooses one, training missing adapters first. What the journal knows is not scored again.
 
-        With `verify_top_k` the best mixtures are then fine-tuned, and the choice goes by what these score.
+        With `fine_tunes` some are then fine-tuned, and the choice goes by what these score.
 
         Args:
             callbacks: are told of every scored trial and mixture, and may stop the search. Where the search is done already,
@@ -212,7 +212,7 @@ class MergeToMixSearcher:
         if self._selection is None or callbacks:
             self.train_adapters()
             result = self._search(callbacks)
-            verified = self.run.config.verify_top_k
+            verified = self.run.config.fine_tunes
             self._selection = verify(self.run, result) if verified else Selection(self.run, result)
         return self._selection
 

@@ -294,7 +294,7 @@ def regrets(predicted: Any, true: Any) -> Any:
 
 VERDICTS = {
     "trust": "trust it",
-    "prune": "trust it to leave out bad mixtures, not to pick the best: fine-tune the top few (verify_top_k)",
+    "prune": "trust it to leave out bad mixtures, not to pick the best: fine-tune a few (fine_tunes)",
     "distrust": "do not trust it",
     "unknown": "cannot be told",
 }

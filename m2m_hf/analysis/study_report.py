@@ -129,7 +129,7 @@ class StudyReport:
 
 @dataclass(frozen=True)
 class Verification:
-    """The mixtures that were fine-tuned before choosing (`verify_top_k`); `by_search` is what the search alone would choose."""
+    """The mixtures that were fine-tuned before choosing (`fine_tunes`); `by_search` is what the search alone would choose."""
 
     by_search: Mixture
     uniform: str

@@ -33,7 +33,7 @@ YAML_ONLY = ("candidates", "targets", "labels", "merge_parameters", "final")
 CLASSIFICATION = "task: sequence_classification or image_classification"
 CONTINUOUS = ("auto", "random", "bayes", "gradient")
 NOT_TRAINED = {  # field -> what objective: trained takes, and why nothing else
-    "verify_top_k": ((0,), "fine-tunes every mixture that it scores"),
+    "fine_tunes": ((0,), "fine-tunes every mixture that it scores"),
     "merge_method": (("average",), "merges nothing"),
     "weights": (("equal",), "could not tell apart weights that come to the same rows"),
     "race": ((None, False), "spends its time on fine-tuning, and no race saves that"),
@@ -192,8 +192,11 @@ class MergeToMixConfig:
         "Let candidates have training: of their own. Their adapters then no longer stand for one model trained on all of "
         "them; recipes/ablate_uniformity.py measures what that costs.",
     )
-    verify_top_k: int = option(
-        integer(0), 0, "Fine-tune the top K mixtures and the baselines, and choose by their scores."
+    fine_tunes: int = option(
+        integer(0),
+        0,
+        "How many mixtures to really fine-tune before choosing by their scores: all candidates together, then one after the "
+        "other the one from which most is expected. 0: choose by the search alone.",
     )
     fidelity_mixtures: int | None = option(
         integer(4), help="m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."

@@ -136,8 +136,8 @@ class Status:
         rest = remaining(self.config, space, failed, self.own(trials, trained))
         if summary is not None and self.belongs(summary, space) and not (rest.exact and rest.mixtures):
             self.lines.append(f"search: finished; chosen {summary.best.mixture}, score {summary.best.score:.3f}")
-            if self.config.verify_top_k and summary.verified is None:
-                self.left.append(f"the best {self.config.verify_top_k} mixtures to fine-tune (verify_top_k)")
+            if self.config.fine_tunes and summary.verified is None:
+                self.left.append(f"up to {self.config.fine_tunes} mixtures to fine-tune (fine_tunes)")
             return summary
         what = "fine-tune and score" if self.config.objective == "trained" else "score"
         self.left.append(f"up to {rest.mixtures:,} of {rest.total:,} mixtures to {what}")

@@ -62,8 +62,8 @@ def estimate(run: RunContext) -> list[str]:
         return f"about {duration(steps * per_step)} ({per_step:.2f} s a step{less * (models > 1)})"
 
     trained = config.objective == "trained"
-    fine_tunes = fine_tuning_steps(run, mixtures - 1, not missing) if trained else []
-    if trained and not config.final:
+    fine_tunes = fine_tuning_steps(run, mixtures - 1 if trained else config.fine_tunes, not missing)
+    if (trained or config.fine_tunes) and not config.final:
         final_steps = 0  # the chosen one is there
     lines = [f"{noun}: all trained"]
     if missing:
@@ -74,22 +74,19 @@ def estimate(run: RunContext) -> list[str]:
     )
     if trained and not fine_tunes:
         lines.append("fine-tuning: all mixtures are fine-tuned")
-    elif trained:
+    elif fine_tunes:
         lines.append(
             f"fine-tuning: up to {len(fine_tunes):,} mixtures, {sum(fine_tunes):,} steps, "
             + training_time(sum(fine_tunes), len(fine_tunes))
         )
     final = f"final fine-tune: up to {final_steps:,} steps, {training_time(final_steps, 1)}"
-    none = "the final model is one of them" if trained and config.train_final else "no final fine-tune"
+    among = (trained or config.fine_tunes) and config.train_final
+    none = "the final model is one of them" if among else "no final fine-tune"
     lines.append(final if final_steps else none)
     lines.append(f"peak memory while measuring: {memory / 2**30:.1f} GiB")
     for name, scorer in scorers.items():
         if not scorer.by_row:
             lines.append(f"not counted: target {name}: external or corpus-level scorer")
-    if config.verify_top_k:
-        lines.append(
-            f"not counted: verify_top_k: the best {config.verify_top_k} mixtures and the baselines, fine-tuned"
-        )
     if config.bank and missing:
         where = config.bank if isinstance(config.bank, str) else ", ".join(config.bank.values())
         lines.append(f"not counted: {noun} already in {where}; reused, not trained")

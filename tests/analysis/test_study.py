@@ -132,7 +132,7 @@ def test_what_is_fine_tuned_to_compare_is_the_final_model(project):
 
 def test_verification_chooses_by_what_was_fine_tuned(graded, capsys):
     path, out = graded / "run.yaml", graded / "out"
-    changed(graded, "run", verify_top_k=7)
+    changed(graded, "run", fine_tunes=7)
     assert m2m("select", "--config", path) == 0
     printed = capsys.readouterr().out
     assert "fine-tuned before choosing" in printed
@@ -158,8 +158,22 @@ def test_verification_chooses_by_what_was_fine_tuned(graded, capsys):
         assert (out / "recipe.yaml").read_text() == recipe
 
 
+def test_so_many_mixtures_are_fine_tuned_all_together_first_and_others_never(graded):
+    """A single is known by its adapter, and is fine-tuned beyond that number only where it is chosen."""
+    one = language_searcher(graded, "--fine_tunes", "2")
+    summary = one.select()
+    tried = [tuple(mixture["mixture"]) for mixture in summary["verified"]["mixtures"]]
+    larger = [mixture for mixture in tried if len(mixture) > 1]
+    assert larger[0] == tuple(one.run.candidates)
+    assert len(larger) == 2
+    chosen = tuple(summary["best"]["mixture"])
+    assert [mixture for mixture in tried if len(mixture) == 1] == ([chosen] if len(chosen) == 1 else [])
+    assert len([*(graded / "out" / "trained").glob("*/training.json")]) == len(tried)  # none only to compare
+    assert {"all", "base", "chosen"} <= {*summary["verified"]["baselines"]}
+
+
 def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once(project, monkeypatch):
-    one = language_searcher(project, "--verify_top_k", "2")
+    one = language_searcher(project, "--fine_tunes", "2")
     events = []
     real = ChoiceScorer.score
 
@@ -177,7 +191,7 @@ def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once
     models = [model for _, model in events]
     assert len(models) == len(set(models))
     monkeypatch.setattr(ChoiceScorer, "score", forbidden)
-    language_searcher(project, "--verify_top_k", "2").select()
+    language_searcher(project, "--fine_tunes", "2").select()
 
 
 def test_a_study_leaves_the_test_set_sealed_until_there_is_a_final_model(studied, capsys):
@@ -208,7 +222,7 @@ def test_an_old_study_is_not_shown_as_this_runs(studied):
 def test_verification_obeys_min_delta(studied):
     target = yaml.safe_load((studied / "run.yaml").read_text())["targets"]["colours"]
     changed(studied, "run", targets={"others": target | {"metric": "logprob", "min_delta": 0.0}})
-    one = language_searcher(studied, "--verify_top_k", "7")
+    one = language_searcher(studied, "--fine_tunes", "7")
     found = one.search()
     true = one.run.study.trained_standings([*one.run.space.subsets()], found.base)
     allowed = [standing for standing in true if standing.score.value >= found.base.score.value]
@@ -229,7 +243,7 @@ def test_where_no_fine_tuned_mixture_may_be_chosen_that_is_said(studied, monkeyp
         return [Score.of([-99.0] * objective.scorer.examples) for _ in mixtures]
 
     monkeypatch.setattr(trained.TrainedObjective, "_score", poor)
-    assert m2m("search", "--config", studied / "run.yaml", "--verify_top_k", 7) == 2
+    assert m2m("search", "--config", studied / "run.yaml", "--fine_tunes", 7) == 2
     assert "fine-tuned, every mixture makes a target worse" in capsys.readouterr().err
 
 
@@ -276,7 +290,7 @@ def test_commands_and_their_sealed_tests_are_studied_too(project):
     )
     command = [sys.executable, str(script), "{adapter}", "{output}"]
     changed(project, "run", targets={"size": {"scorer": "command", "command": command, "test_command": command}})
-    assert m2m("select", "--config", project / "run.yaml", "--verify_top_k", 1) == 0
+    assert m2m("select", "--config", project / "run.yaml", "--fine_tunes", 1) == 0
     assert read(project / "out" / "summary.json")["verified"]["baselines"]["base"]["test"]["score"] == 0
     one = language_searcher(project)
     found = one.fidelity()

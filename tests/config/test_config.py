@@ -130,7 +130,7 @@ TRAINED = {"objective": "trained"}
         *(
             (TRAINED | wrong, f"{name}: {wrong[name]!r} does not go with objective: trained, which {why}")
             for name, why, wrong in (
-                ("verify_top_k", "fine-tunes every mixture", {"verify_top_k": 1}),
+                ("fine_tunes", "fine-tunes every mixture", {"fine_tunes": 1}),
                 ("merge_method", "merges nothing", TIES),
                 ("weights", "could not tell apart", CONTINUOUS),
                 ("race", "spends its time on fine-tuning", {"race": True}),

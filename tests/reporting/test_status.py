@@ -108,8 +108,8 @@ def test_a_finished_search_is_not_finished_for_other_constraints(finished):
     out = finished / "out"
     rewrite_config(out, {"max_datasets": 2})
     assert left_of(out) == "left: up to 0 of 8 mixtures to score; the final fine-tune"
-    rewrite_config(out, {"max_datasets": None, "verify_top_k": 2})
-    assert left_of(out) == "left: the best 2 mixtures to fine-tune (verify_top_k)"
+    rewrite_config(out, {"max_datasets": None, "fine_tunes": 2})
+    assert left_of(out) == "left: up to 2 mixtures to fine-tune (fine_tunes)"
 
 
 def test_a_finished_run_that_was_copied_is_whole_and_has_nothing_left_to_do(

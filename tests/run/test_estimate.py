@@ -46,6 +46,11 @@ def test_figures_are_of_what_was_measured(project, monkeypatch):
     lines = estimate(language_searcher(project, "--parallel_adapters", "2").run)
     assert lines[0] == "adapters: 3 to train, 9 steps, about 18 s (2.00 s a step of one; several together take less)"
     assert lines[2] == "final fine-tune: up to 3 steps, about 6 s (2.00 s a step)"
+    lines = estimate(language_searcher(project, "--fine_tunes", "2").run)
+    assert lines[2:4] == [
+        "fine-tuning: up to 2 mixtures, 6 steps, about 12 s (2.00 s a step)",
+        "the final model is one of them",
+    ]
     # What a checkpoint holds costs nothing more; of a group those count that all have.
     run = language_searcher(project).run
     checkpoint = checkpoints(staging_path(run.folder.adapters / "beta")) / "checkpoint-2"

@@ -119,7 +119,7 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
     and compared by several processes too.
     """
     changed(project, "run", gradient_accumulation_steps=2, parallel_adapters=3)
-    said = same_weights(project, launch_forks, tmp_path, "adapter_model.safetensors", ("--verify_top_k", "2"), ())
+    said = same_weights(project, launch_forks, tmp_path, "adapter_model.safetensors", ("--fine_tunes", "2"), ())
     assert "one after another" not in said
     assert uniform(tmp_path / "whole")["processes"] == 2
     assert uniform(tmp_path / "pieces")["sharded"]
@@ -129,7 +129,7 @@ def test_whole_models_and_models_in_pieces_learn_the_same(project, tmp_path, cap
     for run in ("whole", "pieces"):
         summary = json.loads((tmp_path / run / "summary.json").read_text())
         assert summary["verified"]["baselines"]["all"]["test"]["score"] is not None
-        flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / run, "--verify_top_k")
+        flags = ("--config", project / "run.yaml", "--output_dir", tmp_path / run, "--fine_tunes")
         assert m2m("select", *flags, 2) == 0
         assert "nothing to do" in capsys.readouterr().out
         assert json.loads((tmp_path / run / "summary.json").read_text()) == summary

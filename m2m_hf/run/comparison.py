@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import yaml
 
-from m2m_hf.analysis.beliefs import Beliefs, Posterior
 from m2m_hf.analysis.fidelity import sample
 from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
@@ -36,8 +34,6 @@ from m2m_hf.run.final import read_final
 from m2m_hf.search.result import SearchResult, best_scored, score_of
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 from m2m_hf.training.fine_tune import finished
-
-POOL = 512  # mixtures, the best ones, among which is looked for what to fine-tune
 
 
 @dataclass
@@ -128,40 +124,26 @@ class Selection:
 def verify(run: RunContext, result: SearchResult) -> Selection:
     """Fine-tunes as many mixtures as `fine_tunes` says, and chooses by what these score.
 
-    First all candidates together, then one after the other the mixture from which the choice is expected to gain most, by what
-    surrogates, adapters and the models that are there say (`analysis/beliefs.py`). A single candidate is its adapter; it is
-    fine-tuned beyond that number if it is to be chosen, as the final model. A mixture that makes a target worse than the base
+    All candidates together, and the best of two or more by the search. A single candidate's adapter is its fine-tune, and tells
+    its score; it is fine-tuned beyond that number only where it is the best. A mixture that makes a target worse than the base
     model by more than its `min_delta` cannot be chosen.
 
     Raises:
         InputError: no mixture could be fine-tuned, or may be chosen.
     """
-    study, pool = run.study, [one.mixture for one in result.ranking if one.complete][:POOL]
-    posterior = beliefs_of(run, result, pool)
-    trained: dict[Mixture, Standing] = {}
-
-    def fine_tune(mixture: Mixture) -> None:
-        (standing,) = study.trained_standings([mixture], result.base)
-        trained[mixture] = standing
-        if mixture in pool:
-            place = pool.index(mixture)
-            posterior.learn(place, standing.score.value if standing.score else float(posterior.mean.min()))
-
+    study, count = run.study, run.config.fine_tunes
     everything = Mixture.subset(run.space.names)
-    run.terminal.say(f"fine-tuning up to {run.config.fine_tunes} mixtures before choosing, {run.describe_steps()}")
-    for number in range(run.config.fine_tunes):
-        left = [mixture for mixture in pool if mixture not in trained]
-        if number == 0 and everything in run.space:
-            fine_tune(everything)
-        elif left:
-            wanted = posterior.next
-            fine_tune(left[0] if wanted is None else pool[wanted])
+    larger = [one.mixture for one in result.ranking if len(one.mixture) > 1]
+    first = [everything] if everything in run.space else []
+    mixtures = [*dict.fromkeys([*first, *larger, *(one.mixture for one in result.ranking)])][:count]
+    run.terminal.say(f"fine-tuning {len(mixtures)} mixtures before choosing, {run.describe_steps()}")
+    trained = study.trained_standings(mixtures, result.base)
     single = best_scored(one for one in result.ranking if len(one.mixture) == 1)
-    known = [score_of(one).value for one in trained.values() if one.may_be_chosen]
-    if single and single.mixture not in trained and score_of(single).value > max(known, default=-math.inf):
-        fine_tune(single.mixture)
-    found = study.report([*trained.values()], result.base, run.study_fingerprint, run.describe_steps())
-    allowed = [one for one in trained.values() if one.may_be_chosen]
+    known = [score_of(one).value for one in trained if one.may_be_chosen]
+    if single and single.mixture not in mixtures and score_of(single).value > max(known, default=-math.inf):
+        trained += study.trained_standings([single.mixture], result.base)
+    found = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
+    allowed = [one for one in trained if one.may_be_chosen]
     if not allowed:
         raise InputError(
             "fine-tuned, every mixture makes a target worse than the base model by more than its min_delta; raise min_delta or "
@@ -175,22 +157,6 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
         result.best.mixture, found.uniform, found.mixtures, found.failed, found.agreement, found.training_noise, None
     )
     return Selection(run, replace(result, best=result.standings[best]), allowed, verified)
-
-
-def beliefs_of(run: RunContext, result: SearchResult, pool: Sequence[Mixture]) -> Posterior:
-    """What is believed of fine-tuned mixtures before any is; adapters that are the fine-tune of their candidate are known."""
-    study, kind, names = run.study, run.config.objective, run.space.names
-    scores = [[score_of(result.standings[mixture]).value for mixture in pool]]
-    if kind == "merged" and "ensemble" in study.surrogates:
-        standings = study.standings(study.surrogates["ensemble"], pool, "scoring mixtures, ensemble")
-        if all(one.score for one in standings):
-            scores.append([score_of(one).value for one in standings])
-    members = np.array([[name in mixture.weights for name in names] for mixture in pool])
-    posterior = Posterior(members, [np.array(one) for one in scores], Beliefs())
-    for place, mixture in enumerate(pool):
-        if len(mixture) == 1 and study.uniform:
-            posterior.learn(place, scores[0][place])
-    return posterior
 
 
 def baseline_scores(run: RunContext, result: SearchResult) -> dict[str, Baseline]:

@@ -25,6 +25,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from beliefs import Beliefs, Floats
 from choosing import (
     Problem,
     Way,
@@ -39,7 +40,6 @@ from choosing import (
     verified,
 )
 
-from m2m_hf.analysis.beliefs import Beliefs, Floats
 from m2m_hf.console import Terminal
 
 HERE = Path(__file__).parent

@@ -10,10 +10,9 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from beliefs import Beliefs, Floats, Posterior
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-
-from m2m_hf.analysis.beliefs import Beliefs, Floats, Posterior
 
 
 @dataclass

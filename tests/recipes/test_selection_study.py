@@ -6,10 +6,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
+from beliefs import Beliefs
 from choosing import Problem, best_single, sequential, verified
 from pico import ROOT, candidate_rows, choice_rows, write_rows
-
-from m2m_hf.analysis.beliefs import Beliefs
 
 
 def recipe(name: str):

@@ -4,8 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-
-from m2m_hf.analysis.beliefs import Beliefs, Posterior
+from beliefs import Beliefs, Posterior
 
 MEMBERS = np.array([one for one in product((False, True), repeat=4) if any(one)])
 SIZE = np.log2(MEMBERS.sum(1))

@@ -76,7 +76,7 @@ def estimate(run: RunContext) -> list[str]:
         lines.append("fine-tuning: all mixtures are fine-tuned")
     elif fine_tunes:
         lines.append(
-            f"fine-tuning: up to {len(fine_tunes):,} mixtures, {sum(fine_tunes):,} steps, "
+            f"fine-tuning: up to {len(fine_tunes):,} mixture{'s' * (len(fine_tunes) > 1)}, {sum(fine_tunes):,} steps, "
             + training_time(sum(fine_tunes), len(fine_tunes))
         )
     final = f"final fine-tune: up to {final_steps:,} steps, {training_time(final_steps, 1)}"

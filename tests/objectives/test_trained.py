@@ -96,7 +96,7 @@ def test_the_score_is_that_of_the_model_which_the_final_one_then_is(project, fin
     shutil.copytree(project / "out", project / "less")
     shutil.rmtree(project / "less" / "trained" / one.run.fine_tuned.folder(one.run.fine_tuned.counts(mixture)).name)
     told = estimate(language_searcher(project, *TRAINED, "--output_dir", str(project / "less")).run)
-    assert any(text.startswith("fine-tuning: up to 1 mixtures, 3 steps") for text in told)
+    assert any(text.startswith("fine-tuning: up to 1 mixture, 3 steps") for text in told)
     # What the run has fine-tuned answers m2m fidelity, and m2m status knows that nothing is left.
     assert m2m("fidelity", "--config", project / "run.yaml", *TRAINED) == 0
     assert fine_tuned.total() == 7

@@ -195,8 +195,8 @@ class MergeToMixConfig:
     fine_tunes: int = option(
         integer(0),
         0,
-        "How many mixtures to really fine-tune before choosing by their scores: all candidates together, and the best of two or "
-        "more by the search. 0: choose by the search alone.",
+        "How many mixtures to really fine-tune before choosing by their scores: the best of two or more by the search, then all "
+        "candidates together, then the next best. 0: choose by the search alone.",
     )
     fidelity_mixtures: int | None = option(
         integer(4), help="m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."

@@ -124,18 +124,18 @@ class Selection:
 def verify(run: RunContext, result: SearchResult) -> Selection:
     """Fine-tunes as many mixtures as `fine_tunes` says, and chooses by what these score.
 
-    All candidates together, and the best of two or more by the search. A single candidate's adapter is its fine-tune, and tells
-    its score; it is fine-tuned beyond that number only where it is the best. A mixture that makes a target worse than the base
-    model by more than its `min_delta` cannot be chosen.
+    The best of two or more by the search, then all candidates together, then the next best. A single candidate's adapter is its
+    fine-tune, and tells its score; it is fine-tuned beyond that number only where it is the best. A mixture that makes a target
+    worse than the base model by more than its `min_delta` cannot be chosen.
 
     Raises:
         InputError: no mixture could be fine-tuned, or may be chosen.
     """
     study, count = run.study, run.config.fine_tunes
     everything = Mixture.subset(run.space.names)
-    larger = [one.mixture for one in result.ranking if len(one.mixture) > 1]
-    first = [everything] if everything in run.space else []
-    mixtures = [*dict.fromkeys([*first, *larger, *(one.mixture for one in result.ranking)])][:count]
+    ranking = [result.best.mixture, *(one.mixture for one in result.ranking)]
+    best, *others = sorted(ranking, key=lambda mixture: len(mixture) == 1)  # stable: singles last
+    mixtures = [*dict.fromkeys([best, *([everything] if everything in run.space else []), *others])][:count]
     run.terminal.say(f"fine-tuning {len(mixtures)} mixtures before choosing, {run.describe_steps()}")
     trained = study.trained_standings(mixtures, result.base)
     single = best_scored(one for one in result.ranking if len(one.mixture) == 1)
@@ -150,13 +150,13 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
             "fine_tunes. What was trained and scored is kept"
         )
     allowed.sort(key=lambda one: -score_of(one).value)  # stable: among equals the first
-    best = allowed[0].mixture
-    (merged,) = study.standings(run.objectives(run.config.objective), [best], "scoring mixtures")
-    result.standings[best] = replace(merged, short=())
+    chosen = allowed[0].mixture
+    (merged,) = study.standings(run.objectives(run.config.objective), [chosen], "scoring mixtures")
+    result.standings[chosen] = replace(merged, short=())
     verified = Verification(
         result.best.mixture, found.uniform, found.mixtures, found.failed, found.agreement, found.training_noise, None
     )
-    return Selection(run, replace(result, best=result.standings[best]), allowed, verified)
+    return Selection(run, replace(result, best=result.standings[chosen]), allowed, verified)
 
 
 def baseline_scores(run: RunContext, result: SearchResult) -> dict[str, Baseline]:

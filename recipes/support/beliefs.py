@@ -27,7 +27,6 @@ class Beliefs:
     Args:
         level: spread of a shift of all mixtures but the base.
         by_size: spread of the slope in log2 of the number of datasets.
-        optimism: mean of that slope.
         slope: spread of the surrogates' own slopes.
         members: spread of what holding one candidate adds.
         rest: spread of what is left.
@@ -37,7 +36,6 @@ class Beliefs:
 
     level: float = 0.2
     by_size: float = 0.5
-    optimism: float = 0.0
     slope: float = 0.3
     members: float = 0.3
     rest: float = 0.3
@@ -63,7 +61,7 @@ class Posterior:
         parts += [beliefs.members * (members - members.mean(0)).T]
         features = np.concatenate(parts)
         apart = (members[:, None] != members[None]).sum(2)
-        self.mean: Floats = mean + self._scale * beliefs.optimism * size
+        self.mean: Floats = mean
         self.covariance: Floats = self._scale**2 * (features.T @ features + beliefs.rest**2 * beliefs.alike**apart)
         self.seen: dict[int, float] = {}
 

@@ -102,12 +102,12 @@ def order(problem: Problem, surrogates: Sequence[str] = ("merged", "ensemble")) 
 
 
 def verified(surrogates: Sequence[str], fine_tunes: int, with_all: bool = True) -> Way:
-    """Fine-tunes the first of a ranking, and all together, and takes the best of these and of the singles."""
+    """Fine-tunes the first of a ranking, all together, and the next ones; takes the best of these and of the singles."""
 
     def choose(problem: Problem) -> int:
         larger = [int(place) for place in order(problem, surrogates) if problem.counts[place] > 1]
         first = [problem.everything] if with_all else []
-        tried = list(dict.fromkeys([*first, *larger]))[:fine_tunes]
+        tried = list(dict.fromkeys([*larger[:1], *first, *larger]))[:fine_tunes]
         return best_of(problem, [*problem.singles, *tried])
 
     return choose

@@ -40,6 +40,7 @@ class Candidate:
     longest: int
     truncated: int
     dropped: int
+    digests: bytes = field(default=b"", repr=False)  # of every row, see `row_digests`
 
     @classmethod
     def of(
@@ -59,16 +60,18 @@ class Candidate:
         """
         longest = max(total for _, total in lengths)
         limit = limit or longest
+        fingerprint, digests = row_digests(content)
         return cls(
             name=name,
             config=config,
             rows=rows,
-            fingerprint=content_fingerprint(content),
+            fingerprint=fingerprint,
             asked=frozenset(comparable(*parts) for parts in questions),
             tokens=sum(min(total, limit) for start, total in lengths if start < limit),
             longest=longest,
             truncated=sum(total > limit for _, total in lengths),
             dropped=sum(start >= limit for start, _ in lengths),
+            digests=digests,
         )
 
     @property
@@ -144,11 +147,18 @@ def features_of(data_format: str, rows: Iterable[Mapping[str, Any]]) -> Features
 
 def content_fingerprint(rows: Iterable[Any]) -> str:
     """16 hex digits of the SHA-256 over the rows as JSON lines; of images, over their pixels."""
-    digest = hashlib.sha256()
+    return row_digests(rows)[0]
+
+
+def row_digests(rows: Iterable[Any]) -> tuple[str, bytes]:
+    """(the fingerprint of all rows, 8 bytes of the SHA-256 of each)."""
+    digest, each = hashlib.sha256(), bytearray()
     for row in rows:
         text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=as_json)
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()[:16]
+        line = text.encode("utf-8", "surrogatepass") + b"\n"
+        digest.update(line)
+        each += hashlib.sha256(line).digest()[:8]
+    return digest.hexdigest()[:16], bytes(each)
 
 
 def as_json(value: Any) -> Any:

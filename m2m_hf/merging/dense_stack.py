@@ -37,13 +37,13 @@ class DenseStack:
         # Scaled or trimmed, a variance could be negative: the running statistics of normalisation are always averaged.
         self._statistics = {name for name, _ in model.named_buffers()}
         self._thresholds: dict[str, float] = {}
-        self._written = False
+        self._set: Mapping[str, float] | None = {}  # the mixture that is written
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Makes the model that of this mixture; without names, the base model."""
-        if not weights and not self._written:
+        if weights == self._set:
             return
-        self._written = True  # even if this is interrupted
+        self._set = None  # until it is written whole
         by_rows = self.method.gated or not weights
         with torch.no_grad():
             for name, weight in self._weights.items():
@@ -51,7 +51,7 @@ class DenseStack:
                     base = rows_of(self._base[name], part).to(weight.device)
                     delta = self._merged(name, weights, part)
                     rows_of(weight, part).copy_(base if delta is None else base.float().add(delta))
-        self._written = bool(weights)
+        self._set = dict(weights)
 
     def set_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Like `set`: all rows have one mixture."""

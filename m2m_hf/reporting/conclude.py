@@ -88,6 +88,7 @@ def find_warnings(run: FinishedRun, analysis: Analysis, overlap: Mapping[tuple[s
             f"the {run.expert}s average badly: {worse[0]} of {worse[1]} mixtures score below the mean of their parts, as after "
             "training for too long or at too high a learning rate; merged scores then say little about trained mixtures",
         )
+    yield from about_relations(run)
     yield from about_rows(run)
     yield from about_fine_tuning(run)
     if ended == "budget":
@@ -132,6 +133,33 @@ def about_candidates(run: FinishedRun, joined: Mapping[str, Sequence[float]]) ->
             f"how the {run.expert}s of {', '.join(taken)} were trained is not known: averages are fair only if all were trained "
             "alike, from this base model and on these rows",
         )
+
+
+def about_relations(run: FinishedRun) -> Warnings:
+    """Near copies, and experts that were trained for too long."""
+    sizes = {name: one.rows for name, one in run.training.items()}
+    copies = []
+    for one in run.relations.near_copies(sizes):
+        shared = f"{one.shared_rows:,} of {min(sizes[name] for name in one.pair):,} rows shared"
+        copies.append(f"{' and '.join(one.pair)} ({shared}, cosine of the {run.expert}s {one.cosine:.2f})")
+    if copies:
+        yield (
+            "near_copies",
+            f"near copies: {listed(copies)}; together they count twice in a mixture, so keep one or make them one candidate",
+        )
+    found = [f"{name} (by {one.over_whole.value:.3f})" for name, one in run.relations.over_trained().items()]
+    if found and run.objective != "trained":
+        yield (
+            "over_trained",
+            f"over-trained: the targets' right answers are likelier with half of the {run.expert} than with all of it: "
+            f"{listed(found)}; train fewer epochs, or at a lower learning_rate",
+        )
+
+
+def listed(words: Sequence[str], most: int = 6) -> str:
+    """Words behind each other; of many the first."""
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f" and {more} more (summary.json)" if more > 0 else "")
 
 
 def about_rows(run: FinishedRun) -> Warnings:

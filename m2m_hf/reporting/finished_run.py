@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from m2m_hf.analysis.relations import Relations
 from m2m_hf.analysis.selection_bias import SelectionBias
 from m2m_hf.analysis.shapley import ShapleyValues
 from m2m_hf.analysis.study_report import StudyReport, Verification
@@ -151,6 +152,7 @@ class FinishedRun:
         shapley: what every candidate gains; None where too few mixtures were scored.
         verified: what was fine-tuned before choosing, where anything was.
         final: the final model, where there is one.
+        relations: what each candidate teaches about every other, and how alike their experts are.
         config: `config.yaml`.
         training: candidate -> how its expert was trained.
         fidelity: the correlation study of this very run, where there is one.
@@ -176,6 +178,7 @@ class FinishedRun:
     final: FinalModel | None
     counts: Counts
     costs: Costs
+    relations: Relations = field(default_factory=Relations)
     config: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Training] = field(default_factory=dict)
     fidelity: StudyReport | None = None

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -93,17 +93,56 @@ def interactions(run: FinishedRun) -> Figure | None:
         first, second = sorted(names.index(name) for name in one.pair)
         table[second, first] = one.value
     most = float(np.nanmax(np.abs(table))) or 1.0
-    side = 1.7 + 0.36 * len(names)
-    figure = Figure(figsize=(min(WIDTH, side + 1.2), min(WIDTH, side)))
+    return heat_map(table[1:, :-1], names[1:], names[:-1], most, "+.3f")
+
+
+def taught(run: FinishedRun) -> Figure | None:
+    """What every expert alone adds to the log-probability of every candidate's own rows."""
+    gains, names = run.relations.gains, run.usable
+    rows = [name for name in run.candidates if name in gains]
+    if not rows or len(run.candidates) < 2:
+        return None
+    table = np.array([[gains[row].get(name, np.nan) for name in names] for row in rows])
+    own = [abs(gains[name][name]) for name in names if name in gains]
+    figure = heat_map(table, rows, names, float(np.nanmax(own or np.abs(table))) or 1.0, "+.2f")
+    figure.axes[0].set_xlabel(f"{run.expert} of")
+    figure.axes[0].set_ylabel("rows of")
+    return figure
+
+
+def likeness(run: FinishedRun) -> Figure | None:
+    """Of every pair of experts: below the diagonal their cosine, above it their sign conflict, coloured by the same scale."""
+    names = run.usable
+    table, colours = (np.full((len(names), len(names)), np.nan) for _ in range(2))
+    for one in run.relations.pairs:
+        if set(one.pair) <= set(names):
+            first, second = sorted(names.index(name) for name in one.pair)
+            table[second, first], table[first, second] = one.cosine, one.sign_conflict
+            colours[second, first], colours[first, second] = one.cosine, 1 - 2 * one.sign_conflict
+    return heat_map(table, names, names, 1.0, ".2f", colours) if np.isfinite(table).any() else None
+
+
+def heat_map(
+    table: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    most: float,
+    style: str,
+    colours: np.ndarray | None = None,
+) -> Figure:
+    """A table of figures, blue above 0 and red below; up to eight columns show them. `most` has the full colour."""
+    figure = Figure(figsize=(min(WIDTH, 2.9 + 0.36 * len(columns)), min(WIDTH, 1.7 + 0.36 * (1 + len(rows)))))
     axes = figure.subplots()
-    image = axes.pcolormesh(table[1:, :-1], cmap="RdBu", vmin=-most, vmax=most)
-    for (row, column), value in np.ndenumerate(table[1:, :-1]):
-        if np.isfinite(value) and len(names) <= 8:
-            dark = abs(value) > 0.6 * most
-            axes.text(column + 0.5, row + 0.5, f"{value:+.3f}".replace("0.", ".", 1), ha="center", va="center",
-                      fontsize=8.5, color="#ffffff" if dark else "#202122")  # fmt: skip
-    axes.set_xticks(np.arange(len(names) - 1) + 0.5, [short(name, 18) for name in names[:-1]], rotation=40, ha="right")
-    axes.set_yticks(np.arange(len(names) - 1) + 0.5, [short(name, 18) for name in names[1:]])
+    colours = table if colours is None else colours
+    image = axes.pcolormesh(colours, cmap="RdBu", vmin=-most, vmax=most)
+    for (row, column), value in np.ndenumerate(table):
+        if np.isfinite(value) and len(columns) <= 8:
+            dark = abs(colours[row, column]) > 0.6 * most
+            text = f"{value:{style}}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{style}}"
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center",
+                      fontsize=8.5 if len(columns) < 7 else 7, color="#ffffff" if dark else "#202122")  # fmt: skip
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [short(name, 18) for name in columns], rotation=40, ha="right")
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [short(name, 18) for name in rows])
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -171,6 +210,8 @@ PICTURES: dict[str, Callable[[FinishedRun], Figure | None]] = {
     "ranking": ranking,
     "shapley": shapley,
     "interactions": interactions,
+    "taught": taught,
+    "likeness": likeness,
     "fidelity": fidelity,
     "curves": curves,
 }

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from m2m_hf.analysis.fidelity import sample
+from m2m_hf.analysis.relations import Relations
 from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
 from m2m_hf.analysis.study_report import Baseline, StudyReport, Verification
@@ -31,6 +32,7 @@ from m2m_hf.reporting.finished_run import (
 )
 from m2m_hf.run.context import RunContext
 from m2m_hf.run.final import read_final
+from m2m_hf.run.relations import find_relations
 from m2m_hf.search.result import SearchResult, best_scored, score_of
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 from m2m_hf.training.fine_tune import finished
@@ -57,6 +59,11 @@ class Selection:
         failed = self.run.failed
         usable = [name for name in self.run.candidates if name not in failed]
         return analyse(self.result, self.run.space, usable, self.fine_tuned)
+
+    @cached_property
+    def relations(self) -> Relations:
+        """How candidates and experts relate, which is measured once (collective)."""
+        return find_relations(self.run, self.result)
 
     def finished(self) -> FinishedRun:
         """The run as it stands now, from which `summary.json` is written."""
@@ -94,6 +101,7 @@ class Selection:
                 example_evaluations=result.evaluations,
                 adapter_steps=sum(one.steps for one in training.values()),
             ),
+            relations=self.relations,
             config=yaml.safe_load(run.config_yaml()),
             training=training,
             fidelity=from_json(StudyReport, study) if study else None,

@@ -1,6 +1,7 @@
 """What a model learns and is scored on: `Task`, a causal LM, and `Classification` carry all differences between tasks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from functools import cached_property
@@ -10,11 +11,12 @@ from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from m2m_hf.config.run_config import MergeToMixConfig
+from m2m_hf.config.targets import TargetConfig
 from m2m_hf.config.yaml_files import plain
-from m2m_hf.data.causal_lm import load_causal_lm_data
-from m2m_hf.data.classification import ClassificationReader, Length, label_words, words_of
+from m2m_hf.data.causal_lm import load_causal_lm_data, target_row
+from m2m_hf.data.classification import ClassificationReader, Length, label_words, questions, words_of
 from m2m_hf.data.conversations import rows_of, tools_of
-from m2m_hf.data.rows import Candidate, LoadedData
+from m2m_hf.data.rows import Candidate, LoadedData, TargetRow
 from m2m_hf.data.tokens import encode, encode_choices, render, special_in
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.dates import pin_date
@@ -23,7 +25,8 @@ from m2m_hf.modeling.inspection import check_model
 from m2m_hf.modeling.loading import load_base, load_config
 from m2m_hf.modeling.processing import image_mode, load_image_processor, load_tokenizer, patches, tokenizer_facts
 from m2m_hf.run.base_model import BaseModel
-from m2m_hf.scoring.scorers import Setup
+from m2m_hf.scoring.make import make_scorer
+from m2m_hf.scoring.scorers import Scorer, Setup
 from m2m_hf.storage.files import fingerprint
 from m2m_hf.storage.run_folder import RunFolder
 from m2m_hf.training.experts import ExpertKind
@@ -136,6 +139,20 @@ class Task:
         """What scorers are made of, for a model of so many positions."""
         base, allowed = str(self.model_args.model_name_or_path), self.config.allow_metric_code
         return Setup(self.processing, positions, base=base, allow_metric_code=allowed)
+
+    def own_scorer(self, name: str, count: int, setup: Setup) -> Scorer | None:
+        """Scores a candidate's own rows, some drawn at random, by their log-probability; None where no row fits whole."""
+        where, rows = f"candidates.{name}", self.data.candidates[name].rows
+        asked: list[TargetRow] = []
+        drawn = rows.shuffle(seed=self.args.seed).select(range(min(len(rows), 4 * count)))
+        for row in rows_of(drawn):
+            with suppress(InputError):  # of a last turn that cannot be told from what is before it
+                one = target_row(row, self.data.format, "loss", where)
+                size = len(encode(self.tokenizer, one.prompt, one.choices[0], where, one.tools)[0])
+                asked += [one] if size <= min(setup.positions, self.args.max_length or size) else []
+            if len(asked) == count:
+                break
+        return make_scorer(TargetConfig("loss", "loglikelihood"), asked, setup) if asked else None
 
     def settings(self, args: SFTConfig, expert: ExpertKind) -> Settings:
         """How a model is fine-tuned."""
@@ -264,6 +281,14 @@ class Classification(Task):
         for where, text in texts:
             yield where, self.tokenizer(text, truncation=True, max_length=self.limit)["input_ids"]
         yield "pad_token", [self.tokenizer.pad_token_id]
+
+    def own_scorer(self, name: str, count: int, setup: Setup) -> Scorer | None:
+        every = self.data.candidates[name].rows
+        rows = every.shuffle(seed=self.args.seed).select(range(min(len(every), count)))
+        contents = [*map(str, range(len(rows)))] if self.images else rows["text"]
+        labels = self.labels[name] if self.label_space is None else [*self.label_space]
+        asked = questions(rows, contents, labels, f"candidates.{name}")
+        return make_scorer(TargetConfig("classification", "logprob"), asked, setup)
 
     def settings(self, args: SFTConfig, expert: ExpertKind) -> Settings:
         return Settings(args, self.processing, expert, self.head, self.limit, self.labels)

@@ -24,24 +24,19 @@ from typing import Any
 import numpy as np
 import yaml
 
-from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Score
-from m2m_hf.data.causal_lm import target_row
-from m2m_hf.data.classification import questions
-from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.methods import AVERAGE
 from m2m_hf.objectives.merged import GatedObjective
 from m2m_hf.run.comparison import target_similarity
 from m2m_hf.run.context import RunContext
-from m2m_hf.scoring.make import make_scorer
+from m2m_hf.run.relations import taught
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.searcher import MergeToMixSearcher
 
 HERE = Path(__file__).parent
 SCHEDULES = ("epochs", "steps")
 SUMMED = (0.0, 0.5)  # exponents of the number of datasets by which a sum of adapters is divided; 1 is the average
-TAUGHT = 64  # rows of a candidate that every adapter is asked
 LORA = {"lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear"}
 
 
@@ -116,27 +111,6 @@ class Table:
         partial.rename(path)
 
 
-def taught(run: RunContext, stack: Stack) -> list[list[float]]:
-    """What the base and every adapter make of every candidate's first rows, of shape (candidates, 1 + adapters).
-
-    The mean log-probability of a token or, of a classifier, of a row's label among those of its own dataset.
-    """
-    table, gates = [], [{}, *({name: 1.0} for name in run.candidates)]
-    for name, candidate in run.candidates.items():
-        rows = candidate.rows.take(min(len(candidate.rows), TAUGHT))
-        if run.base.plan is None:
-            config = TargetConfig("loss", "loglikelihood")
-            asked = [target_row(row, run.task.data.format, config.kind, name) for row in rows]
-        else:
-            config, labels = TargetConfig("classification", "logprob"), sorted(set(candidate.rows["label"]))
-            contents = rows["text"] if "text" in rows.column_names else [*map(str, range(len(rows)))]
-            asked = questions(rows, contents, labels, name)
-        scorer = make_scorer(config, asked, run.scoring_setup)
-        scores = [scorer.score(stack, [one], run.tokens_per_batch)[0] for one in gates]
-        table.append([score.value if isinstance(score, Score) else float("nan") for score in scores])
-    return table
-
-
 def equal_shares(run: RunContext, mixture: Mixture) -> dict[str, int]:
     """Equally many rows of each candidate, as many as `max_steps` take; of a small candidate some more than once."""
     rows = run.args.max_steps * run.args.train_batch_size * run.args.gradient_accumulation_steps
@@ -170,7 +144,8 @@ def measure(run: RunContext, searcher: MergeToMixSearcher, schedule: str) -> Tab
     ]
     table.add("by_rows", scored(gates), by_row=False)
     table.add("singles_test", scored([{name: 1.0} for name in names], sealed))
-    learnt = taught(run, stack)
+    learnt = taught(run, stack)[1]
+    columns = [0, *(1 + stack.names.index(name) for name in names)]  # the base, and every adapter
     ways = {"union": [run.fine_tuned.counts(mixture) for mixture in mixtures]}
     if schedule == "steps" and len(set(sizes.values())) > 1:
         ways["shares"] = [equal_shares(run, mixture) for mixture in mixtures]
@@ -184,7 +159,7 @@ def measure(run: RunContext, searcher: MergeToMixSearcher, schedule: str) -> Tab
     adapters, (merged,) = run.bank.training(), run.objectives("merged")
     gradient = merged.gradient(mixtures[-1]) if isinstance(merged, GatedObjective) else None
     table.facts |= {
-        "taught": learnt,
+        "taught": [[learnt[name][column] for column in columns] for name in names],
         "gradient": list(gradient.gradient) if isinstance(gradient, Score) else None,
         "rows": sizes,
         "tokens": {name: candidate.tokens for name, candidate in run.candidates.items()},

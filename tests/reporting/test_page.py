@@ -79,9 +79,9 @@ def test_the_page_says_what_the_summary_says(out):
         assert " ".join(one["text"].split()) in text
     headings = "Shapley values", "Can the scores be trusted here?", "Against other ways of choosing", "sealed test"
     assert all(heading in text for heading in headings)
-    assert sum(tag == "svg" for tag, _ in page.tags) == 5
+    assert sum(tag == "svg" for tag, _ in page.tags) == 7
     names = {path.stem for path in (out / "pictures").glob("*.png")}
-    assert names == {"ranking", "shapley", "interactions", "fidelity", "curves"}
+    assert names == {"ranking", "shapley", "interactions", "taught", "likeness", "fidelity", "curves"}
 
 
 def test_it_is_one_file_that_asks_for_nothing(out):
@@ -162,9 +162,9 @@ def test_a_folder_without_a_search_is_refused(tmp_path, capsys):
 def test_what_was_not_done_is_left_out(file, out):
     path = out / file
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    change(out / "summary.json", lambda summary: summary.update(final=None, certainty=None, worth=None))
+    change(out / "summary.json", lambda summary: summary.update(final=None, certainty=None, worth=None, relations={}))
     assert m2m("report", out) == 0
     text = (out / "report.html").read_text()
     Page(text)
     assert ("Can the scores be trusted here?" in text) == (file != "fidelity.json")
-    assert not (out / "pictures" / "shapley.png").exists()
+    assert not {"shapley.png", "taught.png", "likeness.png"} & {path.name for path in (out / "pictures").iterdir()}

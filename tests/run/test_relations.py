@@ -55,7 +55,7 @@ def test_the_table_is_what_each_adapter_alone_makes_of_each_candidates_rows(proj
 def test_a_classifiers_rows_are_choices_among_the_labels_that_they_were_trained_on(kind, intents, vit, pictures_of):
     labels = ["hello_there", "good_bye", "red", "green", "blue", "one", "two", "cold", "hot"]
     if kind == "images":
-        one = images(pictures_of(vit, "[query, value]"))
+        one = images(pictures_of(vit, "all-linear"))
     else:
         given = {"full experts": {"expert": "full", "learning_rate": 1e-3}, "label space": {"labels": labels}}
         one = searcher(intents, **given.get(kind, {}))

@@ -64,7 +64,8 @@ def test_a_classifiers_rows_are_choices_among_the_labels_that_they_were_trained_
     experts = run.bank.load()
     for name, candidate in run.candidates.items():
         rows, contents = candidate.rows, candidate.rows["text"] if kind != "images" else [""] * len(candidate.rows)
-        choices = labels if kind == "label space" else sorted(set(rows["label"]))
+        space = {"label space": labels, "images": ["red", "green", "blue"]}  # the latter: the model's own classifier
+        choices = space.get(kind) or sorted(set(rows["label"]))
         scorer = make_scorer(
             TargetConfig("classification", "logprob"), questions(rows, contents, choices, name), run.scoring_setup
         )

@@ -1,6 +1,6 @@
 """The correlation study: fine-tunes mixtures and compares their scores with the surrogates and with other ways of choosing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -65,6 +65,11 @@ class Study:
     @property
     def models(self) -> FineTunedModels:
         return self.trained[0].models
+
+    @property
+    def stale(self) -> Collection[str]:
+        """The candidates whose experts are of other rows than what is fine-tuned."""
+        return self.trained[0].keys.stale
 
     def standings(
         self, objectives: Sequence[Objective], mixtures: Sequence[Mixture], title: str, base: Standing | None = None
@@ -142,8 +147,9 @@ class Study:
             tuple(failed),
             agreements,
             {name: verdict(of.get("score"), of.get("score" + LARGER)) for name, of in agreements.items()},
-            training_noise(surrogates["merged"], true) if self.uniform else None,
+            training_noise(surrogates["merged"], true, self.stale) if self.uniform else None,
             {name: resilience(base, standings, true) for name, standings in surrogates.items()},
+            stale=tuple(self.stale),
         )
 
     def _studied(self, trained: Standing, *surrogates: Standing) -> StudiedMixture:

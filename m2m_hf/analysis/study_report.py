@@ -1,6 +1,6 @@
 """What a correlation study found, as `fidelity.json` holds it; and what was fine-tuned to verify a choice. Statistics alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,6 +110,7 @@ class StudyReport:
         agreement: surrogate -> measure -> how well it predicts.
         verdict: surrogate -> whether it can be trusted here.
         training_noise: by how much two trainings on the same rows differ.
+        stale: the candidates whose experts are of other rows than what is fine-tuned.
         similarity: candidate -> cosine with the targets.
         baselines: by the name of the way of choosing.
     """
@@ -125,6 +126,7 @@ class StudyReport:
     resilience: Mapping[str, Mapping[str, Resilience]]
     similarity: Mapping[str, float] = field(default_factory=dict)
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    stale: tuple[str, ...] = field(default=(), metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -197,16 +199,16 @@ def proportional(score: Score) -> bool:
     return np.allclose(values * logprobs.sum(), logprobs * values.sum(), rtol=1e-3)
 
 
-def training_noise(merged: Sequence[Standing], true: Sequence[Standing]) -> float | None:
+def training_noise(merged: Sequence[Standing], true: Sequence[Standing], stale: Collection[str] = ()) -> float | None:
     """How far two trainings on the same rows in another order lie apart: the standard deviation of their scores' difference.
 
     Of a single candidate the merged model is its adapter, which was trained on the same rows as the model fine-tuned on
-    that candidate. None where no single was fine-tuned.
+    that candidate, unless it is `stale`. None where no single was fine-tuned.
     """
     apart = [
         one.score.value - other.score.value
         for one, other in zip(merged, true, strict=True)
-        if len(one.mixture) == 1 and one.score and other.score
+        if len(one.mixture) == 1 and one.mixture.names[0] not in stale and one.score and other.score
     ]
     return float(np.sqrt(np.mean(np.square(apart)))) if apart else None
 

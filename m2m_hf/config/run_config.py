@@ -138,6 +138,13 @@ class MergeToMixConfig:
         help="The same with expert: full: org/name or a folder with the experts of another run, or in the YAML {candidate: "
         "org/name or a folder} of finished fine-tunes of the base model.",
     )
+    changed_candidates: str = option(
+        one_of("refuse", "retrain", "keep"),
+        "refuse",
+        "When a candidate's rows have changed since its adapter was trained: refuse, saying how many are new, gone and the same; "
+        "retrain (that adapter alone, and score the mixtures with it again); or keep (the adapter stands in, marked stale, and "
+        "whatever is fine-tuned is trained on the rows as they are now).",
+    )
     max_trials: int | None = option(
         integer(1), help="Maximum number of mixtures, including base, singles and all together."
     )

@@ -85,7 +85,7 @@ def same_content(first: FinishedRun, second: FinishedRun) -> list[str]:
     fields = []
     for name in first.training.keys() & second.training.keys():
         ours, theirs = first.training[name], second.training[name]
-        if ours.data == theirs.data:
+        if (ours.stale or ours).data == (theirs.stale or theirs).data:
             fields.append(f"candidates.{name}.data_files")
         if ours.uniform["base_model"] == theirs.uniform["base_model"]:
             fields.append("model_name_or_path")

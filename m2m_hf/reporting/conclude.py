@@ -126,6 +126,14 @@ def about_candidates(run: FinishedRun, joined: Mapping[str, Sequence[float]]) ->
     for name, one in run.training.items():
         if one.failed is not None:
             yield "no_adapter", f"{name} is in no mixture: the training of its {run.expert} failed: {one.failed}"
+        if one.stale is not None:
+            apart = "all mixtures are fine-tuned on the rows as they are now"
+            if run.objective != "trained":
+                apart = (
+                    f"mixtures with it are scored by the rows that its {run.expert} was trained on, while the final model and "
+                    "fine-tuned mixtures are trained on the rows as they are now: their scores compare different rows"
+                )
+            yield "stale", f"stale: {name} has changed since its {run.expert} was trained ({one.stale}): {apart}"
     taken = [name for name, one in run.training.items() if one.unknown]
     if taken and run.objective != "trained":
         yield (

@@ -22,6 +22,7 @@ from m2m_hf.search.result import score_of
 from m2m_hf.storage.files import read_json, read_json_or_empty
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys
+from m2m_hf.storage.records import Drift
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
 
@@ -110,7 +111,10 @@ class Costs:
 
 @dataclass(frozen=True)
 class Training:
-    """`adapters/<candidate>/training.json`: how a candidate's expert was trained, or why that failed."""
+    """`adapters/<candidate>/training.json`: how a candidate's expert was trained, or why that failed.
+
+    `stale` says what became of the candidate's rows since.
+    """
 
     fingerprint: str
     data: str
@@ -119,6 +123,7 @@ class Training:
     seconds: float
     uniform: Mapping[str, Any]
     failed: str | None = None
+    stale: Drift | None = None
     unknown: tuple[str, ...] = ()
     loss_curve: tuple[tuple[float, float], ...] = ()
 
@@ -335,9 +340,10 @@ def download(repo_id: str, revision: str | None) -> Path:
 def read_standings(journal: Journal, run: FinishedRun) -> dict[Mixture, Standing]:
     """How mixtures stand by the lines of a journal that belong to a run."""
     experts = {name: one.fingerprint for name, one in run.training.items()}
-    rows = {name: one.rows for name, one in run.training.items()}
+    stale = {name: one.stale.fingerprint for name, one in run.training.items() if one.stale}
+    rows = {name: (one.stale or one).rows for name, one in run.training.items()}
     keys = {
-        name: Keys(one.fingerprints["base"], one.fingerprints["scorer"], one.validation_rows, experts, rows)
+        name: Keys(one.fingerprints["base"], one.fingerprints["scorer"], one.validation_rows, experts, rows, stale)
         for name, one in run.targets.items()
     }
     found = by_mixture(own_trials(journal.trials.values(), keys, [run.objective]), run.targets)

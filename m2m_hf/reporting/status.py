@@ -4,6 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +26,15 @@ from m2m_hf.search.result import default_budget
 from m2m_hf.storage.files import Digests, checkpoints, read_json, read_json_or_empty, readable, staging_path
 from m2m_hf.storage.journal import Journal
 from m2m_hf.storage.keys import Keys, base_key
-from m2m_hf.storage.records import COMPLETE, experts_noun, find_incomplete, find_modified, last_common, weights_of
+from m2m_hf.storage.records import (
+    COMPLETE,
+    Drift,
+    experts_noun,
+    find_incomplete,
+    find_modified,
+    last_common,
+    weights_of,
+)
 from m2m_hf.storage.run_folder import RunFolder, read_config
 
 
@@ -109,6 +118,11 @@ class Status:
         for name, record in trained.items():
             if "failed" in record:
                 self.lines.append(f"  {name}: failed: {record['failed']}")
+            if drift := drift_of(record):
+                again = "to be trained again" if self.config.changed_candidates == "retrain" else "stale"
+                self.lines.append(f"  {name}: {again}, since the candidate has changed ({drift})")
+        if self.config.changed_candidates == "retrain":
+            trained = {name: record for name, record in trained.items() if not drift_of(record)}
         missing = [name for name in names if name not in trained]
         begun = {name: marks(folders[name]) for name in missing}
         for name in filter(begun.__getitem__, missing):
@@ -127,14 +141,17 @@ class Status:
             self.left.append("the search")
             return None
         failed = {name: str(record["failed"]) for name, record in trained.items() if "failed" in record}
-        tokens = {name: number(record.get("data_tokens")) for name, record in trained.items()}
+        tokens = {name: number(as_now(record).get("data_tokens")) for name, record in trained.items()}
         try:
             space = search_space(self.config, tokens, failed)
         except InputError as error:
             self.left.append(f"the search, which cannot go on: {error}")
             return None
-        rest = remaining(self.config, space, failed, self.own(trials, trained))
-        if summary is not None and self.belongs(summary, space) and not (rest.exact and rest.mixtures):
+        own = self.own(trials, trained)
+        rest = remaining(self.config, space, failed, own)
+        scored = {trial.mixture for trial in own}
+        whole = summary is not None and all(Mixture.subset([name]) in scored for name in summary.singles)
+        if summary is not None and whole and self.belongs(summary, space) and not (rest.exact and rest.mixtures):
             self.lines.append(f"search: finished; chosen {summary.best.mixture}, score {summary.best.score:.3f}")
             if self.config.fine_tunes and summary.verified is None:
                 self.left.append(f"up to {self.config.fine_tunes} mixtures to fine-tune (fine_tunes)")
@@ -172,9 +189,10 @@ class Status:
         if not facts:
             return []
         experts = {name: str(record.get("fingerprint")) for name, record in trained.items()}
-        rows = {name: int(number(record.get("rows"))) for name, record in trained.items()}
-        scorers = self.scorers()
-        keys = {name: Keys(base_key(facts[0]), str(scorer), 0, experts, rows) for name, scorer in scorers.items()}
+        rows = {name: int(number(as_now(record).get("rows"))) for name, record in trained.items()}
+        stale = {name: drift.fingerprint for name, record in trained.items() if (drift := drift_of(record))}
+        base = base_key(facts[0])
+        keys = {name: Keys(base, str(scorer), 0, experts, rows, stale) for name, scorer in self.scorers().items()}
         objectives = (self.objective, "gradient") if self.objective == "merged" else (self.objective,)
         return own_trials(trials, keys, objectives)
 
@@ -285,6 +303,19 @@ def marks(folder: Path) -> dict[int, list[str]]:
 def number(value: Any) -> float:
     """What a file says, if it is a number that makes sense for an amount; else 0."""
     return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e15 else 0.0
+
+
+def drift_of(record: Mapping[str, Any]) -> Drift | None:
+    """What became of a candidate's rows since its expert was trained; None of one that is of the rows as they are."""
+    with suppress(ValueError):
+        return from_json(Drift, record["stale"]) if "stale" in record else None
+    return None
+
+
+def as_now(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `training.json` of an expert, with what it says of the candidate's rows as they are now."""
+    drift = drift_of(record)
+    return {**record, **vars(drift)} if drift else record
 
 
 def mixture_of(record: dict[str, Any]) -> str:

@@ -67,7 +67,8 @@ def end_table(run: FinishedRun) -> Table:
     rows = [row("base model", run.base)]
     for name, one in run.training.items():
         gain = signed(run.shapley.shapley.get(name)) if run.shapley else ""
-        rows.append(row(name, run.singles.get(name), gain, f"{one.steps:,}", duration(one.seconds)))
+        label = f"{name}, stale" if one.stale else name
+        rows.append(row(label, run.singles.get(name), gain, f"{one.steps:,}", duration(one.seconds)))
     rows.append(row(f"all {len(run.usable)}, {run.scored_as}", run.all))
     rows.append(row(f"{run.best.mixture}, {run.scored_as}", run.best))
     if run.final is not None:
@@ -248,6 +249,12 @@ def fidelity_remarks(study: StudyReport) -> Iterator[str]:
     if study.training_noise is not None:
         noise = f"{study.training_noise:.3f} (root mean square over the singles)"
         yield f"training noise: two trainings on the same rows in another order differ by {noise}"
+    if study.stale:
+        apart = sum(not set(one.mixture.names).isdisjoint(study.stale) for one in study.mixtures)
+        yield (
+            f"stale: {', '.join(study.stale)}; of {apart} of the {len(study.mixtures)} mixtures different rows are compared, as "
+            "only what is fine-tuned is trained on the rows as they are now"
+        )
     for name, measures in study.resilience.items():
         for measure, found in measures.items():
             if found.hurt:

@@ -110,7 +110,13 @@ def check_run(run: RunContext) -> None:
     for text in run.task.special_tokens():
         run.terminal.say(text, "yellow")
     check_folder(run)
-    missing = run.bank.check()
+    missing, noun = run.bank.check(), run.bank.noun(1)
+    for name, drift in run.bank.changed().items():
+        line = f"its {noun} stands in, stale; whatever is fine-tuned is trained on the rows as they are now"
+        if name in missing:
+            taken = isinstance(config.bank, Mapping) and name in config.bank
+            line = f"its {noun} is {'taken' if taken else 'trained'} again"
+        run.terminal.say(f"{name} has changed since its {noun} was trained ({drift}): {line}", "yellow")
     if isinstance(config.bank, Mapping):
         check_sources(run.bank, config.bank, run.bank.noun())
         check_adapters(run, missing)
@@ -136,7 +142,8 @@ def check_tokens(run: RunContext, bare: PreTrainedModel) -> None:
 def check_trainings(run: RunContext, bare: PreTrainedModel) -> None:
     """Refuses trainings that are still to be done and would fail: they are made ready, on a model without weights."""
     imported = run.config.bank if isinstance(run.config.bank, Mapping) else {}
-    to_train = [name for name in run.bank.check() if name not in imported]
+    new = {*run.bank.check(), *run.bank.changed()}  # rows that nothing here was trained on
+    to_train = [name for name in run.candidates if name in new and name not in imported]
     due = {f"candidates.{name}": (*run.candidate_settings(name), run.candidates[name]) for name in to_train}
     if (run.config.final or (imported and run.config.train_final)) and find_incomplete(run.folder.final) is not None:
         due |= {f"final, on {name} alone": (*run.final_settings, one) for name, one in run.candidates.items()}
@@ -300,6 +307,7 @@ def claim_folder(run: RunContext) -> None:
         run.folder.lock()
         check_folder(run)  # another process may have been at work since the first check
         write_atomic(run.folder.config, run.config_yaml())
+        run.bank.remember_rows()
         if run.prints_date:
             write_json(run.folder.clock, {"started": run.started.isoformat()})
     run.state.wait_for_everyone()

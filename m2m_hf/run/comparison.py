@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -133,8 +133,8 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
     """Fine-tunes as many mixtures as `fine_tunes` says, and chooses by what these score.
 
     The best of two or more by the search, then all candidates together, then the next best. A single candidate's adapter is its
-    fine-tune, and tells its score; it is fine-tuned beyond that number only where it is the best. A mixture that makes a target
-    worse than the base model by more than its `min_delta` cannot be chosen.
+    fine-tune, unless it is stale, and tells its score; it is fine-tuned beyond that number only where it is the best. A mixture
+    that makes a target worse than the base model by more than its `min_delta` cannot be chosen.
 
     Raises:
         InputError: no mixture could be fine-tuned, or may be chosen.
@@ -142,11 +142,14 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
     study, count = run.study, run.config.fine_tunes
     everything = Mixture.subset(run.space.names)
     ranking = [result.best.mixture, *(one.mixture for one in result.ranking)]
-    best, *others = sorted(ranking, key=lambda mixture: len(mixture) == 1)  # stable: singles last
+    # Stable: singles last, but for those whose adapters are of other rows.
+    best, *others = sorted(ranking, key=lambda mixture: len(mixture) == 1 and mixture.names[0] not in study.stale)
     mixtures = [*dict.fromkeys([best, *([everything] if everything in run.space else []), *others])][:count]
     run.terminal.say(f"fine-tuning {len(mixtures)} mixtures before choosing, {run.describe_steps()}")
     trained = study.trained_standings(mixtures, result.base)
-    single = best_scored(one for one in result.ranking if len(one.mixture) == 1)
+    single = best_scored(
+        one for one in result.ranking if len(one.mixture) == 1 and one.mixture.names[0] not in study.stale
+    )
     known = [score_of(one).value for one in trained if one.may_be_chosen]
     if single and single.mixture not in mixtures and score_of(single).value > max(known, default=-math.inf):
         trained += study.trained_standings([single.mixture], result.base)
@@ -230,7 +233,7 @@ def target_similarity(run: RunContext) -> dict[str, float]:
         return {}
     names = run.space.names
     path = run.folder.trained / "similarity.json"
-    key = fingerprint([weights, {name: asdict(keys) for name, keys in run.keys.items()}, list(names)])
+    key = fingerprint([weights, {name: keys.facts() for name, keys in run.keys.items()}, list(names)])
     known = broadcast(read_json_or_empty(path))
     if known.get("fingerprint") == key:
         return dict(known["cosine"])

@@ -1,6 +1,5 @@
 """The run context: the parts of one run, each made once, when it is first needed."""
 
-from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
@@ -140,7 +139,9 @@ class RunContext:
             name: self.training_facts(*self.candidate_settings(name)) if candidate.config.training else self.facts
             for name, candidate in self.candidates.items()
         }
-        return Bank(self.folder.adapters, self.candidates, facts)
+        return Bank(
+            self.folder.adapters, self.candidates, facts, self.folder.row_digests, self.config.changed_candidates
+        )
 
     @property
     def failed(self) -> dict[str, str]:
@@ -213,8 +214,9 @@ class RunContext:
         adapters = {name: record["fingerprint"] for name, record in self.bank.training().items()}
         base = base_key(self.facts)
         rows = {name: len(candidate.rows) for name, candidate in self.candidates.items()}
+        stale = {name: drift.fingerprint for name, drift in self.bank.changed().items()}
         scorers = self.validation_scorers.items()
-        return {name: Keys(base, one.fingerprint, one.examples, adapters, rows) for name, one in scorers}
+        return {name: Keys(base, one.fingerprint, one.examples, adapters, rows, stale) for name, one in scorers}
 
     def has_gradient(self, scorer: Scorer, method: MergeMethod) -> bool:
         """Whether merged scores have a gradient in the mixture's weights."""
@@ -301,7 +303,7 @@ class RunContext:
     def study_fingerprint(self) -> str:
         """What a correlation study depends on: a study with another fingerprint belongs to another run."""
         weights = {name: one.config.weight for name, one in self.targets.items()}
-        keys = {name: asdict(one) for name, one in self.keys.items()}
+        keys = {name: one.facts() for name, one in self.keys.items()}
         return fingerprint([keys, weights, self.merge_method.label, list(self.space.names)])
 
     # Searching

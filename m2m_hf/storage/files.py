@@ -30,14 +30,15 @@ def digest_of(*files: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces `path` in one step, so that readers and crashes see the old file or the new one; skips equal text."""
-    if path.exists() and path.read_bytes() == text.encode():
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces `path` in one step, so that readers and crashes see the old file or the new one; skips equal content."""
+    content = content if isinstance(content, bytes) else content.encode()
+    if path.exists() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

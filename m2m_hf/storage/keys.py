@@ -1,7 +1,7 @@
 """Keys of trials: fingerprints of everything that a score depends on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from m2m_hf.core.mixture import Mixture, row_counts
@@ -31,6 +31,8 @@ class Keys:
         adapters: name -> fingerprint of its adapter, which covers data, training arguments and library versions. A key covers
             the adapters of its own mixture only, so that trials stay valid when a candidate joins.
         rows: name -> how many rows the candidate has.
+        stale: name -> fingerprint that an adapter of the rows as they are now would have, where its adapter is of others. What
+            is fine-tuned on the rows has these; what is made of the adapters has `adapters`.
     """
 
     base: str
@@ -38,6 +40,7 @@ class Keys:
     examples: int
     adapters: Mapping[str, str]
     rows: Mapping[str, int]
+    stale: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, objective: str, mixture: Mixture, rung: int | None = None) -> str:
         """The key of a score, or of the merged score's gradient, on `rung` rows (None: all)."""
@@ -59,7 +62,12 @@ class Keys:
         """Fingerprint of that model, whatever it is scored on; without rows, of the base model."""
         if not counts:
             return fingerprint(["model", self.base])
-        return fingerprint(["model", [[name, count, self.adapters[name]] for name, count in sorted(counts.items())]])
+        of = {**self.adapters, **self.stale}
+        return fingerprint(["model", [[name, count, of[name]] for name, count in sorted(counts.items())]])
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies all scores of a run; nothing is said of stale adapters where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "stale" or value}
 
     def own(self, trial: Trial) -> bool:
         """True if a line of the journal belongs to this run as it is now."""

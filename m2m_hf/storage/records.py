@@ -1,11 +1,16 @@
-"""`training.json`: which files a folder must hold, and which of them are missing or modified."""
+"""`training.json`: which files a folder must hold, which of them are missing or modified, and of which rows it is."""
 
 import json
+import zlib
+from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from m2m_hf.storage.files import digest_of, read_json
+from m2m_hf.storage.files import digest_of, read_json, read_json_or_empty, write_atomic
 
 COMPLETE = "checkpoint_complete.json"  # written into a checkpoint once everything else in it is on the disk
 
@@ -72,9 +77,60 @@ def find_incomplete(folder: Path, record: str = "training.json") -> str | None:
     return None
 
 
+def is_trained(folder: Path, of: str) -> bool:
+    """True if a folder is complete, and holds what `of` identifies."""
+    return find_incomplete(folder) is None and read_json_or_empty(folder / "training.json").get("fingerprint") == of
+
+
 def find_modified(folder: Path, record: str = "training.json", digest: Callable[[Path], str] = digest_of) -> str | None:
     """The first file that is missing or has other content than `record` says; `Digests.of` is a faster `digest`."""
     for name, facts in files_of(read_json(folder / record)).items():
         if not (folder / name).is_file() or digest(folder / name) != facts.get("sha256_16"):
             return name
+    return None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What became of a candidate's rows since its expert was trained; `stale` in the expert's `training.json`.
+
+    `data`, `rows` and `data_tokens` are those of an expert of the rows as they are now, and `fingerprint` is what identifies it.
+    Rows are counted as often as they occur; None where the digests of the earlier rows are not there.
+    """
+
+    data: str
+    rows: int
+    data_tokens: int
+    fingerprint: str
+    before: int
+    new: int | None = None
+    gone: int | None = None
+    same: int | None = None
+
+    def __str__(self) -> str:
+        if self.new is None:
+            return f"{self.before:,} rows then, {self.rows:,} now; which of them are new is not known"
+        if not self.new and not self.gone:
+            return f"the same {self.same:,} rows in another order"
+        return f"rows: {self.new:,} new, {self.gone:,} gone, {self.same:,} the same"
+
+
+def compare_rows(before: bytes, now: bytes) -> tuple[int, int, int]:
+    """How many rows are new, gone and the same, by their digests of 8 bytes each."""
+    then, rows = Counter(array("Q", before)), Counter(array("Q", now))
+    return (rows - then).total(), (then - rows).total(), (rows & then).total()
+
+
+def write_digests(path: Path, digests: bytes) -> None:
+    """Writes the digests of rows, with the CRC-32 of them behind."""
+    write_atomic(path, digests + zlib.crc32(digests).to_bytes(4, "big"))
+
+
+def read_digests(path: Path, rows: int) -> bytes | None:
+    """What `write_digests` has written for so many rows; None where it is missing or damaged."""
+    with suppress(OSError):
+        content = path.read_bytes()
+        digests, check = content[:-4], content[-4:]
+        if len(digests) == 8 * rows and zlib.crc32(digests).to_bytes(4, "big") == check:
+            return digests
     return None

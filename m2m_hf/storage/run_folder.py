@@ -41,6 +41,9 @@ class RunFolder:
         self.root = Path(root).absolute()
         self.config = self.root / "config.yaml"
         self.adapters = self.root / "adapters"
+        self.row_digests = (
+            self.root / "row_digests"
+        )  # of what experts were trained on, named by `data` of their `training.json`
         self.head = self.root / "head.safetensors"
         self.targets = self.root / "targets.json"
         self.trials = self.root / "trials.jsonl"

@@ -13,19 +13,28 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from m2m_hf.console import Terminal, duration
+from m2m_hf.core.jsonable import to_json
 from m2m_hf.data.rows import Candidate
 from m2m_hf.errors import InputError
 from m2m_hf.merging.expert import Expert
 from m2m_hf.modeling.devices import broadcast
-from m2m_hf.storage.files import fingerprint, read_json, staging_path, sync
-from m2m_hf.storage.records import experts_noun, files_of, find_incomplete
+from m2m_hf.storage.files import fingerprint, read_json, staging_path, sync, write_json
+from m2m_hf.storage.records import (
+    Drift,
+    compare_rows,
+    experts_noun,
+    files_of,
+    find_incomplete,
+    read_digests,
+    write_digests,
+)
 from m2m_hf.training.experts import load_trained
 from m2m_hf.training.fine_tune import finished, move, planned_steps, publish
 from m2m_hf.training.jobs import Job, train_jobs
 from m2m_hf.training.trainers import Settings
 from m2m_hf.training.uniformity import LAUNCH, differing
 
-NEEDED = {"fingerprint", "data", "uniform", "steps", "seconds", "files"}  # in every `training.json`
+NEEDED = {"fingerprint", "data", "rows", "uniform", "steps", "seconds", "files"}  # in every `training.json`
 MAX_LOST = 0.01  # share of a delta's norm; a warning above it
 
 
@@ -46,12 +55,20 @@ class Bank:
         folder: `OUT/adapters`.
         candidates: each needs an expert.
         facts: candidate -> `uniform_facts`; the same for all, unless `allow_mixed_training`.
+        digests: where the digests of the rows are that experts were trained on.
+        when_changed: `changed_candidates`, what to do about an expert of other rows: `refuse`, `retrain` or `keep`.
     """
 
     def __init__(
-        self, folder: Path, candidates: Mapping[str, Candidate], facts: Mapping[str, Mapping[str, Any]]
+        self,
+        folder: Path,
+        candidates: Mapping[str, Candidate],
+        facts: Mapping[str, Mapping[str, Any]],
+        digests: Path,
+        when_changed: str,
     ) -> None:
         self.folder, self.candidates, self.facts = folder, candidates, facts
+        self.digests, self.when_changed = digests, when_changed
 
     def training(self) -> dict[str, dict[str, Any]]:
         """Returns name -> `training.json` of every expert; its `fingerprint` identifies the expert.
@@ -73,13 +90,55 @@ class Bank:
     def check(self) -> list[str]:
         """Returns the names of the experts that must still be trained, with those that a crash left incomplete.
 
+        Those of other rows than now are among them with `retrain`; with `keep` only if their training failed.
+
         Raises:
-            InputError: an expert was trained with other settings, or on other rows; nothing is overwritten.
+            InputError: an expert was trained with other settings, or, with `refuse`, on other rows; nothing is overwritten.
         """
-        missing = [name for name in self.candidates if find_incomplete(self.folder / name) is not None]
-        records = {name: read_record(self.folder / name) for name in self.candidates if name not in missing}
-        self._refuse_different(self.folder, records)
-        return missing
+        there = self._there()
+        kept = {
+            name: record
+            for name, record in there.items()
+            if record["data"] == self.candidates[name].fingerprint
+            or self.when_changed == "refuse"
+            or (self.when_changed == "keep" and "failed" not in record)
+        }
+        self._refuse_different(self.folder, kept)
+        return [name for name in self.candidates if name not in kept]
+
+    def _there(self) -> dict[str, dict[str, Any]]:
+        """`training.json` of every expert that is complete, of these rows or of others."""
+        folders = {name: self.folder / name for name in self.candidates}
+        return {name: read_record(path) for name, path in folders.items() if find_incomplete(path) is None}
+
+    def changed(self) -> dict[str, Drift]:
+        """Candidate -> what became of its rows since the expert that is there was trained, where they changed."""
+        return self._drifts(self._there())
+
+    def _drifts(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Drift]:
+        drifts = {}
+        for name, record in records.items():
+            candidate, before = self.candidates[name], record["rows"]
+            if record["data"] != candidate.fingerprint:
+                data = str(record["data"])
+                digests = read_digests(self.digests / data, before) if data.isalnum() else None
+                counts = () if digests is None else compare_rows(digests, candidate.digests)
+                now = candidate.fingerprint, len(candidate.rows), candidate.tokens, self.identity(name)
+                drifts[name] = Drift(*now, before, *counts)
+        return drifts
+
+    def remember_rows(self) -> None:
+        """Writes the digests of all rows, and marks the experts that are of other rows (main process)."""
+        for candidate in self.candidates.values():
+            write_digests(self.digests / candidate.fingerprint, candidate.digests)
+        records = self._there()
+        drifts = self._drifts(records)
+        for name, record in records.items():
+            marked = {key: value for key, value in record.items() if key != "stale"}
+            if name in drifts:
+                marked["stale"] = to_json(drifts[name])
+            if marked != record:
+                write_json(self.folder / name / "training.json", marked)
 
     def _refuse_different(self, folder: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuses experts that were trained with other settings than this run's, or on other rows.
@@ -110,13 +169,16 @@ class Bank:
                     f"{noun} {name!r} in {folder} was trained {how}: {'; '.join(differences[name])}. "
                     f"Restore the settings, {remedy}"
                 )
-            if record["data"] != (data := self.candidates[name].fingerprint):
-                remedy = f"delete {folder / name} to train this {noun} again"
-                raise InputError(
-                    f"candidate {name!r} has changed since its {noun} was trained (rows {record['data']} there, {data} now). "
-                    "Restore the data, give the new data another name, or "
-                    + (remedy if ours else f"leave out {noun}s: ({folder})")
-                )
+        if self.when_changed == "refuse" and (drifts := self._drifts(records)):
+            noun = self.noun(1)
+            changes = (
+                f"candidate {name!r} has changed since its {noun} was trained ({drifts[name]})" for name in drifts
+            )
+            raise InputError(
+                f"{'; '.join(changes)}. Restore the rows, {'' if ours else f'leave out {noun}s: ({folder}), '}give the changed "
+                f"ones another name, or set changed_candidates: retrain (its {noun} is trained again, all others and their "
+                f"scores are kept) or keep (its {noun} stands in, marked stale)"
+            )
 
     def take(self, folder: Path, missing: Sequence[str], terminal: Terminal) -> None:
         """Copies missing experts from another bank if they are what this run would train.
@@ -128,6 +190,10 @@ class Bank:
             InputError: one was trained with other settings, on other rows, or is incomplete or modified.
         """
         records = {name: read_record(folder / name, "fetch it again") for name in missing if (folder / name).is_dir()}
+        if self.when_changed == "retrain":
+            for name, drift in self._drifts(records).items():
+                terminal.say(f"{name}: the one in {folder} is of other rows ({drift}), and is not taken", "yellow")
+                del records[name]
         self._refuse_different(folder, records)
         for name, record in records.items():
             if reason := record.get("failed") or find_incomplete(folder / name):
@@ -142,6 +208,7 @@ class Bank:
                     shutil.copyfile(folder / name / file, partial / file)
                 sync(partial)
                 move(self.folder / name)
+            self.remember_rows()
         PartialState().wait_for_everyone()
         if records:
             word = experts_noun(next(iter(records.values())), len(records))
@@ -230,7 +297,10 @@ def tell(name: str, record: Mapping[str, Any], terminal: Terminal) -> None:
 def read_record(folder: Path, remedy: str = "") -> dict[str, Any]:
     """Returns the `training.json` of an expert; refuses one that does not say how the expert was trained."""
     record = read_json(folder / "training.json")
-    if not isinstance(record, dict) or not set(record) >= NEEDED or not isinstance(record["uniform"], dict):
+    kinds = {"uniform": dict, "rows": int}
+    if not isinstance(record, dict) or not (
+        set(record) >= NEEDED and all(isinstance(record[key], kind) for key, kind in kinds.items())
+    ):
         remedy = remedy or f"delete {folder}, and it is made again"
         raise InputError(f"{folder / 'training.json'} does not say how the expert was trained; {remedy}")
     return record

@@ -25,7 +25,7 @@ from m2m_hf.errors import InputError, StoppedError
 from m2m_hf.merging.full_experts import floats
 from m2m_hf.modeling.devices import broadcast, is_sharded, out_of_memory
 from m2m_hf.storage.files import checkpoints, fingerprint, read_json, read_json_or_empty, staging_path, sync, write_json
-from m2m_hf.storage.records import COMPLETE, describe_files, find_incomplete, find_modified
+from m2m_hf.storage.records import COMPLETE, describe_files, find_incomplete, find_modified, is_trained
 from m2m_hf.training.experts import ExpertKind, Tensors
 from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.trainers import DECIMALS, BookkeepingTrainer, LabelTrainer, Settings, make_trainer
@@ -316,14 +316,14 @@ def move(folder: Path) -> None:
 
 
 def finished(folder: Path, of: str) -> bool:
-    """True if `folder` is complete (collective); a crash may have left it in its staging path, where `of` must identify it."""
-    if PartialState().is_main_process and find_incomplete(folder) is not None:
+    """True if `folder` is complete and holds what `of` identifies (collective); a crash may have left it in its staging path."""
+    if PartialState().is_main_process and not is_trained(folder, of):
         partial = staging_path(folder)
         ended = read_json_or_empty(folder.parent / TOGETHER).get(folder.name)
         if ended and partial.is_dir():
             write_json(partial / "training.json", ended)
             if find_modified(partial):  # of another training than this one
                 (partial / "training.json").unlink()
-        if find_incomplete(partial) is None and read_json_or_empty(partial / "training.json").get("fingerprint") == of:
+        if is_trained(partial, of):
             move(folder)
-    return broadcast(find_incomplete(folder) is None)
+    return broadcast(is_trained(folder, of))

@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from m2m_hf.console import Bar
 from m2m_hf.modeling.devices import broadcast, is_sharded
 from m2m_hf.storage.files import checkpoints, read_json, staging_path, write_json
-from m2m_hf.storage.records import COMPLETE, find_incomplete, last_common
+from m2m_hf.storage.records import COMPLETE, is_trained, last_common
 from m2m_hf.training.fine_tune import (
     TOGETHER,
     as_launched,
@@ -227,7 +227,7 @@ def steps_left(trainings: Sequence[tuple[Path, str, int]], parallel: int | str) 
     begun = {of: checkpoints_of(folder, of) for folder, of, _ in trainings}
     groups = [[of] for of in begun] if parallel == 1 else [list(begun)]
     start = {of: step for group in groups for of, step in starts(group, begun).items()}
-    return [0 if find_incomplete(folder) is None else max(1, steps - start[of]) for folder, of, steps in trainings]
+    return [0 if is_trained(folder, of) else max(1, steps - start[of]) for folder, of, steps in trainings]
 
 
 def train_group(

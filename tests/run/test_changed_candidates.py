@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from pico import candidate_rows, changed, language_searcher, lines, m2m, write_rows
 
 from m2m_hf.core.mixture import Mixture
@@ -216,8 +217,12 @@ def test_a_stale_single_is_not_known_by_its_adapter(finished):
     assert {Mixture.subset([worst])} == {one.mixture for one in verified.mixtures[:5] if len(one.mixture) == 1}
 
 
-def test_a_study_says_which_of_its_mixtures_compare_different_rows(drifted, capsys):
-    found = language_searcher(drifted, "--changed_candidates", "keep").fidelity()
+def test_a_study_says_which_of_its_mixtures_compare_different_rows(project, capsys):
+    targets = yaml.safe_load((project / "run.yaml").read_text())["targets"]
+    changed(project, "run", targets={"colours": targets["colours"] | {"metric": "logprob"}})
+    language_searcher(project).train_adapters()
+    write_rows(project / "beta.jsonl", NEW)
+    found = language_searcher(project, "--changed_candidates", "keep").fidelity()
     assert found["stale"] == ["beta"]
     singles = {
         next(iter(one["mixture"])): one["merged"]["score"] - one["trained"]["score"]
@@ -226,7 +231,7 @@ def test_a_study_says_which_of_its_mixtures_compare_different_rows(drifted, caps
     }
     noise = [apart**2 for name, apart in singles.items() if name != "beta"]
     assert found["training_noise"] == pytest.approx((sum(noise) / len(noise)) ** 0.5)
-    assert m2m("fidelity", "--config", drifted / "out" / "config.yaml") == 0
+    assert m2m("fidelity", "--config", project / "out" / "config.yaml") == 0
     assert "stale: beta; of 4 of the 7 mixtures different rows are compared" in capsys.readouterr().out
 
 

@@ -24,12 +24,12 @@ from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 
 ASKED = 128  # rows of a candidate, those of all experts together: as much as training on 43 of them
 MOST, LEAST = 64, 16  # rows of a candidate that an expert is asked
-ROWS = 64  # of a target, to see what half of an expert does
+ROWS, MORE = 64, 256  # of a target, to see what half of an expert does; more where that may be better
 
 
 def find_relations(run: RunContext, result: SearchResult) -> Relations:
     """How candidates and experts relate; kept in the run folder (collective)."""
-    path, key = run.folder.trained / "relations.json", fingerprint([ASKED, ROWS, run.study_fingerprint])
+    path, key = run.folder.trained / "relations.json", fingerprint([ASKED, ROWS, MORE, run.study_fingerprint])
     known = broadcast(read_json_or_empty(path))
     if known.get("fingerprint") == key:
         return from_json(Relations, known)
@@ -89,17 +89,30 @@ def pairs(run: RunContext, stack: Stack) -> list[Pair]:
 
 
 def half_strength(run: RunContext, result: SearchResult, stack: Stack) -> dict[str, HalfStrength]:
-    """What half of an expert's change does to the log-probability of right answers, on some rows of every target.
+    """What half of an expert's change does to the log-probability of right answers, on some rows of every target."""
+    found = halved(run, result, stack, stack.names, ROWS)
+    unsure = [
+        name
+        for name, one in found.items()
+        if all(gain.value > (gain.stderr or 0.0) for gain in (one.over_whole, one.over_base))
+    ]
+    return found | (halved(run, result, stack, unsure, MORE) if unsure else {})
+
+
+def halved(
+    run: RunContext, result: SearchResult, stack: Stack, names: Sequence[str], count: int
+) -> dict[str, HalfStrength]:
+    """The same of some experts, on so many rows of every target.
 
     What the journal knows of the base model and of whole experts is not scored again.
     """
     found: dict[str, dict[tuple[str, float], Score]] = {}
-    wanted = [("", 0.0), *((name, strength) for strength in (1.0, 0.5) for name in stack.names)]
+    wanted = [("", 0.0), *((name, strength) for strength in (1.0, 0.5) for name in names)]
     same = run.merge_method == AVERAGE and run.config.objective in ("merged", "ensemble")
     for target, scorer in run.validation_scorers.items():
         if not isinstance(scorer, LogprobScorer):
             return {}
-        rows = race_order(scorer.fingerprint, scorer.examples)[:ROWS]
+        rows = race_order(scorer.fingerprint, scorer.examples)[:count]
         scores = found[target] = {}
         for name, strength in wanted:
             standing = result.standings.get(Mixture.subset([name] if name else []))
@@ -125,7 +138,7 @@ def half_strength(run: RunContext, result: SearchResult, stack: Stack) -> dict[s
 
     return {
         name: HalfStrength(gain(name, whole), gain(name, ("", 0.0)), gain(name, whole, likelihood=False).value)
-        for name in stack.names
+        for name in names
         if all({whole := (name, 1.0), (name, 0.5), ("", 0.0)} <= scores.keys() for scores in found.values())
     }
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,7 @@ def test_a_classifiers_rows_are_choices_among_the_labels_that_they_were_trained_
 @pytest.mark.parametrize("change", ["", "objective: trained\n"])
 def test_half_an_expert_is_compared_on_the_same_rows(change, project, monkeypatch):
     monkeypatch.setattr(relations, "ROWS", 7)
+    monkeypatch.setattr(relations, "MORE", 7)
     path = project / "run.yaml"
     path.write_text(path.read_text() + change)
     one = language_searcher(project)
@@ -160,3 +162,18 @@ def test_over_trained_adapters_are_named_and_others_are_not(finished):
     assert [*about_relations(replace(run, relations=Relations(half_strength={"alpha": half(0.2, 0.4)})))]
     many = {str(number): half(0.2, 0.4) for number in range(9)}
     assert not [*about_relations(replace(run, relations=Relations(half_strength=many)))]
+
+
+def test_more_rows_are_asked_where_half_may_be_better(monkeypatch):
+    asked = []
+
+    def halved(run, result, stack, names, count):
+        asked.append((list(names), count))
+        first = {"alpha": half(0.15, 0.2), "beta": half(0.05, 0.2), "gamma": half(0.2, 0.05)}
+        return first if len(asked) == 1 else {"alpha": half(0.3, 0.3)}
+
+    monkeypatch.setattr(relations, "halved", halved)
+    stack = SimpleNamespace(names=("alpha", "beta", "gamma"))
+    found = relations.half_strength(None, None, stack)
+    assert asked == [(["alpha", "beta", "gamma"], relations.ROWS), (["alpha"], relations.MORE)]
+    assert [one.over_whole.value for one in found.values()] == [0.3, 0.05, 0.2]

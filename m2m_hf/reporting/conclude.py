@@ -153,18 +153,18 @@ def about_relations(run: FinishedRun) -> Warnings:
     if copies:
         yield (
             "near_copies",
-            f"near copies: {listed(copies)}; together they count twice in a mixture, so keep one or make them one candidate",
+            f"near copies: {first_of(copies)}; together they count twice in a mixture, so keep one or make them one candidate",
         )
     found = [f"{name} (by {one.over_whole.value:.3f})" for name, one in run.relations.over_trained().items()]
     if found and run.objective != "trained":
         yield (
             "over_trained",
             f"over-trained: the targets' right answers are likelier with half of the {run.expert} than with all of it: "
-            f"{listed(found)}; train fewer epochs, or at a lower learning_rate",
+            f"{first_of(found)}; train fewer epochs, or at a lower learning_rate",
         )
 
 
-def listed(words: Sequence[str], most: int = 6) -> str:
+def first_of(words: Sequence[str], most: int = 6) -> str:
     """Words behind each other; of many the first."""
     more = len(words) - most
     return ", ".join(words[:most]) + (f" and {more} more (summary.json)" if more > 0 else "")

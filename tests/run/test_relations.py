@@ -125,6 +125,21 @@ def test_rows_that_do_not_fit_whole_are_not_asked(project):
     assert set(found.gains["alpha"]) == {"alpha", "beta", "gamma"}
 
 
+@pytest.mark.parametrize("flags", [(), ("--assistant_only_loss", "true")])
+def test_of_a_conversation_the_last_turn_is_asked(flags, project):
+    turns = [("user", "red?"), ("assistant", "green"), ("user", "two?"), ("assistant", "one blue")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    for name in ("alpha", "beta", "gamma"):
+        write_rows(project / f"{name}.jsonl", [row] * 3)
+    run = language_searcher(project, *flags).run
+    scorer = run.task.own_scorer("alpha", 2, run.scoring_setup)
+    whole, before = (
+        run.task.tokenizer.apply_chat_template(row["messages"][:end], add_generation_prompt=end == 3)["input_ids"]
+        for end in (4, 3)
+    )
+    assert scorer.counts == [len(whole) - len(before)] * 2
+
+
 def test_near_copies_are_named_and_others_are_not(project, capsys):
     write_rows(project / "beta.jsonl", [*candidate_rows("alpha")[3:], *candidate_rows("beta")])
     assert m2m("search", project / "run.yaml") == 0

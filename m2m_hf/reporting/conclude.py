@@ -145,7 +145,7 @@ def about_candidates(run: FinishedRun, joined: Mapping[str, Sequence[float]]) ->
 
 def about_relations(run: FinishedRun) -> Warnings:
     """Near copies, and experts that were trained for too long."""
-    sizes = {name: one.rows for name, one in run.training.items()}
+    sizes = {name: (one.stale or one).rows for name, one in run.training.items()}
     copies = []
     for one in run.relations.near_copies(sizes):
         shared = f"{one.shared_rows:,} of {min(sizes[name] for name in one.pair):,} rows shared"

@@ -24,7 +24,7 @@ from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 
 ASKED = 128  # rows of a candidate, those of all experts together: as much as training on 43 of them
 MOST, LEAST = 64, 16  # rows of a candidate that an expert is asked
-ROWS, MORE = 64, 256  # of a target, to see what half of an expert does; more where that may be better
+ROWS, MORE = 32, 256  # of a target, to see what half of an expert does; more where that may be better
 
 
 def find_relations(run: RunContext, result: SearchResult) -> Relations:
@@ -91,11 +91,7 @@ def pairs(run: RunContext, stack: Stack) -> list[Pair]:
 def half_strength(run: RunContext, result: SearchResult, stack: Stack) -> dict[str, HalfStrength]:
     """What half of an expert's change does to the log-probability of right answers, on some rows of every target."""
     found = halved(run, result, stack, stack.names, ROWS)
-    unsure = [
-        name
-        for name, one in found.items()
-        if all(gain.value > (gain.stderr or 0.0) for gain in (one.over_whole, one.over_base))
-    ]
+    unsure = [name for name, one in found.items() if min(one.over_whole.value, one.over_base.value) > 0]
     return found | (halved(run, result, stack, unsure, MORE) if unsure else {})
 
 

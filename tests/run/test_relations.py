@@ -184,11 +184,11 @@ def test_more_rows_are_asked_where_half_may_be_better(monkeypatch):
 
     def halved(run, result, stack, names, count):
         asked.append((list(names), count))
-        first = {"alpha": half(0.15, 0.2), "beta": half(0.05, 0.2), "gamma": half(0.2, 0.05)}
+        first = {"alpha": half(0.15, 0.2), "beta": half(-0.05, 0.2), "gamma": half(0.2, -0.05)}
         return first if len(asked) == 1 else {"alpha": half(0.3, 0.3)}
 
     monkeypatch.setattr(relations, "halved", halved)
     stack = SimpleNamespace(names=("alpha", "beta", "gamma"))
     found = relations.half_strength(None, None, stack)
     assert asked == [(["alpha", "beta", "gamma"], relations.ROWS), (["alpha"], relations.MORE)]
-    assert [one.over_whole.value for one in found.values()] == [0.3, 0.05, 0.2]
+    assert [one.over_whole.value for one in found.values()] == [0.3, -0.05, 0.2]

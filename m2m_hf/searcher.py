@@ -212,8 +212,7 @@ class MergeToMixSearcher:
         if self._selection is None or callbacks:
             self.train_adapters()
             result = self._search(callbacks)
-            verified = self.run.config.fine_tunes
-            self._selection = verify(self.run, result) if verified else Selection(self.run, result)
+            self._selection = verify(self.run, result) if self.run.fine_tunes else Selection(self.run, result)
         return self._selection
 
     def _search(self, callbacks: Sequence[SearchCallback]) -> SearchResult:

@@ -156,7 +156,8 @@ def m2m(*arguments: object) -> int:
     return main([str(one) for one in arguments])
 
 
-SETTINGS = f"""lora_r: 4
+SETTINGS = f"""fine_tunes: 0
+lora_r: 4
 parallel_adapters: 1
 learning_rate: 1.0e-2
 max_steps: 3

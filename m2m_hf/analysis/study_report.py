@@ -130,6 +130,44 @@ class StudyReport:
 
 
 @dataclass(frozen=True)
+class ExpectedMixture:
+    """What fine-tuning on a mixture is expected to give; `trained` is what it has given, where it was done."""
+
+    mixture: Mixture
+    surrogate: float
+    expected: float
+    spread: float
+    trained: float | None
+
+
+@dataclass(frozen=True)
+class NextFineTune:
+    """The mixture that is best fine-tuned next, and the probability that it scores higher than the chosen one."""
+
+    mixture: Mixture
+    probability: float
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """How far the chosen mixture may be from the best one; see `beliefs.Beliefs`.
+
+    Args:
+        behind: with a probability of 0.5 and of 0.9, the best mixture is better by no more than this.
+        training_noise: standard deviation of the score of a training with another seed, as expected.
+        within_noise: the probability that the best mixture is better by no more than that.
+        next: the mixture to fine-tune next, and the probability that it scores higher; None where all were.
+        mixtures: those with the highest expectation, best first.
+    """
+
+    behind: Mapping[str, float]
+    training_noise: float
+    within_noise: float
+    next: NextFineTune | None
+    mixtures: tuple[ExpectedMixture, ...]
+
+
+@dataclass(frozen=True)
 class Verification:
     """The mixtures that were fine-tuned before choosing (`fine_tunes`); `by_search` is what the search alone would choose."""
 
@@ -139,6 +177,7 @@ class Verification:
     failed: tuple[FailedMixture, ...]
     agreement: Mapping[str, Mapping[str, Agreement]]
     training_noise: float | None
+    expectation: Expectation
     baselines: Mapping[str, Baseline] | None
 
 

@@ -131,7 +131,7 @@ targets:
     scorer: {scorer}
 
 # strategy: auto           # needed for more than 16 candidates; how to search, see m2m select --help
-# fine_tunes: 3            # really fine-tune three mixtures before choosing
+# fine_tunes: 0            # choose by averages alone; by default three mixtures are really fine-tuned first
 # objective: trained       # really fine-tune all that are scored: dear, and the truth; max_trials bounds how many
 {lost}"""
 

@@ -33,7 +33,8 @@ YAML_ONLY = ("candidates", "targets", "labels", "merge_parameters", "final")
 CLASSIFICATION = "task: sequence_classification or image_classification"
 CONTINUOUS = ("auto", "random", "bayes", "gradient")
 NOT_TRAINED = {  # field -> what objective: trained takes, and why nothing else
-    "fine_tunes": ((0,), "fine-tunes every mixture that it scores"),
+    "fine_tunes": ((None, "0", 0), "fine-tunes every mixture that it scores"),
+    "method": ((None,), "merges nothing"),
     "merge_method": (("average",), "merges nothing"),
     "weights": (("equal",), "could not tell apart weights that come to the same rows"),
     "race": ((None, False), "spends its time on fine-tuning, and no race saves that"),
@@ -41,7 +42,16 @@ NOT_TRAINED = {  # field -> what objective: trained takes, and why nothing else
     "max_seconds": ((None,), "is bounded by max_trials"),
     "allow_mixed_training": ((False,), "trains every mixture with the run's own settings"),
 }
+MERGE_TO_MIX = {  # what method: merge_to_mix takes
+    "objective": ("merged",),
+    "merge_method": ("average",),
+    "weights": ("equal",),
+    "fine_tunes": (None, "0", 0),
+    "one_standard_error": (False,),
+}
 MAX_EXHAUSTIVE = 16
+FINE_TUNES = 3
+NUMBER = re.compile("[0-9]{1,6}")
 SOURCES = Rule(
     "org/name, org/name@revision, a folder, or {candidate: any of these}",
     lambda value: (
@@ -52,7 +62,7 @@ SOURCES = Rule(
 
 def number_of(value: Any) -> int:
     """The whole number that a value or a flag is; 0 for anything else."""
-    return int(value) if type(value) is int or (isinstance(value, str) and re.fullmatch("[0-9]{1,6}", value)) else 0
+    return int(value) if type(value) is int or (isinstance(value, str) and NUMBER.fullmatch(value)) else 0
 
 
 def filled(example: str) -> Rule:
@@ -199,11 +209,18 @@ class MergeToMixConfig:
         "Let candidates have training: of their own. Their adapters then no longer stand for one model trained on all of "
         "them; recipes/ablate_uniformity.py measures what that costs.",
     )
-    fine_tunes: int = option(
-        integer(0),
-        0,
-        "How many mixtures to really fine-tune before choosing by their scores: the best of two or more by the search, then all "
-        "candidates together, then the next best. 0: choose by the search alone.",
+    method: str | None = option(
+        one_of("merge_to_mix"),
+        help="merge_to_mix: the paper's method, unchanged: the best average of all subsets, nothing fine-tuned before choosing.",
+    )
+    fine_tunes: str | None = option(
+        Rule(
+            "auto, or an integer of at least 0",
+            lambda value: value == "auto" or NUMBER.fullmatch(str(value)) is not None,
+        ),
+        help="How many mixtures to really fine-tune before choosing by their scores: the best of two or more by the search, all "
+        "candidates together, then those from which the choice is expected to gain most. 0: choose by the search alone; auto: as "
+        "many as take twice the steps of the adapters, 1 to 8 (default: 3).",
     )
     fidelity_mixtures: int | None = option(
         integer(4), help="m2m fidelity: mixtures to fine-tune (default: all where there are up to 15, else 16)."
@@ -225,6 +242,7 @@ class MergeToMixConfig:
         given = {key: value for key, value in values.items() if value is not None or key not in optional}
         checks.check_fields(given, checks.rules(MergeToMixConfig))
         self.parallel = number_of(self.parallel_adapters) or "auto"
+        self.to_verify = self._to_verify()
         folder = Path(self.folder or ".").absolute()
         self.adapters, self.experts = resolve_sources(self.adapters, folder), resolve_sources(self.experts, folder)
         self.parsed_labels = checks.names_of_labels(self.labels)
@@ -239,6 +257,12 @@ class MergeToMixConfig:
         for problems in (task_problems, expert_problems, search_problems, candidate_problems):
             for problem in problems(self):
                 raise InputError(problem)
+
+    def _to_verify(self) -> int | str:
+        """How many mixtures are fine-tuned before one is chosen, or `auto`."""
+        if self.fine_tunes is None:
+            return 0 if self.method or self.objective == "trained" else FINE_TUNES
+        return "auto" if self.fine_tunes == "auto" else number_of(self.fine_tunes)
 
     @property
     def bank(self) -> str | dict[str, str] | None:
@@ -332,6 +356,9 @@ def search_problems(config: MergeToMixConfig) -> Iterator[str]:
     for name, (taken, why) in NOT_TRAINED.items() if config.objective == "trained" else ():
         if (value := getattr(config, name)) not in taken:
             yield f"{name}: {value!r} does not go with objective: trained, which {why}; leave it out"
+    for name, allowed in MERGE_TO_MIX.items() if config.method else ():
+        if (value := getattr(config, name)) not in allowed:
+            yield f"{name}: {value!r} is not of method: merge_to_mix, the method of the paper; leave out one of the two"
     check_merge_parameters(config.merge_method, config.merge_parameters, "merge_parameters")
 
 

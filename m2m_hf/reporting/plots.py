@@ -150,6 +150,29 @@ def heat_map(
     return figure
 
 
+def expected(run: FinishedRun) -> Figure | None:
+    """What fine-tuning is expected to give and has given, by mixture, beside what the search said."""
+    if run.verified is None:
+        return None
+    found = run.verified.expectation
+    shown = found.mixtures[:SHOWN]
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(shown)))
+    axes = figure.subplots()
+    noise = found.training_noise
+    axes.axvspan(run.choice.value - noise, run.choice.value + noise, color=LINE, alpha=0.5, lw=0)
+    for row, one in enumerate(shown):
+        colour = FIRST if one.mixture == run.best.mixture else INK
+        axes.plot(one.surrogate, row, "x", ms=4.5, color=SECOND)
+        axes.errorbar(one.expected, row, xerr=one.spread, color=MUTED, elinewidth=1.2)
+        if one.trained is not None or not one.spread:
+            axes.plot(one.expected if one.trained is None else one.trained, row, "o", ms=5, color=colour)
+    axes.set_yticks(range(len(shown)), [short(str(one.mixture)) for one in shown])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(short(run.metric))
+    return figure
+
+
 def fidelity(run: FinishedRun) -> Figure | None:
     """The scores that mixtures were predicted against those of the fine-tuned models, by surrogate."""
     study = run.fidelity
@@ -212,6 +235,7 @@ PICTURES: dict[str, Callable[[FinishedRun], Figure | None]] = {
     "interactions": interactions,
     "taught": taught,
     "likeness": likeness,
+    "expected": expected,
     "fidelity": fidelity,
     "curves": curves,
 }

@@ -153,8 +153,9 @@ class Status:
         whole = summary is not None and all(Mixture.subset([name]) in scored for name in summary.singles)
         if summary is not None and whole and self.belongs(summary, space) and not (rest.exact and rest.mixtures):
             self.lines.append(f"search: finished; chosen {summary.best.mixture}, score {summary.best.score:.3f}")
-            if self.config.fine_tunes and summary.verified is None:
-                self.left.append(f"up to {self.config.fine_tunes} mixtures to fine-tune (fine_tunes)")
+            if (count := self.config.to_verify) and summary.verified is None:
+                most = "" if count == "auto" else f"up to {count} "
+                self.left.append(f"{most}mixtures to fine-tune (fine_tunes)")
             return summary
         what = "fine-tune and score" if self.config.objective == "trained" else "score"
         self.left.append(f"up to {rest.mixtures:,} of {rest.total:,} mixtures to {what}")

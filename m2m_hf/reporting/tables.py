@@ -93,11 +93,26 @@ def remarks(run: FinishedRun) -> Iterator[str]:
     """The lines under the end table: what was chosen, what to beware of, what the figures mean and what they cost."""
     yield ""
     yield f"chosen: {run.best.mixture}" + (f"; left out: {', '.join(run.left_out)}" if run.left_out else "")
+    yield from about_expectation(run)
     yield from about_selection_bias(run)
     yield from (one.text for one in run.warnings)
     yield from about_search(run)
     yield from explanations(run)
     yield cost_line(run)
+
+
+def about_expectation(run: FinishedRun) -> Iterator[str]:
+    """How far the choice may be from the best mixture, and whether more fine-tunes would pay."""
+    if run.verified is None:
+        return
+    found = run.verified.expectation
+    most, half, noise = (number(value, 3) for value in (found.behind["0.9"], found.behind["0.5"], found.training_noise))
+    yield (
+        f"90 % sure: no mixture is better by more than {most} (50 %: {half}); within one training's noise (about {noise}) of the "
+        f"best: {found.within_noise:.0%}"
+    )
+    if found.next:
+        yield f"one more fine-tune, of {found.next.mixture}, would find a better one with {found.next.probability:.0%}"
 
 
 def about_selection_bias(run: FinishedRun) -> Iterator[str]:

@@ -147,7 +147,7 @@ def check_trainings(run: RunContext, bare: PreTrainedModel) -> None:
     due = {f"candidates.{name}": (*run.candidate_settings(name), run.candidates[name]) for name in to_train}
     if (run.config.final or (imported and run.config.train_final)) and find_incomplete(run.folder.final) is not None:
         due |= {f"final, on {name} alone": (*run.final_settings, one) for name, one in run.candidates.items()}
-    if imported and (run.config.objective == "trained" or run.config.fine_tunes):
+    if imported and (run.config.objective == "trained" or run.config.to_verify):
         due |= {f"mixtures with {name}": (run.args, run.model_args, one) for name, one in run.candidates.items()}
     tried = set()
     for where, (args, model_args, candidate) in due.items():

@@ -6,15 +6,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import yaml
 
+from m2m_hf.analysis.beliefs import Beliefs
 from m2m_hf.analysis.fidelity import sample
 from m2m_hf.analysis.relations import Relations
 from m2m_hf.analysis.similarity import candidate_content, similarity, target_content
 from m2m_hf.analysis.study import RANDOM, Choice
-from m2m_hf.analysis.study_report import Baseline, StudyReport, Verification
+from m2m_hf.analysis.study_report import Baseline, Expectation, ExpectedMixture, NextFineTune, StudyReport, Verification
 from m2m_hf.core.jsonable import from_json, to_json
 from m2m_hf.core.mixture import Mixture
+from m2m_hf.core.score import paired
 from m2m_hf.core.trial import Standing
 from m2m_hf.errors import InputError
 from m2m_hf.modeling.devices import broadcast
@@ -33,9 +36,13 @@ from m2m_hf.reporting.finished_run import (
 from m2m_hf.run.context import RunContext
 from m2m_hf.run.final import read_final
 from m2m_hf.run.relations import find_relations
-from m2m_hf.search.result import SearchResult, best_scored, score_of
+from m2m_hf.search.result import SearchResult, score_of
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
 from m2m_hf.training.fine_tune import finished
+
+BELIEVED = 512  # mixtures, the best by the search, among which the next fine-tunes are chosen
+SHOWN = 40  # of these, the best, that the report tells of
+LEVELS = (0.5, 0.9)
 
 
 @dataclass
@@ -132,28 +139,39 @@ class Selection:
 def verify(run: RunContext, result: SearchResult) -> Selection:
     """Fine-tunes as many mixtures as `fine_tunes` says, and chooses by what these score.
 
-    The best of two or more by the search, then all candidates together, then the next best. A single candidate's adapter is its
-    fine-tune, unless it is stale, and tells its score; it is fine-tuned beyond that number only where it is the best. A mixture
-    that makes a target worse than the base model by more than its `min_delta` cannot be chosen.
+    The best of two or more by the search and all candidates together, then those from which the choice is expected to gain most,
+    in the light of what was fine-tuned so far. A single candidate's adapter is its fine-tune, unless it is stale, and tells its
+    score; it is fine-tuned beyond that number only where it is the best. A mixture that makes a target worse than the base model
+    by more than its `min_delta` cannot be chosen.
 
     Raises:
         InputError: no mixture could be fine-tuned, or may be chosen.
     """
-    study, count = run.study, run.config.fine_tunes
-    everything = Mixture.subset(run.space.names)
-    ranking = [result.best.mixture, *(one.mixture for one in result.ranking)]
-    # Stable: singles last, but for those whose adapters are of other rows.
-    best, *others = sorted(ranking, key=lambda mixture: len(mixture) == 1 and mixture.names[0] not in study.stale)
-    mixtures = [*dict.fromkeys([best, *([everything] if everything in run.space else []), *others])][:count]
-    run.terminal.say(f"fine-tuning {len(mixtures)} mixtures before choosing, {run.describe_steps()}")
-    trained = study.trained_standings(mixtures, result.base)
-    single = best_scored(
-        one for one in result.ranking if len(one.mixture) == 1 and one.mixture.names[0] not in study.stale
-    )
-    known = [score_of(one).value for one in trained if one.may_be_chosen]
-    if single and single.mixture not in mixtures and score_of(single).value > max(known, default=-math.inf):
-        trained += study.trained_standings([single.mixture], result.base)
-    found = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
+    study, count = run.study, run.fine_tunes
+    listed = believable(run, result)
+    mixtures = [one.mixture for one in listed]
+    beliefs = Beliefs(*evidence(run, listed))
+    for place, mixture in enumerate(mixtures):
+        if len(mixture) == 1 and study.uniform and mixture.names[0] not in study.stale:
+            beliefs.learn(place, score_of(listed[place]).value, is_surrogate=True)
+    larger = [place for place, mixture in enumerate(mixtures) if len(mixture) > 1] or [0]
+    everything = [place for place in larger if mixtures[place] == Mixture.subset(run.space.names)]
+    wanted = [*dict.fromkeys([larger[0], *everything])][:count]
+    run.terminal.say(f"fine-tuning up to {count} mixture{'s' * (count > 1)} before choosing, {run.describe_steps()}")
+    trained: list[Standing] = []
+    while wanted:
+        found = study.trained_standings([mixtures[place] for place in wanted], result.base)
+        for place, standing in zip(wanted, found, strict=True):
+            if standing.score:
+                beliefs.learn(place, standing.score.value, may_be_chosen=standing.may_be_chosen)
+            else:
+                beliefs.leave_out(place)
+        trained += found
+        wanted = beliefs.next(min(count - len(trained), run.fine_tunes_at_once))
+    best = mixtures[beliefs.best]
+    if len(best) == 1 and best not in [one.mixture for one in trained]:
+        trained += study.trained_standings([best], result.base)
+    report = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
     allowed = [one for one in trained if one.may_be_chosen]
     if not allowed:
         raise InputError(
@@ -162,12 +180,65 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
         )
     allowed.sort(key=lambda one: -score_of(one).value)  # stable: among equals the first
     chosen = allowed[0].mixture
+    beliefs.learn(mixtures.index(chosen), score_of(allowed[0]).value, is_surrogate=len(chosen) == 1)
     (merged,) = study.standings(run.objectives(run.config.objective), [chosen], "scoring mixtures")
     result.standings[chosen] = replace(merged, short=())
     verified = Verification(
-        result.best.mixture, found.uniform, found.mixtures, found.failed, found.agreement, found.training_noise, None
-    )
+        result.best.mixture, report.uniform, report.mixtures, report.failed, report.agreement, report.training_noise,
+        expectation(beliefs, listed, trained), None,
+    )  # fmt: skip
     return Selection(run, replace(result, best=result.standings[chosen]), allowed, verified)
+
+
+def believable(run: RunContext, result: SearchResult) -> list[Standing]:
+    """The mixtures among which the next fine-tunes are chosen: the best by the search, its choice first, singles, and all."""
+    ranking = [result.best, *(one for one in result.ranking if one is not result.best)]
+    kept = [*ranking[:BELIEVED], *(one for one in ranking[BELIEVED:] if len(one.mixture) == 1)]
+    everything = result.standings.get(Mixture.subset(run.space.names))
+    if everything and everything.complete and everything.mixture in run.space:
+        kept.append(everything)
+    return list({one.mixture: one for one in kept}.values())
+
+
+def evidence(run: RunContext, listed: Sequence[Standing]) -> tuple[Any, list[Any]]:
+    """(weights of shape (mixtures, candidates), what each surrogate says of these): the search's own, and the ensemble."""
+    names = run.space.names
+    weights = np.array([[one.mixture.weights.get(name, 0.0) for name in names] for one in listed])
+    scores = [np.array([score_of(one).value for one in listed])]
+    ensemble = run.study.surrogates.get("ensemble") if run.config.objective != "ensemble" else None
+    if ensemble:
+        found = run.study.standings(ensemble, [one.mixture for one in listed], "scoring mixtures (ensemble)")
+        values = np.array([one.score.value if one.score else math.nan for one in found])
+        if not np.isnan(values).all():
+            scores.append(np.where(np.isnan(values), np.nanmin(values), values))
+    return weights, scores
+
+
+def expectation(beliefs: Beliefs, listed: Sequence[Standing], trained: Sequence[Standing]) -> Expectation:
+    """What is believed once a mixture is chosen."""
+    known = {one.mixture: score_of(one).value for one in trained if one.score}
+    chosen = listed[beliefs.best]
+    errors = [paired(one.scores, chosen.scores, one.weights)[1] or 0.0 for one in listed]
+    behind, noise = beliefs.behind(np.array(errors))
+    spread = beliefs.spread
+    order = sorted(range(len(listed)), key=lambda place: -beliefs.mean[place])[:SHOWN]
+    rows = [
+        ExpectedMixture(
+            listed[place].mixture,
+            float(beliefs.surrogate[place]),
+            float(beliefs.mean[place]),
+            float(spread[place]),
+            known.get(listed[place].mixture),
+        )
+        for place in order
+    ]
+    return Expectation(
+        {f"{level:g}": float(np.quantile(behind, level)) for level in LEVELS},
+        float(np.median(noise)),
+        float((behind <= noise).mean()),
+        next((NextFineTune(listed[place].mixture, beliefs.beaten_by(place)) for place in beliefs.next()), None),
+        tuple(rows),
+    )
 
 
 def baseline_scores(run: RunContext, result: SearchResult) -> dict[str, Baseline]:

@@ -37,6 +37,7 @@ from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.run_folder import END, RunFolder
 from m2m_hf.training.bank import Bank
 from m2m_hf.training.experts import ExpertKind, expert_kind
+from m2m_hf.training.fine_tune import mixture_steps
 from m2m_hf.training.trainers import Settings
 from m2m_hf.training.uniformity import LAUNCH, differing, uniform_facts
 
@@ -268,6 +269,22 @@ class RunContext:
             self.config.parallel,
             self.launch_changes(),
         )
+
+    @property
+    def fine_tunes(self) -> int:
+        """How many mixtures are fine-tuned before one is chosen; as `auto` as many as take twice the steps of the adapters."""
+        if isinstance(count := self.config.to_verify, int):
+            return count
+        sizes = {name: len(one.rows) for name, one in self.candidates.items()}
+        alone = sum(mixture_steps(self.args, self.candidates, {name: rows}) for name, rows in sizes.items())
+        return min(8, max(1, 2 * alone // mixture_steps(self.args, self.candidates, sizes)))
+
+    @property
+    def fine_tunes_at_once(self) -> int:
+        """How many of these are trained in one go, once the first two are."""
+        if isinstance(count := self.config.parallel, int):
+            return count
+        return 1 if self.args.device.type == "cpu" else 4
 
     def launch_changes(self) -> list[str]:
         """How this launch differs from the one that trained the experts."""

@@ -62,8 +62,8 @@ def estimate(run: RunContext) -> list[str]:
         return f"about {duration(steps * per_step)} ({per_step:.2f} s a step{less * (models > 1)})"
 
     trained = config.objective == "trained"
-    fine_tunes = fine_tuning_steps(run, mixtures - 1 if trained else config.fine_tunes, not missing)
-    if (trained or config.fine_tunes) and not config.final:
+    fine_tunes = fine_tuning_steps(run, mixtures - 1 if trained else run.fine_tunes, not missing)
+    if (trained or run.fine_tunes) and not config.final:
         final_steps = 0  # the chosen one is there
     lines = [f"{noun}: all trained"]
     if missing:
@@ -80,7 +80,7 @@ def estimate(run: RunContext) -> list[str]:
             + training_time(sum(fine_tunes), len(fine_tunes))
         )
     final = f"final fine-tune: up to {final_steps:,} steps, {training_time(final_steps, 1)}"
-    among = (trained or config.fine_tunes) and config.train_final
+    among = (trained or run.fine_tunes) and config.train_final
     none = "the final model is one of them" if among else "no final fine-tune"
     lines.append(final if final_steps else none)
     lines.append(f"peak memory while measuring: {memory / 2**30:.1f} GiB")

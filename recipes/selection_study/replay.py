@@ -3,12 +3,14 @@
 ```bash
 python recipes/selection_study/replay.py                       # all tables, 0 to 5 fine-tunes
 python recipes/selection_study/replay.py --fine_tunes 3 --cases
+python recipes/selection_study/replay.py --fit                 # the prior of `m2m_hf.analysis.beliefs`
 ```
 
 Regret is by how much the best mixture is better than the model that comes of a choice, on the sealed rows: the best as the
 mean over seeds, the model as it was trained with the seed at hand, since a mixture that was fine-tuned to choose it is the final
 model. It is given as a share of what the best is better than the median mixture, and in standard deviations of a training: the
-same rows, another seed.
+same rows, another seed; where a way of training has one seed only, of the other ways of the same case. What is fitted is fitted
+on all other cases.
 """
 
 import sys
@@ -20,12 +22,11 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from beliefs import Beliefs, Floats
 from choosing import (
     Problem,
     Way,
@@ -34,17 +35,21 @@ from choosing import (
     best_single,
     by,
     by_both,
-    grid,
+    fitted,
     most_similar,
     sequential,
     verified,
 )
 
+from m2m_hf.analysis.beliefs import Floats, Prior
 from m2m_hf.console import Terminal
 
 HERE = Path(__file__).parent
-LEVELS = (0.0, 0.35, 0.65, 0.85)  # where a table of probabilities is cut
-SURROGATES = "merged", "ensemble", "by_rows", "summed_0.5", "summed_0"
+LEVELS = (0.5, 0.8, 0.9)
+BINS = (0.0, 0.35, 0.65, 0.85)  # where a table of probabilities is cut
+SURROGATES = "merged", "ensemble", "by_rows", "summed_0.5", "summed_0", "quadratic"
+
+Lost = tuple[list[float], float]  # (regret by study, mean over its seeds; fine-tunes asked for, on average)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Study:
     Args:
         truth: (seeds, mixtures), of fine-tuned mixtures on sealed rows.
         problems: what a way of choosing sees, by seed.
+        shares: (seeds,), of the model trained on equal shares of all for as many steps; empty if there is none.
+        lent: the noise of the same case otherwise trained.
     """
 
     name: str
@@ -61,6 +68,8 @@ class Study:
     aside: bool
     truth: Floats
     problems: Sequence[Mapping[str, Any]]
+    shares: Floats
+    lent: float = float("nan")
 
     @property
     def mean(self) -> Floats:
@@ -69,8 +78,8 @@ class Study:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of a training with another seed; NaN with one seed."""
-        return float(np.sqrt(self.truth.var(0, ddof=1).mean())) if len(self.truth) > 1 else float("nan")
+        """Standard deviation of a training with another seed."""
+        return float(np.sqrt(self.truth.var(0, ddof=1).mean())) if len(self.truth) > 1 else self.lent
 
     @property
     def reliability(self) -> float:
@@ -95,6 +104,11 @@ class Study:
         ]
         return float(np.mean([np.corrcoef(said[larger], truth[larger])[0, 1] for said, truth in pairs]))
 
+    @property
+    def lost_by_shares(self) -> float:
+        """Regret of equal shares of all, which may be better than the best mixture; NaN where it was not trained."""
+        return float(self.mean.max() - self.shares.mean()) / self.spread if len(self.shares) else float("nan")
+
     def regret(self, choice: int, seed: int) -> float:
         """As a share of the spread."""
         return float(self.mean.max() - self.truth[seed, choice]) / self.spread
@@ -110,11 +124,13 @@ def read(folder: Path) -> list[Study]:
         for way in ("union", "shares"):
             if way in facts:
                 groups[facts["case"], f"{way}, {facts['schedule']}"].append((facts, arrays, way))
-    return [study(name, way, tables) for (name, way), tables in groups.items()]
+    studies = [study(name, way, tables) for (name, way), tables in groups.items()]
+    noise = {one.name: one.noise for one in studies if len(one.truth) > 1}
+    return [replace(one, lent=noise.get(one.name, float("nan"))) for one in studies]
 
 
 def study(name: str, way: str, tables: Sequence[Any]) -> Study:
-    truth, problems = [], []
+    truth, problems, shares = [], [], []
     for facts, arrays, kind in tables:
         names = facts["candidates"]
         surrogates = {
@@ -123,6 +139,10 @@ def study(name: str, way: str, tables: Sequence[Any]) -> Study:
             if one.endswith(".values") and not one.startswith(("union", "shares", "base", "singles"))
         }
         truth.append(arrays[f"{kind}.test.values"].astype(np.float64).mean(1))
+        if "shares" in facts:
+            shares.append(float(arrays["shares.test.values"][-1].astype(np.float64).mean()))
+        if {"summed_0", "base"} <= {*surrogates, *(one.removesuffix(".values") for one in arrays)}:
+            surrogates["quadratic"] = quadratic(arrays)[:, None]
         similarity = facts.get("similarity") or {}
         problems.append(
             {
@@ -133,11 +153,33 @@ def study(name: str, way: str, tables: Sequence[Any]) -> Study:
                 "similarity": np.array([similarity.get(one, 0.0) for one in names]),
             }
         )
-    return Study(name, way, bool(tables[0][0]["aside"]), np.array(truth), problems)
+    return Study(name, way, bool(tables[0][0]["aside"]), np.array(truth), problems, np.array(shares))
 
 
-def lost(studies: Sequence[Study], way: Way) -> tuple[list[float], float]:
-    """(regret by study, mean over its seeds; fine-tunes asked for, on average)."""
+def quadratic(arrays: Mapping[str, Any]) -> Floats:
+    """What a second-order model of the score in the adapters' weights says of averages, fitted to base, singles and pairs.
+
+    Σ wᵢ gᵢ + ½ Σ wᵢ wⱼ hᵢⱼ, of the average and of the sum of every pair, so that N (N + 1) + 1 scores stand for 2^N - 1.
+    """
+    members = arrays["members"].astype(float)
+    size = members.sum(1)
+    few = size <= 2
+    weights = np.concatenate([(members / size[:, None])[few], members[few]])
+    scores = np.concatenate([arrays["merged.values"].mean(1, dtype=float)[few], arrays["summed_0.values"][few, 0]])
+    base = float(arrays["base.values"].mean(dtype=float))
+    place = np.triu_indices(members.shape[1])
+
+    def terms(of: Floats) -> Floats:
+        return np.concatenate([of, of[:, place[0]] * of[:, place[1]]], 1)
+
+    known = np.isfinite(scores)
+    found, *_ = np.linalg.lstsq(terms(weights[known]), scores[known] - base)
+    said: Floats = base + terms(members / size[:, None]) @ found
+    return said
+
+
+def lost(studies: Sequence[Study], way: Way) -> Lost:
+    """What a way of choosing loses."""
     regrets, asked = [], []
     for one in studies:
         mine = []
@@ -149,22 +191,28 @@ def lost(studies: Sequence[Study], way: Way) -> tuple[list[float], float]:
     return regrets, float(np.mean(asked))
 
 
-def left_out(studies: Sequence[Study], fine_tunes: int, **options: Any) -> tuple[list[float], float]:
-    """As `lost`, of sequential fine-tunes with the beliefs that lose least on all other cases."""
-    tried = [lost(studies, sequential(fine_tunes, beliefs, **options)) for beliefs in grid()]
-    table = np.array([regrets for regrets, _ in tried])
-    regrets = []
-    for number, one in enumerate(studies):
-        others = [place for place, other in enumerate(studies) if other.name != one.name]
-        regrets.append(float(table[table[:, others].mean(1).argmin() if others else 0, number]))
-    return regrets, tried[0][1]
+def priors(studies: Sequence[Study]) -> dict[str, Prior]:
+    """Case -> what is fitted on all others."""
+    names = list(dict.fromkeys(one.name for one in studies))
+    return {name: fitted(cases([one for one in studies if one.name != name])) for name in names}
+
+
+def cases(studies: Sequence[Study]) -> list[list[Problem]]:
+    names = dict.fromkeys(one.name for one in studies)
+    return [[Problem(**fields) for one in studies if one.name == name for fields in one.problems] for name in names]
+
+
+def left_out(studies: Sequence[Study], fine_tunes: int, fits: Mapping[str, Prior], **options: Any) -> Lost:
+    """As `lost`, of sequential fine-tunes."""
+    found = [lost([one], sequential(fine_tunes, fits[one.name], **options)) for one in studies]
+    return [regrets[0] for regrets, _ in found], float(np.mean([asked for _, asked in found]))
 
 
 def ways(fine_tunes: int) -> dict[str, Way]:
     """Ways of choosing with so many fine-tunes."""
     if fine_tunes == 0:
         found = {"all": all_together, "best single": best_single, "most similar": most_similar, "both": by_both}
-        return found | {name: by(name) for name in ("merged", "ensemble", "by_rows", "summed_0.5", "summed_0")}
+        return found | {name: by(name) for name in SURROGATES}
     return {
         "merged, all": verified(["merged"], fine_tunes),
         "ensemble, all": verified(["ensemble"], fine_tunes),
@@ -185,11 +233,17 @@ def show_cases(studies: Sequence[Study], terminal: Terminal) -> None:
     terminal.table("cases", [*columns, *(f"r {name}" for name in names)], rows)
 
 
+def mean(values: Sequence[float]) -> str:
+    return share(float(np.mean(values))) if values else "–"
+
+
 def share(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.2f}"
 
 
-def show(studies: Sequence[Study], fine_tunes: int, cases: bool, terminal: Terminal) -> None:
+def show(
+    studies: Sequence[Study], fine_tunes: int, by_case: bool, fits: Mapping[str, Prior], terminal: Terminal
+) -> None:
     """Prints what every way of choosing loses."""
     noise = np.array([one.noise / one.spread for one in studies])
     found: dict[str, tuple[list[float], float]] = {}
@@ -199,37 +253,73 @@ def show(studies: Sequence[Study], fine_tunes: int, cases: bool, terminal: Termi
             found[name] = lost(studies, way)
     if fine_tunes == 0:
         found["random"] = [float(one.mean.max() - one.mean.mean()) / one.spread for one in studies], 0.0
-    found["beliefs"] = left_out(studies, fine_tunes)
-    if fine_tunes:
-        found["beliefs, without all"] = left_out(studies, fine_tunes, with_all=False)
-        found["beliefs, unseen too"] = left_out(studies, fine_tunes, only_seen=False)
+        found["equal shares of all"] = [one.lost_by_shares for one in studies], 0.0
+    else:
+        found["beliefs (m2m select)"] = left_out(studies, fine_tunes, fits)
+        found["beliefs, without all"] = left_out(studies, fine_tunes, fits, with_all=False)
     rows = []
     for name, (regrets, asked) in found.items():
-        figures = f"{asked:.1f}", f"{np.mean(regrets):.3f}", f"{np.max(regrets):.3f}"
-        sigmas = np.array(regrets) / noise
-        known = sigmas[np.isfinite(sigmas)]
-        in_noise = [share(float(one(known))) if len(known) else "–" for one in (np.mean, np.max)]
-        rows.append([name, *figures, *in_noise, *(share(one) for one in regrets if cases)])
-    columns = ["", "asked for", "mean regret", "worst", "in noise", "worst"]
-    terminal.table(f"{fine_tunes} fine-tunes", [*columns, *(one.name[:12] for one in studies if cases)], rows)
-
-
-def show_sureness(studies: Sequence[Study], fine_tunes: int, terminal: Terminal) -> None:
-    """How often a choice is within one training's noise of the best, beside how often that was said; of several seeds only."""
-    said, true = [], []
-    for one in studies:
-        for fields in one.problems if np.isfinite(one.noise) else ():
-            posterior = believed(Problem(**fields), fine_tunes, Beliefs())
-            said.append(posterior.sure(one.noise))
-            true.append(one.mean[posterior.best] >= one.mean.max() - one.noise)
-    rows = []
-    for low, high in zip(LEVELS, [*LEVELS[1:], 1.01], strict=True):
-        inside = [number for number, value in enumerate(said) if low <= value < high]
         figures = [
-            share(float(np.mean([part[number] for number in inside]))) if inside else "–" for part in (said, true)
+            share(float(of([value for value in values if np.isfinite(value)] or [np.nan])))
+            for values in (regrets, np.array(regrets) / noise)
+            for of in (np.mean, np.max)
         ]
-        rows.append([f"{low:g} to {min(high, 1):g}", str(len(inside)), *figures])
-    terminal.table(f"sure after {fine_tunes} fine-tunes", ["said", "choices", "mean", "true"], rows)
+        rows.append([name, f"{asked:.1f}", *figures, *(share(one) for one in regrets if by_case)])
+    columns = ["", "asked for", "mean regret", "worst", "in noise", "worst"]
+    terminal.table(f"{fine_tunes} fine-tunes", [*columns, *(one.name[:12] for one in studies if by_case)], rows)
+
+
+def show_calibration(studies: Sequence[Study], fine_tunes: int, fits: Mapping[str, Prior], terminal: Terminal) -> None:
+    """How often what is said of a choice is true: bounds of what the best is better by, and the noise of a training."""
+    inside: dict[float, list[bool]] = defaultdict(list)
+    said, true, worth, gained = [], [], [], []
+    for one in studies:
+        for seed, fields in enumerate(one.problems):
+            problem = Problem(**fields)
+            beliefs = believed(problem, fine_tunes, fits[one.name])
+            behind, noise = beliefs.behind(row_errors(problem, beliefs.best))
+            gap = one.regret(beliefs.best, seed) * one.spread
+            for level in LEVELS:
+                inside[level].append(bool(gap <= np.quantile(behind, level) + 1e-9))
+            if np.isfinite(one.noise):
+                said.append(float((behind <= noise).mean()))
+                true.append(bool(gap <= one.noise))
+            if following := beliefs.next():
+                worth.append(beliefs.beaten_by(following[0]))
+                gained.append(problem.fine_tune(following[0]) > beliefs.mean[beliefs.best])
+    rows = [
+        [f"at most behind, {level:.0%}", str(len(of)), f"{level:.2f}", share(float(np.mean(of)))]
+        for level, of in inside.items()
+    ]
+    for low, high in zip(BINS, [*BINS[1:], 1.01], strict=True):
+        kept = [number for number, value in enumerate(said) if low <= value < high]
+        figures = [mean([part[number] for number in kept]) for part in (said, true)]
+        rows.append([f"within noise, {low:g} to {min(high, 1):g}", str(len(kept)), *figures])
+    rows.append(["within noise, all", str(len(said)), mean(said), mean(true)])
+    rows.append(["one more is better", str(len(worth)), mean(worth), mean(gained)])
+    terminal.table(f"said after {fine_tunes} fine-tunes", ["", "choices", "said", "true"], rows)
+
+
+def row_errors(problem: Problem, chosen: int) -> Floats:
+    """Standard errors over rows of the differences from the chosen mixture, as the merged models have them."""
+    rows = problem.surrogates["merged"]
+    errors: Floats = np.nan_to_num((rows - rows[chosen]).std(1, ddof=1)) / np.sqrt(rows.shape[1])
+    return errors
+
+
+def show_behind(studies: Sequence[Study], fine_tunes: int, fits: Mapping[str, Prior], terminal: Terminal) -> None:
+    """By how many standard deviations of a training the choice is behind plain ways of training, at worst."""
+    rows = []
+    for one in studies:
+        behind: dict[str, list[float]] = defaultdict(list)
+        for seed, fields in enumerate(one.problems):
+            problem, truth = Problem(**fields), one.truth[seed]
+            score = truth[believed(problem, fine_tunes, fits[one.name]).best]
+            behind["all"].append(truth[problem.everything] - score)
+            behind["best single"].append(max(truth[problem.singles]) - score)
+            behind["equal shares of all"].append(one.shares[seed] - score if len(one.shares) else float("nan"))
+        rows.append([one.name, one.way, *(share(max(values) / one.noise) for values in behind.values())])
+    terminal.table(f"behind, after {fine_tunes} fine-tunes, in noise", ["", "way", *behind], rows)
 
 
 def main() -> None:
@@ -239,15 +329,23 @@ def main() -> None:
     parser.add_argument("--way", default="", help="only this way of training, such as 'union, epochs'")
     parser.add_argument("--aside", action="store_true", help="the cases that were set aside, instead of the others")
     parser.add_argument("--cases", action="store_true", help="regret of each case")
+    parser.add_argument("--fit", action="store_true", help="only print the prior that is fitted on all these cases")
     given = parser.parse_args()
     studies = [one for one in read(given.tables) if one.aside == given.aside and one.way.startswith(given.way)]
     if not studies:
         raise SystemExit(f"{given.tables}: no such tables; measure.py makes them")
     terminal = Terminal()
+    if given.fit:
+        terminal.say(str(fitted(cases(studies))))
+        return
     show_cases(studies, terminal)
+    # Cases that were set aside are judged by what the others have taught.
+    fits = dict.fromkeys({one.name for one in studies}, Prior()) if given.aside else priors(studies)
     for fine_tunes in given.fine_tunes:
-        show(studies, fine_tunes, given.cases, terminal)
-    show_sureness(studies, max(given.fine_tunes), terminal)
+        show(studies, fine_tunes, given.cases, fits, terminal)
+    for fine_tunes in filter(None, given.fine_tunes):
+        show_calibration(studies, fine_tunes, fits, terminal)
+        show_behind(studies, fine_tunes, fits, terminal)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ candidate. It may ask for fine-tuned mixtures, which are counted. A mixture of o
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import numpy as np
-from beliefs import Beliefs, Floats, Posterior
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from scipy.stats import rankdata
+
+from m2m_hf.analysis.beliefs import Beliefs, Floats, Prior
 
 
 @dataclass
@@ -113,43 +114,54 @@ def verified(surrogates: Sequence[str], fine_tunes: int, with_all: bool = True) 
     return choose
 
 
-def believed(problem: Problem, fine_tunes: int, beliefs: Beliefs, with_all: bool = True) -> Posterior:
-    """What is believed once singles are known and so many mixtures were fine-tuned, each for what it was expected to add."""
-    posterior = Posterior(problem.members, problem.finite(("merged", "ensemble")), beliefs)
-
-    def learn(mixture: int) -> None:
-        score = problem.fine_tune(mixture)
-        posterior.learn(mixture, score if np.isfinite(score) else float(posterior.mean.min()))
-
+def believed(problem: Problem, fine_tunes: int, prior: Prior | None = None, with_all: bool = True) -> Beliefs:
+    """What is believed once singles are known and so many mixtures were fine-tuned, as `m2m select` does it."""
+    beliefs = Beliefs(problem.members.astype(float), problem.finite(("merged", "ensemble")), prior)
     for single in problem.singles:
-        learn(single)
-    for number in range(fine_tunes):
-        wanted = problem.everything if with_all and number == 0 else posterior.next
-        if wanted is not None:
-            learn(wanted)
-    return posterior
+        beliefs.learn(single, problem.fine_tune(single), is_surrogate=True)
+    first = next(int(place) for place in order(problem, ("merged",)) if problem.counts[place] > 1)
+    wanted = [*dict.fromkeys([first, problem.everything] if with_all else [first])][:fine_tunes]
+    while wanted:
+        for mixture in wanted:
+            score = problem.fine_tune(mixture)
+            if np.isfinite(score):
+                beliefs.learn(mixture, score)
+            else:
+                beliefs.leave_out(mixture)
+        wanted = beliefs.next(min(1, fine_tunes - len(problem.asked)))
+    return beliefs
 
 
-def sequential(fine_tunes: int, beliefs: Beliefs, with_all: bool = True, only_seen: bool = True) -> Way:
-    """Takes the best as believed, among those fine-tuned if `only_seen`."""
-
-    def choose(problem: Problem) -> int:
-        posterior = believed(problem, fine_tunes, beliefs, with_all)
-        if only_seen and fine_tunes:
-            return max(posterior.seen, key=lambda place: float(posterior.mean[place]))
-        return posterior.best
-
-    return choose
+def sequential(fine_tunes: int, prior: Prior | None = None, with_all: bool = True) -> Way:
+    """Takes the best of those that are known once so many were fine-tuned."""
+    return lambda problem: believed(problem, fine_tunes, prior, with_all).best
 
 
-GRID: dict[str, Sequence[Any]] = {
-    "by_size": (0.2, 0.5, 1.0),
-    "members": (0.1, 0.3, 0.6, 1.0),
-    "rest": (0.15, 0.3, 0.6),
-    "noise": (0.05, 0.15),
-}
+def fitted(problems: Sequence[Sequence[Problem]]) -> Prior:
+    """The prior under which what fine-tuning gave was likeliest, by marginal likelihood, each case weighing the same.
+
+    Args:
+        problems: cases, each with its seeds and ways of training.
+    """
+
+    def prior(logs: Any) -> Prior:
+        values = np.exp(logs)
+        level, by_size, slope, members, rest, alike, noise, factor = map(float, values)
+        return Prior(level, by_size, slope, members, rest, alike / (1 + alike), noise, factor)
+
+    def unlikely(logs: Any) -> float:
+        cases = [np.mean([evidence(problem, prior(logs)) for problem in case]) for case in problems]
+        return float(0.02 * np.square(logs - FIRST).sum() - np.sum(cases))
+
+    found = minimize(unlikely, FIRST, method="L-BFGS-B", bounds=[(-5, 3)] * len(FIRST))
+    return prior(found.x)
 
 
-def grid() -> list[Beliefs]:
-    """Beliefs among which leave-one-case-out chooses."""
-    return [Beliefs(**dict(zip(GRID, values, strict=True))) for values in product(*GRID.values())]
+def evidence(problem: Problem, prior: Prior) -> float:
+    """Log-likelihood, for each fine-tuned mixture, of what all of two or more have scored."""
+    beliefs = Beliefs(problem.members.astype(float), problem.finite(("merged", "ensemble")), prior)
+    larger = [*map(int, np.flatnonzero((problem.counts > 1) & np.isfinite(problem.trained.mean(1))))]
+    return beliefs.evidence(larger, problem.trained[larger].mean(1)) / len(larger)
+
+
+FIRST = np.log([0.3, 0.5, 0.5, 0.3, 0.3, 2.2, 0.15, 1.0])  # where the fit of a prior begins, and what it is drawn to

@@ -5,12 +5,14 @@ import runpy
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from pico import ROOT, changed, choice_rows, copy_project, language_searcher, m2m, project_folder, write_rows
 from study_truth import fine_tuned_truth, surrogate_standings
 
 from m2m_hf import InputError
+from m2m_hf.analysis.beliefs import Beliefs
 from m2m_hf.analysis.study_report import compare
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score
@@ -139,7 +141,13 @@ def test_verification_chooses_by_what_was_fine_tuned(graded, capsys):
     assert "ways of choosing" in printed
     summary, recipe = read(out / "summary.json"), (out / "recipe.yaml").read_text()
     verified, final = summary["verified"], summary["final"]
-    assert len(verified["mixtures"]) == 7
+    tried = [one["mixture"] for one in verified["mixtures"]]
+    assert sum(len(mixture) > 1 for mixture in tried) == 4  # all that there are; a single is its adapter
+    expected = verified["expectation"]
+    assert expected["next"] is None
+    assert {len(one["mixture"]) for one in expected["mixtures"] if one["trained"] is None} == {1}
+    assert all(one["spread"] == 0 for one in expected["mixtures"])
+    assert 0 <= expected["behind"]["0.5"] <= expected["behind"]["0.9"]
     best = max(verified["mixtures"], key=lambda one: one["trained"]["score"])
     assert summary["best"]["mixture"] == best["mixture"]
     assert final["validation"] == pytest.approx(best["trained"]["score"])
@@ -158,7 +166,7 @@ def test_verification_chooses_by_what_was_fine_tuned(graded, capsys):
         assert (out / "recipe.yaml").read_text() == recipe
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, 3])
 def test_so_many_mixtures_are_fine_tuned_the_best_first_and_others_never(graded, count):
     """A single is known by its adapter, and is fine-tuned beyond that number only where it is chosen."""
     one = language_searcher(graded, "--fine_tunes", str(count))
@@ -168,11 +176,49 @@ def test_so_many_mixtures_are_fine_tuned_the_best_first_and_others_never(graded,
     larger = [mixture for mixture in tried if len(mixture) > 1]
     everything = tuple(one.run.candidates)
     assert larger[0] == ranking[0]
-    assert larger[1:] == ([everything] if ranking[0] != everything else ranking[1:])[: count - 1]
+    assert larger[1:2] == ([everything] if ranking[0] != everything else ranking[1:])[: count - 1]
+    assert len(larger) == count
+    assert tuple(summary["verified"]["expectation"]["next"]["mixture"]) in {*ranking} - {*larger}
     chosen = tuple(summary["best"]["mixture"])
     assert [mixture for mixture in tried if len(mixture) == 1] == ([chosen] if len(chosen) == 1 else [])
     assert len([*(graded / "out" / "trained").glob("*/training.json")]) == len(tried)  # none only to compare
     assert ({"base", "chosen"} if count == 1 else {"all", "base", "chosen"}) <= {*summary["verified"]["baselines"]}
+
+
+def test_the_next_fine_tune_is_the_one_from_which_the_choice_is_expected_to_gain(graded):
+    """It follows from what singles, the search's best and all together have scored, by merging and by the ensemble."""
+    one = language_searcher(graded, "--fine_tunes", "3")
+    summary = one.select()
+    singles, scored = [Mixture.subset([name]) for name in one.run.candidates], one.run.study
+    mixtures = [*one.run.space.subsets()]
+    names = one.run.space.names
+    said = [
+        np.array([standing.score.value for standing in scored.standings(objectives, mixtures, "")])
+        for objectives in scored.surrogates.values()
+    ]
+    beliefs = Beliefs(np.array([[name in mixture.names for name in names] for mixture in mixtures], dtype=float), said)
+    for single in singles:
+        place = mixtures.index(single)
+        beliefs.learn(place, said[0][place], is_surrogate=True)
+    tried = [
+        (Mixture.subset(found["mixture"]), found["trained"]["score"]) for found in summary["verified"]["mixtures"][:3]
+    ]
+    for mixture, score in tried[:2]:
+        beliefs.learn(mixtures.index(mixture), score)
+    assert mixtures[beliefs.next()[0]] == tried[2][0]
+
+
+def test_without_a_word_three_are_fine_tuned_and_by_the_papers_method_none(project):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    del config["fine_tunes"]
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    for flags, count in (((), 3), (("--method", "merge_to_mix"), 0), (("--objective", "trained"), 0)):
+        assert language_searcher(project, *flags).run.fine_tunes == count
+    assert language_searcher(project, "--method", "merge_to_mix").select()["verified"] is None
+    # Adapters take 3 steps each, all together 3 with max_steps, and 9 with as many epochs.
+    assert language_searcher(project, "--fine_tunes", "auto").run.fine_tunes == 6
+    epochs = "--fine_tunes", "auto", "--max_steps", "-1", "--num_train_epochs", "1"
+    assert language_searcher(project, *epochs).run.fine_tunes == 2
 
 
 def test_test_rows_are_sealed_until_all_is_chosen_and_every_model_sees_them_once(project, monkeypatch):

@@ -120,6 +120,14 @@ TRAINED = {"objective": "trained"}
         ({"adapters": {"b": "org/x"}}, "adapters: unknown key 'b'; expected one of: a"),
         ({"strategy": "greed"}, "strategy: expected one of exhaustive, auto, .*, gradient, got 'greed'"),
         (CONTINUOUS | {"strategy": "greedy"}, "greedy proposes subsets only; with weights: continuous expected"),
+        *(
+            ({"method": "merge_to_mix"} | other, f"{name}: {value!r} is not of method: merge_to_mix")
+            for other in (TIES, CONTINUOUS, {"objective": "ensemble"}, {"fine_tunes": 3}, {"fine_tunes": "auto"})
+            for name, value in [[*other.items()][-1]]
+        ),
+        ({"fine_tunes": "some"}, "fine_tunes: expected auto, or an integer of at least 0, got 'some'"),
+        ({"fine_tunes": True}, "fine_tunes: expected auto, or an integer of at least 0, got True"),
+        ({"fine_tunes": 1.5}, "fine_tunes: expected auto, or an integer of at least 0, got 1.5"),
         (CONTINUOUS | TIES, "weights: continuous needs merge_method: average, got ties"),
         (TIES | {"merge_parameters": {"densiti": 1}}, "densiti: merge_method ties takes scaling, density"),
         (TIES | {"merge_parameters": {"density": 1.5}}, "density: expected a share above 0, at most 1"),
@@ -131,6 +139,7 @@ TRAINED = {"objective": "trained"}
             (TRAINED | wrong, f"{name}: {wrong[name]!r} does not go with objective: trained, which {why}")
             for name, why, wrong in (
                 ("fine_tunes", "fine-tunes every mixture", {"fine_tunes": 1}),
+                ("method", "merges nothing", {"method": "merge_to_mix"}),
                 ("merge_method", "merges nothing", TIES),
                 ("weights", "could not tell apart", CONTINUOUS),
                 ("race", "spends its time on fine-tuning", {"race": True}),

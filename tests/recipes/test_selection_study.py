@@ -6,7 +6,6 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
-from beliefs import Beliefs
 from choosing import Problem, best_single, sequential, verified
 from pico import ROOT, candidate_rows, choice_rows, write_rows
 
@@ -39,7 +38,7 @@ def test_fine_tuned_mixtures_are_counted_and_singles_are_not():
     assert verified(["merged"], 2, with_all=False)(second) == 5
     assert second.asked == {3, 5}
     third = problem(truth, said)
-    assert sequential(6, Beliefs())(third) == 5
+    assert sequential(6)(third) == 5
     assert third.asked == {3, 4, 5, 6}
 
 

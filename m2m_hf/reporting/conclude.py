@@ -192,6 +192,12 @@ def about_fine_tuning(run: FinishedRun) -> Warnings:
     if judged and judged.verdict in ("distrust", "prune"):
         yield "fidelity", f"fidelity of {kind} scores here: {VERDICTS[judged.verdict]}, since {judged.why}"
     if run.verified is None:
+        if run.objective != "trained" and len(run.usable) > 1:
+            yield (
+                "not_fine_tuned",
+                "chosen by averages alone: in the selection study such a choice loses a fifth of what the best mixture is better "
+                "than the median one, and after three fine-tunes a twelfth (fine_tunes: 3)",
+            )
         return
     best, by_search = run.best.mixture, run.verified.by_search
     if by_search != best:

@@ -8,6 +8,11 @@ python recipes/selection_study/measure.py letters_loss --schedule epochs --seed 
 It is a run of the package: adapters, scores and fine-tuned mixtures go to `WORK/CASE-SCHEDULE-SEED` and are not made twice. What
 came of it is one file, `tables/CASE-SCHEDULE-SEED.npz`, which `replay.py` reads; a run without a file is half done and goes on.
 
+With `--variant` only the adapters are trained, in another way, and only merging is asked; `replay.py` compares that with the
+mixtures that were fine-tuned as the case says. `half_rate`, `double_rate` and `double_length` change the learning rate or the
+epochs; `anchored` adds to each adapter's rows as many that all share (after DeMix, arXiv 2602.00747); `fitted` takes the case's
+adapters, and fits the weights of every mixture to its own training rows.
+
 Schedules: `epochs`, the rows of a mixture for the same epochs, so that larger mixtures train longer; `steps`, the same number of
 steps for adapters and for all mixtures, both on the union of the rows and on equal shares of each candidate.
 """
@@ -19,9 +24,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 import yaml
 
 from m2m_hf.core.mixture import Mixture
@@ -30,13 +36,21 @@ from m2m_hf.merging.methods import AVERAGE
 from m2m_hf.objectives.merged import GatedObjective
 from m2m_hf.run.comparison import target_similarity
 from m2m_hf.run.context import RunContext
-from m2m_hf.run.relations import taught
-from m2m_hf.scoring.scorers import Scorer
+from m2m_hf.run.relations import MOST, taught
+from m2m_hf.scoring.scorers import LogprobScorer, Scorer
 from m2m_hf.searcher import MergeToMixSearcher
 
 HERE = Path(__file__).parent
 SCHEDULES = ("epochs", "steps")
 SUMMED = (0.0, 0.5)  # exponents of the number of datasets by which a sum of adapters is divided; 1 is the average
+VARIANTS: dict[str, dict[str, float]] = {  # fields of a configuration and by what they are multiplied
+    "half_rate": {"learning_rate": 0.5},
+    "double_rate": {"learning_rate": 2},
+    "double_length": {"num_train_epochs": 2, "max_steps": 2},
+    "anchored": {},
+    "fitted": {},
+}
+FITS, RATE = 8, 0.1  # steps of Adam, and their length, that fit the weights of a mixture
 LORA = {"lora_r": 8, "lora_alpha": 16, "lora_target_modules": "all-linear"}
 
 
@@ -169,12 +183,64 @@ def measure(run: RunContext, searcher: MergeToMixSearcher, schedule: str) -> Tab
     return table
 
 
+def anchored(case: Mapping[str, Any], folder: Path, out: Path) -> Path:
+    """A folder with the case's rows, each candidate's followed by the same rows of all, as many as a candidate has on average."""
+    lines = {name: (folder / f"{name}.jsonl").read_text().splitlines() for name in case["candidates"]}
+    share = sum(map(len, lines.values())) // len(lines) ** 2
+    anchors = [line for rows in lines.values() for line in rows[:share]]
+    out.mkdir(exist_ok=True)
+    for name, rows in lines.items():
+        (out / f"{name}.jsonl").write_text("\n".join([*rows, *anchors]) + "\n")
+    for part in ("validation", "test"):
+        shutil.copyfile(folder / f"{part}.jsonl", out / f"{part}.jsonl")
+    return out
+
+
+def fitted(run: RunContext, mixtures: Sequence[Mixture]) -> list[dict[str, float]]:
+    """The weights of each mixture that make its own training rows likeliest, from equal ones on."""
+    stack, found = run.open_stack(AVERAGE), []
+    scorers = {name: run.task.own_scorer(name, MOST, run.scoring_setup) for name in run.candidates}
+    for mixture in mixtures:
+        gates = torch.tensor(list(mixture.weights.values()), dtype=torch.float64)
+        adam = torch.optim.Adam([gates], lr=RATE, maximize=True)
+        for _ in range(FITS if len(mixture) > 1 else 0):
+            weights = dict(zip(mixture.names, gates.tolist(), strict=True))
+            slopes = [
+                cast(LogprobScorer, scorers[name]).gradient(stack, weights, run.tokens_per_batch)[1]
+                for name in mixture.names
+            ]
+            gates.grad = torch.tensor([sum(of[name] for of in slopes) for name in mixture.names], dtype=torch.float64)
+            adam.step()
+        found.append(
+            dict(zip(mixture.names, gates.tolist(), strict=True)) if len(mixture) > 1 else {mixture.names[0]: 1.0}
+        )
+    return found
+
+
+def measure_variant(run: RunContext, searcher: MergeToMixSearcher, variant: str) -> Table:
+    """What merging says of all mixtures, of adapters that were trained in another way."""
+    mixtures = subsets(list(run.candidates))
+    table = Table(list(run.candidates), mixtures)
+    searcher.train_adapters()
+    scores: list[Any]
+    if variant == "fitted":
+        stack, (scorer,) = run.open_stack(AVERAGE), run.validation_scorers.values()
+        gates = fitted(run, mixtures)
+        scores = [scorer.score(stack, [one], run.tokens_per_batch)[0] for one in gates]
+    else:
+        standings = run.study.standings(run.objectives("merged"), mixtures, "scoring mixtures")
+        scores = [standing.trials["target"].score for standing in standings]
+    table.add(variant, scores, by_row=False)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", help="of the file of cases")
     parser.add_argument("--cases", type=Path, default=HERE / "cases.toml")
     parser.add_argument("--schedule", choices=SCHEDULES, default="epochs")
     parser.add_argument("--seed", type=int, default=0, help="of adapters, order of rows and dropout")
+    parser.add_argument("--variant", choices=VARIANTS, help="only merging, of adapters that are trained in another way")
     parser.add_argument("--data", type=Path, required=True, help="what data.py has written")
     parser.add_argument("--models", type=Path, required=True, help="holds a folder for each base model")
     parser.add_argument("--work", type=Path, default=Path("runs/selection_study"))
@@ -184,7 +250,7 @@ def main() -> None:
     cases = tomllib.loads(given.cases.read_text())
     if given.case not in cases:
         raise SystemExit(f"case: expected one of {', '.join(cases)}, got {given.case}")
-    name = f"{given.case}-{given.schedule}-{given.seed}"
+    name = "-".join([given.case, given.schedule, str(given.seed), *filter(None, [given.variant])])
     table = given.tables / f"{name}.npz"
     if table.exists():
         print(f"{table} is there")
@@ -192,18 +258,26 @@ def main() -> None:
     folder = given.work / name
     folder.mkdir(parents=True, exist_ok=True)
     case = cases[given.case]
-    config = configuration(
-        case, (given.data / given.case).absolute(), given.models.absolute(), given.schedule, given.seed
-    )
+    rows = (given.data / given.case).absolute()
+    if given.variant == "anchored":
+        rows = anchored(case, rows, folder.absolute() / "rows")
+    config = configuration(case, rows, given.models.absolute(), given.schedule, given.seed)
+    for field, factor in VARIANTS.get(given.variant, {}).items():
+        if field in config:
+            config[field] = type(config[field])(config[field] * factor)
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**config, "output_dir": str(folder.absolute() / "run")}, sort_keys=False))
     searcher = MergeToMixSearcher.from_yaml(path)
     searcher.check()
-    found = measure(searcher.run, searcher, given.schedule)
+    if given.variant:
+        found = measure_variant(searcher.run, searcher, given.variant)
+    else:
+        found = measure(searcher.run, searcher, given.schedule)
     found.facts |= {
         "case": given.case,
         "schedule": given.schedule,
         "seed": given.seed,
+        "variant": given.variant,
         "aside": bool(case.get("aside")),
     }
     found.write(table)

@@ -117,10 +117,13 @@ class Study:
 def read(folder: Path) -> list[Study]:
     """All studies in the tables of a folder."""
     groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    for path in sorted(folder.glob("*.npz")):
+    for path in sorted(folder.glob("*-?.npz")):
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         facts = json.loads(str(arrays.pop("facts")))
+        for variant in sorted(folder.glob(f"{path.stem}-*.npz")):
+            with np.load(variant) as file:
+                arrays |= {name: file[name] for name in file.files if name.endswith(".values")}
         for way in ("union", "shares"):
             if way in facts:
                 groups[facts["case"], f"{way}, {facts['schedule']}"].append((facts, arrays, way))

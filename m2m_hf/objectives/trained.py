@@ -51,6 +51,11 @@ class FineTunedModels:
         """How many rows of each candidate the mixture trains on."""
         return row_counts(mixture, {name: len(self.candidates[name].rows) for name in mixture.names})
 
+    def label(self, counts: Counts) -> str:
+        """The candidates, with their rows where not all are taken."""
+        whole = all(count == len(self.candidates[name].rows) for name, count in counts.items())
+        return " + ".join(counts if whole else (f"{name} ({count:,} rows)" for name, count in counts.items()))
+
     def folder(self, counts: Counts) -> Path:
         return self.root / self.fingerprint(counts)
 
@@ -71,7 +76,7 @@ class FineTunedModels:
             )
         self.worked, jobs = True, []
         for folder, counts in missing.items():
-            name, rows = " + ".join(counts), mixture_dataset(counts, self.candidates, self.args.seed)
+            name, rows = self.label(counts), mixture_dataset(counts, self.candidates, self.args.seed)
             tracked = run or f"mixtures/{folder.name[:6]}-{'+'.join(counts)}"
             about, where = {"counts": dict(counts)}, f"training on {name}: "
             steps = self.steps(counts)

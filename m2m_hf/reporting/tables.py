@@ -109,10 +109,10 @@ def about_expectation(run: FinishedRun) -> Iterator[str]:
     most, half, noise = (number(value, 3) for value in (found.behind["0.9"], found.behind["0.5"], found.training_noise))
     yield (
         f"90 % sure: no mixture is better by more than {most} (50 %: {half}); within one training's noise (about {noise}) of the "
-        f"best: {found.within_noise:.0%}"
+        f"best: {100 * found.within_noise:.0f} %"
     )
     if found.next:
-        yield f"one more fine-tune, of {found.next.mixture}, would find a better one with {found.next.probability:.0%}"
+        yield f"one more fine-tune, of {found.next.mixture}, would find a better one with {100 * found.next.probability:.0f} %"
 
 
 def about_selection_bias(run: FinishedRun) -> Iterator[str]:

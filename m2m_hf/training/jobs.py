@@ -242,7 +242,7 @@ def train_group(
     otherwise = "this model computes rows of several adapters otherwise than alone"
     if beyond := beyond_rows(base, jobs[0].settings):
         return f"{otherwise} ({beyond})"
-    together, members, by_name = SaveTogether(), [], {}
+    together, members, by_identity = SaveTogether(), [], {}
     begins = starts([job.of for job in jobs], begun)
     for job in jobs:
         saved, step = checkpoints(staging_path(job.folder)), begins[job.of]
@@ -250,8 +250,8 @@ def train_group(
         trainer = begin(base, job, start, [BankProgress(bar, steps, job.of, f"{len(jobs)} side by side"), together])
         trainer.mates = {mate.of: mate.folder.name for mate in jobs}
         together.trainers.append(trainer)
-        members.append(Member(job.name, trainer, partial(run_trainer, trainer, start)))
-        by_name[job.name] = job
+        members.append(Member(job.of, trainer, partial(run_trainer, trainer, start)))
+        by_identity[job.of] = job
     try:
         group = Group(members)
         group.rehearse()
@@ -259,7 +259,7 @@ def train_group(
         return f"{otherwise} ({reason})"
 
     def ended(some: Sequence[Member]) -> None:
-        finish([(by_name[member.name], member) for member in some], done)
+        finish([(by_identity[member.of], member) for member in some], done)
 
     group.run(ended)
     return ""

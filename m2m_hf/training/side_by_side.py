@@ -47,11 +47,12 @@ class Member:
     """One Trainer of a group, in a greenlet of its own.
 
     Args:
+        of: identifies the training.
         work: what the greenlet does, which is to train.
     """
 
-    def __init__(self, name: str, trainer: BookkeepingTrainer, work: Callable[[], None]) -> None:
-        self.name, self.trainer = name, trainer
+    def __init__(self, of: str, trainer: BookkeepingTrainer, work: Callable[[], None]) -> None:
+        self.of, self.trainer = of, trainer
         self.draws = Randomness(trainer.args.device)
         self.waits_for: str | None = None
         self.asked: Any = None

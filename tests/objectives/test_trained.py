@@ -6,8 +6,10 @@ import shutil
 from collections import Counter
 
 import pytest
+import torch
 import yaml
 from pico import changed, choice_rows, language_searcher, m2m, trials, write_rows
+from safetensors.torch import load_file
 
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.errors import InputError
@@ -175,3 +177,18 @@ def test_many_mixtures_need_a_budget(project, monkeypatch):
         language_searcher(project, *TRAINED).check()
     language_searcher(project, *TRAINED, "--max_trials", "6").check()
     assert BASE not in language_searcher(project, *TRAINED).run.space
+
+
+def test_two_mixtures_of_the_same_candidates_in_other_shares_train_side_by_side(project):
+    wanted = [{"alpha": 12, "beta": 12}, {"alpha": 12, "beta": 6}]
+    weights = []
+    for parallel in ("1", "2"):
+        models = language_searcher(project, "--parallel_adapters", parallel, "--output_dir", str(project / parallel))
+        models.train_adapters()
+        models.run.fine_tuned.train_all(wanted)
+        folders = [models.run.fine_tuned.folder(counts) for counts in wanted]
+        weights.append([load_file(folder / "adapter_model.safetensors") for folder in folders])
+    for alone, beside in zip(*weights, strict=True):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(beside[name], tensor, rtol=1e-4, atol=1e-5)
+    assert any((weights[1][0][name] != weights[1][1][name]).any() for name in weights[1][0])

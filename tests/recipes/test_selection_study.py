@@ -74,8 +74,18 @@ target = {{ scorer = "choice", metric = "logprob" }}
         assert found["summed_0.values"][:2, 0] == pytest.approx(alone, rel=1e-3)
         assert (found["union.test.values"][2] != found["shares.test.values"][2]).any()
     assert list(tmp_path.glob("work/*")) == []
+    for variant in ("anchored", "fitted"):
+        monkeypatch.setattr(
+            sys, "argv", ["measure.py", "colours", "--schedule", "steps", *map(str, given), "--variant", variant]
+        )
+        measure.main()
+        with np.load(tables / f"colours-steps-0-{variant}.npz") as other:
+            said = other[f"{variant}.values"][:, 0]
+        assert (said[:2] == pytest.approx(alone, rel=1e-3)) == (variant == "fitted")  # a single is its adapter
+        assert np.isfinite(said).all()
     replay = recipe("replay")
     union, shares = replay.read(tables)
+    assert {"anchored", "fitted", "quadratic"} <= {*union.problems[0]["surrogates"]}
     assert (union.way, shares.way) == ("union, steps", "shares, steps")
     best = int(union.mean.argmax())
     assert union.regret(best, 0) == 0

@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -92,3 +93,24 @@ target = {{ scorer = "choice", metric = "logprob" }}
     monkeypatch.setattr(sys, "argv", ["replay.py", "--tables", str(tables), "--way", "union"])
     replay.main()
     assert "3 fine-tunes" in capsys.readouterr().out
+
+
+def test_a_public_table_of_subsets_is_replayed(tmp_path, monkeypatch, capsys):
+    models = [chosen for size in range(1, 6) for chosen in combinations(range(1, 6), size)]
+    random = np.random.default_rng(0)
+    for part in ("x", "x_test"):
+        lines = ["model,task1,task2,task3,task4,task5"]
+        for model in models:
+            losses = [f"{random.random():.3f}" if task in model else "" for task in range(1, 6)]
+            lines.append(",".join(["".join(map(str, model)), *losses]))
+        (tmp_path / f"{part}.csv").write_text("\n".join(lines))
+    public = recipe("public")
+    known = public.problems(tmp_path / "x.csv")
+    assert [members.shape for members, _, _ in known] == [(15, 4)] * 5
+    members, scores, _ = known[0]
+    assert public.lost(members, scores, scores, 10) == 0  # all are measured
+    assert public.lost(members, scores, scores, 0) >= public.lost(members, scores, scores, 3)
+    monkeypatch.setattr(sys, "argv", ["public.py", str(tmp_path)])
+    monkeypatch.setattr(public, "ORDERS", 2)
+    public.main()
+    assert "regret, 5 targets of 15 mixtures" in capsys.readouterr().out

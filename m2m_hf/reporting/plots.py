@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from m2m_hf.analysis.study_report import StudyReport
+from m2m_hf.core.mixture import Mixture
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.reporting.tables import INTERVAL
 from m2m_hf.search.result import score_of
@@ -39,31 +40,38 @@ def ranking(run: FinishedRun) -> Figure | None:
     shown = run.ranked[:SHOWN]
     if len(shown) < 2:
         return None
-    often = {name: sum(name in one.mixture.names for one in shown) for name in run.candidates}
-    names = sorted(often, key=lambda name: (-often[name], name))
-    figure = Figure(figsize=(WIDTH, 2.4 + 0.22 * len(names)))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, max(0.9, 0.24 * len(names))])
+    figure, upper = above_members(run, [one.mixture for one in shown])
     for place, one in enumerate(shown):
         chosen, score = one.mixture == run.best.mixture, score_of(one)
         colour, error = FIRST if chosen else MUTED, INTERVAL * (score.stderr or 0.0)
         upper.errorbar(place, score.value, error, fmt="o", ms=4.5, color=colour, elinewidth=1.2)
-        colour, rows = FIRST if chosen else INK, [names.index(name) for name in one.mixture.names]
-        lower.scatter([place] * len(names), range(len(names)), s=12, color=LINE)
-        lower.scatter([place] * len(rows), rows, s=26, color=colour)
-        lower.plot([place, place], [min(rows), max(rows)], color=colour, lw=1)
     if run.base is not None:
         upper.axhline(run.base.score, color=SECOND, lw=1, ls="--")
         upper.annotate("base model", (0.01, run.base.score), xycoords=("axes fraction", "data"), color=SECOND, fontsize=9,
                        va="bottom")  # fmt: skip
+    return figure
+
+
+def above_members(run: FinishedRun, mixtures: Sequence[Mixture]) -> tuple[Figure, Axes]:
+    """Axes to draw scores of mixtures on, side by side, and below them which candidates are in each (after UpSet)."""
+    often = {name: sum(name in one.names for one in mixtures) for name in run.candidates}
+    names = sorted(often, key=lambda name: (-often[name], name))
+    figure = Figure(figsize=(WIDTH, 2.4 + 0.22 * len(names)))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, max(0.9, 0.24 * len(names))])
+    for place, mixture in enumerate(mixtures):
+        colour, rows = FIRST if mixture == run.best.mixture else INK, [names.index(name) for name in mixture.names]
+        lower.scatter([place] * len(names), range(len(names)), s=12, color=LINE)
+        lower.scatter([place] * len(rows), rows, s=26, color=colour)
+        lower.plot([place, place], [min(rows), max(rows)], color=colour, lw=1)
     upper.set_ylabel(short(run.metric))
     upper.tick_params(bottom=False)
     lower.set_yticks(range(len(names)), [short(name) for name in names])
     lower.set_ylim(len(names) - 0.5, -0.5)
-    lower.set_xlim(-0.7, len(shown) - 0.3)
+    lower.set_xlim(-0.7, len(mixtures) - 0.3)
     lower.set_xticks([])
     lower.tick_params(length=0)
     lower.spines[:].set_visible(False)
-    return figure
+    return figure, upper
 
 
 def shapley(run: FinishedRun) -> Figure | None:
@@ -156,20 +164,15 @@ def expected(run: FinishedRun) -> Figure | None:
         return None
     found = run.verified.expectation
     shown = found.mixtures[:SHOWN]
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(shown)))
-    axes = figure.subplots()
+    figure, axes = above_members(run, [one.mixture for one in shown])
     noise = found.training_noise
-    axes.axvspan(run.choice.value - noise, run.choice.value + noise, color=LINE, alpha=0.5, lw=0)
-    for row, one in enumerate(shown):
+    axes.axhspan(run.choice.value - noise, run.choice.value + noise, color=LINE, alpha=0.5, lw=0)
+    for place, one in enumerate(shown):
         colour = FIRST if one.mixture == run.best.mixture else INK
-        axes.plot(one.surrogate, row, "x", ms=4.5, color=SECOND)
-        axes.errorbar(one.expected, row, xerr=one.spread, color=MUTED, elinewidth=1.2)
+        axes.plot(place, one.surrogate, "x", ms=4.5, color=SECOND)
+        axes.errorbar(place, one.expected, one.spread, color=MUTED, elinewidth=1.2)
         if one.trained is not None or not one.spread:
-            axes.plot(one.expected if one.trained is None else one.trained, row, "o", ms=5, color=colour)
-    axes.set_yticks(range(len(shown)), [short(str(one.mixture)) for one in shown])
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(short(run.metric))
+            axes.plot(place, one.expected if one.trained is None else one.trained, "o", ms=5, color=colour)
     return figure
 
 

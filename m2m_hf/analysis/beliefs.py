@@ -53,13 +53,13 @@ class Prior:
     """
 
     level: float = 0.25
-    by_size: float = 1.05
-    slope: float = 0.23
-    members: float = 0.71
-    rest: float = 1.01
-    alike: float = 0.64
-    noise: float = 0.41
-    factor: float = 0.83
+    by_size: float = 1.01
+    slope: float = 0.25
+    members: float = 0.57
+    rest: float = 1.1
+    alike: float = 0.62
+    noise: float = 0.38
+    factor: float = 0.82
 
 
 class Beliefs:

@@ -97,11 +97,13 @@ class Study:
     def correlation(self, surrogate: str) -> float:
         """Pearson's, of a surrogate with the truth of its own seed, over the mixtures of two or more; mean over seeds."""
         larger = self.problems[0]["members"].sum(1) > 1
-        if surrogate not in self.problems[0]["surrogates"] or larger.sum() < 3:
-            return float("nan")
         pairs = [
-            (one["surrogates"][surrogate].mean(1), truth) for one, truth in zip(self.problems, self.truth, strict=True)
+            (one["surrogates"][surrogate].mean(1), truth)
+            for one, truth in zip(self.problems, self.truth, strict=True)
+            if surrogate in one["surrogates"]
         ]
+        if not pairs or larger.sum() < 3:
+            return float("nan")
         return float(np.mean([np.corrcoef(said[larger], truth[larger])[0, 1] for said, truth in pairs]))
 
     @property
@@ -226,7 +228,7 @@ def ways(fine_tunes: int) -> dict[str, Way]:
 
 def show_cases(studies: Sequence[Study], terminal: Terminal) -> None:
     """What there was to choose from, and how well each surrogate orders it."""
-    names = list(dict.fromkeys(name for one in studies for name in one.problems[0]["surrogates"]))
+    names = SURROGATES
     rows = []
     for one in studies:
         figures = [f"{value:.3f}" for value in (one.mean.max(), np.median(one.mean), one.noise, one.reliability)]
@@ -238,6 +240,21 @@ def show_cases(studies: Sequence[Study], terminal: Terminal) -> None:
 
 def mean(values: Sequence[float]) -> str:
     return share(float(np.mean(values))) if values else "–"
+
+
+def show_variants(studies: Sequence[Study], terminal: Terminal) -> None:
+    """Merging of adapters that were trained in other ways: r and regret of its choice, of the same seeds."""
+    rows = []
+    for one in studies:
+        for seed, fields in enumerate(one.problems):
+            problem = Problem(**fields)
+            larger, others = problem.counts > 1, [name for name in problem.surrogates if name not in SURROGATES]
+            for name in ["merged", *others] if others else []:
+                said = problem.score(name)
+                r = np.corrcoef(said[larger], one.truth[seed][larger])[0, 1]
+                rows.append([one.name, str(seed), name, share(r), share(one.regret(int(said.argmax()), seed))])
+    if rows:
+        terminal.table("adapters trained otherwise", ["", "seed", "adapters", "r", "regret"], rows)
 
 
 def share(value: float) -> str:
@@ -342,6 +359,7 @@ def main() -> None:
         terminal.say(str(fitted(cases(studies))))
         return
     show_cases(studies, terminal)
+    show_variants(studies, terminal)
     # Cases that were set aside are judged by what the others have taught.
     fits = dict.fromkeys({one.name for one in studies}, Prior()) if given.aside else priors(studies)
     for fine_tunes in given.fine_tunes:

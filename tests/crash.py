@@ -49,7 +49,7 @@ def build(root: Path) -> Path:
     project_folder(root, pico)
     write_rows(root / "validation.jsonl", choice_rows(12))
     run = root / "run.yaml"
-    run.write_text(run.read_text() + "save_steps: 1\nlora_dropout: 0.1\nfine_tunes: 1\n")
+    run.write_text(run.read_text().replace("fine_tunes: 0", "fine_tunes: 1") + "save_steps: 1\nlora_dropout: 0.1\n")
     return run
 
 

@@ -251,7 +251,7 @@ def show_variants(studies: Sequence[Study], terminal: Terminal) -> None:
             larger, others = problem.counts > 1, [name for name in problem.surrogates if name not in SURROGATES]
             for name in ["merged", *others] if others else []:
                 said = problem.score(name)
-                r = np.corrcoef(said[larger], one.truth[seed][larger])[0, 1]
+                r = np.corrcoef(said[larger], one.truth[seed][larger])[0, 1] if larger.sum() > 2 else np.nan
                 rows.append([one.name, str(seed), name, share(r), share(one.regret(int(said.argmax()), seed))])
     if rows:
         terminal.table("adapters trained otherwise", ["", "seed", "adapters", "r", "regret"], rows)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 from scipy.special import logsumexp, ndtr
 
 Floats = NDArray[np.float64]
@@ -81,7 +82,7 @@ class Beliefs:
         parts += [prior.slope * (one - one.max())[None] / (float(one.std()) or 1.0) for one in scores]
         parts += [prior.members * (members - members.mean(0)).T]
         features = np.concatenate(parts)
-        apart = np.abs(members[:, None] - members[None]).sum(2)
+        apart = cdist(members, members, "cityblock")
         self._covariance: Floats = features.T @ features + prior.rest**2 * prior.alike**apart
         self._noise = prior.noise
         before = -0.5 * np.square(np.log(SCALES) / prior.factor)
@@ -105,6 +106,10 @@ class Beliefs:
         if not is_surrogate:
             self._seen[mixture] = score
         self._update()
+
+    def forget(self, mixture: int) -> None:
+        """Takes back that a mixture may be chosen for the score that it is known by, before it is known by another."""
+        del self.known[mixture]
 
     def leave_out(self, mixture: int) -> None:
         """Forgets a mixture that cannot be fine-tuned."""

@@ -168,9 +168,15 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
                 beliefs.leave_out(place)
         trained += found
         wanted = beliefs.next(min(count - len(trained), run.fine_tunes_at_once))
-    best = mixtures[beliefs.best]
-    if len(best) == 1 and best not in [one.mixture for one in trained]:
-        trained += study.trained_standings([best], result.base)
+    # A single that is known by its adapter alone; all others that are known were fine-tuned.
+    while beliefs.known and (best := mixtures[beliefs.best]) not in [one.mixture for one in trained]:
+        (standing,) = study.trained_standings([best], result.base)
+        beliefs.forget(place := beliefs.best)
+        if standing.score:
+            beliefs.learn(place, standing.score.value, is_surrogate=True, may_be_chosen=standing.may_be_chosen)
+        else:
+            beliefs.leave_out(place)
+        trained.append(standing)
     report = study.report(trained, result.base, run.study_fingerprint, run.describe_steps())
     allowed = [one for one in trained if one.may_be_chosen]
     if not allowed:
@@ -180,7 +186,6 @@ def verify(run: RunContext, result: SearchResult) -> Selection:
         )
     allowed.sort(key=lambda one: -score_of(one).value)  # stable: among equals the first
     chosen = allowed[0].mixture
-    beliefs.learn(mixtures.index(chosen), score_of(allowed[0]).value, is_surrogate=len(chosen) == 1)
     (merged,) = study.standings(run.objectives(run.config.objective), [chosen], "scoring mixtures")
     result.standings[chosen] = replace(merged, short=())
     verified = Verification(

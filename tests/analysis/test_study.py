@@ -18,6 +18,7 @@ from m2m_hf.core.mixture import Mixture
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.merging.methods import MergeMethod
 from m2m_hf.objectives import trained
+from m2m_hf.objectives.merged import MergedObjective
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.scoring.causal_lm import ChoiceScorer
 from m2m_hf.training import jobs
@@ -426,3 +427,26 @@ def test_comparisons_leave_out_what_the_surrogate_could_not_score(studied):
     assert [whole[name].mixtures for name in ("score", "score, two or more")] == [7, 4]
     trials = {name: replace(trial, score=None, state="failed") for name, trial in ours[0].trials.items()}
     assert compare([replace(ours[0], trials=trials), *ours[1:]], true, complete)["score"].mixtures == 6
+
+
+def test_a_single_that_trains_worse_again_is_not_taken_for_the_choice(graded, monkeypatch):
+    """Its adapter scored best; fine-tuned in another order of its rows it does not. The next best single is then tried, too."""
+    real = trained.TrainedObjective._score
+
+    def poor(objective, mixtures, rows):
+        alone = all(len(mixture) == 1 for mixture in mixtures)
+        return [Score.of([-99.0] * objective.scorer.examples)] if alone else real(objective, mixtures, rows)
+
+    def sure(objective, mixtures, rows):
+        return [Score.of([2.0 if len(mixture) == 1 else 0.5] * objective.scorer.examples) for mixture in mixtures]
+
+    monkeypatch.setattr(trained.TrainedObjective, "_score", poor)
+    monkeypatch.setattr(MergedObjective, "_score", sure)
+    monkeypatch.setattr(MergedObjective, "batch_size", lambda objective, rows: 1)
+    one = language_searcher(graded, "--fine_tunes", "2", "--objective", "merged")
+    verified, chosen = one._select().verified, one.search().best.mixture
+    assert len(chosen) > 1
+    assert sum(len(found.mixture) == 1 for found in verified.mixtures) == 3  # all of them looked better
+    expected = {found.mixture: found for found in verified.expectation.mixtures}
+    assert expected[chosen].spread == 0
+    assert all(found.expected == -99 for mixture, found in expected.items() if len(mixture) == 1)

@@ -6,9 +6,10 @@ from typing import Any
 
 from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.rows import Target
-from m2m_hf.scoring.causal_lm import ChoiceScorer, GenerationScorer, LossScorer
+from m2m_hf.scoring.causal_lm import ChoiceScorer, LossScorer
 from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
+from m2m_hf.scoring.generation import GenerationScorer
 from m2m_hf.scoring.scorers import Scorer, Setup
 
 CLASSES: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given what is scored: rows, a command or a task

@@ -1,7 +1,7 @@
 """The contract of all scorers: a model in, a score of one target out, with the values of all examples where there are any.
 
 A scorer prepares its target's rows once. To score is then to run forward passes over the stack (`forward.py`) and to reduce their
-results. `causal_lm.py` and `classification.py` hold the scorers; those that run something else are in `external.py`.
+results. `causal_lm.py`, `generation.py` and `classification.py` hold the scorers; `external.py` those that run something else.
 """
 
 import math

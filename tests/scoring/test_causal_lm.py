@@ -24,8 +24,8 @@ from m2m_hf.data.tokens import encode
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.scoring import forward
-from m2m_hf.scoring.causal_lm import GenerationScorer
 from m2m_hf.scoring.forward import by_answer, completion_logprobs, scored_positions
+from m2m_hf.scoring.generation import GenerationScorer
 from m2m_hf.scoring.packing import Question, Request, batches
 from m2m_hf.scoring.scorers import Scorer, Setup
 

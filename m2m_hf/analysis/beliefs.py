@@ -53,14 +53,14 @@ class Prior:
         factor: of the natural logarithm of the factor by which surrogates are more or less wrong in all.
     """
 
-    level: float = 0.25
-    by_size: float = 1.01
-    slope: float = 0.25
-    members: float = 0.57
-    rest: float = 1.1
-    alike: float = 0.62
+    level: float = 0.26
+    by_size: float = 0.82
+    slope: float = 0.28
+    members: float = 0.5
+    rest: float = 1.06
+    alike: float = 0.63
     noise: float = 0.38
-    factor: float = 0.82
+    factor: float = 0.74
 
 
 class Beliefs:

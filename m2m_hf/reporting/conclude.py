@@ -195,8 +195,8 @@ def about_fine_tuning(run: FinishedRun) -> Warnings:
         if run.objective != "trained" and len(run.usable) > 1:
             yield (
                 "not_fine_tuned",
-                "chosen by averages alone: in the selection study such a choice loses 0.31 of what the best mixture is better "
-                "than the median one, and after three fine-tunes 0.09 (fine_tunes: 3)",
+                "chosen by averages alone: in the selection study such a choice loses 0.27 of what the best mixture is better "
+                "than the median one, and after three fine-tunes 0.10 (fine_tunes: 3)",
             )
         return
     best, by_search = run.best.mixture, run.verified.by_search

@@ -32,6 +32,7 @@ from choosing import (
     Way,
     all_together,
     believed,
+    best_of,
     best_single,
     by,
     by_both,
@@ -40,6 +41,7 @@ from choosing import (
     sequential,
     verified,
 )
+from numpy.typing import NDArray
 
 from m2m_hf.analysis.beliefs import Floats, Prior
 from m2m_hf.console import Terminal
@@ -148,6 +150,8 @@ def study(name: str, way: str, tables: Sequence[Any]) -> Study:
             shares.append(float(arrays["shares.test.values"][-1].astype(np.float64).mean()))
         if {"summed_0", "base"} <= {*surrogates, *(one.removesuffix(".values") for one in arrays)}:
             surrogates["quadratic"] = quadratic(arrays)[:, None]
+        if slopes := facts.get("gradient"):
+            surrogates["first order"] = first_order(arrays["members"], slopes)[:, None]
         similarity = facts.get("similarity") or {}
         problems.append(
             {
@@ -159,6 +163,13 @@ def study(name: str, way: str, tables: Sequence[Any]) -> Study:
             }
         )
     return Study(name, way, bool(tables[0][0]["aside"]), np.array(truth), problems, np.array(shares))
+
+
+def first_order(members: NDArray[np.bool_], slopes: Sequence[float]) -> Floats:
+    """What the derivative of the likelihood by the adapters' weights, at the average of all, says of other averages (GradEx)."""
+    weights = members / members.sum(1, keepdims=True)
+    said: Floats = (weights - weights[-1]) @ np.array(slopes)
+    return said
 
 
 def quadratic(arrays: Mapping[str, Any]) -> Floats:
@@ -217,6 +228,7 @@ def ways(fine_tunes: int) -> dict[str, Way]:
     """Ways of choosing with so many fine-tunes."""
     if fine_tunes == 0:
         found = {"all": all_together, "best single": best_single, "most similar": most_similar, "both": by_both}
+        found["every mixture fine-tuned"] = lambda problem: best_of(problem, range(len(problem.members)))
         return found | {name: by(name) for name in SURROGATES}
     return {
         "merged, all": verified(["merged"], fine_tunes),
@@ -243,7 +255,7 @@ def mean(values: Sequence[float]) -> str:
 
 
 def show_variants(studies: Sequence[Study], terminal: Terminal) -> None:
-    """Merging of adapters that were trained in other ways: r and regret of its choice, of the same seeds."""
+    """The derivative, and merging of adapters that were trained in other ways: r and regret of its choice, of the same seeds."""
     rows = []
     for one in studies:
         for seed, fields in enumerate(one.problems):
@@ -252,9 +264,9 @@ def show_variants(studies: Sequence[Study], terminal: Terminal) -> None:
             for name in ["merged", *others] if others else []:
                 said = problem.score(name)
                 r = np.corrcoef(said[larger], one.truth[seed][larger])[0, 1] if larger.sum() > 2 else np.nan
-                rows.append([one.name, str(seed), name, share(r), share(one.regret(int(said.argmax()), seed))])
+                rows.append([one.name, one.way, str(seed), name, share(r), share(one.regret(int(said.argmax()), seed))])
     if rows:
-        terminal.table("adapters trained otherwise", ["", "seed", "adapters", "r", "regret"], rows)
+        terminal.table("beside merging", ["", "way", "seed", "surrogate", "r", "regret"], rows)
 
 
 def share(value: float) -> str:

@@ -13,6 +13,7 @@ from m2m_hf.modeling.heads import Head
 from m2m_hf.modeling.processing import inputs_of
 from m2m_hf.scoring.forward import Inputs, Job, Outputs, job_batches, one_pass
 from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
+from m2m_hf.scoring.prefixes import Past
 from m2m_hf.scoring.scorers import AnswerScorer, Setup
 
 MAX_PIXEL_BYTES = 1 << 30  # of prepared images that a scorer keeps
@@ -34,7 +35,7 @@ class ClassifierInputs(Inputs):
     def batches(self, model: Any, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
         return job_batches(self._sizes, jobs, budget)
 
-    def outputs(self, model: Any, rows: Sequence[int]) -> Outputs:
+    def outputs(self, model: Any, rows: Sequence[int], past: Sequence[Past] = ()) -> Outputs:
         if len(passes := one_pass([self._sizes[row] for row in rows], self.apart)) > 1:
             parts = [self._pass(model, [rows[place] for place in places]) for places in passes]
             order = torch.tensor([place for places in passes for place in places]).argsort().to(parts[0].device)

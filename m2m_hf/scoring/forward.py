@@ -4,8 +4,6 @@ Apart from rounding, results depend neither on the size of the batches, nor on t
 share a batch. Every row of a batch may belong to another mixture, so a small validation set still fills the hardware.
 """
 
-import inspect
-import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,14 +16,24 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
 from m2m_hf.errors import InputError
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.merging.gated_stack import GatedStack, to_device
 from m2m_hf.modeling.devices import out_of_memory
 from m2m_hf.scoring.packing import Question, batches, padded
+from m2m_hf.scoring.prefixes import (
+    WEIGHT,
+    Beginnings,
+    Past,
+    at_once,
+    cache_of,
+    computed,
+    scored_positions,
+    shared_beginnings,
+    shared_span,
+)
 
 T = TypeVar("T")
 Weights = Mapping[str, float]
@@ -52,20 +60,26 @@ class Inputs(ABC):
         truncated: rows that did not fit into the model.
         sizes: of every row, the tokens of its shortest and of its longest answer, and those of all together as one row.
         apart: how far rows are kept apart, see `probing.py`.
+        beginnings: the tokens that many rows begin with, see `prefixes.py`.
     """
 
     tokens: int
     truncated: int
     sizes: Sequence[tuple[int, int, int]]
     apart: int = TOGETHER
+    beginnings: Sequence[tuple[int, ...]] = ()
+
+    def beginning_of(self, model: PreTrainedModel) -> Callable[[int], int]:
+        """Row -> the number of the beginning that it shares with others, or -1."""
+        return lambda row: -1
 
     @abstractmethod
     def batches(self, model: PreTrainedModel, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
         """The jobs in batches of at most `budget` tokens."""
 
     @abstractmethod
-    def outputs(self, model: PreTrainedModel, rows: Sequence[int]) -> Outputs:
-        """What the model gives for rows of one batch; the numbers of one answer are summed."""
+    def outputs(self, model: PreTrainedModel, rows: Sequence[int], past: Sequence[Past] = ()) -> Outputs:
+        """What the model gives for rows of one batch, beginning as given if so; the numbers of one answer are summed."""
 
     def alone(self, model: PreTrainedModel, row: int) -> Outputs:
         """What the model gives for one row by itself, or for some of its answers."""
@@ -91,7 +105,8 @@ class QuestionInputs(Inputs):
     """Questions: what the model gives are the log-probabilities of the completions' tokens, which sum to the completions'.
 
     A question is one row: its prompt is computed once, and its completions stand side by side behind it, each seeing the
-    prompt and itself. Where the model does not allow that, every completion takes a forward pass of its own.
+    prompt and itself. Where the model does not allow that, every completion takes a forward pass of its own. What many prompts
+    begin with is computed once, except where gradients are.
 
     Args:
         by_token: every token counts as an answer of its own, of questions with one completion.
@@ -101,37 +116,55 @@ class QuestionInputs(Inputs):
     def __init__(
         self, questions: Sequence[Question], truncated: int = 0, by_token: bool = False, reading: Sequence[Any] = ()
     ) -> None:
-        self.reading = list(reading)
         self.questions, self.truncated, self._by_token = questions, truncated, by_token
-        self.tokens = sum(len(one.ids) + len(one.requests) for one in questions)
+        self._numbers, self.beginnings = shared_beginnings(questions)
+        # Where a journal has another fingerprint, nobody has tried whether this model's rows may share beginnings.
+        self.reading = [*reading, "beginnings"] if self.beginnings else list(reading)
+        self.tokens = sum(len(one.ids) + len(one.requests) for one in questions) + sum(map(len, self.beginnings))
+        self.tokens -= sum(len(self.beginnings[number]) for number in self._numbers if number >= 0)
         lengths = [[len(request.ids) for request in one.requests] for one in questions]
         self.sizes = [(min(of), max(of), len(one.ids)) for of, one in zip(lengths, questions, strict=True)]
 
     def _span(self, model: PreTrainedModel) -> float:
         return 0 if self.apart else shared_span(model)
 
+    def beginning_of(self, model: PreTrainedModel) -> Callable[[int], int]:
+        span = 0 if torch.is_grad_enabled() else self._span(model)
+
+        def number(row: int) -> int:
+            return self._numbers[row] if self.sizes[row][1] <= span else -1
+
+        return number if self.beginnings else super().beginning_of(model)
+
     def batches(self, model: PreTrainedModel, jobs: Sequence[Job], budget: int) -> Iterator[list[Job]]:
-        """All questions of a batch are cut alike. Rows that branch need an attention mask, and others are faster without."""
-        span = self._span(model)
+        """All questions of a batch are cut and begin alike. Rows that branch need an attention mask; others do not."""
+        span, beginning = self._span(model), self.beginning_of(model)
         kind, sizes, heads = {}, {}, {}
+        together: dict[int, int] = {}  # of how many mixtures a row's beginning is computed at once
         for row in {row for _, row in jobs}:
-            parts = self.questions[row].within(span)
-            kind[row] = len(parts[0].requests) > 1, len(parts)
+            parts, number = self.questions[row].within(span), beginning(row)
+            kind[row] = len(parts[0].requests) > 1, len(parts), number
             sizes[row], heads[row] = max(len(part.ids) for part in parts), max(part.heads for part in parts)
-        alike: dict[tuple[bool, int], list[Job]] = defaultdict(list)
-        for job in jobs:
-            alike[kind[job[1]]].append(job)
+            if number >= 0:
+                ahead = self.beginnings[number]
+                sizes[row] -= len(ahead) - len(ahead) // WEIGHT
+                together[row] = at_once(ahead, budget)
+        alike: dict[tuple[Any, ...], list[Job]] = defaultdict(list)
+        for mixture, row in jobs:
+            alike[*kind[row], mixture // together[row] if row in together else 0].append((mixture, row))
         for _, group in sorted(alike.items(), reverse=True, key=lambda item: item[0]):
             for batch in batches([sizes[row] for _, row in group], budget, [heads[row] for _, row in group]):
                 yield [group[index] for index in batch]
 
-    def outputs(self, model: PreTrainedModel, rows: Sequence[int]) -> Outputs:
+    def outputs(self, model: PreTrainedModel, rows: Sequence[int], past: Sequence[Past] = ()) -> Outputs:
         span = self._span(model)
+        if not past and (number := self.beginning_of(model)(rows[0])) >= 0:
+            past = computed(model, self.beginnings[number])
         cut = [self.questions[row].within(span) for row in rows]
         tensors, owners = [], []
         for number, parts in enumerate(zip(*cut, strict=True)):
             for places in one_pass([len(part.ids) for part in parts], self.apart):
-                logprobs, of_part = score_rows(model, [parts[place] for place in places], self.apart >= ALIKE)
+                logprobs, of_part = score_rows(model, [parts[place] for place in places], self.apart >= ALIKE, past)
                 tensors.append(logprobs)
                 owners.append(np.stack([np.array(places)[of_part[:, 0]], number + of_part[:, 1]], axis=1))
         of = np.concatenate(owners)
@@ -159,6 +192,7 @@ def ask(
     batches: Callable[[list[Job], int], Iterable[list[Job]]],
     forward: Callable[[list[int]], Results],
     write: bool = False,
+    before: Callable[[list[Job]], None] = lambda jobs: None,
 ) -> list[list[Any]]:
     """Asks every mixture the same rows: results by mixture and row. Every process does its share and gets everything.
 
@@ -167,6 +201,7 @@ def ask(
         forward: runs the model, whose gates are set, on the rows of one batch. What it found is read when all batches are under
             way, so that a device does not wait for Python between two of them.
         write: see `GatedStack.write`; of one mixture.
+        before: is given the jobs of a batch before the gates are set for it.
     """
     state, shrink = PartialState(), stack.shrink
     every: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
@@ -178,6 +213,7 @@ def ask(
         stack.set(mixtures[0])
 
     def run(batch: list[Job]) -> Results:
+        before(batch)
         if len(mixtures) > 1:
             stack.set_rows([mixtures[mixture] for mixture, _ in batch])
         return forward([row for _, row in batch])
@@ -287,10 +323,14 @@ def measure(
     if (write or inputs.apart >= ALIKE) and len(mixtures) > 1:  # else rows of a batch would take passes of their own
         return [measure(stack, [weights], inputs, rows, tokens_per_batch)[0] for weights in mixtures]
 
-    def forward(numbers: list[int]) -> Results:
-        return partial(by_answer, *inputs.outputs(stack.model, numbers), len(numbers))
+    number_of, tokens = inputs.beginning_of(stack.model), tokens_per_batch // stack.shrink
+    ahead = Beginnings(stack, mixtures, number_of, inputs.beginnings, tokens)
 
-    return ask(stack, mixtures, rows, tokens_per_batch, partial(inputs.batches, stack.model), forward, write)
+    def forward(numbers: list[int]) -> Results:
+        return partial(by_answer, *inputs.outputs(stack.model, numbers, ahead.past), len(numbers))
+
+    batches = partial(inputs.batches, stack.model)
+    return ask(stack, mixtures, rows, tokens_per_batch, batches, forward, write, ahead.prepare)
 
 
 @torch.enable_grad()
@@ -340,52 +380,18 @@ def completion_logprobs(
     return measure(stack, mixtures, QuestionInputs(questions), range(len(questions)), tokens_per_batch)
 
 
-def shared_span(model: PreTrainedModel) -> float:
-    """Up to how many tokens, prompt and completion together, the completions of a prompt may share a row with it.
-
-    Infinite where every token sees all before it. With a sliding window, its width. 0 where a row cannot branch: with recurrent
-    states, with ALiBi and whatever else counts distances itself, or with an attention that takes no custom mask.
-    """
-    layers = DynamicCache(config=model.config).layers
-    if (
-        {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-        and "position_ids" in inspect.signature(model.forward).parameters
-        and not getattr(model.config, "alibi", False)
-        and model.config._attn_implementation in ("sdpa", "eager")
-    ):
-        return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
-    return 0
-
-
-@contextmanager
-def scored_positions(model: PreTrainedModel, places: torch.Tensor) -> Iterator[None]:
-    """While active, the output head of `model` computes logits only at these places, counted through all rows of a batch.
-
-    A vocabulary is many times wider than the model, so logits for prompts and padding would dominate the cost. A hook before the
-    head drops the other positions, and whatever a model does after its head (scaling, soft-capping) stays as it is. The logits
-    then have shape `(1, places, vocabulary)`.
-    """
-
-    def select(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden, *rest = args
-        return (hidden.flatten(0, 1)[places.to(hidden.device)].unsqueeze(0), *rest)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def score_rows(model: PreTrainedModel, questions: Sequence[Question], whole: bool = False) -> Outputs:
+def score_rows(
+    model: PreTrainedModel, questions: Sequence[Question], whole: bool = False, past: Sequence[Past] = ()
+) -> Outputs:
     """One forward pass over questions, each a row: the log-probability of every scored token, and the (row, completion) of each.
 
     Rows are padded on the right. Scored tokens cannot see what comes after them, so rows without branches need no attention mask,
     and attention takes its fastest path. What follows the last scored token's place is left out, unless the model is to be given
-    the `whole` text, since it looks at how long that is.
+    the `whole` text, since it looks at how long that is. Of rows whose beginnings are `past`, only what follows is read.
     """
     different = list(dict.fromkeys(questions))  # several mixtures are asked the same: it is laid out once
-    texts = [row.requests[0].ids if whole else row.ids for row in different]
+    start = past[0][0][0].shape[-2] if past else 0
+    texts = [row.requests[0].ids if whole else row.ids[start:] for row in different]
     width, device = max(map(len, texts)), model.device
     rows: Any = slice(None)
     if len(different) < len(questions):
@@ -396,20 +402,21 @@ def score_rows(model: PreTrainedModel, questions: Sequence[Question], whole: boo
         return to_device(padded(lists, width), device)
 
     inputs: dict[str, torch.Tensor] = {"input_ids": laid_out(texts)[rows]}
-    if len(questions[0].requests) > 1:
-        branches = laid_out([row.branches for row in different])
+    if past or len(questions[0].requests) > 1:
+        branches = laid_out([row.branches[start:] for row in different])
         visible = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
-        hidden = ~visible.tril()[:, None]
+        hidden = torch.nn.functional.pad(~visible.tril()[:, None], (start, 0))
         mask = torch.zeros(hidden.shape, dtype=model.dtype, device=device)
         inputs["attention_mask"] = mask.masked_fill_(hidden, torch.finfo(model.dtype).min)[rows]
-        inputs["position_ids"] = laid_out([row.places for row in different])[rows]
+        inputs["position_ids"] = laid_out([row.places[start:] for row in different])[rows]
     tables = [question.table for question in questions]
     row_of = np.repeat(np.arange(len(tables)), [table.shape[1] for table in tables])
     index, token, completion = np.concatenate(tables, axis=1)
     # Several completions begin where the same prompt ends: its logits are there once.
-    places, kept = np.unique(row_of * width + index, return_inverse=True)
+    places, kept = np.unique(row_of * width + index - start, return_inverse=True)
+    own = {"past_key_values": cache_of(past), "use_cache": True} if past else {"use_cache": False}
     with scored_positions(model, to_device(torch.from_numpy(places), device)):
-        logits = model(**inputs, use_cache=False).logits[0]
+        logits = model(**inputs, **own).logits[0]
     return token_logprobs(logits, kept, token), np.stack([row_of, completion], axis=1)
 
 

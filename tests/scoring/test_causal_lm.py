@@ -23,10 +23,12 @@ from m2m_hf.data.rows import TargetRow
 from m2m_hf.data.tokens import encode
 from m2m_hf.merging.adapter import Adapter
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring import forward
-from m2m_hf.scoring.forward import by_answer, completion_logprobs, scored_positions
+from m2m_hf.scoring import forward, prefixes
+from m2m_hf.scoring.forward import UNSHARED, by_answer, completion_logprobs
 from m2m_hf.scoring.generation import GenerationScorer
 from m2m_hf.scoring.packing import Question, Request, batches
+from m2m_hf.scoring.prefixes import scored_positions, shared_beginnings
+from m2m_hf.scoring.probing import settle
 from m2m_hf.scoring.scorers import Scorer, Setup
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
@@ -165,6 +167,82 @@ def test_several_mixtures_in_one_pass_score_as_one_by_one(tmp_path, tokenizer, f
     for weights, score in zip(MIXTURES, together, strict=True):
         assert score.values == pytest.approx(scorer.score(stack, [weights], budget)[0].values, abs=2e-5)
     assert len({round(score.value, 3) for score in together}) == len(MIXTURES)
+
+
+def with_shots(tokenizer) -> list[TargetRow]:
+    """Rows that begin with one of two runs of examples, and one that begins like no other."""
+    rows = questions_of_many_shapes(tokenizer)
+    shots = ("question: one two big? answer: red " * 5, "question: big? answer: green blue " * 4)
+    rows = [TargetRow(shots[n % 2] + row.prompt, row.choices, row.answer) for n, row in enumerate(rows)]
+    return [*rows, TargetRow("question: red? answer:", (" one", " two"), 0)]
+
+
+@pytest.mark.parametrize("budget", [1, 150, 10_000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_rows_begin_with_is_computed_once_for_a_mixture_without_changing_a_score(
+    tmp_path, tokenizer, family, budget
+):
+    stack = build_stack(tmp_path, family)
+    scorer = scorer_on(with_shots(tokenizer), tokenizer, "choice", "logprob")
+    ahead, seen = scorer.inputs.beginnings, []
+    assert [len(one) >= 32 for one in ahead] == [True, True]
+    observed(stack.model, seen.append)
+    together = scorer.score(stack, MIXTURES, budget)
+    own = len(MIXTURES) * sum(len(one.ids) for one in scorer.inputs.questions)
+    assert (sum(seen) < own) == (family != "gemma2")  # whose window is narrower than that
+    for weights, score in zip(MIXTURES, together, strict=True):
+        assert scorer.score(stack, [weights], 70, rows=[6, 1])[0].values == pytest.approx(
+            [score.values[6], score.values[1]], abs=1e-5
+        )
+        stack.set(weights)
+        for row, value in zip(scorer.rows, score.values, strict=True):
+            expected = torch.tensor(direct(stack.model, tokenizer, row)).log_softmax(0)[row.answer].item()
+            assert value == pytest.approx(expected, abs=1e-5)
+    scorer.keep_apart(UNSHARED)
+    seen.clear()
+    assert scorer.score(stack, MIXTURES[3:], budget)[0].values == pytest.approx(together[3].values, abs=1e-5)
+    assert sum(seen) > own / len(MIXTURES)
+
+
+def test_beginnings_are_shared_where_that_saves_much_and_each_row_keeps_what_predicts_its_first_token():
+    shots, other = tuple(range(100, 140)), tuple(range(200, 270))
+
+    def asked(*texts: tuple[int, ...]) -> tuple[list[int], list[int]]:
+        numbers, ahead = shared_beginnings([Question([Request((*text, 1), len(text))]) for text in texts])
+        assert all(
+            text[: len(ahead[n])] == ahead[n] and len(text) > len(ahead[n])
+            for n, text in zip(numbers, texts, strict=True)
+            if n >= 0
+        )
+        return numbers, [len(one) for one in ahead]
+
+    assert asked((*shots, 7), (*shots, 8), (*shots, 9, 9)) == ([0, 0, 0], [40])
+    assert asked(shots, shots, (*shots, 8)) == ([0, 0, 0], [39])
+    assert asked((*shots, 7)) == ([-1], [])
+    assert asked((*shots, 7), (9,) * 40, (*shots, 8)) == ([0, -1, 0], [40])
+    assert asked((*shots[:30], 7), (*shots[:30], 8)) == ([-1, -1], [])
+    assert asked((*shots, *[7] * 400), (*shots, *[8] * 400)) == ([-1, -1], [])  # a mask would cost more than that saves
+    system = [(*shots, *other, 7), (*shots, *other, 8), (*shots, *other[::-1], 7), (*shots, *other[::-1], 8)]
+    assert asked(*system) == ([0, 0, 1, 1], [110, 110])
+    assert asked(*[(*shots, number) for number in range(9)], (*shots, *other, 7))[1] == [40]
+
+
+def test_a_model_that_reads_rows_behind_a_beginning_otherwise_has_them_kept_apart(tokenizer, monkeypatch):
+    scorer = scorer_on(with_shots(tokenizer), tokenizer, "choice", "logprob")
+    before, stack = scorer.fingerprint, GatedStack(build_model("llama"), {})
+    assert settle(stack, [{}], scorer) is None
+    assert scorer.fingerprint == before
+    monkeypatch.setattr(
+        prefixes.Ahead,
+        "_before",
+        staticmethod(lambda parts, own: own.repeat(1, 1, 9, 1)[:, :, -len(parts[0][0, 0]) - own.shape[2] :]),
+    )
+    assert "every choice is scored in a row of its own" in settle(stack, [{}], scorer)
+    values = scorer.score(stack, [{}], 1000)[0].values
+    expected = [
+        torch.tensor(direct(stack.model, tokenizer, row)).log_softmax(0)[row.answer].item() for row in scorer.rows
+    ]
+    assert list(values) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.cpu_only("on a card groups of mixtures are those of several passes")

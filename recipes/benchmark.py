@@ -61,6 +61,7 @@ def main() -> None:
         "--random-adapters", type=int, default=0, metavar="N", help="N random adapters instead of trained ones"
     )
     parser.add_argument("--rows", type=int, help="only the first rows of the target (with --random: 200)")
+    parser.add_argument("--shots", type=int, default=0, help="with --random: so many tokens that all rows begin with")
     parser.add_argument("--mixtures", type=int, default=5, help="how many mixtures, of 1 to N candidates (default: 5)")
     parser.add_argument("--methods", default=",".join(METHODS), help="which (default: all that are installed)")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
@@ -115,7 +116,7 @@ def prepare(given: argparse.Namespace, flags: list[str], folder: Path, terminal:
         }
         config, args, model_args = parsing.parse(None, flags, values)
         tokenizer = load_tokenizer(model_args, args)
-        rows = random_rows(given.rows or 200)
+        rows = random_rows(given.rows or 200, shots=given.shots)
         questions = encode_rows(rows, tokenizer, 2048).questions
         budget = config.tokens_per_batch
         base = load_base(model_args, args)

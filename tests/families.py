@@ -102,7 +102,10 @@ def write_project(family: Family, folder: Path, model: Path, layers: str | None)
         choices = [" red", " green blue one", " green two", " yes no yes no"]
         asked = [{"prompt": one, "choices": choices[: 2 + i % 3], "answer": i % 2} for i, one in enumerate(prompts(7))]
         write_rows(folder / "choice.jsonl", asked)
-        told = [{"prompt": one, "completion": " " + " ".join(WORDS[: 1 + i])} for i, one in enumerate(prompts(6))]
+        shots = "question: red blue one? answer: two " * 4  # which all rows begin with
+        told = [
+            {"prompt": shots + one, "completion": " " + " ".join(WORDS[: 1 + i])} for i, one in enumerate(prompts(6))
+        ]
         write_rows(folder / "loss.jsonl", told)
         answers = [{"prompt": one, "completion": answer} for one, answer in base_answers(model) if answer]
         if answers:

@@ -21,6 +21,7 @@ from m2m_hf.scoring.packing import Question
 
 LEAST = 32  # tokens of a beginning that is shared
 WORTH = 0.25  # of the tokens of the rows' own, that sharing must save: rows behind a beginning need an attention mask
+MANY, MOST = 1024, 0.25  # tokens saved, or share of all rows, that are worth passes of their own
 WEIGHT = 8  # so many tokens ahead of a row take the memory and time of one of its own
 
 # Of one mixture: keys and values of every layer, each of shape (1, heads, tokens, dimensions)
@@ -36,30 +37,26 @@ def shared_beginnings(questions: Sequence[Question]) -> tuple[list[int], list[tu
     keys = [tuple(question.ids[: question.shared - 1]) for question in questions]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     arrays = [np.array(keys[row], dtype=np.int64) for row in order]
-    alike = [common(*pair) for pair in pairwise(arrays)]  # tokens that neighbours share
+    alike = np.array([common(*pair) for pair in pairwise(arrays)], dtype=np.int64)  # tokens that neighbours share
     best: list[tuple[list[int], int]] = []
-    least = LEAST
-    while alike and least <= max(alike):
-        made, rows, length = [], [0], len(arrays[0])
-        for place, shared in enumerate([*alike, 0], start=1):
-            if shared >= least:
-                rows.append(place)
-                length = min(length, shared)
-                continue
-            made.append(([order[one] for one in rows], length))
-            rows, length = [place], len(arrays[min(place, len(arrays) - 1)])
-        if saved(made) > saved(best):
-            best = made
+    most, least = 0, LEAST
+    while least <= alike.max(initial=0):
+        groups, total = [], 0
+        for places in np.split(np.arange(len(order)), np.flatnonzero(alike < least) + 1):
+            rows, length = [order[place] for place in places], int(alike[places[:-1]].min(initial=1 << 60))
+            saved = (len(rows) - 1) * length
+            own = sum(len(questions[row].ids) - length for row in rows)
+            if len(rows) > 1 and saved >= WORTH * own and (saved >= MANY or len(rows) >= MOST * len(order)):
+                groups.append((rows, length))
+                total += saved
+        if total > most:
+            best, most = groups, total
         least *= 2
     numbers = [-1] * len(questions)
-    texts: list[tuple[int, ...]] = []
-    for rows, length in best:
-        own = sum(len(questions[row].ids) - length for row in rows)
-        if length >= LEAST and saved([(rows, length)]) >= WORTH * own:
-            for row in rows:
-                numbers[row] = len(texts)
-            texts.append(keys[rows[0]][:length])
-    return numbers, texts
+    for number, (rows, _) in enumerate(best):
+        for row in rows:
+            numbers[row] = number
+    return numbers, [keys[rows[0]][:length] for rows, length in best]
 
 
 def common(one: np.ndarray, other: np.ndarray) -> int:
@@ -67,11 +64,6 @@ def common(one: np.ndarray, other: np.ndarray) -> int:
     length = min(len(one), len(other))
     differing = np.flatnonzero(one[:length] != other[:length])
     return int(differing[0]) if len(differing) else length
-
-
-def saved(groups: Sequence[tuple[list[int], int]]) -> int:
-    """How many tokens need not be computed where groups of rows share so many tokens."""
-    return sum((len(rows) - 1) * length for rows, length in groups)
 
 
 class Ahead(DynamicLayer):

@@ -5,7 +5,8 @@ the machine does falls on all of them:
 
 - **ours**: the gated stack;
 - **floor**: a plain forward pass of one merged model through the same loop, the least that scoring can cost;
-- **repeated**: the gated stack, with the prompt computed once for every completion, as harnesses and trainers do;
+- **unshared**: the gated stack, with what many rows begin with computed for each of them;
+- **repeated**: the same, with the prompt computed once for every completion, as harnesses and trainers do;
 - **cat**: PEFT's `add_weighted_adapter(combination_type="cat")` for each mixture, and the same loop;
 - **trainer**: the same adapter, scored by `Trainer.evaluate`, one row per completion;
 - **harness**: the mixture exported as an adapter and given to the lm-evaluation-harness, which loads the model again.
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,11 @@ from transformers import (
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.adapter import Adapter, write_adapter
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring.forward import Weights, completion_logprobs
+from m2m_hf.scoring.forward import QuestionInputs, Weights, completion_logprobs, measure
 from m2m_hf.scoring.packing import Question
 
 Sums = list[tuple[float, ...]]
-METHODS = ("ours", "floor", "repeated", "cat", "trainer", "harness")
+METHODS = ("ours", "floor", "unshared", "repeated", "cat", "trainer", "harness")
 SIZES = {  # of random models: hidden, intermediate, layers, heads, key/value heads, vocabulary
     "pico": (32, 48, 2, 4, 2, 320),
     "tiny": (64, 128, 2, 4, 2, 512),
@@ -112,15 +114,16 @@ def random_adapters(
     }
 
 
-def random_rows(count: int, prompt: int = 60, choices: int = 4) -> list[TargetRow]:
-    """Questions of `prompt` bytes with choices of 3 to 6 bytes, for the tokenizer of `random_model`."""
+def random_rows(count: int, prompt: int = 60, choices: int = 4, shots: int = 0) -> list[TargetRow]:
+    """Questions of `prompt` bytes with choices of 3 to 6 bytes, for the tokenizer of `random_model`; all begin with `shots`."""
     draw = torch.Generator().manual_seed(1)
 
     def text(length: int) -> str:
         return "".join(chr(97 + int(n)) for n in torch.randint(26, (length,), generator=draw))
 
+    ahead = text(shots)
     return [
-        TargetRow(text(prompt - number % 7), tuple(" " + text(2 + (number + n) % 4) for n in range(choices)), 0)
+        TargetRow(ahead + text(prompt - number % 7), tuple(" " + text(2 + (number + n) % 4) for n in range(choices)), 0)
         for number in range(count)
     ]
 
@@ -243,11 +246,19 @@ def methods(
     afterwards.callback(stack.detach)
     if "ours" in chosen:
         made["ours"] = lambda weights: loop(stack, weights)
+
+    def unshared(questions: Sequence[Question], weights: Weights) -> Sums:
+        inputs = QuestionInputs(questions)
+        inputs.beginnings = ()
+        return measure(stack, [weights], inputs, range(len(questions)), load.tokens_per_batch)[0]
+
+    if "unshared" in chosen:
+        made["unshared"] = partial(unshared, load.questions)
     if "repeated" in chosen:
         apart = [Question((request,)) for question in load.questions for request in question.requests]
 
         def repeated(weights: Weights) -> Sums:
-            sums = chain.from_iterable(completion_logprobs(stack, [weights], apart, load.tokens_per_batch)[0])
+            sums = chain.from_iterable(unshared(apart, weights))
             return [tuple(islice(sums, len(question.requests))) for question in load.questions]
 
         made["repeated"] = repeated

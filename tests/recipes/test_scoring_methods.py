@@ -49,7 +49,7 @@ def test_all_methods_score_the_same(tmp_path, monkeypatch, targets, methods):
     folder = random_model(tmp_path / "model", "tiny")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = random_rows(5)
+    rows = random_rows(5, shots=64)
     questions = encode_rows(rows, tokenizer, 2048).questions
     adapters = random_adapters(model, 3, 4, targets)
     load = Workload(model, tokenizer, adapters, questions, rows, str(folder), 200)

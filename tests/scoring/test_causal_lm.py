@@ -190,10 +190,9 @@ def test_what_rows_begin_with_is_computed_once_for_a_mixture_without_changing_a_
     together = scorer.score(stack, MIXTURES, budget)
     own = len(MIXTURES) * sum(len(one.ids) for one in scorer.inputs.questions)
     assert (sum(seen) < own) == (family != "gemma2")  # whose window is narrower than that
-    for weights, score in zip(MIXTURES, together, strict=True):
-        assert scorer.score(stack, [weights], 70, rows=[6, 1])[0].values == pytest.approx(
-            [score.values[6], score.values[1]], abs=1e-5
-        )
+    for weights, score in list(zip(MIXTURES, together, strict=True))[::3]:
+        some = scorer.score(stack, [weights], 70, rows=[6, 1])[0].values
+        assert some == pytest.approx([score.values[6], score.values[1]], abs=1e-5)
         stack.set(weights)
         for row, value in zip(scorer.rows, score.values, strict=True):
             expected = torch.tensor(direct(stack.model, tokenizer, row)).log_softmax(0)[row.answer].item()

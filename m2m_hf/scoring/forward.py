@@ -323,8 +323,8 @@ def measure(
     if (write or inputs.apart >= ALIKE) and len(mixtures) > 1:  # else rows of a batch would take passes of their own
         return [measure(stack, [weights], inputs, rows, tokens_per_batch)[0] for weights in mixtures]
 
-    number_of, tokens = inputs.beginning_of(stack.model), tokens_per_batch // stack.shrink
-    ahead = Beginnings(stack, mixtures, number_of, inputs.beginnings, tokens)
+    number_of = inputs.beginning_of(stack.model)
+    ahead = Beginnings(stack, mixtures, number_of, inputs.beginnings, tokens_per_batch)
 
     def forward(numbers: list[int]) -> Results:
         return partial(by_answer, *inputs.outputs(stack.model, numbers, ahead.past), len(numbers))

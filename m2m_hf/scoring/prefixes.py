@@ -112,7 +112,7 @@ class Beginnings:
     Args:
         number_of: row -> the number of its beginning, or -1.
         texts: the tokens of every beginning.
-        tokens: of one pass, which says how many mixtures' beginnings are kept.
+        tokens: of one pass if memory suffices, which says how many mixtures' beginnings are kept.
 
     Attributes:
         past: of every row of the batch, or nothing.
@@ -143,7 +143,7 @@ class Beginnings:
         if number < 0:
             return
         missing = [mixture for mixture in wanted if mixture not in self._held]
-        if missing and len(self._held) + len(missing) > at_once(self._texts[number], self._tokens):
+        if missing and len(self._held) + len(missing) > at_once(self._texts[number], self._tokens // self._stack.shrink):
             self._held, missing = {}, wanted
         if missing:
             if len(self._mixtures) > 1:

@@ -229,6 +229,7 @@ def test_beginnings_are_shared_where_that_saves_much_and_each_row_keeps_what_pre
 def test_a_model_that_reads_rows_behind_a_beginning_otherwise_has_them_kept_apart(tokenizer, monkeypatch):
     scorer = scorer_on(with_shots(tokenizer), tokenizer, "choice", "logprob")
     before, stack = scorer.fingerprint, GatedStack(build_model("llama"), {})
+    assert scorer.inputs.reading == ["beginnings"]  # in the fingerprint, since a journal of before has not tried this
     assert settle(stack, [{}], scorer) is None
     assert scorer.fingerprint == before
     monkeypatch.setattr(

@@ -4,6 +4,7 @@
 python recipes/benchmark.py --config x.yaml                       # its model, its target's rows, its adapters (else random ones)
 python recipes/benchmark.py --config x.yaml --random-adapters 8 --lora_r 16 --lora_target_modules all-linear
 python recipes/benchmark.py --random 1b --random-adapters 8       # nothing is downloaded
+python recipes/benchmark.py --random 135m --random-adapters 8 --shots 800 --methods ours,unshared   # few-shot examples
 ```
 
 `support/scoring_methods.py` has the methods. Fields of the configuration can be given as `--field value`.

@@ -143,7 +143,9 @@ class Beginnings:
         if number < 0:
             return
         missing = [mixture for mixture in wanted if mixture not in self._held]
-        if missing and len(self._held) + len(missing) > at_once(self._texts[number], self._tokens // self._stack.shrink):
+        if missing and len(self._held) + len(missing) > at_once(
+            self._texts[number], self._tokens // self._stack.shrink
+        ):
             self._held, missing = {}, wanted
         if missing:
             if len(self._mixtures) > 1:

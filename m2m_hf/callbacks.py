@@ -177,8 +177,9 @@ class TargetScoreCallback(TrainerCallback):
         trainer: trains a causal LM, or a classifier (`...ForSequenceClassification`, `...ForImageClassification`), and has its
             tokenizer or image processor.
         targets: name -> a target as under `targets:` in a configuration (scorers `choice`, `classification`, `loss`,
-            `generation`, and Python functions; with a classifier `classification` of rows text/label or image/label, whose
-            labels are the names in the model's `id2label`). Relative paths are relative to the working directory.
+            `generation`, `preference`, and Python functions; with a classifier `classification` of rows text/label or
+            image/label, whose labels are the names in the model's `id2label`). Relative paths are relative to the working
+            directory.
         tokens_per_batch: tokens in one forward pass (default: 1024 on a CPU; what fills a GPU and fits into its memory).
         allow_metric_code: load your own metrics, which runs their code.
 

@@ -153,7 +153,7 @@ def test_rows_of_candidates(project, content):
 
 @given(
     content=files_of_rows([QUESTION, QUESTION]),
-    scorer=st.sampled_from(["choice", "classification", "loss", "generation"]),
+    scorer=st.sampled_from(["choice", "classification", "loss", "generation", "preference"]),
 )
 def test_rows_of_targets(project, configuration, content, scorer):
     configuration["targets"]["colours"]["scorer"] = scorer

@@ -10,7 +10,7 @@ from typing import Any
 
 from m2m_hf import __version__
 from m2m_hf.cli import commands
-from m2m_hf.cli.init import init
+from m2m_hf.cli.init import SCORED, init
 from m2m_hf.cli.launch import FLAGS, recipe
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.targets import SCORERS
@@ -145,7 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     argument("--model", default="", help="the base model: a Hub id or a folder")
     argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids")
     argument("--target", metavar="NAME=PATH", help="validation rows of the task that you care about")
-    argument("--scorer", default="", help="choice, classification, loss or generation (default: as the rows suggest)")
+    argument("--scorer", default="", help=f"one of {', '.join(SCORED)} (default: as the rows suggest)")
 
     text = "everything: adapters, search, recipe, final fine-tune"
     argument = add("select   --config x.yaml", text, partial(commands.work, commands.select), CONFIG, LAUNCH)

@@ -94,6 +94,8 @@ def guess_scorer(source: Source) -> tuple[str, str | None]:
     columns = read_columns(source)
     if "choices" in columns:
         return "choice", None
+    if {"chosen", "rejected"} <= columns:
+        return "preference", None
     if "label" not in columns:
         return "loss", None
     if "prompt" in columns or not columns & {"text", "image"}:

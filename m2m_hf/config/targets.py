@@ -72,6 +72,14 @@ data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: e
 token_f1""",
         metrics=("exact_match", "numeric_match", "token_f1"),
     ),
+    "preference": ScorerKind(
+        ("data", "test_data", "normalize"),
+        help="""\
+data: rows of prompt, chosen, rejected, as TRL has them, or of chosen and rejected that begin with the prompt; metric:
+accuracy (the chosen one is more likely) or margin (of log-likelihood); normalize as above""",
+        metrics=("accuracy", "margin"),
+        column="chosen",
+    ),
     "command": ScorerKind(
         ("command", "test_command", "timeout"),
         "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",

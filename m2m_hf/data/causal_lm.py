@@ -6,17 +6,19 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import extract_prompt
 
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.conversations import UNREAD, as_turns, check_shown, rows_of, says_something, tools_of, unused
 from m2m_hf.data.files import as_text
 from m2m_hf.data.loading import TEXTS, columns_in, fill, legible, load_rows, require_columns
-from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of
+from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of, text_of
 from m2m_hf.data.tokens import appended, encode, render
 from m2m_hf.errors import InputError
 
 READ = ("prompt", "completion", "messages", "tools", "choices", "answer", "label")
+PAIR = ("chosen", "rejected")  # of a preference
 
 
 def load_causal_lm_data(
@@ -36,12 +38,16 @@ def load_causal_lm_data(
     unread: dict[str, list[str]] = {}
 
     def load(data: DataConfig, where: str, column: str | None) -> Dataset:
-        rows = load_rows(data, where, seed, TEXTS if column else ())
-        if "conversations" in rows.column_names and not {"messages", "prompt"} & set(rows.column_names):
+        rows = load_rows(data, where, seed, (*TEXTS, *PAIR) if column in PAIR else TEXTS if column else ())
+        if (
+            column not in PAIR
+            and "conversations" in rows.column_names
+            and not {"messages", "prompt"} & set(rows.column_names)
+        ):
             rows = rows.rename_column("conversations", "messages")  # as TRL does
         if column is None:
             return rows
-        if rest := unread_columns(rows, data, where):
+        if rest := unread_columns(rows, data, where, ("prompt", "tools", *PAIR) if column in PAIR else READ):
             unread[where] = rest
         if is_conversational(rows, where, column):
             conversations.append(where)
@@ -77,6 +83,9 @@ def load_causal_lm_data(
 
 def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
     """True if rows hold messages rather than texts; refuses rows with neither `messages` nor `prompt` and `completion`."""
+    if completion in PAIR:
+        require_columns(rows, PAIR, where)
+        return any(isinstance(rows[0].get(name), list) for name in ("prompt", *PAIR))
     if "messages" in rows.column_names:
         return True
     content = next((name for name in ("image", "text") if name in rows.column_names), None)
@@ -87,7 +96,7 @@ def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
     return isinstance(rows[0]["prompt"], list)
 
 
-def unread_columns(rows: Dataset, data: DataConfig, where: str) -> list[str]:
+def unread_columns(rows: Dataset, data: DataConfig, where: str, known: Sequence[str]) -> list[str]:
     """The columns that neither the format nor a template reads; refuses those whose content belongs to a row."""
     rest = [name for name in rows.column_names if name not in columns_in(data.template, where) | data.where.keys()]
     suspects = [name for name in rest if name in UNREAD]
@@ -100,7 +109,7 @@ def unread_columns(rows: Dataset, data: DataConfig, where: str) -> list[str]:
                     f"{where}, row {number}.{name}: rows are read from prompt and completion, or from messages and tools, and "
                     f"this would be lost. Put it there, or leave it out: {unused(name)}"
                 )
-    return [name for name in rest if name not in READ and not name.startswith("unused_")]
+    return [name for name in rest if name not in known and not name.startswith("unused_")]
 
 
 def make_candidate(
@@ -226,9 +235,18 @@ def make_target(
         if data_format != "text":
             pairs = zip(numbered, rows[part], strict=True)
             spoken: list[tuple[str, Any, Tools, int]] = [
-                (at, [*row.prompt, *row.choices[row.answer]], row.tools, len(row.prompt)) for (at, _), row in pairs
+                (at, [*row.prompt, *choice], row.tools, len(row.prompt))
+                for (at, _), row in pairs
+                for choice in (row.choices if config.kind == "preference" else [row.choices[row.answer]])
             ]
             check_shown(spoken, tokenizer)
+        if config.kind == "preference" and all(
+            row.prompt and choice[: len(row.prompt)] == row.prompt for row in rows[part] for choice in row.choices
+        ):
+            raise InputError(
+                f"targets.{name}.{part}: chosen and rejected begin with the prompt, which would be read twice; leave it out: "
+                "columns: {prompt: unused_prompt}"
+            )
     return Target(name, config, rows.get("data", ()), rows.get("test_data", ()))
 
 
@@ -270,6 +288,8 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
                 f"{where}: an answer is compared as one text, and this one is more; expected scorer: loss for it"
             )
         return TargetRow(question, (reference,), 0, tools)
+    if scorer == "preference":
+        return preference_row(row, data_format, where)
     choices, labels = texts_and_labels(row.get("choices"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise InputError(f"{where}.choices: expected at least two texts, none empty, got {row.get('choices')!r}")
@@ -281,6 +301,41 @@ def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str
     if answers.count(answers[answer]) > 1:
         raise InputError(f"{where}.choices: the right answer occurs twice: {choices!r}")
     return TargetRow(prompt, answers, answer, tools_of(row, data_format, where))
+
+
+def preference_row(row: Mapping[str, Any], data_format: str, where: str) -> TargetRow:
+    """A row of (rejected, chosen) and their prompt: its column, or what both begin with, as TRL's `extract_prompt` has it."""
+    prompt, tools = row.get("prompt"), tools_of(row, data_format, where)
+    pair: dict[str, Any] = {}
+    for name in PAIR:
+        turns = pair[name] = in_format(row.get(name), "assistant", data_format, f"{where}.{name}")
+        if not isinstance(turns, str) and turns[-1]["role"] != "assistant":
+            raise InputError(f"{where}.{name}: expected turns of which the last is the assistant's, got {turns!r:.200}")
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    if chosen == rejected:
+        raise InputError(f"{where}: chosen and rejected are equal: {chosen!r:.200}; leave out the row")
+    # A text beside whole conversations, as in UltraFeedback, is their question once more.
+    whole = isinstance(prompt, str) and isinstance(row["chosen"], list) and chosen[0]["role"] != "assistant"
+    if "prompt" not in row or whole:
+        if data_format != "text" and isinstance(row["chosen"], str):
+            raise InputError(
+                f"{where}: nothing says where its prompt ends, which becomes a turn of the user here, as other rows hold "
+                "messages; expected a column prompt, or chosen and rejected as messages"
+            )
+        if chosen[0] != rejected[0]:
+            raise InputError(
+                f"{where}: without a column prompt it is what chosen and rejected begin with, and they begin otherwise: "
+                f"{chosen!r:.100} and {rejected!r:.100}; expected a prompt, which may be empty"
+            )
+        parts: dict[str, Any] = extract_prompt(pair)
+        if whole and not any(str(prompt).strip() in text_of([turn]) for turn in parts["prompt"]):
+            raise InputError(
+                f"{where}.prompt: chosen and rejected begin with another prompt, {parts['prompt']!r:.200}; leave this one out: "
+                "columns: {prompt: unused_prompt}"
+            )
+        prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
+    question = in_format(prompt, "user", data_format, f"{where}.prompt")
+    return TargetRow(question, (rejected, chosen), 1, tools)
 
 
 def texts_and_labels(choices: Any) -> tuple[Any, list[Any]]:

@@ -226,7 +226,7 @@ def check_search(run: RunContext) -> None:
         if config.objective == "ensemble" and not scorer.has_ensemble:
             raise InputError(
                 f"targets.{name}: objective ensemble averages the probabilities of right answers; expected scorer choice, "
-                "classification or loss with metric accuracy, logprob, loglikelihood"
+                "classification, loss or preference with metric accuracy, logprob, loglikelihood"
             )
     if not run.merge_method.gated:
         if run.model_args.load_in_4bit or run.model_args.load_in_8bit:
@@ -246,7 +246,7 @@ def check_search(run: RunContext) -> None:
     if config.strategy == "gradient" and not run.has_gradients:
         raise InputError(
             "strategy: gradient needs expert: lora, objective: merged, merge_method: average and targets whose scorer is "
-            "choice, classification or loss"
+            "choice, classification, loss or preference"
         )
     replaced = run.ensemble_shortcut() is not None
     if not replaced and run.choose_strategy()[0] == "bayes" and find_spec("optuna") is None:

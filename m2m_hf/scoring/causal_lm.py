@@ -1,4 +1,4 @@
-"""Scoring the completions of a causal LM: `loss`, `choice`, and `classification` by label words."""
+"""Scoring the completions of a causal LM: `loss`, `choice`, `preference`, and `classification` by label words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from m2m_hf.config.targets import TargetConfig
-from m2m_hf.core.score import Score, mean_and_stderr
+from m2m_hf.core.score import Failure, Score, mean_and_stderr
 from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
 from m2m_hf.data.tokens import appended, encode_choices
 from m2m_hf.errors import InputError
@@ -97,7 +97,7 @@ class ChoiceScorer(AnswerScorer):
     """Multiple choice. The log-probability of a choice may be taken per token or per UTF-8 byte."""
 
     def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
-        metric = load_metric(config, setup.allow_metric_code, setup.where)
+        metric = None if config.metric == "margin" else load_metric(config, setup.allow_metric_code, setup.where)
         inputs = encode_rows(rows, setup.processing, setup.positions)
         lengths = [
             [
@@ -109,3 +109,31 @@ class ChoiceScorer(AnswerScorer):
         super().__init__(rows, inputs, metric, lengths)
         facts = [config.kind, metric_fingerprint(config), config.normalize, *rows, *inputs.reading]
         self.fingerprint = content_fingerprint(facts)
+
+
+class PreferenceScorer(ChoiceScorer):
+    """Which of two completions is more likely, and by how much.
+
+    A row's choices are (rejected, chosen). Of equally likely ones the first counts as the answer: a tie is no win, as in TRL.
+    Its `logprobs` are log σ(margin), natural logarithm, with the margin log p(chosen) − log p(rejected), each over its length.
+    """
+
+    def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
+        self.margin = config.metric == "margin"
+        for number, row in enumerate(rows, start=1):
+            if config.normalize == "bytes" and any(
+                not isinstance(choice, str) and (len(choice) > 1 or "tool_calls" in choice[0]) for choice in row.choices
+            ):
+                raise InputError(
+                    f"row {number} of the target: normalize: bytes counts one text, and chosen or rejected is more; expected "
+                    "normalize: tokens"
+                )
+        super().__init__(config, rows, setup)
+        self.has_ensemble = not self.margin  # an average of probabilities has no margin
+
+    def reduce(self, logprobs: Sequence[tuple[float, ...]], rows: Sequence[int]) -> Score | Failure:
+        score = super().reduce(logprobs, rows)
+        if not self.margin or isinstance(score, Failure):
+            return score
+        pairs = self._distributions(rows, logprobs)
+        return Score.of([round(chosen - rejected, ROUND) for rejected, chosen in pairs], score.logprobs)

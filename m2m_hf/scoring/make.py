@@ -6,7 +6,7 @@ from typing import Any
 
 from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.rows import Target
-from m2m_hf.scoring.causal_lm import ChoiceScorer, LossScorer
+from m2m_hf.scoring.causal_lm import ChoiceScorer, LossScorer, PreferenceScorer
 from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.scoring.generation import GenerationScorer
@@ -17,6 +17,7 @@ CLASSES: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given wh
     "classification": ChoiceScorer,  # by the words of the labels; with a head `ClassificationScorer`
     "loss": LossScorer,
     "generation": GenerationScorer,
+    "preference": PreferenceScorer,
     "command": CommandScorer,
     "lm_eval": HarnessScorer,
     "callable": CallableScorer,

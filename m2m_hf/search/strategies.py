@@ -187,7 +187,8 @@ def best_weights(problem: SearchProblem) -> dict[str, float]:
     """
     if problem.gradient is None:
         raise InputError(
-            "strategy gradient needs objective merged and targets whose scorer is choice, classification or loss"
+            "strategy gradient needs objective merged and targets whose scorer is choice, classification, loss or "
+            "preference"
         )
     names = problem.space.names
     weights = trying = dict.fromkeys(names, 1 / len(names))

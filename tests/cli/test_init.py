@@ -10,6 +10,7 @@ from datasets import Dataset
 from pico import candidate_rows, m2m, picture, write_rows
 from transformers import AutoTokenizer
 
+from m2m_hf.cli.init import guess_scorer
 from m2m_hf.config.parsing import parse
 from m2m_hf.data.causal_lm import load_causal_lm_data
 
@@ -29,6 +30,8 @@ def test_what_is_written_from_flags_runs(project, model, capsys):
     assert list(given["candidates"]) == ["alpha", "second"]
     assert given["candidates"]["alpha"] == {"path": "json", "data_files": "../alpha.jsonl"}
     assert given["targets"]["colours"]["scorer"] == "choice"  # as its rows suggest
+    write_rows(project / "pairs.jsonl", [{"chosen": "red one", "rejected": "red two"}])
+    assert guess_scorer({"path": "json", "data_files": "pairs.jsonl"}) == ("preference", None)
     assert "# test_data" in text
     assert m2m("search", "--config", "made/new.yaml", "--max_steps", 1, "--output_dir", "out") == 0
     assert m2m("init", *flags, "--output", "made/new.yaml") == 2
@@ -56,7 +59,10 @@ FLAGS = ("--data", "alpha.jsonl", "--target", "validation.jsonl")
     ("flags", "message"),
     [
         ((), "--data and --target: nothing given"),
-        ((*FLAGS, "--scorer", "magic"), "--scorer: expected choice, classification, loss, generation, got 'magic'"),
+        (
+            (*FLAGS, "--scorer", "magic"),
+            "--scorer: expected choice, classification, loss, generation, preference, got 'magic'",
+        ),
         ((*FLAGS, "--from", "none.yaml"), "--from none.yaml: cannot be read"),
         ((*FLAGS, "--from", "odd.yaml"), "expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA"),
         ((*FLAGS, "--from", "info.yaml"), "dataset: 'missing' is not in"),

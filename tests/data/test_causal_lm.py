@@ -14,15 +14,15 @@ from m2m_hf.config.targets import TargetConfig
 from m2m_hf.core.mixture import Mixture
 from m2m_hf.data.causal_lm import load_causal_lm_data, split_row, target_row
 from m2m_hf.data.mixture_rows import write_mixture
-from m2m_hf.data.rows import overlap
+from m2m_hf.data.rows import TargetRow, overlap
 from m2m_hf.data.tokens import encode
 
 MESSAGES = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "cold"}]
 
 
-def load(candidates: dict, tokenizer, target: list | None = None, **options):
+def load(candidates: dict, tokenizer, target: list | None = None, scorer: str = "choice", **options):
     """`load_causal_lm_data` over rows in memory."""
-    target_config = TargetConfig("choice", "accuracy", DataConfig(rows=Dataset.from_list(target or choice_rows())))
+    target_config = TargetConfig(scorer, "accuracy", DataConfig(rows=Dataset.from_list(target or choice_rows())))
     return load_causal_lm_data(
         {name: CandidateConfig(DataConfig(rows=Dataset.from_list(rows))) for name, rows in candidates.items()},
         {"t": target_config},
@@ -286,6 +286,65 @@ def test_overlap_counts_the_same_question_or_of_empty_prompts_the_same_completio
     target = [{"prompt": prompt, "choices": choices, "answer": 0} for prompt, choices in asked]
     data = load({"a": rows}, tokenizer, target)
     assert [overlap(data.candidates["a"], [row]) for row in data.targets["t"].rows] == [1, 1, 0, 0]
+    pairs = [{"prompt": prompt, "chosen": choices[0], "rejected": choices[1]} for prompt, choices in asked]
+    data = load({"a": rows}, tokenizer, pairs, "preference")
+    assert [overlap(data.candidates["a"], [row]) for row in data.targets["t"].rows] == [1, 1, 0, 0]
+
+
+COLD, WARM = ({"role": "assistant", "content": word} for word in ("cold", "warm"))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "hot?", "chosen": " cold", "rejected": " warm"}, "hot?", " cold", " warm"),
+        ({"chosen": "hot? a cold", "rejected": "hot? a warm"}, "hot? a", " cold", " warm"),
+        ({"chosen": "hot", "rejected": "hotter"}, "ho", "t", "tter"),  # TRL's way: none may be empty
+        ({"prompt": [ASKED], "chosen": [COLD], "rejected": [WARM]}, [ASKED], [COLD], [WARM]),
+        ({"prompt": "hot?", "chosen": [COLD], "rejected": [WARM]}, [ASKED], [COLD], [WARM]),
+        ({"prompt": "hot? ", "chosen": [ASKED, COLD], "rejected": [ASKED, WARM]}, [ASKED], [COLD], [WARM]),
+        (
+            {"chosen": [ASKED, COLD], "rejected": [ASKED, WARM, ASKED, COLD], "conversations": None},
+            [ASKED],
+            [COLD],
+            [WARM, ASKED, COLD],
+        ),
+    ],
+)
+def test_preferences_in_the_formats_of_trl(tokenizer, row, prompt, chosen, rejected):
+    (found,) = load({"a": candidate_rows("alpha")}, tokenizer, [row], "preference").targets["t"].rows
+    assert found == TargetRow(prompt, (rejected, chosen), 1)
+
+
+def test_preferences_of_text_beside_candidates_of_messages(tokenizer):
+    row = {"prompt": "hot?", "chosen": "cold", "rejected": "warm", "messages": "x"}
+    data = load({"a": [{"messages": MESSAGES}]}, tokenizer, [row], "preference")
+    assert data.targets["t"].rows == (TargetRow([ASKED], ([WARM], [COLD]), 1),)
+    assert overlap(data.candidates["a"], data.targets["t"].rows) == 1
+    assert data.unread == {"targets.t.data": ["messages"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "column 'rejected' missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "data, row 1: chosen and rejected are equal"),
+        ({"prompt": None, "chosen": "b", "rejected": "c"}, "row 1.prompt: expected text, got None"),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, "row 1.chosen: expected text, got ''"),
+        ({"chosen": "b ", "rejected": "c "}, "they begin otherwise"),  # TRL takes "b" as the prompt
+        ({"prompt": "a", "chosen": "ab", "rejected": "ac"}, "would be read twice"),
+        ({"prompt": "other", "chosen": [ASKED, COLD], "rejected": [ASKED, WARM]}, "begin with another prompt"),
+        ({"chosen": [ASKED, COLD], "rejected": [ASKED]}, "row 1.rejected: expected turns of which the last"),
+    ],
+)
+def test_bad_preferences(tokenizer, row, message):
+    with pytest.raises(InputError, match=message):
+        load({"a": candidate_rows("alpha")}, tokenizer, [row], "preference")
+
+
+def test_where_texts_of_a_preference_part_is_not_known_in_conversations():
+    with pytest.raises(InputError, match="nothing says where its prompt ends"):
+        target_row({"chosen": "a b", "rejected": "a c"}, "chat", "preference", "row 1")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ def scorer_for(metric: str, tokenizer):
     rows = questions_of_many_shapes(tokenizer)
     if metric == "loglikelihood":
         return scorer_on([TargetRow(row.prompt, row.choices[-1:], 0) for row in rows], tokenizer, "loss", metric)
+    if metric == "margin":
+        rows = [TargetRow(row.prompt, row.choices[:2], 1) for row in rows]
+        return scorer_on(rows, tokenizer, "preference", metric, normalize="tokens")
     return scorer_on(rows, tokenizer, "choice", metric, normalize="none" if metric == "accuracy" else "tokens")
 
 
@@ -154,7 +157,7 @@ def test_the_screen_is_the_ensemble_of_what_the_singles_scored():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*METRICS, "margin"])
 def test_gradients_are_differences(tmp_path, tokenizer, metric, apart, monkeypatch):
     if apart:
         monkeypatch.setattr("m2m_hf.scoring.forward.shared_span", lambda model: 0)
@@ -179,12 +182,15 @@ def test_gradients_are_differences(tmp_path, tokenizer, metric, apart, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("kind", "metric"), [("choice", "accuracy"), ("loss", "loglikelihood"), ("generation", "token_f1")]
+    ("kind", "metric"),
+    [("choice", "accuracy"), ("loss", "loglikelihood"), ("generation", "token_f1"), ("preference", "margin")],
 )
 def test_some_rows_score_as_they_do_among_all(tmp_path, tokenizer, kind, metric):
     stack = build_stack(tmp_path, "llama")
     rows = questions_of_many_shapes(tokenizer)
-    if kind != "choice":
+    if kind == "preference":
+        rows = [TargetRow(row.prompt, row.choices[:2], 1) for row in rows]
+    elif kind != "choice":
         rows = [TargetRow(row.prompt, row.choices[:1], 0) for row in rows]
     options = {"generation": {"max_new_tokens": 3}} if kind == "generation" else {}
     scorer = scorer_on(rows, tokenizer, kind, metric, **options)

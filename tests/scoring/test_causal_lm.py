@@ -70,6 +70,38 @@ def test_choice(tokenizer, normalize):
     assert score.stderr == pytest.approx(hits.std().item() / math.sqrt(len(rows)))
 
 
+@pytest.mark.parametrize("normalize", ["none", "tokens", "bytes"])
+def test_preference(tokenizer, normalize):
+    model = build_model("llama")
+    rows = [TargetRow(row.prompt, row.choices[:2], 1) for row in questions_of_many_shapes(tokenizer)]
+    scorers = [
+        scorer_on(rows, tokenizer, "preference", metric, normalize=normalize) for metric in ("accuracy", "margin")
+    ]
+    accuracy, margin = (score_of(scorer, model) for scorer in scorers)
+    for row, hit, value, logprob in zip(rows, accuracy.values, margin.values, margin.logprobs, strict=True):
+        start = len(tokenizer(row.prompt)["input_ids"])
+        tokens = [len(tokenizer(row.prompt + choice)["input_ids"]) - start for choice in row.choices]
+        lengths = torch.tensor({"none": [1, 1], "tokens": tokens, "bytes": [4, 15]}[normalize])
+        rejected, chosen = (torch.tensor(direct(model, tokenizer, row), dtype=torch.float64) / lengths).tolist()
+        assert value == pytest.approx(chosen - rejected, abs=1e-4)
+        assert hit == float(chosen > rejected)
+        assert logprob == pytest.approx(-math.log1p(math.exp(rejected - chosen)), abs=1e-4)
+    assert margin.logprobs == accuracy.logprobs
+    assert margin.value == pytest.approx(sum(margin.values) / len(rows))
+    assert [scorer.has_ensemble for scorer in scorers] == [True, False]
+    assert scorers[0].fingerprint != scorers[1].fingerprint
+
+
+def test_a_tie_is_no_win_and_bytes_are_those_of_one_text(tokenizer):
+    scorer = scorer_on([TargetRow("red?", (" one", " two"), 1)] * 3, tokenizer, "preference", "accuracy")
+    assert scorer.reduce([(-2.0, -2.0), (-2.0, -1.9), (-1.9, -2.0)], range(3)).values == (0.0, 1.0, 0.0)
+    turns = [{"role": role, "content": "red"} for role in ("assistant", "user", "assistant")]
+    rows = [TargetRow(turns[1:2], (turns, turns[:1]), 1)]
+    with pytest.raises(InputError, match="row 1 of the target: normalize: bytes counts one text"):
+        scorer_on(rows, tokenizer, "preference", "margin", normalize="bytes")
+    assert scorer_on(rows, tokenizer, "preference", "margin", normalize="tokens").examples == 1
+
+
 def test_loss_is_token_weighted_and_equals_the_models_own(tokenizer):
     model = build_model("llama")
     rows = [TargetRow(f"question: {n}", (" red" + " blue one" * n,), 0) for n in range(1, 5)]
@@ -157,12 +189,15 @@ def test_every_prompt_is_computed_once(tokenizer, questions):
 
 
 @pytest.mark.parametrize("budget", [30, 300, 10_000])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "llama, preferences"])
 def test_several_mixtures_in_one_pass_score_as_one_by_one(tmp_path, tokenizer, family, budget):
-    stack = build_stack(tmp_path, family)
+    stack = build_stack(tmp_path, family.split(",")[0])
     assert stack.takes_rows
     rows = questions_of_many_shapes(tokenizer)
     scorer = scorer_on(rows, tokenizer, "choice", "logprob")
+    if family not in FAMILIES:
+        pairs = [TargetRow(row.prompt, row.choices[:2], 1) for row in rows]
+        scorer = scorer_on(pairs, tokenizer, "preference", "margin")
     together = scorer.score(stack, MIXTURES, budget)
     for weights, score in zip(MIXTURES, together, strict=True):
         assert score.values == pytest.approx(scorer.score(stack, [weights], budget)[0].values, abs=2e-5)

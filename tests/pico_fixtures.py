@@ -37,6 +37,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
@@ -100,6 +102,20 @@ def pico(tmp_path_factory) -> Path:
     """A folder with a pico Llama and its tokenizer."""
     folder = tmp_path_factory.mktemp("pico")
     build_model("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory) -> Path:
+    """A random reward model with the pico tokenizer, whose rewards differ by ones."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=320, num_labels=1, pad_token_id=0, **shape))
+    with torch.no_grad():
+        model.score.weight.mul_(30)
+    model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
 

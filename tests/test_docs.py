@@ -61,9 +61,10 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch, hub, forks, pico, encoder):
+def world(tmp_path, monkeypatch, hub, forks, pico, encoder, reward_model):
     """A folder with the data that the pages speak of, a Hub with their model and dataset, and a way to run Python there."""
     (tmp_path / "data").mkdir()
+    shutil.copytree(reward_model, tmp_path / "models" / "reward")
     for name in ("openbookqa", "mawps", "chat", "sums_validation", "chat_validation"):
         write_rows(tmp_path / "data" / f"{name}.jsonl", candidate_rows(name, 12))
     write_rows(tmp_path / "data" / "arc_validation.jsonl", choice_rows(12))

@@ -146,6 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids")
     argument("--target", metavar="NAME=PATH", help="validation rows of the task that you care about")
     argument("--scorer", default="", help=f"one of {', '.join(SCORED)} (default: as the rows suggest)")
+    argument("--reward_model", default="", help="which rates answers, of scorer reward: a Hub id or a folder")
 
     text = "everything: adapters, search, recipe, final fine-tune"
     argument = add("select   --config x.yaml", text, partial(commands.work, commands.select), CONFIG, LAUNCH)

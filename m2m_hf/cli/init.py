@@ -53,6 +53,13 @@ def init(command: argparse.Namespace) -> None:
     scorer = command.scorer or ask(f"4. How is it scored? {', '.join(SCORED)}", guess)
     if scorer not in SCORED:
         raise InputError(f"--scorer: expected {', '.join(SCORED)}, got {scorer!r}")
+    if scorer == "reward":
+        rated = command.reward_model or ask("5. Which reward model? A Hub id or a folder", "")
+        if not rated:
+            raise InputError(
+                "--reward_model: scorer reward needs a model that rates answers; expected a Hub id or a folder"
+            )
+        scorer += f"\n    reward_model: {flow(relocate({'path': rated}, Path.cwd(), output.parent)['path'])}"
     for name in (*draft.candidates, target):
         check_name(name, "candidate or target")
     origin = command.origin.parent if command.origin else Path.cwd()

@@ -24,7 +24,8 @@ class ScorerKind:
         help: its options, as `m2m select --help` shows them.
         metrics: those that it computes itself, the default first.
         metric: the default where it computes none itself.
-        column: what its rows have beside a prompt; with `completion` a metric compares texts, else the indices of answers.
+        column: what its rows have beside a prompt (`prompt`: nothing); with `completion` a metric compares texts, else the
+            indices of answers.
         described: what it runs, if it scores otherwise than by our own forward passes.
         classifies: it can score classifiers too.
         watchable: what it depends on can be watched for changes.
@@ -80,6 +81,14 @@ accuracy (the chosen one is more likely) or margin (of log-likelihood); normaliz
         metrics=("accuracy", "margin"),
         column="chosen",
     ),
+    "reward": ScorerKind(
+        ("data", "test_data", "reward_model", "generation", "samples"),
+        help="""\
+data: rows of prompt; reward_model: a folder or Hub id (one output), which rates prompt and answer; generation as above;
+samples: answers to a prompt (1), with generation: {do_sample: true} when more""",
+        metrics=("reward",),
+        column="prompt",
+    ),
     "command": ScorerKind(
         ("command", "test_command", "timeout"),
         "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",
@@ -124,6 +133,8 @@ class TargetConfig:
     normalize: str = option(checks.one_of("none", "tokens", "bytes"), "none")  # choices of different length
     labels: Mapping[str, str] | None = option(checks.LABELS)  # their words; by default those in the data
     generation: Mapping[str, Any] = option(mapping("fields of GenerationConfig"), dict)
+    reward_model: str | None = option(text("a folder or Hub id of a reward model"))
+    samples: int = option(checks.integer(1), 1)  # answers to every prompt
     metric_key: str | None = option(text("the name of a result"))  # of a metric module
     command: tuple[str, ...] = option(COMMAND, ())  # without a shell; {adapter}, {base_model}, {output} are replaced
     test_command: tuple[str, ...] = option(COMMAND, ())
@@ -157,6 +168,17 @@ class TargetConfig:
         needed = SCORERS[kind].options[0]
         if kind != "callable" and not values.get(needed):
             raise InputError(f"{where}.{needed} is missing: {SCORERS[kind].needed}")
+        if kind == "reward":
+            if not values.get("reward_model"):
+                raise InputError(
+                    f"{where}.reward_model is missing: give the folder or Hub id of a model that rates answers"
+                )
+            if values.get("samples", 1) > 1 and not (values.get("generation") or {}).get("do_sample"):
+                raise InputError(
+                    f"{where}.samples: greedy answers to a prompt are all the same, got {values['samples']}; expected 1, or "
+                    "generation: {do_sample: true}"
+                )
+            values["reward_model"] = checks.resolve_existing(values["reward_model"], folder)
         values["metric"] = resolve_metric(values.get("metric"), kind, where, folder)
         for key in values.keys() & {"data", "test_data"}:
             values[key] = DataConfig.parse(values[key], f"{where}.{key}", folder)

@@ -46,6 +46,18 @@ class Score:
 
 
 @dataclass(frozen=True)
+class AnswerPair:
+    """What two models answered to a row (its number, from 1), and what each answer is worth: the `base` and the `final` model."""
+
+    row: int
+    prompt: str
+    base: str
+    final: str
+    base_value: float
+    final_value: float
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a mixture has no score on a target."""
 

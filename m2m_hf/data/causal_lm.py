@@ -92,7 +92,7 @@ def is_conversational(rows: Dataset, where: str, completion: str) -> bool:
     if content and "label" in rows.column_names and not {"prompt", completion} <= set(rows.column_names):
         task = {"image": "image_classification", "text": "sequence_classification"}[content]
         raise InputError(f"{where}: rows of {content} and label belong to task: {task}")
-    require_columns(rows, ("prompt", completion), where, ", or messages")
+    require_columns(rows, tuple(dict.fromkeys(("prompt", completion))), where, ", or messages")
     return isinstance(rows[0]["prompt"], list)
 
 
@@ -281,6 +281,9 @@ def label_row(row: Mapping[str, Any], words: Mapping[str, str], template: str, w
 
 def target_row(row: Mapping[str, Any], data_format: str, scorer: str, where: str) -> TargetRow:
     """One question of a target, checked."""
+    if SCORERS[scorer].column == "prompt":
+        question, tools = asked(row, data_format, where)
+        return TargetRow(question, ("" if data_format == "text" else [],), 0, tools)
     if SCORERS[scorer].column == "completion":
         question, reference, tools = split_row(row, data_format, where)
         if scorer == "generation" and data_format != "text" and (len(reference) > 1 or "tool_calls" in reference[0]):
@@ -336,6 +339,19 @@ def preference_row(row: Mapping[str, Any], data_format: str, where: str) -> Targ
         prompt, chosen, rejected = parts["prompt"], parts["chosen"], parts["rejected"]
     question = in_format(prompt, "user", data_format, f"{where}.prompt")
     return TargetRow(question, (rejected, chosen), 1, tools)
+
+
+def asked(row: Mapping[str, Any], data_format: str, where: str) -> tuple[Prompt, Tools]:
+    """(prompt, tools) of a row that needs no answer: of messages, all up to the last turn of the user."""
+    tools = tools_of(row, data_format, where)
+    if row.get("messages") is None:
+        return in_format(row.get("prompt"), "user", data_format, f"{where}.prompt"), tools
+    turns = as_turns(row["messages"], "user", f"{where}.messages")
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise InputError(f"{where}.messages: expected a turn of the user, got {row['messages']!r:.200}")
+    return turns, tools
 
 
 def texts_and_labels(choices: Any) -> tuple[Any, list[Any]]:

@@ -14,7 +14,7 @@ from m2m_hf.config.checks import check_name
 from m2m_hf.core.jsonable import OPTIONAL, Measurement, from_json, json_name, to_json
 from m2m_hf.core.mixture import BASE, Mixture
 from m2m_hf.core.objective import TargetInfo, race_order
-from m2m_hf.core.score import Score, mean_over_targets
+from m2m_hf.core.score import AnswerPair, Score, mean_over_targets
 from m2m_hf.core.space import SearchSpace
 from m2m_hf.core.trial import Reference, Standing, Trial
 from m2m_hf.errors import InputError, first_line
@@ -77,7 +77,10 @@ class FinalScore:
 
 @dataclass(frozen=True)
 class FinalModel:
-    """The model fine-tuned on the chosen mixture; `scores`: target -> `base`, `final` -> `validation`, `test`."""
+    """The model fine-tuned on the chosen mixture; `scores`: target -> `base`, `final` -> `validation`, `test`.
+
+    `answers`: target -> the rows that gained and lost most over the base model, where the scorer keeps answers.
+    """
 
     validation: float | None
     test: float | None
@@ -85,6 +88,7 @@ class FinalModel:
     steps: int
     tokens: int
     loss: float
+    answers: Mapping[str, tuple[AnswerPair, ...]] = field(default_factory=dict, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from m2m_hf.core.jsonable import Measurement, to_json
 from m2m_hf.core.mixture import Mixture
-from m2m_hf.core.score import Failure, Score, paired
+from m2m_hf.core.score import AnswerPair, Failure, Score, paired
 from m2m_hf.errors import InputError
 from m2m_hf.objectives.trained import Counts, FineTunedModels, TrainedObjective
 from m2m_hf.reporting.finished_run import FinalScore
@@ -22,6 +22,7 @@ from m2m_hf.training.trackers import Tracker
 from m2m_hf.training.uniformity import LAUNCH
 
 Scores = dict[str, dict[str, dict[str, FinalScore]]]
+Answers = dict[str, list[AnswerPair]]
 
 
 def read_final(run: RunContext, mixture: Mixture) -> dict[str, Any] | None:
@@ -66,7 +67,7 @@ def make_final(run: RunContext, mixture: Mixture) -> None:
     if "failed" in record:
         raise InputError(record["failed"])
     seconds = time.monotonic() - start
-    scores = score_base_and_final(run, models, counts)
+    scores, answers = score_base_and_final(run, models, counts)
     if run.is_main:
         keep_previous(run)
         stage(run, models.folder(counts))
@@ -79,6 +80,7 @@ def make_final(run: RunContext, mixture: Mixture) -> None:
             "mixture": mixture.weights,
             "rows": sum(counts.values()),
             "scores": to_json(scores),
+            **({"answers": to_json(answers)} if answers else {}),
             "total_seconds": round(max(seconds, record["seconds"]), 3),
         },
     )
@@ -89,9 +91,10 @@ def make_final(run: RunContext, mixture: Mixture) -> None:
             tracker.log(step, {prefixes[part] + target: score.score for target, part, score in parts})
 
 
-def score_base_and_final(run: RunContext, models: FineTunedModels, counts: Counts) -> Scores:
-    """Target -> `base`, `final` -> part -> score; the final model's also over the base model's on the same rows."""
+def score_base_and_final(run: RunContext, models: FineTunedModels, counts: Counts) -> tuple[Scores, Answers]:
+    """Target -> `base`, `final` -> part -> score, the final model's also over the base model's on the same rows; and answers."""
     scores: Scores = {}
+    answers: Answers = {}
     objectives = zip(run.trained_objectives(run.fine_tuned), run.trained_objectives(models), strict=True)
     total = sum(2 * len(parts) for parts in run.scorers.values())
     with run.terminal.progress("scoring base and final model", total) as bar:
@@ -105,7 +108,9 @@ def score_base_and_final(run: RunContext, models: FineTunedModels, counts: Count
                 gain = Measurement(*paired({target: final}, {target: base}, {target: 1.0}))
                 scores[target]["base"][part] = FinalScore(base.value, base.stderr)
                 scores[target]["final"][part] = FinalScore(final.value, final.stderr, gain)
-    return scores
+                if pairs := parts[part].answer_pairs(base, final):
+                    answers[target] = pairs  # of the sealed rows, where there are any, since these come last
+    return scores, answers
 
 
 def score_part(run: RunContext, objective: TrainedObjective, counts: Counts, part: str) -> Score:

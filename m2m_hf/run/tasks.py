@@ -129,6 +129,9 @@ class Task:
         for name, target in self.data.targets.items():
             where = f"targets.{name}"
             for one in target.questions:
+                if not any(one.choices):
+                    yield where, render(self.tokenizer, one.prompt, where, True, one.tools)
+                    continue
                 for ids in encode_choices(self.tokenizer, one.prompt, one.choices, where, one.tools)[0]:
                     yield where, ids
         yield "pad_token", [self.tokenizer.pad_token_id]
@@ -138,7 +141,7 @@ class Task:
     def scoring_setup(self, positions: int) -> Setup:
         """What scorers are made of, for a model of so many positions."""
         base, allowed = str(self.model_args.model_name_or_path), self.config.allow_metric_code
-        return Setup(self.processing, positions, base=base, allow_metric_code=allowed)
+        return Setup(self.processing, positions, base=base, allow_metric_code=allowed, answers=self.folder.answers)
 
     def own_scorer(self, name: str, count: int, setup: Setup) -> Scorer | None:
         """Scores a candidate's own rows, some drawn at random, by their log-probability; None where no row fits whole."""

@@ -1,6 +1,5 @@
 """Scoring the free answers of a causal LM."""
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -53,16 +52,6 @@ class AnsweringScorer(Scorer):
         alone = self.settings.do_sample or self.settings.num_beams not in (None, 1)
         self.tokens = 0 if alone else sum(self._sizes)
         self.facts: list[Any] = [fields, *rows, *reading]
-
-    @abstractmethod
-    def rate(self, answers: Sequence[str], rows: Sequence[int]) -> Score | Failure:
-        """The score of a model that answers these rows so."""
-
-    def score(
-        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
-    ) -> list[Score | Failure]:
-        chosen = range(self.examples) if rows is None else rows
-        return [self.rate(answers, chosen) for answers in self.answers(stack, mixtures, tokens_per_batch, chosen)]
 
     @torch.inference_mode()
     def answers(
@@ -141,8 +130,13 @@ class GenerationScorer(AnsweringScorer):
         self.references = [text_of(row.choices[0]).strip() for row in rows]
         self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), *self.facts])
 
-    def rate(self, answers: Sequence[str], rows: Sequence[int]) -> Score | Failure:
-        return metric_score(self.metric, answers, [self.references[row] for row in rows])
+    def score(
+        self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int] | None = None
+    ) -> list[Score | Failure]:
+        chosen = range(self.examples) if rows is None else rows
+        references = [self.references[row] for row in chosen]
+        answers = self.answers(stack, mixtures, tokens_per_batch, chosen)
+        return [metric_score(self.metric, texts, references) for texts in answers]
 
 
 def one_by_one(jobs: list[Job], budget: int) -> Iterator[list[Job]]:

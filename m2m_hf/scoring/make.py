@@ -10,6 +10,7 @@ from m2m_hf.scoring.causal_lm import ChoiceScorer, LossScorer, PreferenceScorer
 from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.scoring.generation import GenerationScorer
+from m2m_hf.scoring.reward import RewardScorer
 from m2m_hf.scoring.scorers import Scorer, Setup
 
 CLASSES: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given what is scored: rows, a command or a task
@@ -18,6 +19,7 @@ CLASSES: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given wh
     "loss": LossScorer,
     "generation": GenerationScorer,
     "preference": PreferenceScorer,
+    "reward": RewardScorer,
     "command": CommandScorer,
     "lm_eval": HarnessScorer,
     "callable": CallableScorer,

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from m2m_hf.core.score import Failure, Score
+from m2m_hf.core.score import AnswerPair, Failure, Score
 from m2m_hf.data.classification import Length
 from m2m_hf.data.rows import TargetRow, content_fingerprint
 from m2m_hf.errors import redact
@@ -50,6 +51,7 @@ class Setup:
     length: Length | None = None  # of a classifier
     base: str = ""  # the base model's folder or Hub id
     allow_metric_code: bool = False
+    answers: Path | None = None  # a folder that keeps what models answer
     where: str = "target"  # for messages
 
 
@@ -116,6 +118,10 @@ class Scorer(ABC):
     def likelihood(self, score: Score) -> float:
         """The mean log-probability of a row's right answer; for `loss`, of a token."""
         return score.mean_logprob
+
+    def answer_pairs(self, base: Score, final: Score) -> list[AnswerPair]:
+        """The rows that gained and lost most, with both answers; none where the scorer keeps no answers."""
+        return []
 
     def at_once(self, stack: Stack, tokens_per_batch: int, rows: int) -> int:
         """How many mixtures are best asked together on this number of rows; 1 if those of one mixture fill a pass."""

@@ -48,6 +48,7 @@ class RunFolder:
         self.targets = self.root / "targets.json"
         self.trials = self.root / "trials.jsonl"
         self.mixture = self.root / "mixture"
+        self.answers = self.root / "answers"  # of rated models, named by the scores that they got
         self.recipe = self.root / "recipe.yaml"
         self.clock = self.root / "clock.json"
         self.chat_template = self.root / "chat_template.jinja"

@@ -61,8 +61,9 @@ FLAGS = ("--data", "alpha.jsonl", "--target", "validation.jsonl")
         ((), "--data and --target: nothing given"),
         (
             (*FLAGS, "--scorer", "magic"),
-            "--scorer: expected choice, classification, loss, generation, preference, got 'magic'",
+            "--scorer: expected choice, classification, loss, generation, preference, reward, got 'magic'",
         ),
+        ((*FLAGS, "--scorer", "reward"), "--reward_model: scorer reward needs a model that rates answers"),
         ((*FLAGS, "--from", "none.yaml"), "--from none.yaml: cannot be read"),
         ((*FLAGS, "--from", "odd.yaml"), "expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA"),
         ((*FLAGS, "--from", "info.yaml"), "dataset: 'missing' is not in"),

@@ -33,7 +33,12 @@ def target_content(rows: Sequence[Any], processing: Any, seed: int, classifies: 
     questions = [row for row in rows if isinstance(row, TargetRow)]
     chosen = Random(seed).sample(questions, min(ROWS, len(questions)))
     if not classifies:
-        return [encode(processing, row.prompt, row.choices[row.answer], "target", row.tools)[0] for row in chosen]
+        return [
+            encode(processing, row.prompt, row.choices[row.answer], "target", row.tools)[0]
+            if row.choices[row.answer]
+            else render(processing, row.prompt, "target", True, row.tools)  # a row that needs no answer
+            for row in chosen
+        ]
     return [row.image if isinstance(row, ImageRow) else processing(row.prompt)["input_ids"] for row in chosen]
 
 

@@ -58,7 +58,7 @@ def test_a_run_by_reward_shows_the_answers_that_gained_and_lost_most(project, re
     text = config.read_text().replace(
         "scorer: choice", f"scorer: reward\n    reward_model: {reward_model}\n    generation: {{max_new_tokens: 5}}"
     )
-    config.write_text(text)
+    config.write_text(text.replace("fine_tunes: 0", "fine_tunes: 1"))
     write_rows(project / "test.jsonl", [{"prompt": f"<b>question</b>: {n} red?"} for n in range(9)])
     assert m2m("select", "--config", config) == 0
     run = FinishedRun.from_pretrained(project / "out")

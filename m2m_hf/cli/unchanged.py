@@ -99,10 +99,11 @@ def data_may_change(data: DataConfig, task: str) -> bool:
 
 
 def target_may_change(target: TargetConfig) -> bool:
-    """True for functions, the harness's tasks and metrics of the Hub."""
+    """True for functions, the harness's tasks, and metrics and reward models of the Hub."""
     kind = SCORERS[target.kind]
     metric_of_hub = bool(kind.metrics) and target.metric not in kind.metrics and not exists(Path(target.metric))
-    return metric_of_hub or not kind.watchable
+    reward_of_hub = target.reward_model is not None and not exists(Path(target.reward_model))
+    return metric_of_hub or reward_of_hub or not kind.watchable
 
 
 def model_may_change(settings: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.scoring.generation import GenerationScorer
 from m2m_hf.scoring.reward import RewardScorer
+from m2m_hf.scoring.reward_model import RewardModel
 from m2m_hf.scoring.scorers import Scorer, Setup
 
 CLASSES: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given what is scored: rows, a command or a task
@@ -36,6 +37,8 @@ def make_scorer(config: TargetConfig, given: Any, setup: Setup) -> Scorer:
 def make_scorers(target: Target, setup: Setup) -> dict[str, Scorer]:
     """`validation` and, where anything is sealed, `test` -> scorer of a target."""
     config, setup = target.config, replace(setup, where=f"targets.{target.name}")
+    if config.reward_model is not None:  # loaded once for both parts
+        setup = replace(setup, reward=RewardModel(config.reward_model, setup.where))
     what, sealed = SCORERS[config.kind].options[:2]
     parts: dict[str, Any] = {
         "validation": target.rows or getattr(config, what) or (),

@@ -33,7 +33,7 @@ class RewardScorer(AnsweringScorer):
         self.rows, self.samples, self._keep = rows, config.samples, setup.answers
         super().__init__(config, [row for row in rows for _ in range(config.samples)], setup)
         self.examples = len(rows)
-        self.reward = RewardModel(str(config.reward_model), setup.where)
+        self.reward: RewardModel = setup.reward or RewardModel(str(config.reward_model), setup.where)
         facts = [config.kind, self.reward.fingerprint, config.samples, *self.facts]
         self.fingerprint = content_fingerprint(facts)
 

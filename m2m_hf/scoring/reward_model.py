@@ -1,7 +1,6 @@
 """Reward models: sequence classifiers with one output that rate an answer to a prompt, such as TRL's `RewardTrainer` trains."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -11,6 +10,8 @@ from m2m_hf.data.rows import Prompt, Tools, text_of
 from m2m_hf.data.tokens import templated
 from m2m_hf.errors import InputError, first_line
 from m2m_hf.modeling.loading import base_fingerprint, load_config, pin_revision
+from m2m_hf.modeling.processing import tokenizer_facts
+from m2m_hf.storage.files import fingerprint
 
 
 class RewardModel:
@@ -29,7 +30,8 @@ class RewardModel:
             self._args = pin_revision(ModelConfig(model_name_or_path=name))
             config = load_config(self._args)
             self.tokenizer = load_config(self._args, AutoTokenizer)
-            self.fingerprint = base_fingerprint(self._args)
+            facts = tokenizer_facts(self.tokenizer, True)
+            self.fingerprint = fingerprint([base_fingerprint(self._args), facts])
         except InputError as error:
             raise InputError(f"{self._where}: {str(error).removeprefix('model_name_or_path: ')}") from error
         if config.num_labels != 1:
@@ -41,13 +43,9 @@ class RewardModel:
         self.positions = min(limit for limit in limits if limit)
         self._model: Any = None
 
-    @cached_property
-    def reads_chat(self) -> bool:
-        return self.tokenizer.chat_template is not None
-
     def encode(self, prompt: Prompt, answer: str, tools: Tools) -> dict[str, list[int]]:
         """A prompt and an answer as the model reads them; where they do not fit, the beginning is lost."""
-        if self.reads_chat:
+        if self.tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             said = [*turns, {"role": "assistant", "content": answer}]
             read = templated(self.tokenizer, said, self._where, tools, tokenize=True, return_dict=True)

@@ -52,6 +52,7 @@ class Setup:
     base: str = ""  # the base model's folder or Hub id
     allow_metric_code: bool = False
     answers: Path | None = None  # a folder that keeps what models answer
+    reward: Any = None  # the `RewardModel` that rates them, where several scorers share one
     where: str = "target"  # for messages
 
 

@@ -1,5 +1,7 @@
 """Answers rated by a reward model, against the models' own `generate` and `forward`, row by row."""
 
+import shutil
+
 import pytest
 import torch
 from pico import DEVICE, build_stack, m2m, scorer_on, write_rows
@@ -50,7 +52,12 @@ def test_sampled_answers_are_rated_one_by_one_whatever_their_company(tmp_path, t
     (score,) = many.score(stack, [{"a": 1.0}], 10_000)
     assert many.score(stack, MIXTURES, 1)[1] == score
     assert many.score(stack, [{"a": 1.0}], 60, rows=[3])[0].values == score.values[3:]
-    assert scorer_on(rows, tokenizer, "reward", "reward", **options).fingerprint != many.fingerprint
+    once = scorer_on(rows, tokenizer, "reward", "reward", **options)
+    assert once.fingerprint != many.fingerprint
+    changed = shutil.copytree(reward_model, tmp_path / "changed")
+    (changed / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    other = scorer_on(rows, tokenizer, "reward", "reward", **options | {"reward_model": str(changed)})
+    assert other.fingerprint != once.fingerprint
 
 
 def test_a_run_by_reward_shows_the_answers_that_gained_and_lost_most(project, reward_model):

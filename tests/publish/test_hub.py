@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from hub_server import Repository
-from pico import COLOURS, RGB, SHAPE, build_tokenizer, lines, picture, trials
+from pico import COLOURS, RGB, ROOT, SHAPE, build_tokenizer, lines, picture, trials
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
@@ -263,7 +263,9 @@ def published_run(request, hub, tmp_path):
     ("what", "kind"),
     [("names", "lora"), ("vit", "full"), ("own", "full"), ("siglip", "lora")],
 )
-def test_a_classifier_is_pushed_and_classifies_as_its_card_says(request, hub, run, published_run, tmp_path, what, kind):
+def test_a_classifier_is_pushed_and_classifies_as_its_card_says(
+    request, hub, forks, run, published_run, tmp_path, monkeypatch, what, kind
+):
     config, rows = published_run(what)
     out, images, named = tmp_path / "out", rows.suffix == ".parquet", what not in ("own", "vit")
     run("select", "--config", config, *KINDS[kind], "--push_to_hub", "true", "--hub_model_id", "org/quiz")
@@ -301,8 +303,9 @@ def test_a_classifier_is_pushed_and_classifies_as_its_card_says(request, hub, ru
     copy.mkdir()
     for name, content in data.items():
         (copy / name).write_bytes(content)
-    there = f"import os; os.chdir({str(copy)!r}); {CODE}"
-    run("recipe", "classify", "--config", "recipe.yaml", code=there)
+    monkeypatch.chdir(copy)
+    done = forks.run(ROOT / "recipes" / "classify.py", "--config", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     ours, theirs = load(model[file]), load_file(copy / "trained-by-recipe" / file)
     assert ours.keys() == theirs.keys()

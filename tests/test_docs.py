@@ -72,6 +72,7 @@ def world(tmp_path, monkeypatch, hub, forks, pico, encoder, reward_model):
         tmp_path / "data" / "pairs.jsonl", [{"chosen": f"red {n} one", "rejected": f"red {n} two"} for n in "abc"]
     )
     write_rows(tmp_path / "data" / "arc_test.jsonl", choice_rows(8, start=200))
+    write_rows(tmp_path / "data" / "arc_train.jsonl", choice_rows(8, start=300))
     shutil.copy(tmp_path / "data" / "arc_validation.jsonl", tmp_path / "quiz.jsonl")
     leaking = [{"prompt": row["prompt"], "completion": row["choices"][row["answer"]]} for row in choice_rows(12)]
     write_rows(tmp_path / "data" / "leaking.jsonl", leaking)

@@ -69,9 +69,7 @@ def watch(config: MergeToMixConfig, settings: Mapping[str, Any], run: Path) -> S
     they were given, before Hub ids are resolved.
     """
     candidates, targets = config.parsed_candidates.values(), config.parsed_targets.values()
-    data = [one.data for one in candidates] + [
-        one for target in targets for one in (target.data, target.test_data) if one
-    ]
+    data = [one.data for one in candidates] + [one for target in targets for one in target.parts.values()]
     if any(data_may_change(one, config.task) for one in data) or any(map(target_may_change, targets)):
         return None
     if model_may_change(settings):

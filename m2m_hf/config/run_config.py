@@ -312,9 +312,9 @@ def task_problems(config: MergeToMixConfig) -> Iterator[str]:
             yield f"candidates.{name}.template: belongs to task: causal_lm"
     scorers = tuple(name for name, kind in SCORERS.items() if language or kind.classifies)
     for name, target in config.parsed_targets.items():
-        templates = any(data and data.template for data in (target.data, target.test_data))
-        if not language and (templates or target.normalize != "none"):
-            yield f"targets.{name}: normalize and template belong to task: causal_lm"
+        templates = any(data.template for data in target.parts.values())
+        if not language and (templates or target.normalize != "none" or target.num_fewshot is not None):
+            yield f"targets.{name}: normalize, template and num_fewshot belong to task: causal_lm"
         if target.kind not in scorers:
             yield f"targets.{name}.scorer: expected {' or '.join(scorers[:2])} for {config.task}, got {target.kind}"
 

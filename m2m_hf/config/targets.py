@@ -12,6 +12,7 @@ from m2m_hf.config.checks import Rule, absolute, mapping, option, text
 from m2m_hf.errors import InputError
 
 COMMON = ("scorer", "metric", "weight", "min_delta")
+FEW_SHOT = ("num_fewshot", "fewshot_data", "fewshot_by")
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,18 @@ class ScorerKind:
 
 SCORERS = {
     "choice": ScorerKind(
-        ("data", "test_data", "normalize", "metric_key"),
+        ("data", "test_data", "normalize", "metric_key", *FEW_SHOT),
         help="""\
 data: rows of prompt, choices, answer (index, text, letter or label); metric: accuracy or logprob;
-normalize: none, tokens or bytes""",
+normalize: none, tokens or bytes; num_fewshot: examples ahead of every question, drawn from fewshot_data: {...}, with
+fewshot_by: column those of the same value""",
         metrics=("accuracy", "logprob"),
         column="choices",
     ),
     "classification": ScorerKind(
-        ("data", "test_data", "normalize", "labels", "metric_key"),
+        ("data", "test_data", "normalize", "labels", "metric_key", *FEW_SHOT),
         help="""\
-data: rows of prompt, label; labels: {label: word}, or those in the data; metric and normalize as above. With
+data: rows of prompt, label; labels: {label: word}, or those in the data; metric and the others as above. With
 task: sequence_classification rows of text, label, with image_classification of image, label (path: imagefolder,
 data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob""",
         metrics=("accuracy", "logprob", "macro_f1"),
@@ -62,15 +64,15 @@ data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob""",
         classifies=True,
     ),
     "loss": ScorerKind(
-        ("data", "test_data"),
-        help="data: rows of prompt, completion, or of messages; the score is the log-likelihood per token",
+        ("data", "test_data", *FEW_SHOT),
+        help="data: rows of prompt, completion, or of messages; the score is the log-likelihood per token; num_fewshot",
         metrics=("loglikelihood",),
     ),
     "generation": ScorerKind(
-        ("data", "test_data", "generation", "metric_key"),
+        ("data", "test_data", "generation", "metric_key", *FEW_SHOT),
         help="""\
 data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
-token_f1""",
+token_f1; num_fewshot""",
         metrics=("exact_match", "numeric_match", "token_f1"),
     ),
     "preference": ScorerKind(
@@ -141,7 +143,11 @@ class TargetConfig:
     timeout: float = option(checks.POSITIVE, 3600)  # seconds until a command is stopped; its mixture has no score
     task: str | None = option(TASK)
     test_task: str | None = option(TASK)
-    num_fewshot: int | None = option(checks.integer(0))  # default: as the task says
+    num_fewshot: int | None = option(checks.integer(0))  # examples ahead of every question; default: as the task says
+    fewshot_data: DataConfig | None = option(
+        DATA
+    )  # where they are drawn from with the run's seed; default: out of `data`
+    fewshot_by: str | None = option(text("the name of a column"))  # a question's examples have its value there
     limit: int | None = option(checks.integer(1))  # only the first rows of a task
 
     @property
@@ -151,8 +157,8 @@ class TargetConfig:
 
     @property
     def parts(self) -> dict[str, DataConfig]:
-        """The `data` and `test_data`, where it has them."""
-        parts = {"data": self.data, "test_data": self.test_data}
+        """The `data`, `test_data` and `fewshot_data`, where it has them."""
+        parts = {"data": self.data, "test_data": self.test_data, "fewshot_data": self.fewshot_data}
         return {part: data for part, data in parts.items() if data is not None}
 
     @classmethod
@@ -180,7 +186,9 @@ class TargetConfig:
                 )
             values["reward_model"] = checks.resolve_existing(values["reward_model"], folder)
         values["metric"] = resolve_metric(values.get("metric"), kind, where, folder)
-        for key in values.keys() & {"data", "test_data"}:
+        if (given := sorted(values.keys() & {*FEW_SHOT[1:]})) and "num_fewshot" not in values:
+            raise InputError(f"{where}.num_fewshot is missing: {given[0]} is given; say how many examples to draw")
+        for key in values.keys() & {"data", "test_data", "fewshot_data"}:
             values[key] = DataConfig.parse(values[key], f"{where}.{key}", folder)
         for key in values.keys() & {"command", "test_command"}:
             values[key] = split_command(values[key], f"{where}.{key}", folder)

@@ -11,8 +11,9 @@ from trl.data_utils import extract_prompt
 from m2m_hf.config.candidates import CandidateConfig, DataConfig
 from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.data.conversations import UNREAD, as_turns, check_shown, rows_of, says_something, tools_of, unused
+from m2m_hf.data.few_shot import with_examples
 from m2m_hf.data.files import as_text
-from m2m_hf.data.loading import TEXTS, columns_in, fill, legible, load_rows, require_columns
+from m2m_hf.data.loading import TEXTS, columns_in, fill, legible, load_rows, require_columns, texts_in
 from m2m_hf.data.rows import Candidate, LoadedData, Prompt, Target, TargetRow, Tools, features_of, text_of
 from m2m_hf.data.tokens import appended, encode, render
 from m2m_hf.errors import InputError
@@ -37,7 +38,7 @@ def load_causal_lm_data(
     conversations: list[str] = []
     unread: dict[str, list[str]] = {}
 
-    def load(data: DataConfig, where: str, column: str | None) -> Dataset:
+    def load(data: DataConfig, where: str, column: str | None, read: str | None = None) -> Dataset:
         rows = load_rows(data, where, seed, (*TEXTS, *PAIR) if column in PAIR else TEXTS if column else ())
         if (
             column not in PAIR
@@ -47,7 +48,8 @@ def load_causal_lm_data(
             rows = rows.rename_column("conversations", "messages")  # as TRL does
         if column is None:
             return rows
-        if rest := unread_columns(rows, data, where, ("prompt", "tools", *PAIR) if column in PAIR else READ):
+        known = ("prompt", "tools", *PAIR) if column in PAIR else READ
+        if rest := unread_columns(rows, data, where, (*known, *filter(None, [read]))):
             unread[where] = rest
         if is_conversational(rows, where, column):
             conversations.append(where)
@@ -58,7 +60,7 @@ def load_causal_lm_data(
     for name, config in targets.items():
         column = None if config.kind == "callable" else SCORERS[config.kind].column
         for part, data in config.parts.items():
-            raw_targets[name][part] = load(data, f"targets.{name}.{part}", column)
+            raw_targets[name][part] = load(data, f"targets.{name}.{part}", column, config.fewshot_by)
     if conversations and tokenizer.chat_template is None:
         raise InputError(
             f"{conversations[0]} holds messages, but the tokenizer of this model has no chat template; choose an "
@@ -76,7 +78,10 @@ def load_causal_lm_data(
             name: make_candidate(name, candidates[name], rows, features, train_format, tokenizer, max_length)
             for name, rows in samples.items()
         },
-        {name: make_target(name, targets[name], parts, data_format, tokenizer) for name, parts in raw_targets.items()},
+        {
+            name: make_target(name, targets[name], parts, data_format, tokenizer, seed)
+            for name, parts in raw_targets.items()
+        },
         unread,
     )
 
@@ -205,9 +210,10 @@ def make_target(
     parts: Mapping[str, Dataset],
     data_format: str,
     tokenizer: PreTrainedTokenizerBase,
+    seed: int,
 ) -> Target:
-    """A target with its rows as its scorer takes them."""
-    rows: dict[str, tuple[Any, ...]] = {}
+    """A target with its rows as its scorer takes them; `seed` draws their examples."""
+    rows: dict[str, Sequence[Any]] = {}
     for part, dataset in parts.items():
         numbered = [
             (f"targets.{name}.{part}, row {number}", named_answer(row, dataset.features))
@@ -247,7 +253,18 @@ def make_target(
                 f"targets.{name}.{part}: chosen and rejected begin with the prompt, which would be read twice; leave it out: "
                 "columns: {prompt: unused_prompt}"
             )
-    return Target(name, config, rows.get("data", ()), rows.get("test_data", ()))
+    if config.num_fewshot and rows:
+        where = f"targets.{name}"
+        kinds: dict[str, Sequence[Any]] = {part: [None] * len(dataset) for part, dataset in parts.items()}
+        if column := config.fewshot_by:
+            for part, dataset in parts.items():
+                require_columns(dataset, (column,), f"{where}.{part}")
+                kinds[part] = texts_in(dataset, column, f"{where}.{part}")
+        rows = with_examples(config, rows, kinds, seed, where)
+        if data_format != "text":
+            first: Any = rows["data"][0]
+            check_shown([(f"{where}.num_fewshot", first.asked, first.tools, len(first.asked))], tokenizer)
+    return Target(name, config, tuple(rows.get("data", ())), tuple(rows.get("test_data", ())))
 
 
 def label_names(rows: Dataset, words: Mapping[str, str]) -> list[str | None]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from datasets import Dataset, Features, Json, Value
@@ -87,6 +88,16 @@ class TargetRow:
     choices: tuple[Prompt, ...]
     answer: int
     tools: Tools = None  # that the prompt offers
+    examples: Prompt = ""  # of questions with their answers, see `few_shot.py`
+
+    @property
+    def asked(self) -> Prompt:
+        """What the model reads: the prompt behind its examples, but system turns come first."""
+        if isinstance(self.prompt, str):
+            return f"{self.examples}{self.prompt}"
+        turns = sum(1 for _ in takewhile(lambda turn: turn["role"] == "system", self.prompt))
+        examples = [] if isinstance(self.examples, str) else self.examples
+        return [*self.prompt[:turns], *examples, *self.prompt[turns:]]
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ def row_digests(rows: Iterable[Any]) -> tuple[str, bytes]:
 def as_json(value: Any) -> Any:
     """A stand-in for a value that JSON lacks: the fields of a question, the digest of an image, else its text."""
     if isinstance(value, TargetRow):
-        names = ("prompt", "choices", "answer", *(["tools"] if value.tools else []))
+        names = ("prompt", "choices", "answer", *(name for name in ("tools", "examples") if getattr(value, name)))
         return {name: getattr(value, name) for name in names}
     return image_digest(value) if isinstance(value, Image.Image) else str(value)
 

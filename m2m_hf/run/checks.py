@@ -207,11 +207,15 @@ def describe_target(run: RunContext, name: str) -> str:
     """What a target is scored on, and how."""
     config, parts = run.targets[name].config, run.scorers[name]
     counts = {part: f"{scorer.examples:,} " if scorer.examples else "" for part, scorer in parts.items()}
+    examples = f"{config.num_fewshot} examples ahead of each" if config.num_fewshot else ""
+    if examples and config.fewshot_data is None and config.kind != "lm_eval":
+        examples += ", taken out of data"
     words = [
         SCORERS[config.kind].described.format(task=config.task),
         f"{counts['validation']}validation rows" if counts["validation"] else None,
         f"{counts['test']}sealed test rows" if "test" in parts else "no test set",
         config.metric,
+        examples,
         f"weight {config.weight:g}" if len(run.targets) > 1 else None,
         None if config.min_delta is None else f"at most {config.min_delta:g} worse than the base model",
     ]

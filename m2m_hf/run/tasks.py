@@ -130,9 +130,9 @@ class Task:
             where = f"targets.{name}"
             for one in target.questions:
                 if not any(one.choices):
-                    yield where, render(self.tokenizer, one.prompt, where, True, one.tools)
+                    yield where, render(self.tokenizer, one.asked, where, True, one.tools)
                     continue
-                for ids in encode_choices(self.tokenizer, one.prompt, one.choices, where, one.tools)[0]:
+                for ids in encode_choices(self.tokenizer, one.asked, one.choices, where, one.tools)[0]:
                     yield where, ids
         yield "pad_token", [self.tokenizer.pad_token_id]
         if self.data.format == "text":

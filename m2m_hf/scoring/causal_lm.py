@@ -28,7 +28,7 @@ def encode_rows(rows: Sequence[TargetRow], tokenizer: PreTrainedTokenizerBase, m
     questions, truncated, reading = [], 0, ends_taken_off(tokenizer, rows)
     for number, row in enumerate(rows, start=1):
         where = f"row {number} of the target"
-        tokens, start, later = encode_choices(tokenizer, row.prompt, row.choices, where, row.tools)
+        tokens, start, later = encode_choices(tokenizer, row.asked, row.choices, where, row.tools)
         reading += [[number, start]] if later else []
         if tokens.count(tokens[row.answer]) > 1:
             raise InputError(

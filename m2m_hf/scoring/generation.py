@@ -43,8 +43,8 @@ class AnsweringScorer(Scorer):
         reading, prompts = ends_taken_off(tokenizer, rows), []
         for number, row in enumerate(rows, start=1):
             where = f"row {number} of the target"
-            prompts.append(before_answer(tokenizer, row.prompt, where, row.tools))
-            plain = render(tokenizer, row.prompt, where, True, row.tools) or [first_token(tokenizer)]
+            prompts.append(before_answer(tokenizer, row.asked, where, row.tools))
+            plain = render(tokenizer, row.asked, where, True, row.tools) or [first_token(tokenizer)]
             reading += [[number, prompts[-1]]] if prompts[-1] != plain else []
         self.truncated = sum(len(ids) > positions - new for ids in prompts)
         self.prompts = [ids[new - positions :] for ids in prompts]

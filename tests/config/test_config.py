@@ -109,7 +109,7 @@ TRAINED = {"objective": "trained"}
         (CLASSIFICATION | {"labels": ["a", "b", "a"]}, "labels: expected every label once"),
         (CLASSIFICATION | {"label_template": "a photo"}, "label_template: expected a text with {label} in it"),
         (CLASSIFICATION | candidate(template={"prompt": "x"}), r"candidates\.a\.template: belongs to task: causal_lm"),
-        (CLASSIFICATION | target("classification", normalize="bytes"), "normalize and template belong to task: causal"),
+        (CLASSIFICATION | target("classification", normalize="bytes"), "num_fewshot belong to task: causal"),
         ({"labels": ["a", "b"]}, "labels: .* belongs to task: sequence_classification or image_classification"),
         ({"label_template": "a {label}"}, "label_template: .* belongs to task: sequence_classification"),
         ({"experts": "org/x"}, "experts: 'org/x' belongs to expert: full"),

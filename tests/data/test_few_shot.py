@@ -49,8 +49,11 @@ def test_examples_are_drawn_with_the_seed_from_rows_that_are_not_scored(tokenize
     assert len({target(tokenizer, seed, num_fewshot=4, **kinds).rows[0].examples for seed in range(5)}) > 2
     plain = target(tokenizer, num_fewshot=0, **kinds)
     assert [row.asked for row in plain.rows] == [row["prompt"] for row in tested[:3]]
-    prints = [scorer_on(one.rows, tokenizer, "choice", "accuracy").fingerprint for one in (found, plain)]
-    assert len({*prints}) == 2
+    for kind, metric in (("choice", "accuracy"), ("generation", "exact_match")):
+        ours, others = (scorer_on(one.rows, tokenizer, kind, metric, 2000) for one in (found, plain))
+        assert ours.fingerprint != others.fingerprint
+        read = ours.inputs.questions[0].ids if kind == "choice" else ours.prompts[0]
+        assert tokenizer.decode(read).startswith(found.rows[0].asked.strip())
     with pytest.raises(InputError, match=r"targets.t.num_fewshot: expected 7 rows of fewshot_data that .* got 6"):
         target(tokenizer, num_fewshot=7, **kinds)
 

@@ -45,7 +45,8 @@ def command_fingerprint(config: Path, flags: Sequence[str]) -> str | None:
     try:
         libraries = [version(name) for name in LIBRARIES]
         libraries += [version(name) for name in OPTIONAL_LIBRARIES if find_spec(name)]
-        code = {str(path): stamp(path)[:2] for path in sorted(Path(m2m_hf.__path__[0]).rglob("*.py"))}
+        files = [path for path in sorted(Path(m2m_hf.__path__[0]).rglob("*.*")) if path.suffix in (".py", ".yaml")]
+        code = {str(path): stamp(path)[:2] for path in files}
         text = config.read_text(encoding="utf-8")
     except (OSError, ValueError, ImportError):
         return None

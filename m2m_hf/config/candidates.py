@@ -14,7 +14,19 @@ from m2m_hf.errors import InputError, holds_secret
 PATH = "json, csv, parquet, a Hub id or a folder of save_to_disk"
 FILES = Rule("a file or a list of files", lambda value: checks.is_text(value) or checks.is_texts(value))
 RENAMED = Rule("{theirs: ours}", lambda value: isinstance(value, Mapping) and not checks.unquoted(value))
-TEMPLATE = mapping("texts for prompt and completion", str, str)
+TEXT = mapping("texts", str, str)
+TEMPLATE = Rule(
+    "texts for prompt, completion and answer, and for choices [text, ...] or {label: text}",
+    lambda value: (
+        isinstance(value, Mapping)
+        and {*value} <= {"prompt", "completion", "choices", "answer"}
+        and all(
+            checks.is_texts(text) or TEXT.accepts(text) if name == "choices" else isinstance(text, str)
+            for name, text in value.items()
+        )
+    ),
+)
+WITHOUT = mapping("{without: value}", str, str | int | float)
 
 
 @dataclass(frozen=True)
@@ -30,12 +42,21 @@ class DataConfig:
     revision: str | None = option(text("a commit, tag or branch"))
     # Renames, for datasets whose columns are not called prompt/completion or messages.
     columns: Mapping[str, str] = option(mapping("{theirs: ours}, both text", str, str), dict)
-    # Texts made of columns, such as {prompt: "...{column}..."}, for datasets without a prompt.
-    template: Mapping[str, str] = option(
-        Rule(TEMPLATE.expected, lambda value: TEMPLATE.accepts(value) and {*value} <= {"prompt", "completion"}), dict
+    # Texts made of columns, such as {prompt: "...{column}..."}, for datasets without a prompt; {column[key]} and {column[0]}
+    # are what a mapping or a list holds there.
+    template: Mapping[str, Any] = option(TEMPLATE, dict)
+    # Only the rows that have this value there, before columns are renamed; {without: value}: that do not hold it there.
+    where: Mapping[str, Any] = option(
+        Rule(
+            "{column: value} or {column: {without: value}}",
+            lambda value: mapping("", str).accepts(value)
+            and all(
+                isinstance(one, str | int | float | NoneType) or (WITHOUT.accepts(one) and {*one} == {"without"})
+                for one in value.values()
+            ),
+        ),
+        dict,
     )
-    # Only the rows that have this value there, before columns are renamed.
-    where: Mapping[str, Any] = option(mapping("{column: value}", str, str | int | float | NoneType), dict)
     max_examples: int | None = option(checks.integer(1))  # drawn with the run's seed
     null: str | None = (
         None  # what stands for a null in a prompt, as `columns` or `template` say; None refuses such rows

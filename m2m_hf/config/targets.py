@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from m2m_hf.config import checks
+from m2m_hf.config import checks, presets
 from m2m_hf.config.candidates import DataConfig, changed_options
 from m2m_hf.config.checks import Rule, absolute, mapping, option, text
 from m2m_hf.errors import InputError
@@ -72,8 +72,8 @@ data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob""",
         ("data", "test_data", "generation", "metric_key", *FEW_SHOT),
         help="""\
 data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
-token_f1; num_fewshot""",
-        metrics=("exact_match", "numeric_match", "token_f1"),
+token_f1, instructions (those that code can verify); num_fewshot""",
+        metrics=("exact_match", "numeric_match", "token_f1", "instructions"),
     ),
     "preference": ScorerKind(
         ("data", "test_data", "normalize"),
@@ -166,6 +166,7 @@ class TargetConfig:
         """Reads one target of the YAML; relative paths are resolved against `folder`."""
         if not isinstance(entry, Mapping):
             raise InputError(f"{where}: expected {{data: ..., scorer: ...}}, got {entry!r}")
+        entry = presets.resolve(entry, where)
         scorer = entry.get("scorer")
         checks.check_fields({"scorer": scorer}, {"scorer": SCORER}, where)
         kind = "callable" if callable(scorer) else str(scorer)

@@ -27,6 +27,7 @@ from m2m_hf.errors import InputError
 MAX_FILES = 10_000  # in a folder that is given as a dataset
 MAX_PARTS = 256  # of one dataset with `split_by`
 TEXTS = ("prompt", "completion")
+PLACE = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])+)")  # in a template: a column, and keys of what it holds
 SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`, in the folder of a dataset or of several splits
 
 
@@ -122,7 +123,7 @@ def load_rows(config: DataConfig, where: str, seed: int, texts: Sequence[str] = 
         raise InputError(f"{where}: has no rows; expected at least one")
     if config.max_examples is not None and len(rows) > config.max_examples:
         rows = rows.shuffle(seed=seed).select(range(config.max_examples))
-    made: dict[str, list[str | None]] = {}
+    made: dict[str, list[Any]] = {}
     for name in texts:
         null = config.null if name == "prompt" else None
         kind = rows.features.get(name)
@@ -132,7 +133,7 @@ def load_rows(config: DataConfig, where: str, seed: int, texts: Sequence[str] = 
     for name, text in config.template.items():
         null = config.null if name == "prompt" else None
         numbered = enumerate(map(legible, rows, repeat(rows.features)), start=1)
-        made[name] = [fill(text, row, f"{where}, row {number}.template", null) for number, row in numbered]
+        made[name] = [filled(text, row, f"{where}, row {number}.template", null) for number, row in numbered]
     return replaced(rows, made)
 
 
@@ -142,10 +143,13 @@ def text_columns(config: DataConfig, where: str, texts: Sequence[str] = TEXTS) -
     return frozenset(names.get(name, name) for name in {*texts, *columns_in(config.template, where)})
 
 
-def columns_in(template: Mapping[str, str], where: str) -> set[str]:
+def columns_in(template: Mapping[str, Any], where: str) -> set[str]:
     """The columns that templates name."""
-    pieces = [piece for text in template.values() for piece in parse_template(text, f"{where}.template")]
-    return {column for _, column, *_ in pieces if column}
+    choices = template.get("choices", ())
+    texts = [text for name, text in template.items() if name != "choices"]
+    texts += choices.values() if isinstance(choices, Mapping) else choices
+    named = {column for text in texts for _, column, *_ in parse_template(text, f"{where}.template") if column}
+    return named | {place[1] for column in named if (place := PLACE.fullmatch(column))}
 
 
 def texts_in(rows: Dataset, name: str, where: str) -> list[str | None]:
@@ -156,11 +160,14 @@ def texts_in(rows: Dataset, name: str, where: str) -> list[str | None]:
         raise InputError(f"{where}.{name}: {error}") from error
 
 
-def replaced(rows: Dataset, columns: Mapping[str, list[str | None]]) -> Dataset:
-    """Rows with these columns of texts."""
+def replaced(rows: Dataset, columns: Mapping[str, list[Any]]) -> Dataset:
+    """Rows with these columns of texts, of lists of texts, or of choices with labels."""
     if not columns:
         return rows
-    made = Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Value("string"))))
+    texts = List(Value("string"))
+    kinds: dict[type, Any] = {list: texts, dict: {"text": texts, "label": texts}}
+    features = Features({name: kinds.get(type(values[0]), Value("string")) for name, values in columns.items()})
+    made = Dataset.from_dict(columns, features=features)
     rest = [name for name in rows.column_names if name not in columns]
     return datasets.concatenate_datasets([rows.select_columns(rest), made], axis=1) if rest else made
 
@@ -216,8 +223,18 @@ def load_raw(config: DataConfig, where: str, texts: frozenset[str]) -> Dataset:
     for column, value in config.where.items():
         if column not in rows.column_names:
             raise InputError(f"{where}.where: no column {column!r}; it has {', '.join(rows.column_names)}")
-        rows = rows.select(selected(rows, column, value, f"{where}.where"))
+        if isinstance(value, Mapping):
+            kept = [n for n, one in enumerate(rows[column]) if value["without"] not in held(one, rows.features[column])]
+        else:
+            kept = selected(rows, column, value, f"{where}.where")
+        rows = rows.select(kept)
     return rows
+
+
+def held(value: Any, kind: Any) -> list[Any]:
+    """What a cell holds: the elements of a list, or the value itself and its text."""
+    value = legible(value, kind)
+    return value if isinstance(value, list) else [value, as_text(value)]
 
 
 def selected(rows: Dataset, column: str, value: Any, where: str) -> list[int]:
@@ -331,8 +348,27 @@ def parse_template(template: str, where: str) -> list[tuple[str, str | None, str
         raise InputError(f"{where}: {template!r} cannot be filled ({error}). Write {{{{ and }}}} for braces") from error
 
 
+def filled(template: Any, row: Mapping[str, Any], where: str, null: str | None) -> Any:
+    """A template filled; of choices a list, or texts and labels as `{text: [...], label: [...]}`."""
+    if isinstance(template, str):
+        return fill(template, row, where, null)
+    texts = [fill(text, row, where) for text in (template.values() if isinstance(template, Mapping) else template)]
+    return {"text": texts, "label": [*template]} if isinstance(template, Mapping) else texts
+
+
+def value_at(row: Mapping[str, Any], column: str) -> Any:
+    """A row's value, or what a list or mapping in it holds: `choices[text][0]`; a LookupError where there is none."""
+    place = None if column in row else PLACE.fullmatch(column)
+    value = row[place[1] if place else column]
+    for key in place[2][1:-1].split("][") if place else ():
+        if not isinstance(value, Mapping | list):
+            raise LookupError(key)
+        value = value[key] if isinstance(value, Mapping) else value[int(key) if key.isdecimal() else len(value)]
+    return value
+
+
 def fill(template: str, row: Mapping[str, Any], where: str, null: str | None = None) -> str:
-    """`template` with every `{column}` replaced by the row's value, and nulls by `null`.
+    """`template` with every `{column}` or `{column[key]}` replaced by the row's value, and nulls by `null`.
 
     It refuses anything in braces but the name of a column, and without `null` rows that have none there.
     """
@@ -341,15 +377,17 @@ def fill(template: str, row: Mapping[str, Any], where: str, null: str | None = N
         pieces.append(text)
         if column is None:
             continue
-        if column not in row or style or conversion:
-            fault = f"{column!r} is no column" if column not in row else f"more than a name at {column!r}"
+        fault = f"more than a name at {column!r}" if style or conversion else ""
+        try:
+            value = as_text(value_at(row, column))
+        except ValueError as error:
+            raise InputError(f"{where}: {column}: {error}") from error
+        except LookupError:
+            fault = f"{column!r} is no column" + ", or holds nothing there" * ("[" in column)
+        if fault:
             raise InputError(
                 f"{where}: {template!r} cannot be filled ({fault}); columns are {', '.join(row)}. Write {{{{ and }}}} for braces"
             )
-        try:
-            value = as_text(row[column])
-        except ValueError as error:
-            raise InputError(f"{where}: {column}: {error}") from error
         value = null if value is None else value
         if value is None:
             raise InputError(

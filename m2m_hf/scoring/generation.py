@@ -128,6 +128,7 @@ class GenerationScorer(AnsweringScorer):
         assert metric is not None
         self.metric, self.by_row = metric, metric.by_example
         self.references = [text_of(row.choices[0]).strip() for row in rows]
+        metric.check(self.references)
         self.fingerprint = content_fingerprint([config.kind, metric_fingerprint(config), *self.facts])
 
     def score(

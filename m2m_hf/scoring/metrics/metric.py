@@ -11,8 +11,9 @@ from m2m_hf.config.targets import SCORERS, TargetConfig
 from m2m_hf.errors import InputError
 from m2m_hf.storage.files import digest_of
 
-SHIPPED = ("accuracy", "exact_match", "macro_f1", "numeric_match", "token_f1")
-SHIPPED_FILE = Path(__file__).parent / "shipped.py"
+FOLDER = Path(__file__).parent
+SHIPPED = dict.fromkeys(("accuracy", "exact_match", "macro_f1", "numeric_match", "token_f1"), FOLDER / "shipped.py")
+SHIPPED |= {"instructions": FOLDER / "instructions.py"}
 RESAMPLES = 200  # of the bootstrap: its error on a standard error is then about 5 %
 
 
@@ -34,7 +35,7 @@ class Metric:
                 f"{where}.metric: {name!r} is not one of {', '.join(SHIPPED)}. A metric of your own or of the Hub runs code when "
                 "it is loaded; say allow_metric_code: true if you trust it"
             )
-        source, part = (str(SHIPPED_FILE), name) if name in SHIPPED else (name, None)
+        source, part = (str(SHIPPED[name]), name) if name in SHIPPED else (name, None)
         try:
             self._module = evaluate.load(source, config_name=part, keep_in_memory=True)
         except (OSError, ValueError, ImportError, ConnectionError) as error:
@@ -50,9 +51,20 @@ class Metric:
 
     @cached_property
     def by_example(self) -> bool:
-        """True if the module gives a value for every example; tried on one that is right."""
+        """True if the module gives a value for every example; one of the user's is tried on one that is right."""
+        if self.name in SHIPPED:
+            return self.name != "macro_f1"
         sample: list[Any] = ["a"] if self.takes_text else [0]
         return "per_example" in self._module.compute(predictions=sample, references=sample)
+
+    def check(self, references: Sequence[str]) -> None:
+        """Refuses references that a module of ours cannot read."""
+        check = getattr(self._module, "check", None) if self.name in SHIPPED else None
+        for number, reference in enumerate(references if check else (), start=1):
+            try:
+                check(reference)
+            except ValueError as error:
+                raise InputError(f"{self._where}, row {number}.completion: {error}") from error
 
     def __call__(
         self, predictions: Sequence[Any], references: Sequence[Any]
@@ -101,7 +113,7 @@ def load_metric(config: TargetConfig, allow_code: bool, where: str) -> Metric | 
 
 def metric_fingerprint(config: TargetConfig) -> list[str | None]:
     """Identifies a target's metric: the bytes of its module, and its name where that module is shipped or not local."""
-    path = SHIPPED_FILE if config.metric in SHIPPED else Path(config.metric)
+    path = SHIPPED.get(config.metric, Path(config.metric))
     module = path / f"{path.name}.py" if path.is_dir() else path
     digest = digest_of(module) if module.is_file() else None
     name = config.metric if config.metric in SHIPPED or digest is None else None

@@ -52,16 +52,16 @@ class Terminal:
         self._kept.append({"text": text, "style": style})
         self.console.print(Text(text, style=style or ""))
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table: the first column is text, the others are numbers. Short rows are filled up."""
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
+        """Prints a table: the first columns are texts, the others are numbers. Short rows are filled up."""
         from rich.table import Table
         from rich.text import Text
 
         rows = [[printable(cell) for cell in row] for row in rows]
-        self._kept.append({"title": title, "columns": list(columns), "rows": rows})
+        self._kept.append({"title": title, "columns": list(columns), "rows": rows, "texts": texts})
         table = Table(box=None, pad_edge=False, header_style="dim")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
+            table.add_column(column, justify="left" if number < texts else "right", overflow="fold", no_wrap=number >= texts)
         for row in rows:
             table.add_row(*map(Text, row))
         self.console.print(Text(printable(title), style="bold"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from m2m_hf.cli import unchanged
 from m2m_hf.cli.exits import DamagedError
 from m2m_hf.cli.launch import relaunched, replace_process
+from m2m_hf.config import presets
 from m2m_hf.console import Terminal
 from m2m_hf.errors import InputError
 from m2m_hf.storage.run_folder import RunFolder, read_config
@@ -115,6 +116,26 @@ def sft(searcher: "MergeToMixSearcher") -> None:
     searcher.show()
     if searcher.run.args.push_to_hub:
         searcher.push_to_hub()
+
+
+def show_targets(command: Namespace) -> None:
+    """The table of all presets, or the YAML of one."""
+    terminal = Terminal()
+    if command.name:
+        for line in presets.text_of(command.name, "m2m targets").rstrip("\n").split("\n"):
+            terminal.say(line)
+        return
+    rows = []
+    for name in presets.names():
+        made = presets.preset(name)
+        chosen, sealed = (
+            f"{'all' if part.get('max_examples') is None else part['max_examples']} of {part['split']}"
+            for part in (made["data"], made["test_data"])
+        )
+        scored = f"{made['scorer']}: {made['metric']}"
+        rows.append([name, made["description"], scored, str(made.get("num_fewshot", 0)), chosen, sealed])
+    columns = ("name", "what it measures", "scorer: metric", "shots", "chooses on", "sealed")
+    terminal.table("benchmarks by name, such as targets: {gsm8k: {benchmark: gsm8k}}", columns, rows, texts=3)
 
 
 def show_status(command: Namespace) -> None:

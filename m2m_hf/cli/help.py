@@ -28,6 +28,22 @@ Every command continues from the state of the run folder. On all GPUs of a machi
 """
 
 
+BENCHMARKS = """\
+In a configuration the name stands for rows, prompt, scorer and metric; what stands beside it goes over them, rows key by key:
+
+  targets:
+    gsm8k: {benchmark: gsm8k}
+    arc:
+      benchmark: arc_easy
+      data: {max_examples: 1000}                       # the other keys of data stay
+    math:
+      benchmark: gsm8k
+      data: {path: json, data_files: mine.jsonl}       # rows of yours with the columns of the benchmark
+
+m2m targets gsm8k prints what a name stands for, which is a start for a target of your own. See docs/targets.md.
+"""
+
+
 TARGETS = """\
 The sealed test is test_data, test_command or test_task. A metric may also be the path or Hub id of an evaluate module; its
 code runs, so this needs allow_metric_code: true. Each of several targets has a weight, and min_delta: how far a mixture may
@@ -60,7 +76,7 @@ hardware suggests; output_dir runs/<name of the YAML>.
 
 def targets_text() -> str:
     """The scorers and their options, for `--help`."""
-    lines = ["targets: each has a scorer, and its options:"]
+    lines = ["targets: each has a benchmark: (m2m targets lists them), or a scorer, and its options:"]
     for name, kind in SCORERS.items():
         if kind.help:
             lines.append(textwrap.fill(f"  {name:15} {kind.help}", 120, subsequent_indent=" " * 18))
@@ -145,6 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     argument("--model", default="", help="the base model: a Hub id or a folder")
     argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="candidates: files, folders or Hub ids")
     argument("--target", metavar="NAME=PATH", help="validation rows of the task that you care about")
+    argument("--benchmark", default="", metavar="NAME", help="in place of --target: one that m2m targets lists")
     argument("--scorer", default="", help=f"one of {', '.join(SCORED)} (default: as the rows suggest)")
     argument("--reward_model", default="", help="which rates answers, of scorer reward: a Hub id or a folder")
 
@@ -178,6 +195,11 @@ def make_parser() -> argparse.ArgumentParser:
     argument("--folder", type=Path, help="where to write (default: OUT/export/<trainer>)")
 
     add("report OUT", "rebuild OUT/report.html from the files in OUT", commands.make_report, OUT)
+
+    text = "the benchmarks that a target may name, or what one of them stands for"
+    argument = add("targets [NAME]", text, commands.show_targets)
+    argument("name", nargs="?", metavar="NAME", help="print the YAML of this one")
+    parsers.choices["targets"].epilog = BENCHMARKS
 
     text = "what is done, left and spent; checks every adapter and every line of the journal"
     argument = add("status OUT", text, commands.show_status, OUT)

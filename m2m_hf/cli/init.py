@@ -14,6 +14,7 @@ from m2m_hf.cli.drafts.draft import Draft, renamed
 from m2m_hf.cli.drafts.llamafactory import from_llamafactory
 from m2m_hf.cli.drafts.sources import Source, parse_source, parse_sources, read_columns, relocate
 from m2m_hf.cli.drafts.trl import from_trl
+from m2m_hf.config import presets
 from m2m_hf.config.checks import check_name
 from m2m_hf.config.targets import SCORERS
 from m2m_hf.config.yaml_files import load_yaml
@@ -39,7 +40,7 @@ def init(command: argparse.Namespace) -> None:
         draft.lost += leave_out(name, source, read_columns(relocate(source, command.origin.parent, Path.cwd())))
     draft.candidates |= parse_sources(command.data)
     if not sys.stdin.isatty():
-        given = {"--model": draft.model, "--data": draft.candidates, "--target": command.target}
+        given = {"--model": draft.model, "--data": draft.candidates, "--target": command.target or command.benchmark}
         if missing := [flag for flag, value in given.items() if not value]:
             raise InputError(f"{' and '.join(missing)}: nothing given, and nobody to ask; see m2m init --help")
     if not draft.model:
@@ -47,24 +48,11 @@ def init(command: argparse.Namespace) -> None:
     if not draft.candidates:
         answer = ask("2. Which candidate datasets? Files, folders or Hub ids, separated by commas", "a.jsonl, b.jsonl")
         draft.candidates = parse_sources(part.strip() for part in answer.split(",") if part.strip())
-    question = "3. Validation rows of the task that you care about? A file or a Hub id"
-    target, rows = parse_source(command.target or ask(question, "validation.jsonl"))
-    guess, task = guess_scorer(rows)
-    scorer = command.scorer or ask(f"4. How is it scored? {', '.join(SCORED)}", guess)
-    if scorer not in SCORED:
-        raise InputError(f"--scorer: expected {', '.join(SCORED)}, got {scorer!r}")
-    if scorer == "reward":
-        rated = command.reward_model or ask("5. Which reward model? A Hub id or a folder", "")
-        if not rated:
-            raise InputError(
-                "--reward_model: scorer reward needs a model that rates answers; expected a Hub id or a folder"
-            )
-        scorer += f"\n    reward_model: {flow(relocate({'path': rated}, Path.cwd(), output.parent)['path'])}"
+    target, entry, task = benchmark(command) if command.benchmark else ask_target(command)
     for name in (*draft.candidates, target):
         check_name(name, "candidate or target")
     origin = command.origin.parent if command.origin else Path.cwd()
     draft.candidates = {name: relocate(source, origin, output.parent) for name, source in draft.candidates.items()}
-    rows = relocate(rows, Path.cwd(), output.parent)
     if task is None:
         read = {name: read_columns(relocate(one, output.parent, Path.cwd())) for name, one in draft.candidates.items()}
         draft.lost += [
@@ -73,11 +61,41 @@ def init(command: argparse.Namespace) -> None:
             if has and not fits(draft.candidates[name], has)
         ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = write_config(draft, target, rows, scorer, task if scorer == "classification" else None, output)
+    text = write_config(draft, target, entry, task, output)
     output.write_text(text, encoding="utf-8")
     if draft.lost:
         Terminal().say(f"not taken over, as {output} says: {'; '.join(draft.lost)}")
     Terminal().say(f"written: {output}; continue with: m2m select --config {output}")
+
+
+def benchmark(command: argparse.Namespace) -> tuple[str, str, None]:
+    """(name, entry, no task) of a target that is a benchmark by name."""
+    name = command.benchmark
+    presets.text_of(name, "--benchmark")
+    if command.target or command.scorer:
+        raise InputError(f"--benchmark: {name} has rows and a scorer of its own; leave out --target and --scorer")
+    return name, f"benchmark: {name}   # m2m targets {name} prints what this stands for; what you write beside it goes over it", None
+
+
+def ask_target(command: argparse.Namespace) -> tuple[str, str, str | None]:
+    """(name, entry, task if it is not a language model's) of a target with rows, from flags or answers."""
+    question = "3. Validation rows of the task that you care about? A file or a Hub id"
+    target, rows = parse_source(command.target or ask(question, "validation.jsonl"))
+    guess, task = guess_scorer(rows)
+    scorer = command.scorer or ask(f"4. How is it scored? {', '.join(SCORED)}", guess)
+    if scorer not in SCORED:
+        raise InputError(f"--scorer: expected {', '.join(SCORED)}, got {scorer!r}")
+    task = task if scorer == "classification" else None
+    folder = command.output.parent
+    if scorer == "reward":
+        rated = command.reward_model or ask("5. Which reward model? A Hub id or a folder", "")
+        if not rated:
+            raise InputError(
+                "--reward_model: scorer reward needs a model that rates answers; expected a Hub id or a folder"
+            )
+        scorer += f"\n    reward_model: {flow(relocate({'path': rated}, Path.cwd(), folder)['path'])}"
+    data = flow(relocate(rows, Path.cwd(), folder))
+    return target, f"data: {data}\n    # test_data: {{...}}       # sealed: scored once, at the end\n    scorer: {scorer}", task
 
 
 def fits(source: Source, columns: set[str]) -> bool:
@@ -110,7 +128,7 @@ def guess_scorer(source: Source) -> tuple[str, str | None]:
     return "classification", "sequence_classification" if "text" in columns else "image_classification"
 
 
-def write_config(draft: Draft, target: str, rows: Source, scorer: str, task: str | None, output: Path) -> str:
+def write_config(draft: Draft, target: str, entry: str, task: str | None, output: Path) -> str:
     """The YAML, with comments on what may be changed."""
     settings = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2.0e-4, "num_train_epochs": 1}
     settings |= ({"lora_target_modules": "all-linear"} if task else {}) | draft.settings
@@ -135,9 +153,7 @@ candidates:
 
 targets:
   {quoted(target)}:
-    data: {flow(rows)}
-    # test_data: {{...}}       # sealed: scored once, at the end
-    scorer: {scorer}
+    {entry}
 
 # strategy: auto           # needed for more than 16 candidates; how to search, see m2m select --help
 # fine_tunes: 0            # choose by averages alone; by default three mixtures are really fine-tuned first

@@ -23,7 +23,7 @@ def names() -> list[str]:
 def text_of(name: Any, where: str) -> str:
     """The YAML of a preset; refuses an unknown name with those that are near."""
     if name not in names():
-        near = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.5)
+        near = [one for one in names() if name and str(name) in one] or difflib.get_close_matches(str(name), names())
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of: {', '.join(names())}"
         raise InputError(f"{where}: unknown benchmark {name!r}; {hint} m2m targets lists them")
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")

@@ -44,6 +44,7 @@ def light(monkeypatch, tmp_path):
         (["select", "--help"], "tokens_per_batch"),
         (["--version"], "m2m_hf"),
         (["recipe"], "demo/data"),
+        (["targets"], "generation: numeric_match"),
         (["status", "out"], "left: nothing"),
         (["status", "out", "--full"], "left: nothing"),
         (["report", "out"], "report: out/report.html"),

@@ -6,16 +6,16 @@ from pico import scorer_on
 
 from m2m_hf import InputError
 from m2m_hf.core.score import mean_and_stderr
-from m2m_hf.scoring.metrics.metric import SHIPPED_FILE, Metric, bootstrap
+from m2m_hf.scoring.metrics.metric import SHIPPED, Metric, bootstrap
 
 
 def test_shipped_accuracy_is_an_evaluate_module():
-    module = evaluate.load(str(SHIPPED_FILE), config_name="accuracy")
+    module = evaluate.load(str(SHIPPED["accuracy"]), config_name="accuracy")
     assert isinstance(module, evaluate.Metric)
     result = module.compute(predictions=[0, 1, 2], references=[0, 2, 2])
     assert result == {"accuracy": pytest.approx(2 / 3), "per_example": [1.0, 0.0, 1.0]}
     with pytest.raises(ValueError, match=r"config_name: expected one of accuracy, .*, got 'default'"):
-        evaluate.load(str(SHIPPED_FILE))
+        evaluate.load(str(SHIPPED["accuracy"]))
 
 
 def test_macro_f1_counts_every_label_alike_and_has_no_values_of_examples():

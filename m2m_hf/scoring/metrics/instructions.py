@@ -60,8 +60,8 @@ def is_json(text: str) -> bool:
 
 
 def has_postscript(text: str, ask: Arguments) -> bool:
-    letters = map(re.escape, ask["postscript_marker"].strip(". ").split("."))
-    return re.search(rf"(?<![\w.]){r'[.]\s?'.join(letters)}\b", text, re.IGNORECASE) is not None
+    marker = r"\.\s?".join(map(re.escape, ask["postscript_marker"].strip(". ").split(".")))
+    return re.search(rf"(?<![\w.]){marker}\b", text, re.IGNORECASE) is not None
 
 
 def two_answers(text: str, ask: Arguments) -> bool:
@@ -132,7 +132,7 @@ CHECKS: dict[str, tuple[Callable[[str, Arguments], bool], tuple[str, ...]]] = {
         lambda text, ask: len(re.findall(r"^\s*[*-]\s+\S", text, re.MULTILINE)) == ask["num_bullets"],
         ("num_bullets",),
     ),
-    "detectable_format:constrained_response": (lambda text, ask: any(words in text for words in DECISIONS), ()),
+    "detectable_format:constrained_response": (lambda text, ask: any(said in text for said in DECISIONS), ()),
     "detectable_format:number_highlighted_sections": (
         counted(lambda text, ask: len(HIGHLIGHT.findall(text)), "num_highlights"),
         ("num_highlights",),

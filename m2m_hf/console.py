@@ -61,7 +61,9 @@ class Terminal:
         self._kept.append({"title": title, "columns": list(columns), "rows": rows, "texts": texts})
         table = Table(box=None, pad_edge=False, header_style="dim")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number < texts else "right", overflow="fold", no_wrap=number >= texts)
+            table.add_column(
+                column, justify="left" if number < texts else "right", overflow="fold", no_wrap=number >= texts
+            )
         for row in rows:
             table.add_row(*map(Text, row))
         self.console.print(Text(printable(title), style="bold"))

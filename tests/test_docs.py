@@ -71,6 +71,8 @@ def world(tmp_path, monkeypatch, hub, forks, pico, encoder, reward_model):
     write_rows(
         tmp_path / "data" / "pairs.jsonl", [{"chosen": f"red {n} one", "rejected": f"red {n} two"} for n in "abc"]
     )
+    followed = [{"prompt": f"Name {n}.", "checks": [{"id": "punctuation:no_comma"}]} for n in range(8)]
+    write_rows(tmp_path / "data" / "instructions.jsonl", followed)
     write_rows(tmp_path / "data" / "arc_test.jsonl", choice_rows(8, start=200))
     write_rows(tmp_path / "data" / "arc_train.jsonl", choice_rows(8, start=300))
     shutil.copy(tmp_path / "data" / "arc_validation.jsonl", tmp_path / "quiz.jsonl")
@@ -96,9 +98,12 @@ def world(tmp_path, monkeypatch, hub, forks, pico, encoder, reward_model):
     hub.repositories["model", ENCODER].commits.append(("c" * 40, files))
     rows = [{"question": row["prompt"], "answer": row["completion"]} for row in candidate_rows("gsm8k", 12)]
     write_rows(tmp_path / "gsm8k.jsonl", rows)
-    card = b"---\nconfigs:\n- config_name: main\n  data_files: main.jsonl\n---\n"
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "test")]
+    card = f"---\n{yaml.safe_dump({'configs': [{'config_name': 'main', 'data_files': files}]})}---\n".encode()
     data = hub.repositories["dataset", "openai/gsm8k"] = Repository(False)
-    data.commits.append(("a" * 40, {"README.md": card, "main.jsonl": (tmp_path / "gsm8k.jsonl").read_bytes()}))
+    held = (tmp_path / "gsm8k.jsonl").read_bytes()
+    test = held.replace(b"gsm8k", b"others")
+    data.commits.append(("a" * 40, {"README.md": card, "train.jsonl": held, "test.jsonl": test}))
     (tmp_path / "x.yaml").write_text(configuration())
     given = yaml.safe_load(configuration())
     for name, candidate, file in (

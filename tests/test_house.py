@@ -20,7 +20,7 @@ LAYERS = (  # each imports from those before it alone; `m2m_hf/<name>/` or `m2m_
 LIGHT = (
     "errors", "console", "core", "storage", "search", "analysis/selection_bias", "analysis/fidelity", "reporting/plots",
     "reporting/page", "reporting/status", "config/run_config", "config/candidates", "config/targets", "config/checks",
-    "config/yaml_files", "cli",
+    "config/presets", "config/yaml_files", "cli",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "evaluate", "accelerate"}
 
@@ -82,6 +82,7 @@ def test_a_wheel_holds_every_package_and_every_recipe():
     assert {".".join(folder.parts) for folder in ours} <= set(told["packages"])
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.py")}
     assert {f"m2m_hf.{'.'.join(folder.parts)}" for folder in folders} <= set(told["packages"])
+    assert told["package-data"]["m2m_hf.config"] == ["benchmarks/*.yaml"]
 
 
 def test_text_is_split_at_line_feeds_only():

@@ -74,7 +74,11 @@ def benchmark(command: argparse.Namespace) -> tuple[str, str, None]:
     presets.text_of(name, "--benchmark")
     if command.target or command.scorer:
         raise InputError(f"--benchmark: {name} has rows and a scorer of its own; leave out --target and --scorer")
-    return name, f"benchmark: {name}   # m2m targets {name} prints what this stands for; what you write beside it goes over it", None
+    return (
+        name,
+        f"benchmark: {name}   # m2m targets {name} prints what this stands for; what you write beside it goes over it",
+        None,
+    )
 
 
 def ask_target(command: argparse.Namespace) -> tuple[str, str, str | None]:
@@ -95,7 +99,11 @@ def ask_target(command: argparse.Namespace) -> tuple[str, str, str | None]:
             )
         scorer += f"\n    reward_model: {flow(relocate({'path': rated}, Path.cwd(), folder)['path'])}"
     data = flow(relocate(rows, Path.cwd(), folder))
-    return target, f"data: {data}\n    # test_data: {{...}}       # sealed: scored once, at the end\n    scorer: {scorer}", task
+    return (
+        target,
+        f"data: {data}\n    # test_data: {{...}}       # sealed: scored once, at the end\n    scorer: {scorer}",
+        task,
+    )
 
 
 def fits(source: Source, columns: set[str]) -> bool:

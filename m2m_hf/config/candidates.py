@@ -49,10 +49,12 @@ class DataConfig:
     where: Mapping[str, Any] = option(
         Rule(
             "{column: value} or {column: {without: value}}",
-            lambda value: mapping("", str).accepts(value)
-            and all(
-                isinstance(one, str | int | float | NoneType) or (WITHOUT.accepts(one) and {*one} == {"without"})
-                for one in value.values()
+            lambda value: (
+                mapping("", str).accepts(value)
+                and all(
+                    isinstance(one, str | int | float | NoneType) or (WITHOUT.accepts(one) and {*one} == {"without"})
+                    for one in value.values()
+                )
             ),
         ),
         dict,

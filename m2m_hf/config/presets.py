@@ -44,7 +44,9 @@ def resolve(entry: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if "benchmark" not in entry:
         return entry
     given = {key: value for key, value in entry.items() if key != "benchmark"}
-    made = {key: value for key, value in preset(entry["benchmark"], f"{where}.benchmark").items() if key != "description"}
+    made = {
+        key: value for key, value in preset(entry["benchmark"], f"{where}.benchmark").items() if key != "description"
+    }
     if given.get("scorer", made["scorer"]) != made["scorer"]:
         made = {key: value for key, value in made.items() if isinstance(value, Mapping) and "path" in value}
     for key, value in given.items():

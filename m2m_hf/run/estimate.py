@@ -169,7 +169,7 @@ def detectable_differences(run: RunContext) -> list[str]:
     lines = []
     for name, scorer in run.validation_scorers.items():
         metric = run.targets[name].config.metric
-        if scorer.examples and metric in ("accuracy", "exact_match", "numeric_match"):
+        if scorer.examples and metric in ("accuracy", "exact_match", "numeric_match", "instructions"):
             least = 1.96 * math.sqrt(APART / scorer.examples)
             lines.append(
                 f"{name}: with {scorer.examples:,} rows, mixtures that differ by less than about {least:.3f} in the share of "

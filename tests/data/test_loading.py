@@ -96,6 +96,31 @@ def test_templates_take_values_as_json_writes_them(tmp_path, lines, texts):
     assert load_rows(data, "c", 0)["completion"][:] == [f"a {text}" for text in texts]
 
 
+def test_templates_take_what_lists_and_mappings_hold_and_where_leaves_rows_out(tmp_path):
+    rows = [{"q": "a", "o": {"k": [1, "b"]}, "tags": ["x"]}, {"q": "c", "o": {"k": [2, "d"]}, "tags": ["x", "y"]}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    entry = {"path": "json", "data_files": "a.jsonl", "template": {"prompt": "{q}{o[k][0]}", "answer": "{o[k][1]}"}}
+    entry["template"]["choices"] = ["{o[k][1]}", "{q}"]
+    data = DataConfig.parse(entry, "c", tmp_path)
+    assert DataConfig.parse(data.to_json(), "c", tmp_path) == data
+    read = load_rows(data, "c", 0)
+    assert (read["prompt"][:], read["answer"][:], read["choices"][:]) == (
+        ["a1", "c2"],
+        ["b", "d"],
+        [["b", "a"], ["d", "c"]],
+    )
+    labelled = replace(data, template={"choices": {"7": "{q}", "8": "x"}})
+    assert load_rows(labelled, "c", 0)["choices"][0] == {"text": ["a", "x"], "label": ["7", "8"]}
+    for value, left in (({"tags": {"without": "y"}}, ["a"]), ({"q": {"without": "a"}}, ["c"])):
+        assert load_rows(DataConfig.parse(entry | {"where": value}, "c", tmp_path), "c", 0)["q"][:] == left
+    for text in ("{o[k][2]}", "{o[z]}", "{q[0]}", "{o.k}"):
+        with pytest.raises(InputError, match="cannot be filled"):
+            load_rows(replace(data, template={"prompt": text}), "c", 0)
+    for wrong in ({"template": {"choices": "{q}"}}, {"template": {"label": "x"}}, {"where": {"q": {"with": "a"}}}):
+        with pytest.raises(InputError, match=r"c.(template|where): expected"):
+            DataConfig.parse(entry | wrong, "c", tmp_path)
+
+
 def test_columns_of_mixed_types_and_of_objects_are_kept_as_they_are(tmp_path):
     rows = [{"x": 1, "big": 10**30, "o": {"a": 1}}, {"x": "1", "big": 1, "o": {"b": [None, "2021-03-04"]}}, {"x": None}]
     write_rows(tmp_path / "a.jsonl", rows)

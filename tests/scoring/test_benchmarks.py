@@ -10,6 +10,7 @@ from pico import build_model, m2m, write_rows
 
 from m2m_hf import InputError
 from m2m_hf.config import presets
+from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.merging.gated_stack import GatedStack
@@ -22,7 +23,12 @@ NAMED = {"id": TEXT, "question": TEXT, "choices": LABELLED, "answerKey": TEXT}
 ARC = (
     NAMED,
     ("a", "Which?", {"text": ["red", "hot"], "label": ["A", "B"]}, "B"),
-    ("b", "How many?", {"text": ["2", "3", "1"], "label": ["1", "2", "3"]}, "3"),  # the first choice is no text of its label
+    (
+        "b",
+        "How many?",
+        {"text": ["2", "3", "1"], "label": ["1", "2", "3"]},
+        "3",
+    ),  # the first choice is no text of its label
 )
 ARC_ROWS = ["Question: Which?\nAnswer: ", "Question: How many?\nAnswer: "], [(("red", "hot"), 1), (("2", "3", "1"), 2)]
 ASKED = {"instruction_id_list": ["startend:end_checker", "punctuation:no_comma"], "kwargs": [{"end_phrase": "ok"}, {}]}
@@ -188,7 +194,11 @@ def test_what_stands_beside_a_name_goes_over_it(tmp_path):
     plain = parsed()
     assert TargetConfig.parse(plain, "targets.t", tmp_path).to_json() == plain  # nothing is left to be looked up
     assert "benchmark" not in plain
-    assert (plain["data"]["split"], plain["data"]["max_examples"], plain["test_data"]["split"]) == ("train", 400, "test")
+    assert (plain["data"]["split"], plain["data"]["max_examples"], plain["test_data"]["split"]) == (
+        "train",
+        400,
+        "test",
+    )
     assert "max_examples" not in plain["test_data"]
     more = parsed(data={"max_examples": 7}, metric="token_f1", generation={"max_new_tokens": 9})
     assert more["data"] == plain["data"] | {"max_examples": 7}
@@ -205,6 +215,22 @@ def test_what_stands_beside_a_name_goes_over_it(tmp_path):
     assert parsed(scorer="loss").keys() == {"scorer", "metric", "data", "test_data"}
     with pytest.raises(InputError, match=r"targets.t.benchmark: unknown benchmark 'gsm8'; did you mean gsm8k\?"):
         parsed(benchmark="gsm8")
+
+
+def test_a_candidate_of_the_rows_that_choose_is_refused():
+    def problems(**candidate) -> None:
+        source = {"path": "openai/gsm8k", "name": "main", "columns": {"question": "prompt", "answer": "completion"}}
+        targets = {"t": {"benchmark": "gsm8k", "data": {"split": "train[:10%]"}}}
+        MergeToMixConfig(candidates={"c": source | candidate}, targets=targets)
+
+    problems(split="train[10%:]")
+    problems(name="socratic")
+    with pytest.raises(
+        InputError, match=r"candidates.c: it contains rows of targets.t.data, .* both read train of openai"
+    ):
+        problems()
+    with pytest.raises(InputError, match=r"it contains rows of targets.t.test_data"):
+        problems(split="test")
 
 
 def test_targets_are_listed_and_printed(capsys):

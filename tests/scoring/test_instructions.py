@@ -22,7 +22,12 @@ CASES = [  # id, arguments, answers that follow it, answers that do not
     ("length_constraints:number_words", {"num_words": 3.0, "relation": "less than"}, ["one two"], ["one two three"]),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, ["A b. C?"], ["Dr. A b."]),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, ["A 1.5"], ["A! B"]),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, ["a\n***\nb", "a *** b ***"], ["a", "a\n***\n***\nb"]),
+    (
+        "length_constraints:number_paragraphs",
+        {"num_paragraphs": 2},
+        ["a\n***\nb", "a *** b ***"],
+        ["a", "a\n***\n***\nb"],
+    ),
     (
         "length_constraints:nth_paragraph_first_word",
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "once"},
@@ -32,9 +37,19 @@ CASES = [  # id, arguments, answers that follow it, answers that do not
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, ["[name] at [the place]"], ["[name] []"]),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, ["a\nP.S. b", "p. s. b"], ["a ps", "P.P.S. b"]),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, ["a\nP.P.S b"], ["a\nP.S. b"]),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, ["* a\n - b"], ["* a", "* a\n* b\n- c", "**a**\n**b**"]),
+    (
+        "detectable_format:number_bullet_lists",
+        {"num_bullets": 2},
+        ["* a\n - b"],
+        ["* a", "* a\n* b\n- c", "**a**\n**b**"],
+    ),
     ("detectable_format:constrained_response", {}, ["My answer is no."], ["no", "My answer is clear."]),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, ["*a* **b c**"], ["*a*", "* a\n* b", "****"]),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+        ["*a* **b c**"],
+        ["*a*", "* a\n* b", "****"],
+    ),
     (
         "detectable_format:multiple_sections",
         {"section_spliter": "SECTION", "num_sections": 2},
@@ -81,7 +96,8 @@ def test_a_row_counts_where_all_its_instructions_are_followed(metric):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("", 0), ("So. B", 2), ("One... two!? Yes.", 3), ("e.g. this", 1), ('"A." She left.', 2), ("I. - ", 1)]
+    ("text", "count"),
+    [("", 0), ("So. B", 2), ("One... two!? Yes.", 3), ("e.g. this", 1), ('"A." She left.', 2), ("I. - ", 1)],
 )
 def test_sentences(text, count):
     assert count_sentences(text) == count
@@ -92,12 +108,18 @@ def test_sentences(text, count):
     [
         ("be brief", "targets.t, row 2.completion: expected JSON, such as"),
         ("[]", "expected JSON"),
-        ('{"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}', "as many of both"),
+        ('{"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}', "with as many of both"),
         ('[{"id": "language:response_language"}]', "is none that code can verify; leave such rows out"),
-        ('[{"id": "length_constraints:number_words", "num_words": 3}]', "relation: expected one of at least, less than"),
+        (
+            '[{"id": "length_constraints:number_words", "num_words": 3}]',
+            "relation: expected one of at least, less than",
+        ),
         ('[{"id": "keywords:existence", "keywords": "a"}]', "keywords: expected a list of words, got 'a'"),
         ('[{"id": "startend:end_checker", "end_phrase": null}]', "end_phrase: expected a text, got None"),
-        ('[{"id": "detectable_format:number_bullet_lists", "num_bullets": 1.5}]', "num_bullets: expected a whole number"),
+        (
+            '[{"id": "detectable_format:number_bullet_lists", "num_bullets": 1.5}]',
+            "num_bullets: expected a whole number",
+        ),
     ],
 )
 def test_what_cannot_be_verified_is_refused_before_anything_runs(tokenizer, reference, message):

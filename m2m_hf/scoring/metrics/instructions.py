@@ -2,8 +2,8 @@
 
 A reference is JSON: a list of `{"id": ..., <arguments>}`, or the two columns of IFEval as `{"instruction_id_list": [...],
 "kwargs": [...]}`. An example is 1 if its answer follows all of them, as it stands: the strict accuracy by prompt of Zhou et al.,
-Instruction-Following Evaluation for Large Language Models, 2023. Ids, arguments and what they ask for are theirs. The code is not:
-keywords are no patterns, a bullet has a space behind its mark, and sentences end as `count_sentences` says.
+Instruction-Following Evaluation for Large Language Models, 2023. Ids, arguments and what they ask for are theirs. Where code may
+read an answer otherwise: keywords are no patterns, a bullet has a space behind its mark, and see `count_sentences`.
 """
 
 import json
@@ -47,7 +47,7 @@ def nth_paragraph(text: str, ask: Arguments) -> bool:
     if len(paragraphs) != ask["num_paragraphs"] or not 0 < ask["nth_paragraph"] <= len(paragraphs):
         return False
     first = paragraphs[int(ask["nth_paragraph"]) - 1].split()[0].strip(PUNCTUATION)
-    return first.casefold() == ask["first_word"].strip(PUNCTUATION).casefold()
+    return first.casefold() == str(ask["first_word"]).strip(PUNCTUATION).casefold()
 
 
 def is_json(text: str) -> bool:
@@ -89,11 +89,14 @@ def whole(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def counted(count: Callable[[str, Arguments], int], number: str, relation: str = "") -> Callable[[str, Arguments], bool]:
+def counted(
+    count: Callable[[str, Arguments], int], number: str, relation: str = ""
+) -> Callable[[str, Arguments], bool]:
     """A check that compares a count with a number: as the relation says, by default at least that many."""
 
     def check(text: str, ask: Arguments) -> bool:
-        return count(text, ask) < ask[number] if ask.get(relation) == "less than" else count(text, ask) >= ask[number]
+        wanted: float = ask[number]
+        return count(text, ask) < wanted if ask.get(relation) == "less than" else count(text, ask) >= wanted
 
     return check
 
@@ -192,8 +195,8 @@ def instructions_of(reference: str) -> list[dict[str, Any]]:
             value = [{**(ask or {}), "id": name} for name, ask in zip(ids, given, strict=True)]
     if not isinstance(value, list) or not value or not all(isinstance(ask, dict) and "id" in ask for ask in value):
         raise ValueError(
-            f'expected JSON, such as [{{"id": "punctuation:no_comma"}}], or {{"instruction_id_list": [...], "kwargs": [...]}} with '
-            f"as many of both, got {reference!r:.200}"
+            'expected JSON, such as [{"id": "punctuation:no_comma"}], or {"instruction_id_list": [...], "kwargs": [...]} with as '
+            f"many of both, got {reference!r:.200}"
         )
     for ask in value:
         if ask["id"] not in CHECKS:

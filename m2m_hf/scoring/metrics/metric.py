@@ -59,10 +59,10 @@ class Metric:
 
     def check(self, references: Sequence[str]) -> None:
         """Refuses references that a module of ours cannot read."""
-        check = getattr(self._module, "check", None) if self.name in SHIPPED else None
-        for number, reference in enumerate(references if check else (), start=1):
+        readable = self.name in SHIPPED and hasattr(self._module, "check")
+        for number, reference in enumerate(references if readable else (), start=1):
             try:
-                check(reference)
+                self._module.check(reference)
             except ValueError as error:
                 raise InputError(f"{self._where}, row {number}.completion: {error}") from error
 

@@ -77,7 +77,7 @@ TRAINED = {"objective": "trained"}
         (candidate(cost=-1), r"candidates\.a\.cost: expected a number of at least 0, got -1"),
         (candidate(required=True, excluded=True), r"candidates\.a: it is both required and excluded"),
         (candidate(columns={"q": 5}), "both text, got {'q': 5}"),
-        (candidate(template={"text": "x"}), "expected texts for prompt and completion"),
+        (candidate(template={"text": "x"}), "expected texts for prompt, completion and answer"),
         (candidate(labels={"a": "b"}), r"candidates\.a\.labels: belongs to task: sequence_classification"),
         (candidate(training={"lora_r": 2}), r"candidates\.a\.training: .*set allow_mixed_training: true"),
         (scored("choice"), r"targets\.t\.data is missing"),

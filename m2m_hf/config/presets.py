@@ -48,7 +48,7 @@ def resolve(entry: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         key: value for key, value in preset(entry["benchmark"], f"{where}.benchmark").items() if key != "description"
     }
     if given.get("scorer", made["scorer"]) != made["scorer"]:
-        made = {key: value for key, value in made.items() if isinstance(value, Mapping) and "path" in value}
+        made = {key: made[key] for key in ("data", "test_data")}
     for key, value in given.items():
         rows = made.get(key)
         if isinstance(value, Mapping) and isinstance(rows, Mapping) and key != "labels":

@@ -387,6 +387,7 @@ def overlap_problems(config: MergeToMixConfig) -> Iterator[str]:
         (f"targets.{name}.{part}", data)
         for name, one in config.parsed_targets.items()
         for part, data in one.parts.items()
+        if part != "fewshot_data"
     ]
     for name, candidate in config.parsed_candidates.items() if not config.allow_overlap else ():
         ours = candidate.data

@@ -32,7 +32,7 @@ ARC = (
 )
 ARC_ROWS = ["Question: Which?\nAnswer: ", "Question: How many?\nAnswer: "], [(("red", "hot"), 1), (("2", "3", "1"), 2)]
 ASKED = {"instruction_id_list": ["startend:end_checker", "punctuation:no_comma"], "kwargs": [{"end_phrase": "ok"}, {}]}
-# name: (columns, rows), then the prompts and (choices, answer) or the reference that they become
+# name: (columns, rows; the third one is an example), then the prompts and (choices, answer) or the reference of what they become
 CASES = {
     "arc_challenge": (ARC, *ARC_ROWS),
     "arc_easy": (ARC, *ARC_ROWS),
@@ -86,6 +86,7 @@ CASES = {
             {"question": TEXT, "subject": TEXT, "choices": TEXTS, "answer": ClassLabel(names=[*"ABCD"])},
             ("1+1?", "sums", ["1", "2", "3", "4"], 1),
             ("2+2?", "sums", ["1", "2", "3", "4"], 3),
+            ("3+1?", "sums", ["1", "2", "3", "4"], 3),
         ),
         [f"{question}\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: " for question in ("1+1?", "2+2?")],
         [((*"ABCD",), 1), ((*"ABCD",), 3)],
@@ -100,8 +101,13 @@ CASES = {
         [(("no", "yes"), 1), (("no", "yes"), 0)],
     ),
     "gsm8k": (
-        ({"question": TEXT, "answer": TEXT}, ("1+1?", "<<1+1=2>>2\n#### 2"), ("2+2?", "#### 1,000")),
-        ["Question: 1+1?\nAnswer:", "Question: 2+2?\nAnswer:"],
+        (
+            {"question": TEXT, "answer": TEXT},
+            ("1+1?", "<<1+1=2>>2\n#### 2"),
+            ("2+2?", "#### 1,000"),
+            ("3+1?", "#### 4"),
+        ),
+        ["Question: 1+1?\nAnswer: ", "Question: 2+2?\nAnswer: "],
         ["<<1+1=2>>2\n#### 2", "#### 1,000"],
     ),
     "svamp": (
@@ -110,7 +116,7 @@ CASES = {
             ("a", "Two.", "How many?", "( 2.0 )", "2.0", "Sum", "Two. How many?"),
             ("b", "Three.", "How few?", "( 3.0 )", "3.0", "Sum", "Three. How few?"),
         ),
-        ["Question: Two. How many?\nAnswer:", "Question: Three. How few?\nAnswer:"],
+        ["Question: Two. How many?\nAnswer: ", "Question: Three. How few?\nAnswer: "],
         ["2.0", "3.0"],
     ),
     "squad": (
@@ -119,7 +125,7 @@ CASES = {
             ("It is red.", "What?", {"text": ["red", "is red"], "answer_start": [6, 3]}),
             ("It is hot.", "How?", {"text": ["hot"], "answer_start": [6]}),
         ),
-        ["It is red.\nQuestion: What?\nAnswer:", "It is hot.\nQuestion: How?\nAnswer:"],
+        ["It is red.\nQuestion: What?\nAnswer: ", "It is hot.\nQuestion: How?\nAnswer: "],
         ["red", "hot"],
     ),
     "ifeval": (
@@ -154,10 +160,10 @@ def written(name: str, folder, columns, rows) -> None:
     if columns is None:
         write_rows(there / "train.jsonl", rows)
         return
-    made = Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows], features=Features(columns))
-    splits = ("train", "validation", "test")
-    for split in splits:
-        made.to_parquet(there / f"{split}.parquet")
+    splits = {"train": rows, "validation": rows[:2], "test": rows[:2], "dev": rows[2:]}
+    splits = {split: [dict(zip(columns, row, strict=True)) for row in part] for split, part in splits.items() if part}
+    for split, part in splits.items():
+        Dataset.from_list(part, features=Features(columns)).to_parquet(there / f"{split}.parquet")
     files = [{"split": split, "path": f"{split}.parquet"} for split in splits]
     card = {"configs": [{"config_name": given.get("name", "default"), "data_files": files}]}
     (there / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
@@ -167,8 +173,10 @@ def written(name: str, folder, columns, rows) -> None:
 def test_every_preset_reads_its_dataset_and_scores_it(name, tmp_path, tokenizer, stack):
     (columns, *rows), prompts, answers = CASES[name]
     written(name, tmp_path, columns, rows)
-    short = {"generation": {"max_new_tokens": 2}} if isinstance(answers[0], str | dict) else {}
-    config = TargetConfig.parse({"benchmark": name, **short}, "targets.t", tmp_path)
+    changes = {"generation": {"max_new_tokens": 2}} if isinstance(answers[0], str | dict) else {}
+    if example := {"mmlu": "D", "gsm8k": "#### 4"}.get(name):
+        changes |= {"num_fewshot": 1} | ({"data": {"split": "train[:2]"}} if name == "gsm8k" else {})
+    config = TargetConfig.parse({"benchmark": name, **changes}, "targets.t", tmp_path)
     target = load_causal_lm_data(
         {}, {"t": config}, tokenizer, seed=0, max_length=None, assistant_only_loss=False
     ).targets["t"]
@@ -176,6 +184,7 @@ def test_every_preset_reads_its_dataset_and_scores_it(name, tmp_path, tokenizer,
     expected = sorted(zip(prompts, answers, strict=True), key=lambda pair: pair[0])
     assert [row.prompt for row in found] == [prompt for prompt, _ in expected]
     for row, (_, answer) in zip(found, expected, strict=True):
+        assert row.examples == (prompts[0].replace("1+1?", "3+1?") + f"{example}\n\n" if example else "")
         if isinstance(answer, tuple):
             assert (row.choices, row.answer) == answer
         else:

@@ -26,7 +26,7 @@ TEMPLATE = Rule(
         )
     ),
 )
-WITHOUT = mapping("{without: value}", str, str | int | float)
+WITHOUT = mapping("{without: value}", str, str | int | float | list | tuple)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class DataConfig:
     # Texts made of columns, such as {prompt: "...{column}..."}, for datasets without a prompt; {column[key]} and {column[0]}
     # are what a mapping or a list holds there.
     template: Mapping[str, Any] = option(TEMPLATE, dict)
-    # Only the rows that have this value there, before columns are renamed; {without: value}: that do not hold it there.
+    # Only the rows that have this value there, before columns are renamed; {without: value}: that do not hold it there, or
+    # none of a list.
     where: Mapping[str, Any] = option(
         Rule(
             "{column: value} or {column: {without: value}}",

@@ -112,7 +112,8 @@ timeout: 3600 (seconds); with expert: full "{model}" in place of "{adapter}\""""
 }
 NAMES = tuple(name for name in SCORERS if name != "callable")  # what `scorer:` may say
 SCORER = Rule(
-    f"one of {', '.join(NAMES)}", lambda value: callable(value) or (isinstance(value, str) and value in NAMES)
+    f"one of {', '.join(NAMES)}, or benchmark: in its place",
+    lambda value: callable(value) or (isinstance(value, str) and value in NAMES),
 )
 COMMAND = Rule("[program, argument, ...]", lambda value: isinstance(value, (list, tuple, str)))
 DATA = Rule("what load_dataset takes", lambda value: True)  # checked by DataConfig

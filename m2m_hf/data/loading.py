@@ -224,7 +224,9 @@ def load_raw(config: DataConfig, where: str, texts: frozenset[str]) -> Dataset:
         if column not in rows.column_names:
             raise InputError(f"{where}.where: no column {column!r}; it has {', '.join(rows.column_names)}")
         if isinstance(value, Mapping):
-            kept = [n for n, one in enumerate(rows[column]) if value["without"] not in held(one, rows.features[column])]
+            unwanted = value["without"] if isinstance(value["without"], list | tuple) else [value["without"]]
+            cells = [held(one, rows.features[column]) for one in rows[column]]
+            kept = [n for n, cell in enumerate(cells) if not any(one in cell for one in unwanted)]
         else:
             kept = selected(rows, column, value, f"{where}.where")
         rows = rows.select(kept)

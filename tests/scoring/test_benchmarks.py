@@ -87,6 +87,7 @@ CASES = {
             ("1+1?", "sums", ["1", "2", "3", "4"], 1),
             ("2+2?", "sums", ["1", "2", "3", "4"], 3),
             ("3+1?", "sums", ["1", "2", "3", "4"], 3),
+            *((f"Who? {n}", "arts", ["a", "b", "c", "d"], 0) for n in range(5)),  # examples of another subject
         ),
         [f"{question}\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: " for question in ("1+1?", "2+2?")],
         [((*"ABCD",), 1), ((*"ABCD",), 3)],

@@ -254,7 +254,7 @@ class MergeToMixConfig:
             checks.check_name(name, "target"): TargetConfig.parse(entry, f"targets.{name}", folder)
             for name, entry in self.targets.items()
         }
-        for problems in (task_problems, expert_problems, search_problems, candidate_problems, overlap_problems):
+        for problems in (task_problems, expert_problems, search_problems, candidate_problems):
             for problem in problems(self):
                 raise InputError(problem)
 
@@ -379,27 +379,3 @@ def candidate_problems(config: MergeToMixConfig) -> Iterator[str]:
                 f"candidates.{name}.training: an adapter that is trained differently cannot be averaged with the others and "
                 "stand for one model trained on all. Leave it out, or set allow_mixed_training: true to measure its effect"
             )
-
-
-def overlap_problems(config: MergeToMixConfig) -> Iterator[str]:
-    """Candidates that read the very rows of a target, which prompts do not tell where a template words them otherwise."""
-    read = [
-        (f"targets.{name}.{part}", data)
-        for name, one in config.parsed_targets.items()
-        for part, data in one.parts.items()
-        if part != "fewshot_data"
-    ]
-    for name, candidate in config.parsed_candidates.items() if not config.allow_overlap else ():
-        ours = candidate.data
-        for where, data in read:
-            same = all(getattr(ours, key) == getattr(data, key) for key in ("path", "name", "data_dir", "data_files"))
-            split, part = ours.split.partition("[")[::2]
-            theirs, other = data.split.partition("[")[::2]
-            apart = split != theirs or bool(part and other and part != other)
-            apart = apart or bool(ours.where and data.where and ours.where != data.where)
-            if same and not apart and ours.path not in (None, *checks.BUILDERS):
-                yield (
-                    f"candidates.{name}: it contains rows of {where}, which would inflate its score: both read {split} of "
-                    f"{ours.path}. Give each a part of its own, such as split: {split}[:10%] to the target and "
-                    f"split: {split}[10%:] to the candidate, or set allow_overlap: true"
-                )

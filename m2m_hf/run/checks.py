@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 from transformers import PreTrainedModel
 from trl import ModelConfig, SFTConfig
 
+from m2m_hf.config.checks import BUILDERS
 from m2m_hf.config.parsing import check_trl, trl_fields
 from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.targets import SCORERS
@@ -100,6 +101,8 @@ def check_run(run: RunContext) -> None:
     for name, candidate in run.candidates.items():
         if candidate.dropped:
             run.terminal.say(f"{name}: left out {candidate.dropped} rows whose prompt alone fills max_length", "yellow")
+    for problem in same_rows(config):
+        raise InputError(problem)
     for target in run.targets:
         shared = [f"{name} ({run.overlap[name, target]})" for name in run.candidates if run.overlap[name, target]]
         if shared and not config.allow_overlap:
@@ -255,6 +258,30 @@ def check_search(run: RunContext) -> None:
     replaced = run.ensemble_shortcut() is not None
     if not replaced and run.choose_strategy()[0] == "bayes" and find_spec("optuna") is None:
         raise InputError("strategy bayes needs Optuna. Type: pip install 'm2m_hf[bayes]'")
+
+
+def same_rows(config: MergeToMixConfig) -> Iterator[str]:
+    """Candidates that read the very rows of a target, which prompts do not tell where a template words them otherwise."""
+    read = [
+        (f"targets.{name}.{part}", data)
+        for name, one in config.parsed_targets.items()
+        for part, data in one.parts.items()
+        if part != "fewshot_data"
+    ]
+    for name, candidate in config.parsed_candidates.items() if not config.allow_overlap else ():
+        ours = candidate.data
+        for where, data in read:
+            same = all(getattr(ours, key) == getattr(data, key) for key in ("path", "name", "data_dir", "data_files"))
+            split, part = ours.split.partition("[")[::2]
+            theirs, other = data.split.partition("[")[::2]
+            apart = split != theirs or bool(part and other and part != other)
+            apart = apart or bool(ours.where and data.where and ours.where != data.where)
+            if same and not apart and ours.path not in (None, *BUILDERS):
+                yield (
+                    f"candidates.{name}: it contains rows of {where}, which would inflate its score: both read {split} of "
+                    f"{ours.path}. Give each a part of its own, such as split: {split}[:10%] to the target and "
+                    f"split: {split}[10%:] to the candidate, or set allow_overlap: true"
+                )
 
 
 def check_folder(run: RunContext) -> None:

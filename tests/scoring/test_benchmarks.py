@@ -6,7 +6,7 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import List as ListOf
-from pico import build_model, m2m, write_rows
+from pico import build_model, candidate_rows, changed, m2m, write_rows
 
 from m2m_hf import InputError
 from m2m_hf.config import presets
@@ -14,6 +14,7 @@ from m2m_hf.config.run_config import MergeToMixConfig
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.data.causal_lm import load_causal_lm_data
 from m2m_hf.merging.gated_stack import GatedStack
+from m2m_hf.run.checks import same_rows
 from m2m_hf.scoring.make import make_scorers
 from m2m_hf.scoring.scorers import Setup
 
@@ -231,7 +232,8 @@ def test_a_candidate_of_the_rows_that_choose_is_refused():
     def problems(**candidate) -> None:
         source = {"path": "openai/gsm8k", "name": "main", "columns": {"question": "prompt", "answer": "completion"}}
         targets = {"t": {"benchmark": "gsm8k", "data": {"split": "train[:10%]"}}}
-        MergeToMixConfig(candidates={"c": source | candidate}, targets=targets)
+        for problem in same_rows(MergeToMixConfig(candidates={"c": source | candidate}, targets=targets)):
+            raise InputError(problem)
 
     problems(split="train[10%:]")
     problems(name="socratic")
@@ -241,6 +243,15 @@ def test_a_candidate_of_the_rows_that_choose_is_refused():
         problems()
     with pytest.raises(InputError, match=r"it contains rows of targets.t.test_data"):
         problems(split="test")
+
+
+def test_a_run_is_refused_whose_prompts_do_not_tell_that_a_candidate_has_the_rows(project, refused):
+    (project / "rows").mkdir()
+    write_rows(project / "rows" / "train.jsonl", candidate_rows("delta"))
+    words = {"template": {"prompt": "Say: {prompt}", "choices": ["{completion}", " no"], "answer": "{completion}"}}
+    target = {"scorer": "choice", "data": {"path": "rows", **words}}
+    changed(project, "run", candidates={"d": {"path": "rows"}}, targets={"t": target})
+    assert "candidates.d: it contains rows of targets.t.data" in refused(project / "run.yaml")
 
 
 def test_targets_are_listed_and_printed(capsys):

@@ -44,8 +44,11 @@ Results = Callable[[], Sequence[Any]]  # waits for the device, and reads what it
 # (row, numbers of its answers) -> a score's derivatives by these
 Slopes = Callable[[int, Sequence[float]], Sequence[float]]
 
-
 GPU_TOKENS = 16384  # in a pass, where memory was not measured for it: with gradients, and in the harness
+TOO_LARGE = (
+    "not even one row fits into memory when it is scored; shorten the longest rows, load_in_4bit, or use a machine "
+    "with more memory"
+)
 POSITIONS = 2048  # whose logits are looked at in fp32 together
 
 # How far rows are kept apart: choices share a row; have their own; only equally long rows share a batch; none do.
@@ -194,7 +197,7 @@ def ask(
     write: bool = False,
     before: Callable[[list[Job]], None] = lambda jobs: None,
 ) -> list[list[Any]]:
-    """Asks every mixture the same rows: results by mixture and row. Every process does its share and gets everything.
+    """Asks every mixture the same rows, in batches: results by mixture and row.
 
     Args:
         batches: (jobs, tokens) -> the jobs in batches of so many tokens at most.
@@ -204,13 +207,6 @@ def ask(
         before: is given the jobs of a batch before the gates are set for it.
     """
     state, shrink = PartialState(), stack.shrink
-    every: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
-    stack.model.eval()
-    if write:
-        assert isinstance(stack, GatedStack)
-        stack.write(mixtures[0])
-    elif len(mixtures) == 1:
-        stack.set(mixtures[0])
 
     def run(batch: list[Job]) -> Results:
         before(batch)
@@ -218,27 +214,50 @@ def ask(
             stack.set_rows([mixtures[mixture] for mixture, _ in batch])
         return forward([row for _, row in batch])
 
-    under_way: list[tuple[list[Job], Results]] = []
+    def work(every: list[Job]) -> Iterator[tuple[Job, Any]]:
+        under_way: list[tuple[list[Job], Results]] = []
+        for number, batch in enumerate(batches(every, tokens_per_batch // shrink)):
+            if number % state.num_processes == state.process_index:
+                under_way += within_memory(stack, shrink, batch, run)
+        for jobs, read in under_way:
+            yield from zip(jobs, read(), strict=True)
+
+    return by_job(stack, mixtures, rows, work, write)
+
+
+def by_job(
+    stack: Stack,
+    mixtures: Sequence[Weights],
+    rows: Sequence[int],
+    work: Callable[[list[Job]], Iterable[tuple[Job, Any]]],
+    write: bool = False,
+) -> list[list[Any]]:
+    """Results by mixture and row. Every process does its share and gets everything.
+
+    Args:
+        work: (all jobs) -> this process's share of them, each with what was found. Of several mixtures, it sets the rows'.
+        write: see `GatedStack.write`; of one mixture.
+    """
+    state = PartialState()
+    every: list[Job] = [(mixture, row) for mixture in range(len(mixtures)) for row in rows]
+    stack.model.eval()
+    if write:
+        assert isinstance(stack, GatedStack)
+        stack.write(mixtures[0])
+    elif len(mixtures) == 1:
+        stack.set(mixtures[0])
     results: list[tuple[Job, Any]] = []
     errors: list[str] = []
     try:
         with forgetful(stack.model):
-            for number, batch in enumerate(batches(every, tokens_per_batch // shrink)):
-                if number % state.num_processes == state.process_index:
-                    under_way += within_memory(stack, shrink, batch, run)
-        for jobs, read in under_way:
-            results.extend(zip(jobs, read(), strict=True))
+            results.extend(work(every))
     except InputError as error:
         errors.append(str(error))
-    if state.num_processes > 1:
-        errors = gather_object(errors)
-    if errors:  # raised by all processes
-        raise InputError(errors[0])
-    if state.num_processes > 1:
-        results = gather_object(results)
+    if errors := gather_object(errors) if state.num_processes > 1 else errors:
+        raise InputError(errors[0])  # in all processes
+    found = dict(gather_object(results) if state.num_processes > 1 else results)
     agree_on_memory(stack)
-    by_job = dict(results)
-    return [[by_job[mixture, row] for row in rows] for mixture in range(len(mixtures))]
+    return [[found[mixture, row] for row in rows] for mixture in range(len(mixtures))]
 
 
 @contextmanager
@@ -281,10 +300,7 @@ def within_memory(
             if not out_of_memory(error):
                 raise
             if together == 1:
-                raise InputError(
-                    "not even one row fits into memory when it is scored; shorten the longest rows, load_in_4bit, or use a "
-                    "machine with more memory"
-                ) from error
+                raise InputError(TOO_LARGE) from error
         clear_device_cache(garbage_collection=True)  # here, where the error no longer holds tensors
         stack.shrink *= 2
         together //= 2

@@ -5,9 +5,11 @@ python recipes/benchmark.py --config x.yaml                       # its model, i
 python recipes/benchmark.py --config x.yaml --random-adapters 8 --lora_r 16 --lora_target_modules all-linear
 python recipes/benchmark.py --random 1b --random-adapters 8       # nothing is downloaded
 python recipes/benchmark.py --random 135m --random-adapters 8 --shots 800 --methods ours,unshared   # few-shot examples
+python recipes/benchmark.py --random 135m --random-adapters 8 --answers 20-400        # free answers of so many tokens
 ```
 
-`support/scoring_methods.py` has the methods. Fields of the configuration can be given as `--field value`.
+`support/scoring_methods.py` has the methods, `support/answering_methods.py` those of `--answers`.
+Fields of the configuration can be given as `--field value`.
 """
 
 import sys
@@ -24,11 +26,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; read when tqdm
 import argparse
 import json
 import logging
+import re
 import statistics
 import tempfile
 from pathlib import Path
 
 import torch
+from answering_methods import ANSWERING, compare_answering, spread_lengths
 from scoring_methods import (
     METHODS,
     SIZES,
@@ -64,14 +68,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="only the first rows of the target (with --random: 200)")
     parser.add_argument("--shots", type=int, default=0, help="with --random: so many tokens that all rows begin with")
     parser.add_argument("--mixtures", type=int, default=5, help="how many mixtures, of 1 to N candidates (default: 5)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="which (default: all that are installed)")
+    parser.add_argument(
+        "--answers", metavar="LEAST-MOST", help="instead of scoring: have rows answer in so many tokens"
+    )
+    parser.add_argument("--methods", help="which (default: all that are installed)")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     given, flags = parser.parse_known_args()
-    chosen = given.methods.split(",")
+    known = ANSWERING if given.answers else METHODS
+    chosen = (given.methods or ",".join(known)).split(",")
     if (given.config is None) == (given.random is None):
         parser.error("give either --config or --random")
-    if set(chosen) - set(METHODS):
-        parser.error(f"--methods: expected some of {','.join(METHODS)}, got {given.methods}")
+    if set(chosen) - set(known):
+        parser.error(f"--methods: expected some of {','.join(known)}, got {given.methods}")
+    if given.answers and not re.fullmatch(r"[1-9]\d*-[1-9]\d*", given.answers):
+        parser.error(f"--answers: expected two lengths such as 20-400, got {given.answers!r}")
     LOG.silence_libraries()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     terminal = Terminal()
@@ -83,15 +93,25 @@ def main() -> None:
         if "harness" in chosen and not harness_can(load, terminal):
             chosen.remove("harness")
         mixtures = spread_mixtures(list(load.adapters), given.mixtures)
-        results = compare(load, mixtures, chosen, lambda line: terminal.say(line, style="dim"))
-        switching = switching_seconds(load, GatedStack(load.model, load.adapters), mixtures)
         device = (
             torch.cuda.get_device_name()
             if load.model.device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads"
         )
+        about = f"{device}, {load.model.dtype}"
+        if given.answers:
+            lengths = spread_lengths(len(load.questions), *map(int, given.answers.split("-")))
+            columns, lines, seconds = compare_answering(
+                load, mixtures, lengths, chosen, lambda line: terminal.say(line, style="dim")
+            )
+            terminal.table(f"{about}, {sum(lengths):,} tokens of answers", columns, lines)
+            if given.output:
+                given.output.write_text(json.dumps({"seconds": seconds, "device": device}) + "\n", encoding="utf-8")
+            return
+        results = compare(load, mixtures, chosen, lambda line: terminal.say(line, style="dim"))
+        switching = switching_seconds(load, GatedStack(load.model, load.adapters), mixtures)
         terminal.say("")
-        terminal.table(f"{device}, {load.model.dtype}, medians of {len(mixtures)} mixtures", *report(load, results))
+        terminal.table(f"{about}, medians of {len(mixtures)} mixtures", *report(load, results))
         terminal.say(f"changing the mixture: {switching * 1e3:.3f} ms")
         if given.output:
             figures = {name: {"seconds": one.seconds, "peak_bytes": one.peak_bytes} for name, one in results.items()}

@@ -85,7 +85,7 @@ class AnsweringScorer(Scorer):
         """The tokens that every mixture answers to these rows."""
         ends = stack.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None})
+        self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None}) or None
         self.settings.pad_token_id = self.tokenizer.pad_token_id
         budget = max(tokens_per_batch, DECODING)
         if self.refills(stack.model):
@@ -221,7 +221,7 @@ class AnsweringScorer(Scorer):
 
     def _cut(self, ids: list[int]) -> Decoded:
         """New tokens of a row without those that fill it up to the batch's longest answer."""
-        ends, new, longest = set(self.settings.eos_token_id), ids, int(self.settings.max_new_tokens)
+        ends, new, longest = set(self.settings.eos_token_id or ()), ids, int(self.settings.max_new_tokens)
         end = next((place for place, token in enumerate(ids, start=1) if token in ends), 0)
         if end:
             new = ids[:end]

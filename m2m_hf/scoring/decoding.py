@@ -58,6 +58,7 @@ class Places:
         cache: what the model is given.
         rows: the places of a pass.
         seen: tokens of every row before this pass; in a step, of the longest one.
+        each: in a step, the numbers of the rows.
         ends: by row, where its next token goes; None while prompts are read.
     """
 
@@ -67,6 +68,7 @@ class Places:
         self.cache = Cache(layers=list(self.layers))
         self.rows = slice(0, 0)
         self.seen = 0
+        self.each = torch.arange(0)
         self.ends: torch.Tensor | None = None
 
     def reserve(self, count: int, tokens: int) -> None:
@@ -135,7 +137,7 @@ class KeptLayer(DynamicLayer):
         of = self._places
         end = of.seen + new.shape[2]
         if of.ends is not None:
-            kept[torch.arange(len(new), device=new.device), :, of.ends] = new[:, :, 0]
+            kept[of.each, :, of.ends] = new[:, :, 0]
             return kept[of.rows, :, :end]
         kept[of.rows, :, of.seen : end] = new
         kept[of.rows, :, end:] = 0
@@ -271,6 +273,8 @@ class Decoder:
         newest = torch.tensor([[row.ids[-1] for row in rows], [len(row.ids) - 1 for row in rows]])
         ids, at = to_device(newest, device)
         places.rows, places.seen, places.ends = slice(0, len(rows)), longest - 1, at
+        if len(places.each) != len(rows):
+            places.each = torch.arange(len(rows), device=device)
         self._append(rows, self._forward(ids[:, None], at[:, None], self._mask(at[:, None], longest))[:, -1])
 
     def _forward(self, ids: torch.Tensor, at: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

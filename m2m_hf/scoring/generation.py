@@ -26,6 +26,7 @@ from m2m_hf.scoring.scorers import Numbers, Scorer, Setup, metric_score, probe_g
 MAX_NEW_TOKENS = 64  # default length of an answer
 STEPS = 3  # that rows are tried for
 DECODING = 4096  # tokens in a batch at least: every step adds one token to a row, which is cheap for many rows together
+PLACES = 16384  # the same where rows leave when they are finished: prompts are read a few at a time, and keys and values kept
 
 
 class AnsweringScorer(Scorer):
@@ -66,7 +67,6 @@ class AnsweringScorer(Scorer):
         reading += [] if alone else ["refilled"]
         self.facts: list[Any] = [fields, *rows, *reading]
 
-    @torch.inference_mode()
     def answers(
         self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
     ) -> list[list[str]]:
@@ -79,6 +79,7 @@ class AnsweringScorer(Scorer):
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return before_stop(text, self.settings.stop_strings).strip()
 
+    @torch.inference_mode()
     def decoded(
         self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
     ) -> list[list[Decoded]]:
@@ -87,12 +88,11 @@ class AnsweringScorer(Scorer):
         ends = ends if isinstance(ends, list) else [ends]
         self.settings.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None}) or None
         self.settings.pad_token_id = self.tokenizer.pad_token_id
-        budget = max(tokens_per_batch, DECODING)
         if self.refills(stack.model):
-            work = partial(self._refilled, stack, mixtures, tokens_per_batch, budget)
-            return by_job(stack, mixtures, rows, work)
+            return by_job(stack, mixtures, rows, partial(self._refilled, stack, mixtures, tokens_per_batch))
         # What is sampled goes alone, seeded by its row, so that it depends neither on batches nor on which rows are asked.
         alone = self.settings.do_sample or self.apart == ALONE
+        budget = max(tokens_per_batch, DECODING)
         batches = one_by_one if alone else partial(job_batches, self._sizes, alike=self.apart == ALIKE)
         return ask(
             stack, mixtures, rows, budget, batches, lambda asked: partial(list, self._generate(stack.model, asked))
@@ -104,7 +104,7 @@ class AnsweringScorer(Scorer):
         return self.apart == TOGETHER and fits and is_plain(self.settings, model)
 
     def _refilled(
-        self, stack: Stack, mixtures: Sequence[Weights], tokens: int, budget: int, jobs: Sequence[Job]
+        self, stack: Stack, mixtures: Sequence[Weights], tokens: int, jobs: Sequence[Job]
     ) -> Iterable[tuple[Job, Decoded]]:
         """This process's share of the jobs, decoded."""
         ahead = Beginnings(stack, mixtures, self._numbers.__getitem__, self.beginnings, tokens)
@@ -129,7 +129,7 @@ class AnsweringScorer(Scorer):
         mine = sorted(jobs, key=lambda job: (kind(job), self._sizes[job[1]], job))[
             state.process_index :: state.num_processes
         ]
-        return decode(stack, decoder, mine, budget, tokens).items()
+        return decode(stack, decoder, mine, max(tokens, PLACES), tokens).items()
 
     def _stops(self, model: Any) -> Callable[[list[list[int]]], list[bool]] | None:
         """Which texts of tokens end with a stop string, as `generate` sees it; None where there are no stop strings."""

@@ -4,7 +4,7 @@ All methods see the same prompts, weights and lengths in one process, and take t
 
 - **ours**: rows that are finished leave the batch, and others take their places;
 - **unshared**: the same, with what many prompts begin with read for each of them;
-- **fixed**: transformers' `generate` on batches of the same number of tokens, each of which lasts as long as its longest answer;
+- **fixed**: transformers' `generate` on batches as large, each of which lasts as long as its longest answer;
 - **tokens**: the same with answers of equal length, as many tokens in all: what the tokens alone cost, since no row waits.
 """
 
@@ -23,7 +23,7 @@ from m2m_hf.config.targets import TargetConfig
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.scoring.forward import Job, Weights, job_batches
-from m2m_hf.scoring.generation import DECODING, GenerationScorer
+from m2m_hf.scoring.generation import PLACES, GenerationScorer
 from m2m_hf.scoring.packing import padded
 from m2m_hf.scoring.scorers import Setup
 
@@ -69,7 +69,7 @@ def methods(load: Workload, lengths: Sequence[int], stack: GatedStack) -> dict[s
         stack.set(weights)
         jobs: list[Job] = [(0, row) for row in range(len(rows))]
         found: dict[int, list[int]] = {}
-        for batch in job_batches(sizes, jobs, max(DECODING, load.tokens_per_batch)):
+        for batch in job_batches(sizes, jobs, max(PLACES, load.tokens_per_batch)):
             asked = [scorer.prompts[row] for _, row in batch]
             width = max(map(len, asked))
             own = [limits[row] for _, row in batch]

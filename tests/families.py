@@ -276,7 +276,7 @@ def how(run) -> str:
         or ("choices apart" if not span else "shared" if span > 1e6 else f"shared within {span:g} tokens")
     )
     if "generation" in run.validation_scorers and (apart := run.validation_scorers["generation"].apart):
-        parts.append(f"answers {words[apart]}")
+        parts.append(f"answers {(words | {UNSHARED: 'in fixed batches'})[apart]}")
     return ", ".join(parts)
 
 

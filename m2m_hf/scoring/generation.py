@@ -40,6 +40,8 @@ class AnsweringScorer(Scorer):
         facts: for the fingerprint: how the model is asked, and what.
     """
 
+    unshared = "rows are answered in batches that last as long as their longest answer"
+
     def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
         fields: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **config.generation}
         self.settings = generation_config(fields)

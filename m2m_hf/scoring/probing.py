@@ -37,7 +37,6 @@ from m2m_hf.scoring.packing import HEAD, Question, Request
 from m2m_hf.scoring.scorers import Numbers, Scorer
 
 WAYS = {
-    UNSHARED: "every choice is scored in a row of its own",
     ALIKE: "only rows of one length share a batch",
     ALONE: "rows are scored one at a time",
 }
@@ -76,7 +75,8 @@ def settle(stack: Stack, mixtures: Sequence[Weights], scorer: Scorer) -> str | N
             "scored earlier; expected a model without such a memory"
         )
     scorer.keep_apart(apart)
-    return f"this model scores a row otherwise beside others ({by}): {WAYS[apart]}" if apart else None
+    way = WAYS.get(apart, scorer.unshared)
+    return f"this model scores a row otherwise beside others ({by}): {way}" if apart else None
 
 
 class Probe:

@@ -67,8 +67,10 @@ class Scorer(ABC):
         by_row: whether a row's value does not depend on the other rows, so that some of them can be scored alone.
         has_ensemble: whether the ensemble objective can score the target, from the probabilities of right answers.
         apart: how far rows are kept apart, as `probing.py` has found.
+        unshared: what `UNSHARED` means here, for people.
     """
 
+    unshared = "every choice is scored in a row of its own"
     examples: int
     tokens: int = 0
     truncated: int = 0

@@ -149,6 +149,9 @@ class AnsweringScorer(Scorer):
 
         return stops
 
+    def at_once(self, stack: Stack, tokens_per_batch: int, rows: int) -> int:
+        return super().at_once(stack, max(tokens_per_batch, PLACES), rows)
+
     def probes(self, model: Any, apart: int) -> list[list[int]]:
         if self.settings.do_sample:
             return []

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from answering_methods import ANSWERING, compare_answering, spread_lengths
 from forks import Launched
 from lm_eval.tasks import TaskManager
 from scoring_methods import (
@@ -65,6 +66,19 @@ def test_all_methods_score_the_same(tmp_path, monkeypatch, targets, methods):
     assert torch.allclose(*map(torch.tensor, last), atol=1e-4)  # that of all candidates
     columns, lines = report(load, results)
     assert all(len(line) == len(columns) for line in lines)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_all_methods_answer_the_same(tmp_path):
+    folder = random_model(tmp_path / "model", "pico")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder), random_rows(8, shots=64)
+    load = Workload(model, tokenizer, random_adapters(model, 2, 4, ["q_proj"]), [], rows, str(folder), 200)
+    lengths = spread_lengths(8, 2, 9)
+    assert sorted(lengths) == list(range(2, 10))
+    _, lines, seconds = compare_answering(load, [{"random1": 1.0}], lengths, ANSWERING)
+    assert [line[-1] for line in lines] == ["", "0 of 8", "0 of 8", ""]
+    assert set(seconds) == set(ANSWERING)
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -195,6 +195,30 @@ targets:
     return tmp_path
 
 
+def several_targets(project: Path, reward_model: Path, count: int) -> None:
+    """Gives the project targets that choose, prefer, answer, and answer for a reward model, of so many rows each."""
+    given = choice_rows(count)
+    write_rows(project / "validation.jsonl", given)
+    pairs = [{"prompt": row["prompt"], "chosen": row["choices"][0], "rejected": row["choices"][1]} for row in given]
+    write_rows(project / "pairs.jsonl", pairs)
+    write_rows(project / "asked.jsonl", [{"prompt": row["prompt"], "completion": row["choices"][0]} for row in given])
+    short = {"generation": {"max_new_tokens": 3}}
+    kinds = {
+        "colours": ("validation", {"scorer": "choice"}),
+        "pairs": ("pairs", {"scorer": "preference", "metric": "margin"}),
+        "words": ("asked", {"scorer": "generation", "metric": "token_f1", **short}),
+        "chat": ("asked", {"scorer": "reward", "reward_model": str(reward_model), **short}),
+    }
+    changed(
+        project,
+        "run",
+        targets={
+            name: {"data": {"path": "json", "data_files": f"{file}.jsonl"}, **entry}
+            for name, (file, entry) in kinds.items()
+        },
+    )
+
+
 INTENTS = {"greetings": ["hello_there", "good_bye"], "colours": ["red", "green", "blue"], "noise": ["one", "two"]}
 
 

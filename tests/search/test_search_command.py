@@ -1,9 +1,10 @@
 """Strategies, objectives, weights and constraints through the command line, on a pico model."""
 
 import json
+import shutil
 
 import pytest
-from pico import candidate_rows, changed, choice_rows, language_searcher, m2m, trials, write_rows
+from pico import candidate_rows, changed, choice_rows, language_searcher, m2m, several_targets, trials, write_rows
 
 from m2m_hf import MergeToMixSearcher, SearchCallback
 from m2m_hf.config.run_config import MERGE_PARAMETERS
@@ -42,6 +43,26 @@ def test_a_race_prunes_and_says_so(project, capsys):
     assert summary(project)["costs"]["example_evaluations"] <= 8 * 150
     assert m2m("select", "--config", project / "run.yaml") == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_race_over_targets_of_every_kind_goes_on_after_a_stop_as_if_there_had_been_none(project, reward_model):
+    several_targets(project, reward_model, 70)
+    changed(project, "run", race=True, learning_rate=0.05, max_steps=6)
+    whole, parts = project / "out", project / "parts"
+    assert m2m("search", "--config", project / "run.yaml") == 0
+    shutil.copytree(whole / "adapters", parts / "adapters")
+
+    class Stop(SearchCallback):
+        def on_trial(self, trial, recalled, control):
+            control.should_stop |= not recalled and trial.target == "chat" and len(trials(parts)) > stop
+
+    for stop in (11, 23):
+        language_searcher(project, "--output_dir", str(parts)).search(callbacks=[Stop()])
+        assert len(trials(parts)) < len(trials(whole))
+    assert m2m("search", "--config", project / "run.yaml", "--output_dir", parts) == 0
+    one, two = ([line | {"seconds": 0} for line in trials(out)] for out in (whole, parts))
+    assert "pruned" in {line["state"] for line in one}
+    assert one == two
 
 
 def test_a_corpus_metric_switches_racing_off_and_says_so(project, tmp_path, capsys):

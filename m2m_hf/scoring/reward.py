@@ -7,32 +7,24 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from m2m_hf.config.targets import TargetConfig
-from m2m_hf.core.score import AnswerPair, Failure, Score
-from m2m_hf.data.rows import Prompt, TargetRow, content_fingerprint
+from m2m_hf.core.score import Failure, Score
+from m2m_hf.data.rows import TargetRow, content_fingerprint
 from m2m_hf.merging.dense_stack import Stack
 from m2m_hf.scoring.forward import Weights, within_memory
-from m2m_hf.scoring.generation import AnsweringScorer
 from m2m_hf.scoring.packing import batches
+from m2m_hf.scoring.rated import RatedScorer
 from m2m_hf.scoring.reward_model import RewardModel
 from m2m_hf.scoring.scorers import ROUND, Setup
-from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
-
-SHOWN = 3  # rows that gained most, and that lost most
 
 
-class RewardScorer(AnsweringScorer):
+class RewardScorer(RatedScorer):
     """The mean reward of the model's answers; a row's value is the mean over its samples.
 
-    The reward model stays beside the model on its device. Answers of all rows are kept under the score that they got, so that a
-    report can show them.
+    The reward model stays beside the model on its device.
     """
 
-    by_row = True
-
     def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
-        self.rows, self.samples, self._keep = rows, config.samples, setup.answers
-        super().__init__(config, [row for row in rows for _ in range(config.samples)], setup)
-        self.examples = len(rows)
+        super().__init__(config, rows, setup)
         self.reward: RewardModel = setup.reward or RewardModel(str(config.reward_model), setup.where)
         facts = [config.kind, self.reward.fingerprint, config.samples, *self.facts]
         self.fingerprint = content_fingerprint(facts)
@@ -76,45 +68,3 @@ class RewardScorer(AnsweringScorer):
                     rated += [(place, value) for (_, place), value in zip(part, values, strict=True)]
         by_place = dict(gather_object(rated) if state.num_processes > 1 else rated)
         return [by_place[place] for place in range(len(read))]
-
-    def answer_pairs(self, base: Score, final: Score) -> list[AnswerPair]:
-        ours, theirs = self._kept(final), self._kept(base)
-        if not ours or not theirs:
-            return []
-        order = sorted(range(self.examples), key=lambda row: (base.values[row] - final.values[row], row))
-        gained = [row for row in order[:SHOWN] if final.values[row] > base.values[row]]
-        lost = [row for row in order[: -SHOWN - 1 : -1] if final.values[row] < base.values[row]]
-        return [
-            AnswerPair(
-                row=row + 1,
-                prompt=spelled(self.rows[row].prompt),
-                base=theirs[row][0],
-                final=ours[row][0],
-                base_value=base.values[row],
-                final_value=final.values[row],
-            )
-            for row in gained + lost
-        ]
-
-    def _kept(self, score: Score) -> list[list[str]]:
-        """The answers of all rows that got this score; none where they are not known any more."""
-        path = None if self._keep is None else self._keep / answers_name(self.fingerprint, score)
-        known = read_json_or_empty(path).get("answers", []) if path else []
-        return known if len(known) == self.examples else []
-
-    def keep(self, score: Score, answers: Sequence[Sequence[str]]) -> None:
-        """Keeps the answers of all rows under the score that they got."""
-        if self._keep is not None and PartialState().is_main_process:
-            write_json(self._keep / answers_name(self.fingerprint, score), {"answers": answers})
-
-
-def spelled(prompt: Prompt) -> str:
-    """A prompt for people: a text, or turns with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in prompt)
-
-
-def answers_name(scorer: str, score: Score) -> str:
-    """The file that holds the answers which a scorer gave this score."""
-    return f"{fingerprint([scorer, list(score.values)])}.json"

@@ -89,7 +89,7 @@ def explain(error: BaseException) -> tuple[str, int]:
             reason = "terminated" if processes == 1 else reason
             return f"m2m: {reason}: {what_is_safe()}", 128 + signal.SIGTERM
         case StoppedError():
-            return printable(f"m2m: {error}\n{what_is_safe()}"), 1
+            return printable(f"m2m: {error}\n{what_is_safe()}") if rank == "0" or failed_alone() else "", 1
         case Exception() if processes > 1 and lost_a_process(error):
             reason = first_line(error)
             return f"m2m: {where} lost another process, which died or is out of reach ({reason}): {what_is_safe()}", 1

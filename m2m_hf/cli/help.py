@@ -164,6 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     argument("--benchmark", default="", metavar="NAME", help="in place of --target: one that m2m targets lists")
     argument("--scorer", default="", help=f"one of {', '.join(SCORED)} (default: as the rows suggest)")
     argument("--reward_model", default="", help="which rates answers, of scorer reward: a Hub id or a folder")
+    argument("--judge", nargs=2, metavar=("URL", "MODEL"), help="the server and its model, of scorer judge")
 
     text = "everything: adapters, search, recipe, final fine-tune"
     argument = add("select   --config x.yaml", text, partial(commands.work, commands.select), CONFIG, LAUNCH)

@@ -16,6 +16,7 @@ from m2m_hf.cli.drafts.sources import Source, parse_source, parse_sources, read_
 from m2m_hf.cli.drafts.trl import from_trl
 from m2m_hf.config import presets
 from m2m_hf.config.checks import check_name
+from m2m_hf.config.judge import JudgeConfig
 from m2m_hf.config.targets import SCORERS
 from m2m_hf.config.yaml_files import load_yaml
 from m2m_hf.console import Terminal
@@ -98,6 +99,13 @@ def ask_target(command: argparse.Namespace) -> tuple[str, str, str | None]:
                 "--reward_model: scorer reward needs a model that rates answers; expected a Hub id or a folder"
             )
         scorer += f"\n    reward_model: {flow(relocate({'path': rated}, Path.cwd(), folder)['path'])}"
+    if scorer == "judge":
+        address, model = command.judge or (
+            ask("5. Which server judges? An OpenAI-compatible one", "http://localhost:8000/v1"),
+            ask("6. Which of its models?", ""),
+        )
+        judge = JudgeConfig.parse({"base_url": address, "model": model}, "--judge").to_json()
+        scorer += f"\n    judge: {flow(judge)}"
     data = flow(relocate(rows, Path.cwd(), folder))
     return (
         target,

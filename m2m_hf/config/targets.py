@@ -9,6 +9,7 @@ from typing import Any
 from m2m_hf.config import checks, presets
 from m2m_hf.config.candidates import DataConfig, changed_options
 from m2m_hf.config.checks import Rule, absolute, mapping, option, text
+from m2m_hf.config.judge import NEEDED, JudgeConfig
 from m2m_hf.errors import InputError
 
 COMMON = ("scorer", "metric", "weight", "min_delta")
@@ -91,6 +92,15 @@ samples: answers to a prompt (1), with generation: {do_sample: true} when more""
         metrics=("reward",),
         column="prompt",
     ),
+    "judge": ScorerKind(
+        ("data", "test_data", "judge", "generation"),
+        help="""\
+data: rows of prompt; judge: {base_url: http://localhost:8000/v1, model: NAME, rubric: "...", max_requests: 2000}, an
+OpenAI-compatible server, which compares each answer with the base model's; also max_tokens, concurrency, timeout; its
+token is read from OPENAI_API_KEY; generation as above""",
+        metrics=("win_rate",),
+        column="prompt",
+    ),
     "command": ScorerKind(
         ("command", "test_command", "timeout"),
         "give the program and its arguments, such as [python, score.py, '{adapter}', '{output}']",
@@ -138,6 +148,7 @@ class TargetConfig:
     generation: Mapping[str, Any] = option(mapping("fields of GenerationConfig"), dict)
     reward_model: str | None = option(text("a folder or Hub id of a reward model"))
     samples: int = option(checks.integer(1), 1)  # answers to every prompt
+    judge: JudgeConfig | None = option(DATA)  # checked by JudgeConfig
     metric_key: str | None = option(text("the name of a result"))  # of a metric module
     command: tuple[str, ...] = option(COMMAND, ())  # without a shell; {adapter}, {base_model}, {output} are replaced
     test_command: tuple[str, ...] = option(COMMAND, ())
@@ -187,6 +198,10 @@ class TargetConfig:
                     "generation: {do_sample: true}"
                 )
             values["reward_model"] = checks.resolve_existing(values["reward_model"], folder)
+        if kind == "judge":
+            if "judge" not in values:
+                raise InputError(f"{where}.judge is missing: give {NEEDED}")
+            values["judge"] = JudgeConfig.parse(values["judge"], f"{where}.judge")
         values["metric"] = resolve_metric(values.get("metric"), kind, where, folder)
         if (given := sorted(values.keys() & {*FEW_SHOT[1:]})) and "num_fewshot" not in values:
             raise InputError(f"{where}.num_fewshot is missing: {given[0]} is given; say how many examples to draw")
@@ -202,7 +217,10 @@ class TargetConfig:
     def to_json(self) -> dict[str, Any]:
         """The mapping that `parse` reads, with paths resolved and without defaults."""
         values = changed_options(self) | {"scorer": str(self.scorer)}
-        return {key: value.to_json() if isinstance(value, DataConfig) else value for key, value in values.items()}
+        return {
+            key: value.to_json() if isinstance(value, DataConfig | JudgeConfig) else value
+            for key, value in values.items()
+        }
 
 
 def check_options(entry: Mapping[str, Any], kind: str, where: str) -> None:

@@ -67,9 +67,10 @@ class Repository:
 
 
 def published(value: Any) -> Any:
-    """`value` as others may see it: of absolute paths the last part alone, and no secrets."""
+    """`value` as others may see it: of absolute paths the last part alone, no address of a judge, and no secrets."""
     if isinstance(value, Mapping):
-        return {key: one if key in LABELS else published(one) for key, one in value.items()}
+        shown = {key: one for key, one in value.items() if key != "base_url"}
+        return {key: one if key in LABELS else published(one) for key, one in shown.items()}
     if isinstance(value, (list, tuple)):
         return [published(one) for one in value]
     if isinstance(value, str):

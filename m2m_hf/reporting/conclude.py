@@ -12,6 +12,7 @@ from m2m_hf.core.trial import Standing
 from m2m_hf.reporting.finished_run import FinishedRun
 from m2m_hf.search.result import SearchResult, best_scored, score_of
 
+DECIDED, LOPSIDED = 50, 0.4  # verdicts of a judge that are enough to see that it prefers a place: in 70 % of them
 SIGNIFICANT = 1.645  # standard errors, of one-sided tests at 5 %
 
 
@@ -90,6 +91,7 @@ def find_warnings(run: FinishedRun, analysis: Analysis, overlap: Mapping[tuple[s
         )
     yield from about_relations(run)
     yield from about_rows(run)
+    yield from about_judges(run)
     yield from about_fine_tuning(run)
     if ended == "budget":
         yield ended, "the budget ended the search before the strategy did; with a larger one it continues"
@@ -183,6 +185,27 @@ def about_rows(run: FinishedRun) -> Warnings:
         yield "few_rows", f"the rows cannot tell {bias.tied} mixtures apart, the chosen one among them{more}"
     elif run.choice.stderr is None:
         yield "no_stderr", "the scorer gives no standard error, so chance differences cannot be told from real ones"
+
+
+def about_judges(run: FinishedRun) -> Warnings:
+    """Judges that give no verdict, or prefer an answer for its place."""
+    for name, target in run.targets.items():
+        if (said := target.judged) is None:
+            continue
+        if said.none:
+            yield (
+                "no_verdict",
+                f"target {name}: {said.none:,} of {said.verdicts:,} answers of the judge hold no verdict, and count as ties",
+            )
+        decided = said.first + said.second
+        if decided >= DECIDED and abs(said.first - said.second) > LOPSIDED * decided:
+            place = "first" if said.first > said.second else "second"
+            share = max(said.first, said.second) / decided
+            yield (
+                "position_bias",
+                f"target {name}: the judge prefers the {place} answer in {share:.0%} of its decisions; as both orders are asked, "
+                "this makes ties of what it cannot tell apart, and scores lie nearer to 0.5",
+            )
 
 
 def about_fine_tuning(run: FinishedRun) -> Warnings:

@@ -21,6 +21,7 @@ from m2m_hf.errors import InputError, first_line
 from m2m_hf.search.result import score_of
 from m2m_hf.storage.files import read_json, read_json_or_empty
 from m2m_hf.storage.journal import Journal
+from m2m_hf.storage.judgements import Judged
 from m2m_hf.storage.keys import Keys
 from m2m_hf.storage.records import Drift
 from m2m_hf.storage.run_folder import RunFolder, read_config
@@ -49,6 +50,7 @@ class FinishedTarget:
     """A target. `short` counts the mixtures that fall below the base model by more than `min_delta`.
 
     `fingerprints` are of the base model (`base`) and of rows, scorer and metric (`scorer`): the journal's lines have these.
+    `judged` is what a judge has cost and said so far.
     """
 
     metric: str
@@ -59,6 +61,7 @@ class FinishedTarget:
     validation_rows: int
     test_rows: int
     fingerprints: Mapping[str, str]
+    judged: Judged | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def label(self) -> str:

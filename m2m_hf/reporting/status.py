@@ -25,6 +25,7 @@ from m2m_hf.search.model_based import SUBSETS, choose_strategy, ensemble_shortcu
 from m2m_hf.search.result import default_budget
 from m2m_hf.storage.files import Digests, checkpoints, read_json, read_json_or_empty, readable, staging_path
 from m2m_hf.storage.journal import Journal
+from m2m_hf.storage.judgements import Judged
 from m2m_hf.storage.keys import Keys, base_key
 from m2m_hf.storage.records import (
     COMPLETE,
@@ -83,6 +84,7 @@ class Status:
         if self.config.train_final and (summary is None or summary.final is None):
             self.left.append("the final fine-tune")
         self.models()
+        self.judges()
         self.files()
         self.conclude()
         self.digests.save()
@@ -248,6 +250,21 @@ class Status:
             steps = number(record.get("steps"))
             mixture = mixture_of(record)
             self.lines.append(f"final model: {mixture}, {steps:,.0f} steps, {duration(self.spent['final'])}")
+
+    def judges(self) -> None:
+        """What judges were asked, and said."""
+        for name, target in self.config.parsed_targets.items():
+            if target.judge is None:
+                continue
+            try:
+                said = Judged.read(self.run.judged(name))
+            except InputError as error:
+                self.damage.append(str(error))
+                continue
+            self.lines.append(
+                f"judge of {name}: {said.requests:,} requests of at most {target.judge.max_requests:,}, {said.verdicts:,} verdicts: "
+                f"{said.first:,} for the first answer, {said.second:,} for the second, {said.tie:,} ties, {said.none:,} without"
+            )
 
     def files(self) -> None:
         """The other files of the folder."""

@@ -201,6 +201,8 @@ def cost_line(run: FinishedRun) -> str:
         parts.append(f"mixtures fine-tuned {duration(run.costs.compare_seconds)}")
     if run.costs.final_seconds:
         parts.append(f"final model {duration(run.costs.final_seconds)}")
+    if asked := sum(one.judged.requests for one in run.targets.values() if one.judged):
+        parts.append(f"{asked:,} requests to judges")
     return f"cost: {', '.join(parts)}"
 
 

@@ -219,6 +219,7 @@ def describe_target(run: RunContext, name: str) -> str:
         f"{counts['test']}sealed test rows" if "test" in parts else "no test set",
         config.metric,
         examples,
+        f"judged by {config.judge.model} at {config.judge.base_url}" if config.judge else None,
         f"weight {config.weight:g}" if len(run.targets) > 1 else None,
         None if config.min_delta is None else f"at most {config.min_delta:g} worse than the base model",
     ]

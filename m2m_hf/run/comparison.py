@@ -38,6 +38,7 @@ from m2m_hf.run.final import read_final
 from m2m_hf.run.relations import find_relations
 from m2m_hf.search.result import SearchResult, score_of
 from m2m_hf.storage.files import fingerprint, read_json_or_empty, write_json
+from m2m_hf.storage.judgements import Judged
 from m2m_hf.training.fine_tune import finished
 
 BELIEVED = 512  # mixtures, the best by the search, among which the next fine-tunes are chosen
@@ -133,6 +134,7 @@ class Selection:
             validation_rows=rows.get("validation", 0),
             test_rows=rows.get("test", 0),
             fingerprints={"base": keys.base, "scorer": keys.scorer},
+            judged=Judged.read(self.run.folder.judged(name)) if config.judge else None,
         )
 
 

@@ -1,5 +1,6 @@
 """The run context: the parts of one run, each made once, when it is first needed."""
 
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -163,7 +164,7 @@ class RunContext:
         """What scorers are made of."""
         kind = self.expert()
         positions = check_model(self.model_args, self.args, kind.lora, self.base.plan, kind.parameters)
-        return self.task.scoring_setup(positions)
+        return replace(self.task.scoring_setup(positions), base_key=lambda: base_key(self.facts))
 
     @cached_property
     def scorers(self) -> dict[str, dict[str, Scorer]]:

@@ -14,6 +14,7 @@ from m2m_hf.console import duration
 from m2m_hf.core.mixture import Mixture, row_counts
 from m2m_hf.merging.gated_stack import GatedStack
 from m2m_hf.run.context import RunContext
+from m2m_hf.scoring.judge import JudgeScorer
 from m2m_hf.scoring.scorers import Scorer
 from m2m_hf.search.loop import planned_mixtures
 from m2m_hf.search.model_based import ENUMERABLE, STRATEGIES
@@ -84,6 +85,7 @@ def estimate(run: RunContext) -> list[str]:
     none = "the final model is one of them" if among else "no final fine-tune"
     lines.append(final if final_steps else none)
     lines.append(f"peak memory while measuring: {memory / 2**30:.1f} GiB")
+    lines += judge_requests(run, mixtures)
     for name, scorer in scorers.items():
         if not scorer.by_row:
             lines.append(f"not counted: target {name}: external or corpus-level scorer")
@@ -92,6 +94,25 @@ def estimate(run: RunContext) -> list[str]:
         lines.append(f"not counted: {noun} already in {where}; reused, not trained")
     together = (steps + sum(fine_tunes) + final_steps) * (per_step or 0.0) + mixtures * per_mixture
     return [*lines, f"together about {duration(together)}"]
+
+
+def judge_requests(run: RunContext, mixtures: int) -> list[str]:
+    """How many requests judges would be sent; nothing is sent to tell."""
+    lines, models = [], run.config.train_final + run.fine_tunes
+    for name, parts in run.scorers.items():
+        if not isinstance(scorer := parts["validation"], JudgeScorer):
+            continue
+        rows = (mixtures - 1 + models) * scorer.examples  # the base model is not compared with itself
+        rows += models * parts["test"].examples if "test" in parts and run.config.train_final else 0
+        limit, sent = scorer.server.config.max_requests, scorer.server.log.requests
+        line = (
+            f"judge of {name}: up to about {2 * rows:,} requests for the whole run, repeated ones not counted, less what is equal "
+            f"or asked already; {limit:,} may be sent (max_requests), {sent:,} were; its time is not counted"
+        )
+        lines.append(
+            line + ("; at that limit the run stops, and goes on with a higher one" if 2 * rows > limit else "")
+        )
+    return lines
 
 
 def count_mixtures(run: RunContext) -> int:
@@ -156,9 +177,9 @@ def scoring_seconds(scorer: Scorer, run: RunContext) -> float:
     rows = random.Random(0).sample(range(scorer.examples), min(ROWS, scorer.examples))
     stack = GatedStack(run.base.plain(), {})
     try:
-        scorer.score(stack, [{}], run.tokens_per_batch, rows)  # which prepares what all mixtures share, such as images
+        scorer.rehearse(stack, run.tokens_per_batch, rows)  # which prepares what all mixtures share, such as images
         start = time.monotonic()
-        scorer.score(stack, [{}], run.tokens_per_batch, rows)
+        scorer.rehearse(stack, run.tokens_per_batch, rows)
     finally:
         stack.detach()
     return (time.monotonic() - start) * scorer.examples / len(rows)

@@ -140,8 +140,14 @@ class Task:
 
     def scoring_setup(self, positions: int) -> Setup:
         """What scorers are made of, for a model of so many positions."""
-        base, allowed = str(self.model_args.model_name_or_path), self.config.allow_metric_code
-        return Setup(self.processing, positions, base=base, allow_metric_code=allowed, answers=self.folder.answers)
+        return Setup(
+            self.processing,
+            positions,
+            base=str(self.model_args.model_name_or_path),
+            allow_metric_code=self.config.allow_metric_code,
+            answers=self.folder.answers,
+            judged=self.folder.judged,
+        )
 
     def own_scorer(self, name: str, count: int, setup: Setup) -> Scorer | None:
         """Scores a candidate's own rows, some drawn at random, by their log-probability; None where no row fits whole."""

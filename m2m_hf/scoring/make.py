@@ -10,6 +10,8 @@ from m2m_hf.scoring.causal_lm import ChoiceScorer, LossScorer, PreferenceScorer
 from m2m_hf.scoring.classification import ClassificationScorer
 from m2m_hf.scoring.external import CallableScorer, CommandScorer, HarnessScorer
 from m2m_hf.scoring.generation import GenerationScorer
+from m2m_hf.scoring.judge import JudgeScorer
+from m2m_hf.scoring.judge_server import JudgeServer
 from m2m_hf.scoring.reward import RewardScorer
 from m2m_hf.scoring.reward_model import RewardModel
 from m2m_hf.scoring.scorers import Scorer, Setup
@@ -21,6 +23,7 @@ CLASSES: dict[str, Callable[[TargetConfig, Any, Setup], Scorer]] = {  # given wh
     "generation": GenerationScorer,
     "preference": PreferenceScorer,
     "reward": RewardScorer,
+    "judge": JudgeScorer,
     "command": CommandScorer,
     "lm_eval": HarnessScorer,
     "callable": CallableScorer,
@@ -39,6 +42,8 @@ def make_scorers(target: Target, setup: Setup) -> dict[str, Scorer]:
     config, setup = target.config, replace(setup, where=f"targets.{target.name}")
     if config.reward_model is not None:  # loaded once for both parts
         setup = replace(setup, reward=RewardModel(config.reward_model, setup.where))
+    if config.judge is not None and setup.judged is not None:  # one limit for both parts
+        setup = replace(setup, judge=JudgeServer(config.judge, setup.judged(target.name), setup.where))
     what, sealed = SCORERS[config.kind].options[:2]
     parts: dict[str, Any] = {
         "validation": target.rows or getattr(config, what) or (),

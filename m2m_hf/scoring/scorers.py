@@ -53,6 +53,9 @@ class Setup:
     allow_metric_code: bool = False
     answers: Path | None = None  # a folder that keeps what models answer
     reward: Any = None  # the `RewardModel` that rates them, where several scorers share one
+    judged: Callable[[str], Path] | None = None  # target -> the file that keeps what its judge says
+    judge: Any = None  # the `JudgeServer` that compares answers
+    base_key: Callable[[], str] = str  # identifies the base model as it is scored
     where: str = "target"  # for messages
 
 
@@ -113,6 +116,10 @@ class Scorer(ABC):
         Args:
             rows: score only these (needs `by_row`); the values then stand in this order.
         """
+
+    def rehearse(self, stack: Stack, tokens_per_batch: int, rows: Sequence[int]) -> None:
+        """Does what a mixture's score on these rows takes of this machine, to measure it."""
+        self.score(stack, [{}], tokens_per_batch, rows)
 
     def whole(self, score: Score) -> Score:
         """The score of all rows from their values, if it has any, in the order of the rows."""

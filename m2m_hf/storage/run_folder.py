@@ -62,6 +62,10 @@ class RunFolder:
         self.unchanged = self.root / ".unchanged.json"  # what `cli/unchanged.py` knows of a finished run
         self._lock = FileLock(self.root / ".lock", is_singleton=True)  # shared by all users in this process
 
+    def judged(self, target: str) -> Path:
+        """What a target's judge was asked and said."""
+        return self.root / "judgements" / f"{target}.jsonl"
+
     @property
     def rows(self) -> Path:
         """The rows of the chosen mixture: `train.jsonl` or `train.parquet`."""

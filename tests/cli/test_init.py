@@ -61,7 +61,7 @@ FLAGS = ("--data", "alpha.jsonl", "--target", "validation.jsonl")
         ((), "--data and --target: nothing given"),
         (
             (*FLAGS, "--scorer", "magic"),
-            "--scorer: expected choice, classification, loss, generation, preference, reward, got 'magic'",
+            "--scorer: expected choice, classification, loss, generation, preference, reward, judge, got 'magic'",
         ),
         ((*FLAGS, "--scorer", "reward"), "--reward_model: scorer reward needs a model that rates answers"),
         ((*FLAGS, "--from", "none.yaml"), "--from none.yaml: cannot be read"),

@@ -54,13 +54,8 @@ def check_address(address: str, where: str) -> None:
     """Refuses what is no plain http address; does not repeat one that may hold a token."""
     try:
         parts = urlsplit(address)
-        plain = (
-            address.isprintable()
-            and " " not in address
-            and parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and (parts.port or 1) > 0
-        )
+        plain = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        plain = plain and address.isprintable() and " " not in address
     except ValueError:
         raise InputError(f"{where}: expected an address such as http://localhost:8000/v1") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:

@@ -262,8 +262,8 @@ class Status:
                 self.damage.append(str(error))
                 continue
             self.lines.append(
-                f"judge of {name}: {said.requests:,} requests of at most {target.judge.max_requests:,}, {said.verdicts:,} verdicts: "
-                f"{said.first:,} for the first answer, {said.second:,} for the second, {said.tie:,} ties, {said.none:,} without"
+                f"judge of {name}: {said.requests:,} of {target.judge.max_requests:,} requests; for the first answer {said.first:,}, "
+                f"for the second {said.second:,}, ties {said.tie:,}, without a verdict {said.none:,}"
             )
 
     def files(self) -> None:

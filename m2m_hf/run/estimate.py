@@ -106,8 +106,8 @@ def judge_requests(run: RunContext, mixtures: int) -> list[str]:
         rows += models * parts["test"].examples if "test" in parts and run.config.train_final else 0
         limit, sent = scorer.server.config.max_requests, scorer.server.log.requests
         line = (
-            f"judge of {name}: up to about {2 * rows:,} requests for the whole run, repeated ones not counted, less what is equal "
-            f"or asked already; {limit:,} may be sent (max_requests), {sent:,} were; its time is not counted"
+            f"judge of {name}: up to about {2 * rows:,} requests, less for equal answers and what was asked before; at most "
+            f"{limit:,} may be sent (max_requests), {sent:,} were"
         )
         lines.append(
             line + ("; at that limit the run stops, and goes on with a higher one" if 2 * rows > limit else "")

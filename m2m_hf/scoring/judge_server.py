@@ -134,7 +134,7 @@ class JudgeServer:
             raise InputError(f"{TOKEN}: expected a token, and it holds characters that no token has")
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
-        limits = httpx2.Limits(self.config.concurrency, self.config.concurrency)
+        limits = httpx2.Limits(max_connections=self.config.concurrency)
         return httpx2.Client(headers=headers, timeout=self.config.timeout, limits=limits, follow_redirects=False)
 
     def _ask(self, client: httpx2.Client, stop: threading.Event, key: str, prompt: str) -> str:

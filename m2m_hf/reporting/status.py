@@ -262,8 +262,8 @@ class Status:
                 self.damage.append(str(error))
                 continue
             self.lines.append(
-                f"judge of {name}: {said.requests:,} of {target.judge.max_requests:,} requests; for the first answer {said.first:,}, "
-                f"for the second {said.second:,}, ties {said.tie:,}, without a verdict {said.none:,}"
+                f"judge of {name}: {said.requests:,} of {target.judge.max_requests:,} requests; for the first answer "
+                f"{said.first:,}, for the second {said.second:,}, ties {said.tie:,}, without a verdict {said.none:,}"
             )
 
     def files(self) -> None:

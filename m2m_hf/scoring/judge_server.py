@@ -154,8 +154,8 @@ class JudgeServer:
             self._wait(stop, self._not_before - time.monotonic())
             if not self.log.request(key, self.config.max_requests):
                 raise StoppedError(
-                    f"{self.where}.max_requests: all {self.config.max_requests:,} requests are spent, and more are needed. The "
-                    f"{len(self.log.verdicts):,} verdicts are kept in {self.path}; raise max_requests to go on"
+                    f"{self.where}.max_requests: all {self.config.max_requests:,} requests are spent, and more are needed. "
+                    f"What was answered is kept in {self.path}; raise max_requests to go on"
                 )
             asked = 0.0
             try:
@@ -183,8 +183,8 @@ class JudgeServer:
             if number + 1 < TRIES:
                 self._wait(stop, BACKOFF * 2**number * random.uniform(0.5, 1.5))
         raise StoppedError(
-            f"{self.where}: {self.config.base_url} gave no answer, asked {number + 1} times ({problem}). The "
-            f"{len(self.log.verdicts):,} verdicts are kept in {self.path}"
+            f"{self.where}: {self.config.base_url} gave no answer, asked {number + 1} times ({problem}). What was "
+            f"answered is kept in {self.path}"
         )
 
     def _wait(self, stop: threading.Event, seconds: float) -> None:

@@ -94,7 +94,7 @@ TRAINED = {"objective": "trained"}
         (target(weight=0), "weight: expected a number above 0, got 0"),
         (target(min_delta=-0.1), "min_delta: expected a number of at least 0, got -0.1"),
         (target(normalize="words"), "normalize: expected one of none, tokens, bytes"),
-        (target(generation={}), "generation: belongs to scorer generation or reward, not to choice"),
+        (target(generation={}), "generation: belongs to scorer generation or reward or judge, not to choice"),
         (target("classification", labels=["a"]), "labels: expected a list of at least two labels"),
         ({"task": "image_classification"}, "expected classification or command for image_classification, got choice"),
         (CLASSIFICATION | {"labels": ["a"]}, "labels: expected a list of at least two labels"),

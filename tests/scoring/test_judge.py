@@ -71,7 +71,7 @@ def answered(stack, row: TargetRow, tokenizer) -> str:
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("budget", [1, 60, 10_000])
+@pytest.mark.parametrize("budget", [60, 10_000])
 def test_a_row_is_worth_what_both_orders_say_and_is_judged_once(tmp_path, tokenizer, judge, budget):
     stack = build_stack(tmp_path, "llama")
     answers = []
@@ -187,7 +187,7 @@ def test_answers_without_a_verdict_are_ties_where_they_are_few(tmp_path, judge):
     asked = [*prompts(12, 2)[::2], *prompts(40, 30)[::2], prompts(1, 1)[0]]
     assert client(judge, tmp_path).verdicts(asked)[-1] == "none"
     assert len(judge.asked) == len(asked) + 1
-    assert judge.asked[-1]["messages"][0]["content"].startswith(judge.asked[-2]["messages"][0]["content"])
+    assert sum("Write the last line alone" in one["messages"][0]["content"] for one in judge.asked) == 1
     with pytest.raises(
         InputError, match=r"2 of 4 answers of m hold no verdict, though asked twice; expected at most 10%"
     ):

@@ -38,6 +38,7 @@ from m2m_hf.run.checks import (
 )
 from m2m_hf.run.comparison import Selection, baseline_scores, study_fidelity, verify
 from m2m_hf.run.context import RunContext
+from m2m_hf.run.cut_off import WarnOfCutOff
 from m2m_hf.run.final import make_final, read_final
 from m2m_hf.search.callbacks import ProgressCallback, SearchCallback
 from m2m_hf.search.loop import planned_mixtures, search
@@ -242,6 +243,7 @@ class MergeToMixSearcher:
         ):
             own = [
                 RememberTargets(run),
+                WarnOfCutOff(run),
                 ProgressCallback(bar),
                 SearchTracker(tracker, live=config.objective != "trained"),
             ]

@@ -70,10 +70,10 @@ data_dir: ..., or parquet files); metric: accuracy, macro_f1 or logprob""",
         metrics=("loglikelihood",),
     ),
     "generation": ScorerKind(
-        ("data", "test_data", "generation", "metric_key", *FEW_SHOT),
+        ("data", "test_data", "generation", "strip", "metric_key", *FEW_SHOT),
         help="""\
 data: the same; generation: {max_new_tokens: 64, stop_strings: [...]}; metric: exact_match, numeric_match,
-token_f1, instructions (those that code can verify); num_fewshot""",
+token_f1, instructions (those that code can verify); num_fewshot; strip: <think>…</think> (thoughts, not rated)""",
         metrics=("exact_match", "numeric_match", "token_f1", "instructions"),
     ),
     "preference": ScorerKind(
@@ -85,10 +85,10 @@ accuracy (the chosen one is more likely) or margin (of log-likelihood); normaliz
         column="chosen",
     ),
     "reward": ScorerKind(
-        ("data", "test_data", "reward_model", "generation", "samples"),
+        ("data", "test_data", "reward_model", "generation", "strip", "samples"),
         help="""\
-data: rows of prompt; reward_model: a folder or Hub id (one output), which rates prompt and answer; generation as above;
-samples: answers to a prompt (1), with generation: {do_sample: true} when more""",
+data: rows of prompt; reward_model: a folder or Hub id (one output), which rates prompt and answer; generation and strip
+as above; samples: answers to a prompt (1), with generation: {do_sample: true} when more""",
         metrics=("reward",),
         column="prompt",
     ),
@@ -127,6 +127,10 @@ SCORER = Rule(
 )
 COMMAND = Rule("[program, argument, ...]", lambda value: isinstance(value, (list, tuple, str)))
 DATA = Rule("what load_dataset takes", lambda value: True)  # checked by DataConfig
+STRIP = Rule(
+    "two marks with … between them, such as <think>…</think>",
+    lambda value: isinstance(value, str) and all(marks(value)),
+)
 TASK = text("a task of the harness, or the path of its YAML")
 
 
@@ -146,6 +150,7 @@ class TargetConfig:
     normalize: str = option(checks.one_of("none", "tokens", "bytes"), "none")  # choices of different length
     labels: Mapping[str, str] | None = option(checks.LABELS)  # their words; by default those in the data
     generation: Mapping[str, Any] = option(mapping("fields of GenerationConfig"), dict)
+    strip: str | None = option(STRIP)  # what answers lose before they are rated
     reward_model: str | None = option(text("a folder or Hub id of a reward model"))
     samples: int = option(checks.integer(1), 1)  # answers to every prompt
     judge: JudgeConfig | None = option(DATA)  # checked by JudgeConfig
@@ -248,6 +253,12 @@ def resolve_metric(metric: str | None, kind: str, where: str, folder: Path) -> s
             f"{where}.metric: expected {', '.join(own)}, or a module of your own, for scorer {kind}, got {metric!r}"
         )
     return checks.resolve_existing(metric, folder)
+
+
+def marks(strip: str) -> tuple[str, str]:
+    """The marks before and after what is taken out of answers."""
+    before, _, after = strip.replace("...", "…").partition("…")
+    return before.strip(), after.strip()
 
 
 def split_command(command: Any, where: str, folder: Path) -> tuple[str, ...]:

@@ -84,11 +84,16 @@ def before_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, where: str, t
 
 def special_in(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Any]) -> tuple[int, str]:
     """(how many rows hold a special token of the tokenizer in writing, one of these tokens)."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens = map(re.escape, {*tokenizer.all_special_tokens, *added} - {""})
-    search = re.compile("|".join(sorted(tokens, reverse=True)) or "(?!)").search
+    search = special_pattern(tokenizer).search
     found = [match for row in rows if (match := search(json.dumps(row, ensure_ascii=False, default=as_json)))]
     return len(found), found[0][0] if found else ""
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """The special tokens of the tokenizer, as they are written."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = map(re.escape, {*tokenizer.all_special_tokens, *added} - {""})
+    return re.compile("|".join(sorted(tokens, reverse=True)) or "(?!)")
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:

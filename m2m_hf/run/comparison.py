@@ -34,6 +34,7 @@ from m2m_hf.reporting.finished_run import (
     mixture_scores,
 )
 from m2m_hf.run.context import RunContext
+from m2m_hf.run.cut_off import cut_off
 from m2m_hf.run.final import read_final
 from m2m_hf.run.relations import find_relations
 from m2m_hf.search.result import SearchResult, score_of
@@ -119,7 +120,8 @@ class Selection:
             means = [finished.final_score("final", part) for part in ("validation", "test")]
             values = [one.value if one else None for one in means]
             finished = replace(finished, final=replace(finished.final, validation=values[0], test=values[1]))
-        warnings = find_warnings(finished, analysis, run.overlap, result.ended)
+        warnings = [*find_warnings(finished, analysis, run.overlap, result.ended)]
+        warnings += [("cut_off", text) for text in cut_off(run).values()]
         return replace(finished, warnings=tuple(RunWarning(code, text) for code, text in warnings))
 
     def _target(self, name: str) -> FinishedTarget:

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from transformers import GenerationConfig, StopStringCriteria, set_seed
 
-from m2m_hf.config.targets import TargetConfig
+from m2m_hf.config.targets import TargetConfig, marks
 from m2m_hf.core.score import Failure, Score
 from m2m_hf.data.rows import TargetRow, content_fingerprint, text_of
 from m2m_hf.data.tokens import before_answer, first_token, render
@@ -22,6 +22,7 @@ from m2m_hf.scoring.metrics.metric import load_metric, metric_fingerprint
 from m2m_hf.scoring.packing import Question, Request, padded
 from m2m_hf.scoring.prefixes import Beginnings, Past, at_once, computed, shared_beginnings, shared_span
 from m2m_hf.scoring.scorers import Numbers, Scorer, Setup, metric_score, probe_groups
+from m2m_hf.scoring.thoughts import Thoughts
 
 MAX_NEW_TOKENS = 64  # default length of an answer
 STEPS = 3  # that rows are tried for
@@ -38,9 +39,12 @@ class AnsweringScorer(Scorer):
         limits: new tokens of every row at most.
         beginnings: the tokens that many prompts begin with, see `prefixes.py`.
         facts: for the fingerprint: how the model is asked, and what.
+        answered: answers so far, of all processes.
+        cut_off: those of them that did not end by themselves.
     """
 
     unshared = "rows are answered in batches that last as long as their longest answer"
+    answered = cut_off = 0
 
     def __init__(self, config: TargetConfig, rows: Sequence[TargetRow], setup: Setup) -> None:
         fields: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **config.generation}
@@ -53,8 +57,10 @@ class AnsweringScorer(Scorer):
         reading, prompts = ends_taken_off(tokenizer, rows), []
         for number, row in enumerate(rows, start=1):
             where = f"row {number} of the target"
-            prompts.append(before_answer(tokenizer, row.asked, where, row.tools))
             plain = render(tokenizer, row.asked, where, True, row.tools) or [first_token(tokenizer)]
+            # Whose thoughts are not rated may think: it is asked as its template asks.
+            thinks = config.strip and not isinstance(row.prompt, str)
+            prompts.append(plain if thinks else before_answer(tokenizer, row.asked, where, row.tools))
             reading += [[number, prompts[-1]]] if prompts[-1] != plain else []
         self.truncated = sum(len(ids) > positions - new for ids in prompts)
         self.prompts = [ids[new - positions :] for ids in prompts]
@@ -67,19 +73,32 @@ class AnsweringScorer(Scorer):
         )
         # Where a journal has another fingerprint, nobody has tried whether rows may leave, join and share beginnings.
         reading += [] if alone else ["refilled"]
-        self.facts: list[Any] = [fields, *rows, *reading]
+        self.facts: list[Any] = [fields, *rows, *reading, *([{"strip": marks(config.strip)}] if config.strip else [])]
+        # A stop string must not end a thought, so it is looked for when the thoughts are gone.
+        self._stop_strings = self.settings.stop_strings
+        self._thoughts = Thoughts(tokenizer, config.strip) if config.strip else None
+        if self._thoughts:
+            self.settings.stop_strings = None
 
     def answers(
         self, stack: Stack, mixtures: Sequence[Weights], tokens_per_batch: int, rows: Sequence[int]
     ) -> list[list[str]]:
         """What every mixture answers to these rows."""
         found = self.decoded(stack, mixtures, tokens_per_batch, rows)
-        return [[self.text(one.ids) for one in answers] for answers in found]
+        texts = [[self.text(row, one) for row, one in zip(rows, answers, strict=True)] for answers in found]
+        every = [one for answers in texts for one in answers]
+        self.answered += len(every)
+        self.cut_off += sum(cut for _, cut in every)
+        return [[text for text, _ in answers] for answers in texts]
 
-    def text(self, ids: Sequence[int]) -> str:
-        """An answer's text without special tokens, up to a stop string."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return before_stop(text, self.settings.stop_strings).strip()
+    def text(self, row: int, answer: Decoded) -> tuple[str, bool]:
+        """(the text of a row's answer without special tokens and thoughts, up to a stop string; whether it was cut off)."""
+        if self._thoughts:
+            text = self._thoughts.text(self.prompts[row], answer.ids)
+        else:
+            text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        found = before_stop(text, self._stop_strings)
+        return found.strip(), not answer.ended and found == text
 
     @torch.inference_mode()
     def decoded(

@@ -49,6 +49,7 @@ class RunFolder:
         self.trials = self.root / "trials.jsonl"
         self.mixture = self.root / "mixture"
         self.answers = self.root / "answers"  # of rated models, named by the scores that they got
+        self.cut_off = self.root / "cut_off.json"  # target -> how many answers did not end by themselves
         self.recipe = self.root / "recipe.yaml"
         self.clock = self.root / "clock.json"
         self.chat_template = self.root / "chat_template.jinja"

@@ -60,7 +60,7 @@ def test_sampled_answers_are_rated_one_by_one_whatever_their_company(tmp_path, t
     assert other.fingerprint != once.fingerprint
 
 
-def test_a_run_by_reward_shows_the_answers_that_gained_and_lost_most(project, reward_model):
+def test_a_run_by_reward_shows_the_answers_that_gained_and_lost_most(project, reward_model, capsys):
     config = project / "run.yaml"
     text = config.read_text().replace(
         "scorer: choice", f"scorer: reward\n    reward_model: {reward_model}\n    generation: {{max_new_tokens: 5}}"
@@ -69,6 +69,13 @@ def test_a_run_by_reward_shows_the_answers_that_gained_and_lost_most(project, re
     write_rows(project / "test.jsonl", [{"prompt": f"<b>question</b>: {n} red?"} for n in range(9)])
     assert m2m("select", "--config", config) == 0
     run = FinishedRun.from_pretrained(project / "out")
+    (warned,) = [one.text for one in run.warnings if one.code == "cut_off"]
+    assert "answers (100%) were cut off at generation.max_new_tokens" in warned
+    assert " ".join(capsys.readouterr().out.split()).count("were cut off at") == 2  # when it is known, and at the end
+    assert m2m("select", "--config", config, "--fine_tunes", "2") == 0
+    (again,) = [one.text for one in FinishedRun.from_pretrained(project / "out").warnings if one.code == "cut_off"]
+    counts = [int(text.split(" of ")[1].split()[0].replace(",", "")) for text in (warned, again)]
+    assert counts[1] > counts[0] > 0  # those of a later fine-tuned mixture on top of those that were counted before
     (pairs,) = run.final.answers.values()
     gains = [one.final_value - one.base_value for one in pairs]
     assert gains == sorted((gain for gain in gains if gain > 0), reverse=True) + sorted(

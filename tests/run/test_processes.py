@@ -82,6 +82,8 @@ def test_two_processes_give_the_journal_of_one(project, reward_model, tmp_path, 
     for left, right in zip(one, two, strict=True):
         assert left["values"] == pytest.approx(right["values"], abs=2e-5)
     assert_same_scores(one, two)
+    counts = [json.loads((out / "cut_off.json").read_text()) for out in (project / "out", tmp_path / "two")]
+    assert counts[0] == counts[1]
 
 
 def test_two_processes_keep_rows_as_far_apart_as_one(project, tokenizer, tmp_path, launch_forks):

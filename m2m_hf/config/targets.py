@@ -93,11 +93,11 @@ as above; samples: answers to a prompt (1), with generation: {do_sample: true} w
         column="prompt",
     ),
     "judge": ScorerKind(
-        ("data", "test_data", "judge", "generation"),
+        ("data", "test_data", "judge", "generation", "strip"),
         help="""\
 data: rows of prompt; judge: {base_url: http://localhost:8000/v1, model: NAME, rubric: "...", max_requests: 2000}, an
 OpenAI-compatible server, which compares each answer with the base model's; also max_tokens, concurrency, timeout; its
-token is read from OPENAI_API_KEY; generation as above""",
+token is read from OPENAI_API_KEY; generation and strip as above""",
         metrics=("win_rate",),
         column="prompt",
     ),

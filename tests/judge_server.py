@@ -3,12 +3,11 @@
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-HANG, DROP = "hang", "drop"  # moods: gives no answer; closes the connection
+HANG, DRIP, DROP = "hang", "drip", "drop"  # moods: gives no answer; gives it too slowly; closes the connection
 
 
 def longer(first: str, second: str) -> str:
@@ -27,7 +26,7 @@ class Judge:
 
     Args:
         decide: (first answer, second answer) -> `A`, `B` or `tie`; or a whole answer of the model.
-        moods: of the next requests, one each: a status, (status, headers, body), a text in place of JSON, `HANG` or `DROP`.
+        moods: of the next requests, one each: a status, (status, headers, body), a text in place of JSON, `HANG`, `DRIP`, `DROP`.
     """
 
     def __init__(self, decide: Callable[[str, str], str] = longer, moods: Iterable[Any] = ()) -> None:
@@ -35,6 +34,7 @@ class Judge:
         self.asked: list[dict[str, Any]] = []  # bodies of all requests
         self.tokens: set[str | None] = set()
         self.busy = self.busiest = 0
+        self.waited_for = False  # whether somebody had more patience than a server that hangs
         self._lock = threading.Lock()
         judge = self
 
@@ -63,8 +63,15 @@ class Judge:
                 if mood == DROP:
                     self.close_connection = True
                     return
+                if mood == DRIP:
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    while not judge.released.wait(0.05):
+                        self.wfile.write(b" ")
+                    return
                 if mood == HANG:
-                    judge.released.wait(5)
+                    judge.waited_for |= not judge.released.wait(5)
                     self.close_connection = True
                     return
                 status, headers, text = mood if isinstance(mood, tuple) else (mood, {}, "overloaded")
@@ -94,10 +101,3 @@ class Judge:
         self.released.set()
         self.server.shutdown()
         self.server.server_close()
-
-    def quiet(self) -> bool:
-        """True once no request is under way."""
-        end = time.monotonic() + 5
-        while self.busy and time.monotonic() < end:
-            time.sleep(0.01)
-        return not self.busy

@@ -25,6 +25,7 @@ from m2m_hf.storage.judgements import FIRST, NONE, SECOND, TIE, Judgements
 TRIES = 6  # of a request that the server does not answer
 BACKOFF = 0.5  # seconds before the second one, doubled each time
 PATIENCE = 300.0  # seconds: the longest `Retry-After` that is waited for
+GRACE = 3.0  # seconds that requests under way have after Ctrl-C
 MOST_BYTES = 1 << 22  # of a response
 SHOWN = 300  # characters of a response in a message
 KEPT = 4000  # characters of what a judge wrote, its end
@@ -122,8 +123,11 @@ class JudgeServer:
                 if (error := ended.get()) is not None:
                     errors.append(error)
                     stop.set()  # the others end with what they have asked already
-        finally:  # after Ctrl-C too
+        finally:  # after Ctrl-C too, when what is under way has a moment to end
             stop.set()
+            end = time.monotonic() + GRACE
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
         client.close()
         if errors:
             raise errors[0]

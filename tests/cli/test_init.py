@@ -64,6 +64,7 @@ FLAGS = ("--data", "alpha.jsonl", "--target", "validation.jsonl")
             "--scorer: expected choice, classification, loss, generation, preference, reward, judge, got 'magic'",
         ),
         ((*FLAGS, "--scorer", "reward"), "--reward_model: scorer reward needs a model that rates answers"),
+        ((*FLAGS, "--scorer", "judge"), "--judge.model: expected the name of a model of the server, got ''"),
         ((*FLAGS, "--from", "none.yaml"), "--from none.yaml: cannot be read"),
         ((*FLAGS, "--from", "odd.yaml"), "expected a configuration of TRL (datasets:), axolotl (base_model:) or LLaMA"),
         ((*FLAGS, "--from", "info.yaml"), "dataset: 'missing' is not in"),

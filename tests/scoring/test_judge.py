@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from judge_server import DROP, HANG, Judge, compared, longer
+from judge_server import DRIP, DROP, HANG, Judge, compared, longer
 from pico import DEVICE, build_stack, changed, config, m2m, trials, write_rows
 
 from m2m_hf import FinishedRun
@@ -16,6 +16,7 @@ from m2m_hf.config.judge import JudgeConfig
 from m2m_hf.config.targets import TargetConfig
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.errors import InputError, StoppedError
+from m2m_hf.publish.repositories import published
 from m2m_hf.scoring.judge_server import JudgeServer, verdict_in
 from m2m_hf.scoring.make import make_scorer
 from m2m_hf.scoring.scorers import Setup
@@ -99,6 +100,12 @@ def test_a_row_is_worth_what_both_orders_say_and_is_judged_once(tmp_path, tokeni
     assert judge.tokens == {f"Bearer {TOKEN}"}
 
 
+def test_a_judge_needs_a_run(tokenizer):
+    target = config("judge", "win_rate", judge=JudgeConfig("http://host/v1", "m"))
+    with pytest.raises(InputError, match="keeps verdicts in the folder of a run; expected another scorer here"):
+        make_scorer(target, ROWS, Setup(tokenizer, 128))
+
+
 def test_a_judge_that_likes_the_first_answer_makes_ties(tmp_path, tokenizer, judge):
     judge.decide = lambda first, second: "A"
     scores = scorer_by(judge, tmp_path, tokenizer).score(build_stack(tmp_path, "llama"), MIXTURES, 10_000)
@@ -113,14 +120,15 @@ def test_a_judge_that_likes_the_first_answer_makes_ties(tmp_path, tokenizer, jud
         [503, DROP, 408],
         ["<html>", '{"choices": []}', '{"choices": [{"message": null}]}'],
         [(429, {"Retry-After": "0"}, "")],
-        [HANG],
+        [HANG, DRIP],
     ],
 )
 def test_a_server_in_a_mood_is_asked_again(tmp_path, judge, moods):
     judge.moods = list(moods)
-    server = client(judge, tmp_path, timeout=0.3 if HANG in moods else 60, concurrency=2)
+    server = client(judge, tmp_path, timeout=0.2 if HANG in moods else 60, concurrency=2)
     assert server.verdicts(prompts(4)) == ["first", "second", "first", "second"]
     assert len(judge.asked) == 4 + len(moods) == server.log.requests
+    assert not judge.waited_for
 
 
 def test_a_server_says_how_long_to_wait(tmp_path, judge, monkeypatch):
@@ -281,6 +289,7 @@ def test_a_run_by_a_judge_stops_at_its_limit_and_goes_on(project, judge, capsys)
     assert not [one for one in trials(project / "out") if one["state"] == "failed"]
     run = FinishedRun.from_pretrained(project / "out")
     assert run.base.score == 0.5
+    assert judge.address not in str(published(run.config))
     assert run.targets["chat"].judged == Judged.read(project / "out" / "judgements" / "chat.jsonl")
     assert run.targets["chat"].judged.requests == len(judge.asked)
     assert m2m("status", project / "out") == 0

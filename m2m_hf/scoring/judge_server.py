@@ -88,7 +88,7 @@ class JudgeServer:
             raise InputError(
                 f"{self.where}: {none} of {len(said)} answers of {self.config.model} hold no verdict, though asked "
                 f"twice; expected at most {UNUSABLE:.0%}. {self.path} has what it wrote: raise max_tokens where it was cut off, "
-                "else take another model"
+                "else take another model, and give the target another name"
             )
 
     def _ask_all(self, missing: dict[str, str]) -> None:

@@ -36,9 +36,10 @@ def cut_off(run: RunContext) -> dict[str, str]:
         scorer.cut_off = scorer.answered = 0
         now[target] = of | {"cut": cut, "all": every}
         if every >= SOME and cut > OFTEN * every:
+            share = f"{100 * cut / every:.0f} %"
             found[target] = (
-                f"{target}: {cut:,} of {every:,} answers ({cut / every:.0%}) were cut off at generation.max_new_tokens and are "
-                "rated as they stand; raise it, or have the prompt ask for a short answer"
+                f"{target}: {cut:,} of {every:,} answers ({share}) were cut off at generation.max_new_tokens and are rated as "
+                "they stand; raise it, or have the prompt ask for a short answer"
             )
     if run.is_main and now != known:
         write_json(run.folder.cut_off, now)

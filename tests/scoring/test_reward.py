@@ -70,7 +70,7 @@ def test_a_run_by_reward_shows_the_answers_that_gained_and_lost_most(project, re
     assert m2m("select", "--config", config) == 0
     run = FinishedRun.from_pretrained(project / "out")
     (warned,) = [one.text for one in run.warnings if one.code == "cut_off"]
-    assert "answers (100%) were cut off at generation.max_new_tokens" in warned
+    assert "answers (100 %) were cut off at generation.max_new_tokens" in warned
     assert " ".join(capsys.readouterr().out.split()).count("were cut off at") == 2  # when it is known, and at the end
     assert m2m("select", "--config", config, "--fine_tunes", "2") == 0
     (again,) = [one.text for one in FinishedRun.from_pretrained(project / "out").warnings if one.code == "cut_off"]

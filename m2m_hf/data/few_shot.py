@@ -44,8 +44,8 @@ def with_examples(
         drawn[kind] = Random(f"{seed} {kind}").sample(have, count)
     taken = {question(row) for examples in drawn.values() for row in examples}
     found: dict[str, Sequence[Any]] = {}
+    ahead = {kind: before(examples) for kind, examples in drawn.items()}
     for part in rows.keys() - {"fewshot_data"}:
-        ahead = {kind: before(examples) for kind, examples in drawn.items()}
         kept: list[TargetRow] = []
         for number, (row, one, kind) in enumerate(zip(rows[part], asked[part], kinds[part], strict=True), start=1):
             if one in taken:

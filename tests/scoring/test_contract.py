@@ -9,7 +9,7 @@ from pico import build_model, build_stack, questions_of_many_shapes, scorer_on
 from m2m_hf.core.score import Failure
 from m2m_hf.data.rows import TargetRow
 from m2m_hf.merging.gated_stack import GatedStack
-from m2m_hf.scoring.scorers import LogprobScorer, Scorer
+from m2m_hf.scoring.scorers import Scorer
 
 MIXTURES = [{}, {"a": 1.0}, {"a": 0.5, "c": 0.5}, {"b": 1.0}]
 SHORT = {"generation": {"max_new_tokens": 5}}
@@ -75,9 +75,11 @@ def test_another_row_or_option_is_another_fingerprint(tokenizer, make):
     assert make(rows).fingerprint == make(list(rows)).fingerprint
 
 
+@pytest.mark.parametrize(
+    "make", [kind for kind in KINDS if not {"generation", "reward"} & {*kind.split()}], indirect=True
+)
 def test_a_model_whose_numbers_are_not_finite_has_no_score(tokenizer, make):
-    if not isinstance(scorer := make(questions_of_many_shapes(tokenizer)), LogprobScorer):
-        return  # of answers as of any others
+    scorer = make(questions_of_many_shapes(tokenizer))
     model = build_model("llama")
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
